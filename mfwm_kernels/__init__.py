@@ -1,0 +1,31 @@
+"""Fused kernels for world models that predict several frames at once."""
+
+from .horizons import Horizons
+from .ids import check_errors
+from .losses import HorizonLoss
+from .monitor import GradMonitor
+from .ops.action_window_sum import action_window_sum
+from .ops.fan_out import fan_out
+from .ops.mtp_combine import mtp_combine
+from .ops.multi_horizon_linear import multi_horizon_linear
+from .ops.multi_horizon_linear_cross_entropy import multi_horizon_linear_cross_entropy
+from .ops.multi_horizon_loss import multi_horizon_loss
+from .ops.video_pyramid import video_pyramid
+from .registry import BackendError, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "GradMonitor",
+    "HorizonLoss",
+    "Horizons",
+    "action_window_sum",
+    "check_errors",
+    "fan_out",
+    "mtp_combine",
+    "multi_horizon_linear",
+    "multi_horizon_linear_cross_entropy",
+    "multi_horizon_loss",
+    "use_backend",
+    "video_pyramid",
+]

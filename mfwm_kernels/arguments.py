@@ -1,0 +1,160 @@
+"""Argument checks shared by the ops. Every error names the argument, the rule and the value.
+
+All of them run before anything is launched, look only at shapes, dtypes, devices and Python numbers, and are
+traceable by torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_IDS = (torch.int32, torch.int64)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def shape_of(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def tensor(name: str, value: Any, rank: int | tuple[int, ...], dtypes: Sequence[torch.dtype] = FLOATING) -> Tensor:
+    """`value` is a dense tensor of one of these ranks and dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    ranks = (rank,) if isinstance(rank, int) else rank
+    if value.dim() not in ranks:
+        raise ValueError(f"{name} must have {' or '.join(map(str, ranks))} dimensions, got shape {shape_of(value)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {names(dtypes)}, got {names([value.dtype])}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    return value
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` shares dtype and device with `other`."""
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {names([other.dtype])}; got {names([value.dtype])}"
+        )
+    same_device(name, value, other_name, other)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}; got {value.device}")
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """`value` has exactly this shape; `meaning` spells it in letters, such as [B, T, D]."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {meaning} = {list(expected)}, got {shape_of(value)}")
+
+
+def non_zero_sizes(name: str, value: Tensor, may_be_zero: Sequence[int] = (0, 1)) -> None:
+    """No size is zero, except in the dimensions listed (batch and time, where nothing to do is a fine thing to do)."""
+    for axis, size in enumerate(value.shape):
+        if axis not in may_be_zero and size == 0:
+            raise ValueError(f"{name} must not have size 0 in dimension {axis}, got shape {shape_of(value)}")
+
+
+def integers(name: str, values: Any, *, least: int | None = None, count: int | None = None) -> tuple[int, ...]:
+    """A sequence of Python integers, none below `least`, `count` of them."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of integers, got {type(values).__name__}")
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}[{i}] must be an integer, got {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{name}[{i}] must be >= {least}, got {value}")
+    if count is not None and len(values) != count:
+        raise ValueError(f"{name} must have one entry per horizon, {count}; got {len(values)}")
+    return tuple(int(value) for value in values)
+
+
+def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
+    """A finite Python number, at least `least` or greater than `above`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be > {above}, got {value}")
+    return value
+
+
+def integer(name: str, value: Any, *, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    return value
+
+
+def tensors(name: str, values: Any, count: int | None, rank: int | tuple[int, ...]) -> list[Tensor]:
+    """A list or tuple of floating tensors, one per horizon."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple of tensors, got {type(values).__name__}")
+    if count is not None and len(values) != count:
+        raise ValueError(f"{name} must have one entry per horizon, {count}; got {len(values)}")
+    return [tensor(f"{name}[{i}]", value, rank) for i, value in enumerate(values)]
+
+
+def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Weights as an fp32 or fp64 tensor, or as (nested) lists of finite numbers, of one of these shapes."""
+    meaning = " or ".join(str(list(s)) for s in shapes)
+    if isinstance(value, Tensor):
+        tensor(name, value, tuple({len(s) for s in shapes}), (torch.float32, torch.float64))
+        if tuple(value.shape) not in shapes:
+            raise ValueError(f"{name} must have shape {meaning}, got {shape_of(value)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of the inputs, {device}; got {value.device}")
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list of numbers, got {type(value).__name__}")
+    rows = value if value and isinstance(value[0], (list, tuple)) else [value]
+    for row in rows:
+        if not isinstance(row, (list, tuple)):
+            raise TypeError(f"{name} must be a list of numbers or a list of such lists, got {value!r}")
+        for number_in_row in row:
+            number(f"{name} entry", number_in_row)
+    size = (len(value),) if rows[0] is value else (len(value), len(rows[0]))
+    if size not in shapes or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"{name} must have shape {meaning}, got {value!r}")
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def segments(
+    value: Any, batch: int, columns: int, column_meaning: str, other_name: str, other: Tensor
+) -> Tensor | None:
+    """`segment_ids` [B, columns], int32 or int64, or None."""
+    if value is None:
+        return None
+    tensor("segment_ids", value, 2, INTEGER_IDS)
+    shape("segment_ids", value, (batch, columns), f"[B, {column_meaning}]")
+    same_device("segment_ids", value, other_name, other)
+    return value

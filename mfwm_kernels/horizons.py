@@ -1,0 +1,105 @@
+"""Which frames are predicted from a position, at what size, and which predictions count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .arguments import integers
+
+
+@dataclass(frozen=True)
+class Horizons:
+    """The K predictions made from one position.
+
+    offsets: frames ahead, non-decreasing integers >= 0 (0: a MaskGIT-style model predicts the masked frame n itself).
+    factors: how much smaller each target is, integers >= 1; the same offset may stand at several, increasing factors.
+
+    >>> Horizons.cascade(4)
+    Horizons(offsets=(1, 2, 4, 8), factors=(1, 2, 4, 8))
+    """
+
+    offsets: tuple[int, ...]
+    factors: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        offsets = integers("offsets", self.offsets, least=0)
+        factors = integers("factors", self.factors, least=1)
+        if not offsets:
+            raise ValueError("offsets must name at least one horizon, got ()")
+        if len(factors) != len(offsets):
+            raise ValueError(f"factors must have one entry per offset: offsets {offsets}, factors {factors}")
+        check_non_decreasing(offsets)
+        for i in range(1, len(offsets)):
+            if offsets[i] == offsets[i - 1] and factors[i] <= factors[i - 1]:
+                raise ValueError(
+                    f"factors must increase where an offset repeats: factors[{i}] = {factors[i]} does not exceed "
+                    f"factors[{i - 1}] = {factors[i - 1]} at offset {offsets[i]}"
+                )
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "factors", factors)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @classmethod
+    def next_frame(cls) -> Horizons:
+        """Only the next frame: ((1,), (1,))."""
+        return cls((1,), (1,))
+
+    @classmethod
+    def low_res(cls, offsets: Sequence[int] = (1, 2, 4, 8), factor: int = 4) -> Horizons:
+        """The near horizon at full resolution, every far one at 1/factor."""
+        return cls(tuple(offsets), (1,) + (factor,) * (len(offsets) - 1))
+
+    @classmethod
+    def cascade(cls, count: int = 4) -> Horizons:
+        """Twice as far, half the size, `count` times: ((1, 2, 4, 8), (1, 2, 4, 8)) for 4."""
+        (count,) = integers("count", (count,), least=1)
+        powers = tuple(2**i for i in range(count))
+        return cls(powers, powers)
+
+    @classmethod
+    def multi_resolution(cls, factors_of_offset: Mapping[int, Sequence[int]] | None = None) -> Horizons:
+        """Each offset at several factors; by default {1: (1, 2, 4), 2: (2,), 4: (4,)}."""
+        if factors_of_offset is None:
+            factors_of_offset = {1: (1, 2, 4), 2: (2,), 4: (4,)}
+        pairs = [(offset, factor) for offset, factors in sorted(factors_of_offset.items()) for factor in factors]
+        return cls(tuple(offset for offset, _ in pairs), tuple(factor for _, factor in pairs))
+
+
+def check_horizons(value: object) -> None:
+    if not isinstance(value, Horizons):
+        raise TypeError(f"horizons must be a Horizons, got {type(value).__name__}")
+
+
+def check_non_decreasing(offsets: Sequence[int]) -> None:
+    for i in range(1, len(offsets)):
+        if offsets[i] < offsets[i - 1]:
+            raise ValueError(
+                f"offsets must not decrease: offsets[{i}] = {offsets[i]} after offsets[{i - 1}] = {offsets[i - 1]}"
+            )
+
+
+def counts_at(offset: int, positions: int, frames: int, segment_ids: Tensor | None, batch: int, device) -> Tensor:
+    """[batch, positions] bool: position n counts when n + offset < frames and both lie in one segment.
+
+    This is the one validity rule of the library; kernels restate it in registers and are tested against it.
+    """
+    inside = max(0, min(positions, frames - offset))
+    valid = torch.zeros(batch, positions, dtype=torch.bool, device=device)
+    if segment_ids is None:
+        valid[:, :inside] = True
+    else:
+        valid[:, :inside] = segment_ids[:, :inside] == segment_ids[:, offset : offset + inside]
+    return valid
+
+
+def consistency_pairs(count: int, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """The (near, far) pairs that consistency weights of this shape weigh: (0, j) for [K], all i < j for [K, K]."""
+    if len(shape) == 1:
+        return [(0, j) for j in range(1, count)]
+    return [(i, j) for i in range(count) for j in range(i + 1, count)]

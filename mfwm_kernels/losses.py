@@ -1,0 +1,91 @@
+"""What the two loss ops return, and the weights that both take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import arguments as check
+from .horizons import Horizons, consistency_pairs
+
+DETACH = (None, "near", "far")
+
+
+class HorizonLoss(NamedTuple):
+    """The loss of K horizons.
+
+    total: scalar, sum_i weights[i] * per_horizon[i] + the weighted consistency terms; the one differentiable field.
+    per_horizon: [K] means, each over its own count.
+    counts: [K] int64, how much each mean is over: elements of multi_horizon_loss, cells of
+        multi_horizon_linear_cross_entropy.
+    consistency, consistency_counts: in the shape of the consistency weights ([K] without any), zeros where
+        there is no pair.
+    accuracy: [K] or None.
+    """
+
+    total: Tensor
+    per_horizon: Tensor
+    counts: Tensor
+    consistency: Tensor
+    consistency_counts: Tensor
+    accuracy: Tensor | None = None
+
+
+def check_weights(weights: Tensor | Sequence[float] | None, count: int, device: torch.device) -> Tensor:
+    """[K] weights; ones by default."""
+    if weights is None:
+        return torch.ones(count, device=device)
+    return check.horizon_weights("weights", weights, [(count,)], device)
+
+
+def check_consistency(
+    consistency_weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None,
+    horizons: Horizons,
+    device: torch.device,
+    *,
+    matrix: bool = True,
+) -> tuple[Tensor | None, list[int]]:
+    """The weights as a tensor, and the pairs to compute as a flat list i0, j0, i1, j1, ...
+
+    A pair whose weight is a Python 0 is left out. The values of a tensor are read only on the CPU outside torch.compile
+    (reading them elsewhere would wait for the device), so elsewhere every pair of a tensor must be computable.
+    """
+    if consistency_weights is None:
+        return None, []
+    count = len(horizons)
+    shapes = [(count,), (count, count)] if matrix else [(count,)]
+    tensor = check.horizon_weights("consistency_weights", consistency_weights, shapes, device)
+    listed = not isinstance(consistency_weights, Tensor)
+    readable = listed or (device.type == "cpu" and not torch.compiler.is_compiling())
+    pairs: list[int] = []
+    for i, j in consistency_pairs(count, tensor.shape):
+        place = f"[{j}]" if tensor.dim() == 1 else f"[{i}][{j}]"
+        if listed:
+            entry = consistency_weights[j] if tensor.dim() == 1 else consistency_weights[i][j]  # type: ignore[index]
+            used = entry != 0
+        else:
+            used = True
+        if not used:
+            continue
+        if horizons.factors[j] % horizons.factors[i]:
+            if not listed and readable and float(tensor[j] if tensor.dim() == 1 else tensor[i, j]) == 0:
+                continue
+            raise ValueError(
+                f"consistency_weights{place} must be 0: factors[{j}] = {horizons.factors[j]} is not a multiple of "
+                f"factors[{i}] = {horizons.factors[i]}"
+            )
+        pairs += [i, j]
+    if listed and tensor.dim() == 2:
+        for i in range(count):
+            for j in range(i + 1):
+                if consistency_weights[i][j] != 0:  # type: ignore[index]
+                    raise ValueError(f"consistency_weights[{i}][{j}] must be 0: only pairs [i][j] with i < j exist")
+    return tensor, pairs
+
+
+def place_of(pair: tuple[int, int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Where a pair stands in the consistency weights."""
+    return pair if len(shape) == 2 else pair[1:]

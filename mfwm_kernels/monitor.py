@@ -1,0 +1,92 @@
+"""GradMonitor: do the horizons pull the shared hidden state in the same direction?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments as check
+
+
+class GradMonitor:
+    """Collects, in the backward pass of fan_out or multi_horizon_linear, what each horizon asks of the hidden state.
+
+    With g_i the gradient that horizon i sends to `hidden`:
+
+        norms[i]      = ||g_i||
+        cosines[i, j] = <g_i, g_j> / (||g_i|| ||g_j||)        (0 where a norm is 0)
+        d hidden      = sum_i scale[i] * g_i
+
+    norms and cosines are of the unscaled gradients, fp32, and are overwritten in place by each backward. `scale` acts
+    on the gradient into the hidden state alone, not on those of actions and weights.
+
+    Args:
+        K: number of horizons.
+        scale: [K] fp32 tensor or list of numbers; None leaves the gradients as they are. Not differentiable.
+        device: where norms and cosines live; it must be the hidden state's.
+
+    >>> monitor = GradMonitor(4)                                          # doctest: +SKIP
+    >>> states = fan_out(hidden, actions, horizons, pool=(1, 2, 4, 8), grad_monitor=monitor)
+    >>> loss(states).backward(); print(monitor.cosines)
+    """
+
+    def __init__(self, K: int, scale: Tensor | list[float] | None = None, *, device: torch.device | str | None = None):
+        K = check.integer("K", K, least=1)
+        if isinstance(scale, Tensor) and device is None:
+            device = scale.device
+        self.norms = torch.zeros(K, device=device)
+        self.cosines = torch.zeros(K, K, device=device)
+        self.scale: Tensor | None = None
+        if scale is not None:
+            self.scale = check.horizon_weights("scale", scale, [(K,)], self.norms.device).detach().float()
+
+
+def fields_of(monitor: GradMonitor | None, count: int, hidden: Tensor) -> tuple[Tensor | None, ...]:
+    """(scale, norms, cosines) for the flat arguments, moved to the hidden state's device."""
+    if monitor is None:
+        return None, None, None
+    if not isinstance(monitor, GradMonitor):
+        raise TypeError(f"grad_monitor must be a GradMonitor, got {type(monitor).__name__}")
+    if monitor.norms.shape[0] != count:
+        raise ValueError(f"grad_monitor must have K = {count}, one entry per horizon; got K = {monitor.norms.shape[0]}")
+    if monitor.norms.device != hidden.device:
+        monitor.norms, monitor.cosines = monitor.norms.to(hidden.device), monitor.cosines.to(hidden.device)
+        monitor.scale = None if monitor.scale is None else monitor.scale.to(hidden.device)
+    return monitor.scale, monitor.norms, monitor.cosines
+
+
+def write_gram(gram: Tensor, norms: Tensor, cosines: Tensor) -> None:
+    """Fill norms and cosines from the K x K matrix of dot products."""
+    lengths = gram.diagonal().clamp_min(0).sqrt()
+    norms.copy_(lengths)
+    product = lengths[:, None] * lengths[None, :]
+    cosines.copy_(torch.where(product > 0, gram / product.where(product > 0, 1), 0))
+
+
+class _Branches(torch.autograd.Function):
+    """K branches of one tensor whose backward sees the K gradients side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, count: int, scale: Tensor | None, norms: Tensor, cosines: Tensor) -> Tensor:
+        ctx.save_for_backward(scale, norms, cosines)
+        return hidden.unsqueeze(0).expand(count, *hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        scale, norms, cosines = ctx.saved_tensors
+        rows = gradient.flatten(1).to(torch.promote_types(gradient.dtype, torch.float32))
+        write_gram(rows @ rows.T, norms, cosines)
+        if scale is not None:
+            rows = rows * scale[:, None]
+        return rows.sum(0).view(gradient.shape[1:]).to(gradient.dtype), None, None, None, None
+
+
+def branches(
+    hidden: Tensor, count: int, scale: Tensor | None, norms: Tensor | None, cosines: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`hidden` K times; monitored on the way back where norms is given."""
+    if norms is None or cosines is None:
+        return (hidden,) * count
+    return _Branches.apply(hidden, count, scale, norms, cosines).unbind(0)

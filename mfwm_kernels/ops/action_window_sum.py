@@ -1,0 +1,182 @@
+"""action_window_sum: the sum of the actions between a position and the frame that a horizon predicts.
+
+out[b, n, i] = sum_{j = window_start}^{offsets[i] - 1} w[i, j] * actions[b, n + j],  w = lag_weight or 1
+
+Terms beyond the last action, or in another segment than position n, drop out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import arguments as check
+from ..horizons import check_non_decreasing, counts_at
+from ..registry import Backend, Cost, Op, call, register
+
+
+class Arguments(NamedTuple):
+    actions: Tensor
+    lag_weight: Tensor | None
+    segment_ids: Tensor | None
+    offsets: list[int]
+    window_start: int
+
+
+def action_window_sum(
+    actions: Tensor,
+    offsets: Sequence[int],
+    *,
+    lag_weight: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    window_start: int = 1,
+) -> Tensor:
+    """Sum, for each horizon, of the actions that its prediction needs and the hidden state has not seen.
+
+    Equivalent to `torch.stack([sum(lag_weight[i, j] * shift(actions, j) for j in range(window_start, k)) for i, k in
+    enumerate(offsets)], dim=2)`, where `shift(actions, j)[:, n]` is `actions[:, n + j]`, or 0 beyond the end and in
+    another segment. The terms are added directly in fp32 (fp64 for fp64), never as a difference of running sums.
+
+    Args:
+        actions: [B, T, D] embeddings or raw action vectors, fp32, bf16, fp16 or fp64, any strides.
+        offsets: K non-decreasing integers >= 0, in frames.
+        lag_weight: [K, max(1, max(offsets)), D], dtype of actions: a gate per lag j (a plain sum forgets the order of
+            the actions). Differentiable.
+        segment_ids: [B, T] int32 or int64, the episode of each action.
+        window_start: the first lag summed: 1 where the hidden state has seen action n, 0 where it has not.
+
+    Returns:
+        [B, T, K, D], dtype of actions. Differentiable with respect to actions and lag_weight.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value.
+
+    Source: the action bias of "Multi-Frame Prediction for World Models".
+    """
+    check.tensor("actions", actions, 3)
+    check.non_zero_sizes("actions", actions)
+    checked = check_window(actions, "actions", offsets, lag_weight, segment_ids, window_start)
+    return call(OP, Arguments(actions, *checked))[0]
+
+
+def check_window(
+    actions: Tensor,
+    name: str,
+    offsets: Sequence[int],
+    lag_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    window_start: int,
+) -> tuple[Tensor | None, Tensor | None, list[int], int]:
+    """The checks that every op with an action window shares."""
+    offsets = check.integers("offsets", offsets, least=0)
+    if not offsets:
+        raise ValueError("offsets must name at least one horizon, got ()")
+    check_non_decreasing(offsets)
+    window_start = check.integer("window_start", window_start, least=0)
+    if lag_weight is not None:
+        check.tensor("lag_weight", lag_weight, 3)
+        lags = max(1, offsets[-1])
+        check.shape("lag_weight", lag_weight, (len(offsets), lags, actions.shape[2]), "[K, max(1, max offsets), D]")
+        check.like("lag_weight", lag_weight, name, actions)
+    check.segments(segment_ids, actions.shape[0], actions.shape[1], "T_a", name, actions)
+    return lag_weight, segment_ids, list(offsets), window_start
+
+
+def reference(
+    actions: Tensor,
+    lag_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    offsets: list[int],
+    window_start: int,
+) -> tuple[Tensor]:
+    sums = window_sum(actions, lag_weight, segment_ids, offsets, window_start, actions.shape[1])
+    return (sums.to(actions.dtype),)
+
+
+def window_sum(
+    actions: Tensor,
+    lag_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    offsets: list[int],
+    window_start: int,
+    positions: int,
+) -> Tensor:
+    """[B, positions, K, D] in fp32 (fp64 for fp64): the sums at the first `positions` of the A >= positions actions."""
+    batch, columns, width = actions.shape
+    computed = actions.to(torch.promote_types(actions.dtype, torch.float32))
+    sums = []
+    for i, offset in enumerate(offsets):
+        total = computed.new_zeros(batch, positions, width)
+        for j in range(window_start, offset):
+            inside = max(0, min(positions, columns - j))
+            term = computed[:, j : j + inside]
+            if lag_weight is not None:
+                term = term * lag_weight[i, j].to(computed.dtype)
+            same = counts_at(j, inside, columns, segment_ids, batch, actions.device)
+            term = torch.where(same[..., None], term, 0)
+            total = total + torch.nn.functional.pad(term, (0, 0, 0, positions - inside))
+        sums.append(total)
+    return torch.stack(sums, dim=2)
+
+
+def fake(args: Arguments) -> list[Tensor]:
+    batch, positions, width = args.actions.shape
+    return [args.actions.new_empty(batch, positions, len(args.offsets), width)]
+
+
+def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [3, 4, 4, 4, 4, 4, 9]], device=device)
+    yield {"actions": normal(2, 7, 5), "offsets": (1, 2, 4, 8)}
+    yield {"actions": normal(2, 7, 24), "offsets": (0, 1, 3), "window_start": 0, "lag_weight": normal(3, 3, 24)}
+    yield {"actions": normal(7, 2, 16).transpose(0, 1), "offsets": (2, 2, 5), "segment_ids": segments}
+    yield {
+        "actions": normal(2, 7, 34)[..., ::2],
+        "offsets": (1, 4),
+        "lag_weight": normal(2, 4, 17),
+        "segment_ids": segments.int(),
+    }
+    yield {"actions": normal(1, 1, 3), "offsets": (0,)}
+    yield {"actions": normal(0, 4, 3), "offsets": (1, 3)}
+    yield {"actions": normal(2, 0, 3), "offsets": (1, 3)}
+
+
+def cost(kwargs: dict[str, Any]) -> Cost:
+    actions, count = kwargs["actions"], len(kwargs["offsets"])
+    # Forward reads actions and writes K sums; backward reads the K gradients and writes one.
+    terms = sum(max(0, offset - kwargs.get("window_start", 1)) for offset in kwargs["offsets"])
+    return Cost(actions.element_size() * actions.numel() * (2 + 2 * count), 4 * terms * actions.numel())
+
+
+def _bench(batch: int, positions: int, width: int) -> Any:
+    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        return {"actions": torch.randn(batch, positions, width, device=device).to(dtype), "offsets": (1, 2, 4, 8)}
+
+    return make
+
+
+OP = register(
+    Op(
+        name="action_window_sum",
+        arguments=Arguments,
+        differentiable=("actions", "lag_weight"),
+        reference=reference,
+        fake=fake,
+        public=action_window_sum,
+        samples=samples,
+        cost=cost,
+        bench={"genie": _bench(36, 16, 512), "pixels": _bench(32, 24, 1024), "latents": _bench(16, 32, 1024)},
+        backends={
+            "cpu": Backend(
+                kernels=("action_window_sum_forward", "action_window_sum_backward"),
+                dtypes=check.FLOATING,
+            ),
+            "triton": Backend(kernels=("action_window_sum_forward", "action_window_sum_backward")),
+        },
+    )
+)

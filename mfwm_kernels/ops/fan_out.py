@@ -1,0 +1,260 @@
+"""fan_out: one read of the shared hidden state makes the K conditioned (pooled, biased, normed) states.
+
+out_i = RMSNorm(avg_pool(hidden, pool[i]) + window_sum_i)
+
+with window_sum_i from action_window_sum, added to every token of its position. No norm if norm_weight is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import arguments as check
+from ..horizons import Horizons, check_horizons
+from ..monitor import GradMonitor, branches, fields_of
+from ..registry import Backend, Cost, Op, call, register
+from .action_window_sum import check_window, window_sum
+
+
+class Arguments(NamedTuple):
+    hidden: Tensor
+    actions: Tensor
+    norm_weight: Tensor | None
+    lag_weight: Tensor | None
+    segment_ids: Tensor | None
+    scale: Tensor | None
+    norms: Tensor | None
+    cosines: Tensor | None
+    offsets: list[int]
+    pool: list[int]
+    norm_eps: float
+    window_start: int
+
+
+def fan_out(
+    hidden: Tensor,
+    actions: Tensor,
+    horizons: Horizons,
+    *,
+    pool: Sequence[int],
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    lag_weight: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    window_start: int = 1,
+    grad_monitor: GradMonitor | None = None,
+) -> tuple[Tensor, ...]:
+    """The K states that the K horizons predict from, in one read of `hidden`.
+
+    Equivalent, for horizon i, to
+    `F.rms_norm(avg_pool(hidden, pool[i]) + action_window_sum(actions, offsets)[:, :T, i, None, None], (D,),
+    norm_weight[i], norm_eps)`, where `avg_pool` averages pool[i] x pool[i] tokens, in fp32 (fp64 for fp64) throughout
+    and rounded once at the end. The backward reads the K gradients and hidden once and writes d hidden once.
+
+    Args:
+        hidden: [B, T, Hp, Wp, D], or [B, T, S, D] where no pool is above 1; fp32, bf16, fp16 or fp64, any strides.
+        actions: [B, T_a, D] with T_a >= T, dtype and device of hidden.
+        horizons: its offsets say which actions are summed; its factors play no part.
+        pool: K integers >= 1; each divides Hp and Wp.
+        norm_weight: [D] or [K, D]; None leaves the norm out.
+        norm_eps: added to the mean square.
+        lag_weight, segment_ids ([B, T_a]), window_start: as in action_window_sum.
+        grad_monitor: filled by the backward, see GradMonitor.
+
+    Returns:
+        K tensors [B, T, Hp / pool[i], Wp / pool[i], D] (or [B, T, S, D]), dtype of hidden. Differentiable with respect
+        to hidden, actions, norm_weight and lag_weight.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value.
+
+    Source: "Multi-Frame Prediction for World Models"; RMSNorm: Zhang and Sennrich, arXiv 1910.07467.
+    """
+    checked = check_conditioning(
+        hidden, actions, horizons, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
+    )
+    pool = check.integers("pool", pool, least=1, count=len(horizons))
+    for i, p in enumerate(pool):
+        if hidden.dim() == 4:
+            if p != 1:
+                raise ValueError(f"pool[{i}] must be 1 where hidden has no grid (shape {list(hidden.shape)}), got {p}")
+        elif hidden.shape[2] % p or hidden.shape[3] % p:
+            raise ValueError(
+                f"pool[{i}] = {p} does not divide the token grid {hidden.shape[2]} x {hidden.shape[3]} "
+                f"(hidden has shape {list(hidden.shape)})"
+            )
+    norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
+    args = Arguments(
+        hidden, actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
+        list(horizons.offsets), list(pool), norm_eps, window_start,
+    )  # fmt: skip
+    return tuple(call(OP, args))
+
+
+def check_conditioning(
+    hidden: Tensor,
+    actions: Tensor,
+    horizons: Horizons,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    lag_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    window_start: int,
+    grad_monitor: GradMonitor | None,
+) -> tuple[Any, ...]:
+    """The checks that fan_out and multi_horizon_linear share."""
+    check.tensor("hidden", hidden, (4, 5))
+    check.non_zero_sizes("hidden", hidden)
+    check.tensor("actions", actions, 3)
+    check.like("actions", actions, "hidden", hidden)
+    check_horizons(horizons)
+    if actions.shape[0] != hidden.shape[0] or actions.shape[2] != hidden.shape[-1]:
+        raise ValueError(
+            f"actions must have shape [B, T_a, D] = [{hidden.shape[0]}, T_a, {hidden.shape[-1]}], "
+            f"got {list(actions.shape)}"
+        )
+    if actions.shape[1] < hidden.shape[1]:
+        raise ValueError(
+            f"actions must have at least as many steps as hidden has positions: T_a = {actions.shape[1]}, "
+            f"T = {hidden.shape[1]}"
+        )
+    checked = check_window(actions, "actions", horizons.offsets, lag_weight, segment_ids, window_start)
+    if norm_weight is not None:
+        check.tensor("norm_weight", norm_weight, (1, 2))
+        count, width = len(horizons), hidden.shape[-1]
+        if tuple(norm_weight.shape) not in ((width,), (count, width)):
+            raise ValueError(
+                f"norm_weight must have shape [D] = [{width}] or [K, D] = [{count}, {width}], "
+                f"got {list(norm_weight.shape)}"
+            )
+        check.like("norm_weight", norm_weight, "hidden", hidden)
+    norm_eps = check.number("norm_eps", norm_eps, least=0)
+    monitor = fields_of(grad_monitor, len(horizons), hidden)
+    return norm_weight, checked[0], checked[1], *monitor, norm_eps, checked[3]
+
+
+def reference(
+    hidden: Tensor,
+    actions: Tensor,
+    norm_weight: Tensor | None,
+    lag_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    scale: Tensor | None,
+    norms: Tensor | None,
+    cosines: Tensor | None,
+    offsets: list[int],
+    pool: list[int],
+    norm_eps: float,
+    window_start: int,
+) -> tuple[Tensor, ...]:
+    sums = window_sum(actions, lag_weight, segment_ids, offsets, window_start, hidden.shape[1])
+    outputs = []
+    for i, branch in enumerate(branches(hidden, len(offsets), scale, norms, cosines)):
+        state = average_pool(branch.to(sums.dtype), pool[i])
+        token_axes = (1,) * (hidden.dim() - 3)
+        state = state + sums[:, :, i].unflatten(-1, (*token_axes, -1))
+        if norm_weight is not None:
+            weight = norm_weight if norm_weight.dim() == 1 else norm_weight[i]
+            state = rms_norm(state, weight.to(state.dtype), norm_eps)
+        outputs.append(state.to(hidden.dtype))
+    return tuple(outputs)
+
+
+def average_pool(hidden: Tensor, pool: int) -> Tensor:
+    """Mean over pool x pool tokens of [B, T, Hp, Wp, D]."""
+    if pool == 1:
+        return hidden
+    batch, positions, height, width, depth = hidden.shape
+    blocks = hidden.reshape(batch, positions, height // pool, pool, width // pool, pool, depth)
+    return blocks.mean(dim=(3, 5))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def fake(args: Arguments) -> list[Tensor]:
+    shape = list(args.hidden.shape)
+    if len(shape) == 4:
+        return [args.hidden.new_empty(shape) for _ in args.pool]
+    batch, positions, height, width, depth = shape
+    return [args.hidden.new_empty(batch, positions, height // p, width // p, depth) for p in args.pool]
+
+
+def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    cascade = Horizons.cascade(4)
+    segments = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 2, 2, 2]], device=device)
+    yield {
+        "hidden": normal(2, 3, 8, 16, 24), "actions": normal(2, 5, 24), "horizons": cascade, "pool": (1, 2, 4, 8),
+        "norm_weight": normal(24), "segment_ids": segments,
+    }  # fmt: skip
+    yield {
+        "hidden": normal(3, 2, 6, 6, 17).transpose(0, 1), "actions": normal(3, 4, 17)[:2],
+        "horizons": Horizons((0, 1, 3), (1, 1, 3)), "pool": (1, 2, 3), "norm_weight": normal(3, 17),
+        "lag_weight": normal(3, 3, 17), "window_start": 0,
+    }  # fmt: skip
+    yield {"hidden": normal(2, 4, 5, 8), "actions": normal(2, 4, 8), "horizons": cascade, "pool": (1, 1, 1, 1)}
+    yield {
+        "hidden": normal(1, 3, 4, 2, 132)[..., 4:], "actions": normal(1, 3, 256)[..., ::2],
+        "horizons": Horizons((1, 2), (1, 2)), "pool": (2, 2), "norm_weight": normal(128),
+    }  # fmt: skip
+    yield {"hidden": normal(0, 3, 4, 4, 8), "actions": normal(0, 3, 8), "horizons": cascade, "pool": (1, 2, 4, 4)}
+    yield {"hidden": normal(2, 0, 4, 4, 8), "actions": normal(2, 3, 8), "horizons": cascade, "pool": (1, 2, 4, 4),
+           "norm_weight": normal(8)}  # fmt: skip
+
+
+def cost(kwargs: dict[str, Any]) -> Cost:
+    hidden = kwargs["hidden"]
+    pooled = sum(hidden.numel() // p**2 for p in kwargs["pool"])
+    # Forward reads hidden and writes the outputs; backward reads hidden and the gradients and writes d hidden.
+    return Cost(hidden.element_size() * (3 * hidden.numel() + 2 * pooled), 16 * (hidden.numel() + pooled))
+
+
+def bench_states(batch: int, positions: int, side: int, width: int) -> Any:
+    """Benchmark inputs that fan_out and multi_horizon_linear share."""
+
+    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        return {
+            "hidden": torch.randn(batch, positions, side, side, width, device=device).to(dtype),
+            "actions": torch.randn(batch, positions, width, device=device).to(dtype),
+            "horizons": Horizons.cascade(4),
+            "norm_weight": torch.randn(width, device=device).to(dtype),
+        }
+
+    return make
+
+
+def _bench(batch: int, positions: int, side: int, width: int) -> Any:
+    make = bench_states(batch, positions, side, width)
+    return lambda dtype, device: {**make(dtype, device), "pool": (1, 2, 4, 8)}
+
+
+KERNELS = ("action_window_sum_forward", "fan_out_forward", "fan_out_backward", "action_window_sum_backward")
+
+OP = register(
+    Op(
+        name="fan_out",
+        arguments=Arguments,
+        differentiable=("hidden", "actions", "norm_weight", "lag_weight"),
+        reference=reference,
+        fake=fake,
+        public=fan_out,
+        samples=samples,
+        cost=cost,
+        bench={
+            "cpu": _bench(4, 16, 16, 512),
+            "genie": _bench(36, 16, 16, 512),
+            "pixels": _bench(32, 24, 32, 1024),
+            "latents": _bench(16, 32, 16, 1024),
+        },
+        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING), "triton": Backend(KERNELS)},
+        mutated_in_backward=("norms", "cosines"),
+    )
+)

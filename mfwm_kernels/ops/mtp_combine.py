@@ -1,0 +1,155 @@
+"""mtp_combine: the multi-token-prediction join, without the concatenation.
+
+out = F.linear(cat(RMSNorm(hidden), RMSNorm(embedding)), weight)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import arguments as check
+from ..autocast import cast
+from ..registry import Cost, Op, call, register
+from .fan_out import rms_norm
+
+ORDERS = ("hidden_first", "embedding_first")
+
+
+class Arguments(NamedTuple):
+    hidden: Tensor
+    embedding: Tensor
+    weight: Tensor
+    hidden_norm_weight: Tensor
+    embedding_norm_weight: Tensor
+    eps: float
+    order: str
+
+
+def mtp_combine(
+    hidden: Tensor,
+    embedding: Tensor,
+    weight: Tensor,
+    *,
+    hidden_norm_weight: Tensor,
+    embedding_norm_weight: Tensor,
+    eps: float = 1e-6,
+    order: str = "hidden_first",
+) -> Tensor:
+    """Join the hidden state of one depth with the embedding of the real frame in between.
+
+    Equivalent to `F.linear(torch.cat([F.rms_norm(hidden, (D,), hidden_norm_weight, eps), F.rms_norm(embedding, (D,),
+    embedding_norm_weight, eps)], -1), weight)`, the two swapped for order="embedding_first". Norms in fp32 (fp64 for
+    fp64). Under autocast every floating tensor is cast as F.linear does.
+
+    Args:
+        hidden, embedding: [..., D], equal shapes; fp32, bf16, fp16 or fp64, any strides.
+        weight: [N, 2 D].
+        hidden_norm_weight, embedding_norm_weight: [D].
+        eps: added to the mean square.
+        order: which half of weight's columns is the hidden state's: "hidden_first" as in the paper,
+            "embedding_first" as Megatron lays out `eh_proj`.
+
+    Returns:
+        [..., N], dtype of hidden. Differentiable with respect to all five tensors.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value.
+
+    Source: DeepSeek-V3 technical report, arXiv 2412.19437, equation 21.
+    """
+    check.tensor("hidden", hidden, tuple(range(2, 9)))
+    device = hidden.device
+    check.tensor("embedding", embedding, hidden.dim())
+    check.tensor("weight", weight, 2)
+    check.tensor("hidden_norm_weight", hidden_norm_weight, 1)
+    check.tensor("embedding_norm_weight", embedding_norm_weight, 1)
+    args = Arguments(
+        cast(hidden, device),
+        cast(embedding, device),
+        cast(weight, device),
+        cast(hidden_norm_weight, device),
+        cast(embedding_norm_weight, device),
+        check.number("eps", eps, least=0),
+        check.choice("order", order, ORDERS),
+    )
+    width = hidden.shape[-1]
+    check.non_zero_sizes("hidden", hidden)
+    check.shape("embedding", embedding, hidden.shape, "that of hidden")
+    check.shape("weight", weight, (weight.shape[0], 2 * width), "[N, 2 D]")
+    check.non_zero_sizes("weight", weight, may_be_zero=())
+    check.shape("hidden_norm_weight", hidden_norm_weight, (width,), "[D]")
+    check.shape("embedding_norm_weight", embedding_norm_weight, (width,), "[D]")
+    for name in Arguments._fields[1:5]:
+        check.like(name, getattr(args, name), "hidden", args.hidden)
+    return call(OP, args)[0]
+
+
+def reference(
+    hidden: Tensor,
+    embedding: Tensor,
+    weight: Tensor,
+    hidden_norm_weight: Tensor,
+    embedding_norm_weight: Tensor,
+    eps: float,
+    order: str,
+) -> tuple[Tensor]:
+    computed = torch.promote_types(hidden.dtype, torch.float32)
+    halves = [
+        rms_norm(hidden.to(computed), hidden_norm_weight.to(computed), eps).to(hidden.dtype),
+        rms_norm(embedding.to(computed), embedding_norm_weight.to(computed), eps).to(hidden.dtype),
+    ]
+    return (F.linear(torch.cat(halves if order == "hidden_first" else halves[::-1], dim=-1), weight),)
+
+
+def fake(args: Arguments) -> list[Tensor]:
+    return [args.hidden.new_empty(*args.hidden.shape[:-1], args.weight.shape[0])]
+
+
+def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def norms(width: int) -> dict[str, Tensor]:
+        return {"hidden_norm_weight": normal(width), "embedding_norm_weight": normal(width)}
+
+    yield {"hidden": normal(2, 3, 5, 16), "embedding": normal(2, 3, 5, 16), "weight": normal(16, 32), **norms(16)}
+    yield {"hidden": normal(7, 4, 9).transpose(0, 1), "embedding": normal(4, 7, 18)[..., ::2],
+           "weight": normal(18, 5).T, "order": "embedding_first", "eps": 1e-3, **norms(9)}  # fmt: skip
+    yield {"hidden": normal(0, 3, 8), "embedding": normal(0, 3, 8), "weight": normal(8, 16), **norms(8)}
+
+
+def cost(kwargs: dict[str, Any]) -> Cost:
+    hidden, columns = kwargs["hidden"], kwargs["weight"].shape[0]
+    rows, width = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
+    return Cost(hidden.element_size() * rows * (6 * width + 2 * columns), 12 * rows * width * columns)
+
+
+def _bench(rows: int, width: int) -> Any:
+    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device).to(dtype)
+
+        return {"hidden": normal(rows, width), "embedding": normal(rows, width), "weight": normal(width, 2 * width),
+                "hidden_norm_weight": normal(width), "embedding_norm_weight": normal(width)}  # fmt: skip
+
+    return make
+
+
+OP = register(
+    Op(
+        name="mtp_combine",
+        arguments=Arguments,
+        differentiable=("hidden", "embedding", "weight", "hidden_norm_weight", "embedding_norm_weight"),
+        reference=reference,
+        fake=fake,
+        public=mtp_combine,
+        samples=samples,
+        cost=cost,
+        bench={"cpu": _bench(4096, 512), "genie": _bench(36 * 16 * 256, 512), "pixels": _bench(32 * 24 * 1024, 1024)},
+    )
+)

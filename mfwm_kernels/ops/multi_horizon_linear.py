@@ -1,0 +1,193 @@
+"""multi_horizon_linear: K heads on the conditioned hidden state, without storing a fan-out.
+
+out_i = F.linear(fan_out_i(pool 1), weights[i], biases[i])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import arguments as check
+from ..autocast import cast
+from ..horizons import Horizons
+from ..monitor import GradMonitor
+from ..registry import Cost, Op, call, register
+from . import fan_out as fan_out_op
+
+
+class Arguments(NamedTuple):
+    hidden: Tensor
+    actions: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    norm_weight: Tensor | None
+    lag_weight: Tensor | None
+    segment_ids: Tensor | None
+    scale: Tensor | None
+    norms: Tensor | None
+    cosines: Tensor | None
+    offsets: list[int]
+    norm_eps: float
+    window_start: int
+
+
+def multi_horizon_linear(
+    hidden: Tensor,
+    actions: Tensor,
+    weights: Sequence[Tensor],
+    horizons: Horizons,
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    lag_weight: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    window_start: int = 1,
+    grad_monitor: GradMonitor | None = None,
+) -> tuple[Tensor, ...]:
+    """K linear heads, each on the hidden state conditioned on its horizon's action window.
+
+    Equivalent to `[F.linear(state, weights[i], biases[i]) for i, state in enumerate(fan_out(hidden, actions, horizons,
+    pool=(1,) * K, norm_weight=norm_weight, ...))]`. Under autocast every floating tensor is cast as F.linear does.
+
+    Args:
+        hidden: [B, T, Hp, Wp, D] or [B, T, S, D]; fp32, bf16, fp16 or fp64, any strides.
+        actions: [B, T_a, D] with T_a >= T.
+        weights: K tensors [N_i, D].
+        horizons: its offsets say which actions are summed; its factors play no part.
+        biases: K tensors [N_i] (None for a head without one), or None for no biases.
+        norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor: as in fan_out.
+
+    Returns:
+        K tensors [B, T, Hp, Wp, N_i] (or [B, T, S, N_i]), dtype of hidden. Differentiable with respect to hidden,
+        actions, weights, biases, norm_weight and lag_weight.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value.
+
+    Source: "Multi-Frame Prediction for World Models"; the heads of a multi-token predictor (Gloeckle et al.,
+    arXiv 2404.19737) with an action window.
+    """
+    check.tensor("hidden", hidden, (4, 5))
+    device = hidden.device
+    hidden, norm_weight, lag_weight = cast(hidden, device), cast(norm_weight, device), cast(lag_weight, device)
+    if isinstance(actions, Tensor):
+        actions = cast(actions, device)
+    checked = fan_out_op.check_conditioning(
+        hidden, actions, horizons, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
+    )
+    count, width = len(horizons), hidden.shape[-1]
+    weights = [cast(weight, device) for weight in check.tensors("weights", weights, count, 2)]
+    for i, weight in enumerate(weights):
+        check.shape(f"weights[{i}]", weight, (weight.shape[0], width), "[N, D]")
+        check.non_zero_sizes(f"weights[{i}]", weight, may_be_zero=())
+        check.like(f"weights[{i}]", weight, "hidden", hidden)
+    if biases is None:
+        biases = [None] * count
+    elif not isinstance(biases, (list, tuple)):
+        raise TypeError(f"biases must be a list or tuple of tensors, got {type(biases).__name__}")
+    elif len(biases) != count:
+        raise ValueError(f"biases must have one entry per horizon, {count}; got {len(biases)}")
+    biases = [cast(bias, device) for bias in biases]
+    for i, bias in enumerate(biases):
+        if bias is not None:
+            check.tensor(f"biases[{i}]", bias, 1)
+            check.shape(f"biases[{i}]", bias, (weights[i].shape[0],), "[N]")
+            check.like(f"biases[{i}]", bias, "hidden", hidden)
+    norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
+    args = Arguments(
+        hidden, actions, weights, biases, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
+        list(horizons.offsets), norm_eps, window_start,
+    )  # fmt: skip
+    return tuple(call(OP, args))
+
+
+def reference(
+    hidden: Tensor,
+    actions: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    norm_weight: Tensor | None,
+    lag_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    scale: Tensor | None,
+    norms: Tensor | None,
+    cosines: Tensor | None,
+    offsets: list[int],
+    norm_eps: float,
+    window_start: int,
+) -> tuple[Tensor, ...]:
+    states = fan_out_op.reference(
+        hidden, actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
+        offsets, [1] * len(offsets), norm_eps, window_start,
+    )  # fmt: skip
+    return tuple(F.linear(state, weight, bias) for state, weight, bias in zip(states, weights, biases, strict=True))
+
+
+def fake(args: Arguments) -> list[Tensor]:
+    return [args.hidden.new_empty(*args.hidden.shape[:-1], weight.shape[0]) for weight in args.weights]
+
+
+def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    cascade = Horizons.cascade(4)
+    segments = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 2, 2, 2]], device=device)
+    yield {
+        "hidden": normal(2, 3, 4, 5, 24), "actions": normal(2, 5, 24), "horizons": cascade,
+        "weights": [normal(n, 24) for n in (48, 12, 3, 1)], "biases": [normal(48), None, normal(3), normal(1)],
+        "norm_weight": normal(24), "segment_ids": segments,
+    }  # fmt: skip
+    yield {
+        "hidden": normal(3, 2, 7, 17).transpose(0, 1), "actions": normal(2, 4, 34)[..., ::2],
+        "horizons": Horizons((0, 1, 3), (1, 1, 3)), "weights": [normal(17, n).T for n in (5, 9, 2)],
+        "norm_weight": normal(3, 17), "lag_weight": normal(3, 3, 17), "window_start": 0,
+    }  # fmt: skip
+    yield {"hidden": normal(2, 4, 3, 8), "actions": normal(2, 4, 8), "horizons": cascade,
+           "weights": [normal(6, 8) for _ in range(4)]}  # fmt: skip
+    yield {"hidden": normal(0, 4, 3, 8), "actions": normal(0, 4, 8), "horizons": Horizons.next_frame(),
+           "weights": [normal(6, 8)]}  # fmt: skip
+
+
+def cost(kwargs: dict[str, Any]) -> Cost:
+    hidden, columns = kwargs["hidden"], sum(weight.shape[0] for weight in kwargs["weights"])
+    rows, width = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
+    # Forward reads hidden and writes the outputs; backward reads hidden and the gradients and writes d hidden.
+    return Cost(hidden.element_size() * rows * (3 * width + 2 * columns), 6 * rows * width * columns)
+
+
+def _bench(batch: int, positions: int, side: int, width: int, columns: tuple[int, ...]) -> Any:
+    states = fan_out_op.bench_states(batch, positions, side, width)
+
+    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        heads = [(torch.randn(n, width, device=device) / width**0.5).to(dtype) for n in columns]
+        return {**states(dtype, device), "weights": heads}
+
+    return make
+
+
+OP = register(
+    Op(
+        name="multi_horizon_linear",
+        arguments=Arguments,
+        differentiable=("hidden", "actions", "weights", "biases", "norm_weight", "lag_weight"),
+        reference=reference,
+        fake=fake,
+        public=multi_horizon_linear,
+        samples=samples,
+        cost=cost,
+        bench={
+            "cpu": _bench(4, 16, 16, 512, (192, 48, 12, 3)),
+            "genie": _bench(36, 16, 16, 512, (48, 12, 3, 3)),
+            "pixels": _bench(32, 24, 32, 1024, (192, 48, 12, 3)),
+            "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
+        },
+        mutated_in_backward=("norms", "cosines"),
+    )
+)

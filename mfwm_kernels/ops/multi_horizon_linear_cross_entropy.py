@@ -1,0 +1,368 @@
+"""multi_horizon_linear_cross_entropy: token losses of K horizons, against pooled one-hot targets.
+
+z            = F.linear(inputs[i], weight), softcapped
+target       = mean of the one-hot ids of the f_i x f_i tokens that a cell covers
+per_horizon  = mean over the cells that count of  logsumexp(z) - <target, z>   (smoothed, plus z_loss * logsumexp(z)^2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import arguments as check
+from ..autocast import cast
+from ..horizons import Horizons, check_horizons, counts_at
+from ..ids import checked_ids, raise_pending
+from ..losses import DETACH, HorizonLoss, check_consistency, check_weights
+from ..registry import Cost, Op, call, register
+
+
+class Arguments(NamedTuple):
+    inputs: list[Tensor]
+    weight: list[Tensor]
+    tokens: Tensor
+    weights: Tensor
+    consistency_weights: Tensor | None
+    segment_ids: Tensor | None
+    token_mask: Tensor | None
+    offsets: list[int]
+    factors: list[int]
+    pairs: list[int]
+    factored: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    chunk_size: int
+    detach: str
+    return_accuracy: bool
+
+
+def multi_horizon_linear_cross_entropy(
+    inputs: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    tokens: Tensor,
+    horizons: Horizons,
+    *,
+    weights: Tensor | Sequence[float] | None = None,
+    segment_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    consistency_weights: Tensor | Sequence[float] | None = None,
+    detach: str | None = "near",
+    return_accuracy: bool = False,
+) -> HorizonLoss:
+    """Cross-entropy of K horizons' tokens; far horizons are asked for the mix of ids in each of their larger cells.
+
+    Equivalent, where everything counts, to
+    `sum(weights[i] * F.cross_entropy(F.linear(inputs[i][:, :T_v - k], weight).flatten(0, 3), target_i.flatten(0, 3)))`
+    with `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i:]` as class probabilities. Softmaxes in fp32 (fp64 for
+    fp64). Under autocast inputs and weight are cast as F.linear does.
+
+    Args:
+        inputs: K tensors [B, T, Hp / f_i, Wp / f_i, D]; fp32, bf16, fp16 or fp64, any strides.
+        weight: [V, D] shared by the horizons, or K such tensors. With factored tokens [F * V, D], row f * V + v.
+        tokens: [B, T_v, Hp, Wp] int32 or int64 with T_v >= T, or factored [B, T_v, Hp, Wp, F]: the sum of F
+            cross-entropies.
+        horizons: offsets in frames, factors in tokens.
+        weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
+        segment_ids: [B, T_v], the episode of each frame.
+        token_mask: [B, T_v, Hp, Wp] bool, True = counts. It acts at offset 0 alone (MaskGIT: only the masked tokens of
+            frame n are to be predicted); there an id where it is False leaves the mean as an ignored one does.
+        ignore_index: ids equal to it leave the mean; a cell with none left does not count.
+        label_smoothing: e: (1 - e) * nll + e * (logsumexp(z) - mean z).
+        z_loss: adds z_loss * logsumexp(z)^2.
+        softcap: c: z = c * tanh(z / c), first of all.
+        chunk_size: the most rows of logits that a chunked backend keeps alive; by default from a byte budget. The
+            reference keeps all of them.
+        consistency_weights: [K], for the pairs (0, j): cross-entropy of the far cell's distribution under the mean of
+            the near distributions of the cells that it covers, at position n + k_j - k_0, over the positions where both
+            horizons count. f_j must be a multiple of f_0 where the weight is not 0.
+        detach: "near": the near side is the teacher; "far"; None: both learn.
+        return_accuracy: also the share of counted cells (with factored tokens: of their ids) whose argmax is the cell's
+            most frequent id, the smallest of those where several are.
+
+    Returns:
+        HorizonLoss with counts in cells.
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value. An id outside [0, V) that is not
+        ignore_index: ValueError, on the CPU at once; on a GPU from the next call or `mfwm_kernels.check_errors()`.
+
+    Source: "Multi-Frame Prediction for World Models"; z-loss: PaLM, arXiv 2204.02311; softcap: Gemma 2, arXiv
+    2408.00118.
+    """
+    raise_pending()
+    check_horizons(horizons)
+    count = len(horizons)
+    check.tensor("tokens", tokens, (4, 5), check.INTEGER_IDS)
+    check.non_zero_sizes("tokens", tokens)
+    device = tokens.device
+    inputs = [cast(entry, device) for entry in check.tensors("inputs", inputs, count, 5)]
+    shared = isinstance(weight, Tensor)
+    if isinstance(weight, Tensor):
+        heads = [check.tensor("weight", weight, 2)]
+    else:
+        heads = check.tensors("weight", weight, count, 2)
+    heads = [cast(head, device) for head in heads]
+    batch, frames, height, width = tokens.shape[:4]
+    positions, depth = inputs[0].shape[1], inputs[0].shape[4]
+    for i, (entry, factor) in enumerate(zip(inputs, horizons.factors, strict=True)):
+        if height % factor or width % factor:
+            raise ValueError(
+                f"factors[{i}] = {factor} does not divide the token grid {height} x {width} "
+                f"(tokens has shape {list(tokens.shape)})"
+            )
+        expected = (batch, positions, height // factor, width // factor, depth)
+        check.shape(f"inputs[{i}]", entry, expected, "[B, T, Hp / f, Wp / f, D]")
+        check.like(f"inputs[{i}]", entry, "inputs[0]", inputs[0])
+    check.non_zero_sizes("inputs[0]", inputs[0])
+    check.same_device("tokens", tokens, "inputs[0]", inputs[0])
+    if frames < positions:
+        raise ValueError(
+            f"tokens must have at least as many frames as inputs positions: T_v = {frames}, T = {positions}"
+        )
+    factored = tokens.shape[4] if tokens.dim() == 5 else 1
+    for i, head in enumerate(heads):
+        name = "weight" if shared else f"weight[{i}]"
+        check.shape(name, head, (heads[0].shape[0], depth), "[V, D]")
+        check.non_zero_sizes(name, head, may_be_zero=())
+        check.like(name, head, "inputs[0]", inputs[0])
+        if head.shape[0] % factored:
+            raise ValueError(f"{name} must have F * V rows, a multiple of F = {factored}; got shape {list(head.shape)}")
+    if token_mask is not None:
+        check.tensor("token_mask", token_mask, 4, (torch.bool,))
+        check.shape("token_mask", token_mask, (batch, frames, height, width), "[B, T_v, Hp, Wp]")
+        check.same_device("token_mask", token_mask, "tokens", tokens)
+    segment_ids = check.segments(segment_ids, batch, frames, "T_v", "tokens", tokens)
+    ignore_index = check.integer("ignore_index", ignore_index, least=-(2**31))
+    label_smoothing = check.number("label_smoothing", label_smoothing, least=0)
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing must be <= 1, got {label_smoothing}")
+    consistency, pairs = check_consistency(consistency_weights, horizons, device, matrix=False)
+    args = Arguments(
+        inputs,
+        heads,
+        tokens,
+        check_weights(weights, count, device),
+        consistency,
+        segment_ids,
+        token_mask,
+        list(horizons.offsets),
+        list(horizons.factors),
+        pairs,
+        factored,
+        ignore_index,
+        label_smoothing,
+        check.number("z_loss", z_loss, least=0),
+        0.0 if softcap is None else check.number("softcap", softcap, above=0),
+        0 if chunk_size is None else check.integer("chunk_size", chunk_size, least=1),
+        check.choice("detach", detach, DETACH) or "none",
+        check.flag("return_accuracy", return_accuracy),
+    )
+    outputs = call(OP, args)
+    return HorizonLoss(*outputs)
+
+
+def reference(
+    inputs: list[Tensor],
+    weight: list[Tensor],
+    tokens: Tensor,
+    weights: Tensor,
+    consistency_weights: Tensor | None,
+    segment_ids: Tensor | None,
+    token_mask: Tensor | None,
+    offsets: list[int],
+    factors: list[int],
+    pairs: list[int],
+    factored: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk_size: int,
+    detach: str,
+    return_accuracy: bool,
+) -> tuple[Tensor, ...]:
+    batch, frames = tokens.shape[:2]
+    positions = inputs[0].shape[1]
+    vocabulary = weight[0].shape[0] // factored
+    computed = torch.promote_types(inputs[0].dtype, torch.float32)
+    ids = checked_ids(tokens, vocabulary, ignore_index)
+    if tokens.dim() == 4:
+        ids = ids.unsqueeze(-1)
+
+    logits, losses, counts, hits = [], [], [], []
+    for i, (offset, factor) in enumerate(zip(offsets, factors, strict=True)):
+        z = F.linear(inputs[i], weight[i % len(weight)]).to(computed).unflatten(-1, (factored, vocabulary))
+        if softcap:
+            z = softcap * torch.tanh(z / softcap)
+        logits.append(z)
+        inside = max(0, min(positions, frames - offset))
+        keep = ids != ignore_index
+        if offset == 0 and token_mask is not None:
+            keep = keep & token_mask[..., None]
+        target, any_left = pooled_target(ids, keep, factor, vocabulary, computed)
+        position_counts = counts_at(offset, positions, frames, segment_ids, batch, tokens.device)[:, :inside]
+        # [B, inside, h, w, F]: which ids' cross-entropies are taken.
+        taken = any_left[:, offset : offset + inside] & position_counts[:, :, None, None, None]
+        target, z = target[:, offset : offset + inside], z[:, :inside]
+        normaliser = z.logsumexp(-1)
+        loss = (1 - label_smoothing) * (normaliser - (target * z).sum(-1))
+        loss = loss + label_smoothing * (normaliser - z.mean(-1)) + z_loss * normaliser.square()
+        count = taken.any(-1).sum()
+        losses.append(torch.where(taken, loss, 0).sum() / count.clamp_min(1))
+        counts.append(count)
+        hit = (z.argmax(-1) == target.argmax(-1)) & taken
+        hits.append(hit.sum().to(computed) / taken.sum().clamp_min(1))
+
+    shape = (len(inputs),) if consistency_weights is None else consistency_weights.shape
+    agreement = torch.zeros(shape, dtype=computed, device=tokens.device)
+    agreement_counts = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
+    total = (weights.to(computed) * torch.stack(losses)).sum()
+    for i, j in zip(pairs[::2], pairs[1::2], strict=True):
+        apart = offsets[j] - offsets[i]
+        inside = max(0, positions - apart)
+        near = logits[i].detach() if detach == "near" else logits[i]
+        far = logits[j].detach() if detach == "far" else logits[j]
+        teacher = pool_grid(near[:, apart:].softmax(-1), factors[j] // factors[i])
+        entropy = -(teacher * far[:, :inside].log_softmax(-1)).sum((-1, -2))
+        far_counts = counts_at(offsets[j], positions, frames, segment_ids, batch, tokens.device)
+        near_counts = counts_at(offsets[i], positions, frames, segment_ids, batch, tokens.device)
+        both = (far_counts[:, :inside] & near_counts[:, apart:])[:, :, None, None]
+        count = both.sum() * (entropy.shape[2] * entropy.shape[3])
+        mean = torch.where(both, entropy, 0).sum() / count.clamp_min(1)
+        assert consistency_weights is not None
+        total = total + consistency_weights[j].to(computed) * mean
+        agreement[j], agreement_counts[j] = mean.detach(), count
+    outputs = (total, torch.stack(losses), torch.stack(counts), agreement, agreement_counts)
+    return (*outputs, torch.stack(hits)) if return_accuracy else outputs
+
+
+def pooled_target(ids: Tensor, keep: Tensor, factor: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean one-hot of the kept ids of each factor x factor cell, [B, T_v, h, w, F, V], and whether any is kept."""
+    one_hot = F.one_hot(ids.where(keep, 0), vocabulary).to(dtype) * keep[..., None]
+    kept = pool_grid(keep.to(dtype)[..., None], factor)
+    return pool_grid(one_hot, factor) / kept.where(kept > 0, 1), kept[..., 0] > 0
+
+
+def pool_grid(cells: Tensor, factor: int) -> Tensor:
+    """Mean over factor x factor cells of [B, T, h, w, F, V]."""
+    if factor == 1:
+        return cells
+    height, width = cells.shape[2:4]
+    blocks = cells.unflatten(3, (width // factor, factor)).unflatten(2, (height // factor, factor))
+    return blocks.mean(dim=(3, 5))
+
+
+def fake(args: Arguments) -> list[Tensor]:
+    first, count = args.inputs[0], len(args.inputs)
+    out = torch.promote_types(first.dtype, torch.float32)
+    outputs = [
+        first.new_empty((), dtype=out),
+        first.new_empty(count, dtype=out),
+        first.new_empty(count, dtype=torch.int64),
+        first.new_empty(count, dtype=out),
+        first.new_empty(count, dtype=torch.int64),
+    ]
+    return [*outputs, first.new_empty(count, dtype=out)] if args.return_accuracy else outputs
+
+
+def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def ids(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, device=device)
+
+    def inputs(horizons: Horizons, batch: int, positions: int, height: int, width: int, depth: int) -> list[Tensor]:
+        return [normal(batch, positions, height // f, width // f, depth) for f in horizons.factors]
+
+    cascade = Horizons.cascade(3)
+    segments = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 2, 2, 2]], device=device)
+    yield {
+        "inputs": inputs(cascade, 2, 5, 4, 8, 12), "weight": normal(19, 12), "tokens": ids(19, 2, 5, 4, 8),
+        "horizons": cascade, "segment_ids": segments, "return_accuracy": True,
+    }  # fmt: skip
+    tokens = ids(7, 2, 5, 4, 4, 2)
+    tokens[0, :, :2, :2] = -1
+    yield {
+        "inputs": inputs(cascade, 2, 4, 4, 4, 9), "weight": [normal(14, 9) for _ in range(3)], "tokens": tokens.int(),
+        "horizons": cascade, "ignore_index": -1, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0,
+        "weights": torch.tensor([1.0, 0.5, 0.25], device=device), "consistency_weights": [0, 0.5, 0.25], "detach": None,
+    }  # fmt: skip
+    maskgit = Horizons((0, 1), (1, 2))
+    yield {
+        "inputs": inputs(maskgit, 2, 3, 2, 4, 8), "weight": normal(6, 8), "tokens": ids(6, 2, 3, 2, 4),
+        "horizons": maskgit, "token_mask": torch.rand(2, 3, 2, 4, device=device) < 0.5,
+        "consistency_weights": torch.tensor([0.0, 0.5], device=device),
+    }  # fmt: skip
+    yield {
+        "inputs": inputs(cascade, 0, 3, 4, 4, 8),
+        "weight": normal(6, 8),
+        "tokens": ids(6, 0, 3, 4, 4),
+        "horizons": cascade,
+    }
+    yield {
+        "inputs": inputs(cascade, 2, 0, 4, 4, 8),
+        "weight": normal(6, 8),
+        "tokens": ids(6, 2, 3, 4, 4),
+        "horizons": cascade,
+    }
+
+
+def cost(kwargs: dict[str, Any]) -> Cost:
+    inputs, weight = kwargs["inputs"], kwargs["weight"]
+    heads = [weight] if isinstance(weight, Tensor) else list(weight)
+    rows = [entry.numel() // entry.shape[-1] for entry in inputs]
+    vocabulary, depth = heads[0].shape
+    # Inputs and weights are read, their gradients written; logits need never reach memory.
+    elements = sum(entry.numel() for entry in inputs) + sum(head.numel() for head in heads)
+    moved = 2 * elements * inputs[0].element_size()
+    return Cost(moved, 6 * sum(rows) * vocabulary * depth)
+
+
+def _bench(batch: int, time: int, side: int, vocabulary: int, depth: int, factored: int = 1) -> Any:
+    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        horizons = Horizons.cascade(4)
+        shape = (batch, time, side, side) if factored == 1 else (batch, time, side, side, factored)
+        return {
+            "inputs": [
+                torch.randn(batch, time, side // f, side // f, depth, device=device).to(dtype) for f in horizons.factors
+            ],
+            "weight": (torch.randn(factored * vocabulary, depth, device=device) / depth**0.5).to(dtype),
+            "tokens": torch.randint(0, vocabulary, shape, device=device),
+            "horizons": horizons,
+        }  # fmt: skip
+
+    return make
+
+
+OP = register(
+    Op(
+        name="multi_horizon_linear_cross_entropy",
+        arguments=Arguments,
+        differentiable=("inputs", "weight", "weights", "consistency_weights"),
+        reference=reference,
+        fake=fake,
+        public=multi_horizon_linear_cross_entropy,
+        samples=samples,
+        cost=cost,
+        bench={
+            "cpu": _bench(4, 8, 16, 1024, 512),
+            "genie": _bench(36, 16, 16, 1024, 512),
+            "1x": _bench(16, 16, 16, 512, 256, factored=2),
+            "wide": _bench(16, 4, 16, 262144, 2048),
+        },
+        gradients_in_forward=True,
+    )
+)

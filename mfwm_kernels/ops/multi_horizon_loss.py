@@ -1,0 +1,335 @@
+"""multi_horizon_loss: every loss about a frame in one pass over the video, the predictions and their gradients.
+
+per_horizon_i  = mean over valid (b, n) of l(preds[i][b, n] - avg_pool(video[b, n + k_i], f_i))
+consistency_ij = mean over valid (b, n) of l(preds[j][b, n] - avg_pool(preds[i][b, n + k_j - k_i], f_j / f_i)),  i < j
+total          = sum_i weights[i] * per_horizon_i + sum_ij consistency_weights[i, j] * consistency_ij
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import arguments as check
+from ..horizons import Horizons, check_horizons, counts_at
+from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, place_of
+from ..registry import Backend, Cost, Op, call, register
+from .video_pyramid import (
+    VIDEO,
+    box_average,
+    check_divisible,
+    check_normalisation,
+    check_patch_sizes,
+    normalise,
+    output_shape,
+    unpatchify,
+)
+
+KINDS = ("mse", "l1", "huber", "charbonnier")
+
+
+class Arguments(NamedTuple):
+    preds: list[Tensor]
+    video: Tensor
+    weights: Tensor
+    consistency_weights: Tensor | None
+    segment_ids: Tensor | None
+    offsets: list[int]
+    factors: list[int]
+    pairs: list[int]
+    patch_sizes: list[int] | None
+    kind: str
+    detach: str
+    residual: bool
+    scale: float
+    shift: float
+    delta: float
+    eps: float
+
+
+def multi_horizon_loss(
+    preds: Sequence[Tensor],
+    video: Tensor,
+    horizons: Horizons,
+    *,
+    kind: str = "mse",
+    weights: Tensor | Sequence[float] | None = None,
+    consistency_weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
+    detach: str | None = None,
+    patch_sizes: Sequence[int] | None = None,
+    residual: bool = False,
+    scale: float | None = None,
+    shift: float | None = None,
+    segment_ids: Tensor | None = None,
+    delta: float = 1.0,
+    eps: float = 1e-3,
+) -> HorizonLoss:
+    """Losses of K predictions against the frames they are of, and against each other.
+
+    Equivalent, where everything counts and kind is "mse", to
+    `sum(weights[i] * F.mse_loss(preds[i][:, :T_v - k], avg_pool(scale * video + shift, f)[:, k:]) for i, (k, f) in
+    enumerate(zip(offsets, factors)))` plus, for each pair i < j with a consistency weight c,
+    `c * F.mse_loss(preds[j][:, :-d], avg_pool(preds[i], f_j // f_i)[:, d:])`, d = k_j - k_i. A horizon counts at
+    position n when n + k_i < T_v and, with segment_ids, both frames lie in one segment; each mean is over its own
+    count, and a count of 0 gives loss 0 and gradient 0. Differences and sums are taken in fp32 (fp64 for fp64).
+
+    Args:
+        preds: K tensors [B, T, C, H / f_i, W / f_i], or tokens [B, T, S_i, P_i * P_i * C] with patch_sizes; fp32, bf16,
+            fp16 or fp64, any strides.
+        video: [B, T_v, C, H, W] with T_v >= T, uint8 or floating, any strides; a constant, it gets no gradient.
+        horizons: offsets in frames, factors by which the targets are smaller.
+        kind: of the difference d: "mse" d^2, "l1" |d|, "huber" as F.huber_loss with `delta`, "charbonnier"
+            sqrt(d^2 + eps^2).
+        weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
+        consistency_weights: [K], for the pairs (0, j) (entry 0 unused), or [K, K], for any pair [i, j] with i < j;
+            f_j must be a multiple of f_i where the weight is not 0.
+        detach: None: both sides of a consistency pair learn; "near": side i gets no gradient; "far": side j gets none.
+        patch_sizes: K integers: preds are in the token layout of video_pyramid.
+        residual: the prediction is preds[i][:, n] + avg_pool(video[:, n], f_i): the head predicts the change.
+        scale, shift: applied to video, as in video_pyramid.
+        segment_ids: [B, T_v] int32 or int64, the episode of each frame.
+        delta, eps: of "huber" and "charbonnier", in units of the normalised video.
+
+    Returns:
+        HorizonLoss with counts in elements; fp32 (fp64 for fp64 predictions).
+
+    Raises:
+        ValueError, TypeError: naming the argument, the rule and the value.
+
+    Source: "Multi-Frame Prediction for World Models" (cascade targets, consistency); Charbonnier et al., ICIP 1994.
+    """
+    check_horizons(horizons)
+    count = len(horizons)
+    check.tensor("video", video, 5, VIDEO)
+    check.non_zero_sizes("video", video)
+    if video.requires_grad:
+        raise ValueError("video must not require grad: targets are constants; pass video.detach()")
+    patch_sizes = check_patch_sizes(patch_sizes, count)
+    check_divisible(video, horizons.factors, patch_sizes)
+    preds = check.tensors("preds", preds, count, 5 if patch_sizes is None else 4)
+    positions = preds[0].shape[1]
+    for i, pred in enumerate(preds):
+        expected = list(output_shape(video, horizons.factors[i], None if patch_sizes is None else patch_sizes[i]))
+        expected[1] = positions
+        meaning = "[B, T, C, H / f, W / f]" if patch_sizes is None else "[B, T, S, P * P * C]"
+        check.shape(f"preds[{i}]", pred, expected, meaning)
+        check.like(f"preds[{i}]", pred, "preds[0]", preds[0])
+    check.same_device("video", video, "preds[0]", preds[0])
+    if video.shape[1] < positions:
+        raise ValueError(
+            f"video must have at least as many frames as preds have positions: T_v = {video.shape[1]}, T = {positions}"
+        )
+    segment_ids = check.segments(segment_ids, video.shape[0], video.shape[1], "T_v", "video", video)
+    scale, shift = check_normalisation(video, scale, shift)
+    consistency, pairs = check_consistency(consistency_weights, horizons, video.device)
+    args = Arguments(
+        preds,
+        video,
+        check_weights(weights, count, video.device),
+        consistency,
+        segment_ids,
+        list(horizons.offsets),
+        list(horizons.factors),
+        pairs,
+        patch_sizes,
+        check.choice("kind", kind, KINDS),
+        check.choice("detach", detach, DETACH) or "none",
+        check.flag("residual", residual),
+        scale,
+        shift,
+        check.number("delta", delta, above=0),
+        check.number("eps", eps, above=0),
+    )
+    return HorizonLoss(*call(OP, args))
+
+
+def reference(
+    preds: list[Tensor],
+    video: Tensor,
+    weights: Tensor,
+    consistency_weights: Tensor | None,
+    segment_ids: Tensor | None,
+    offsets: list[int],
+    factors: list[int],
+    pairs: list[int],
+    patch_sizes: list[int] | None,
+    kind: str,
+    detach: str,
+    residual: bool,
+    scale: float,
+    shift: float,
+    delta: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    batch, frames, channels, height, width = video.shape
+    positions, device = preds[0].shape[1], video.device
+    target = normalise(video, scale, shift, preds[0].dtype)
+    computed = target.dtype
+
+    predictions, valid, losses, counts = [], [], [], []
+    for i, (offset, factor) in enumerate(zip(offsets, factors, strict=True)):
+        prediction = preds[i].to(computed)
+        if patch_sizes is not None:
+            prediction = unpatchify(prediction, patch_sizes[i], channels, height // factor, width // factor)
+        pyramid = box_average(target, factor)
+        if residual:
+            prediction = prediction + pyramid[:, :positions]
+        predictions.append(prediction)
+        valid.append(counts_at(offset, positions, frames, segment_ids, batch, device))
+        inside = max(0, min(positions, frames - offset))
+        loss = pointwise_loss(prediction[:, :inside] - pyramid[:, offset : offset + inside], kind, delta, eps)
+        mean, count = mean_where(loss, valid[i][:, :inside])
+        losses.append(mean)
+        counts.append(count)
+
+    shape = (len(preds),) if consistency_weights is None else consistency_weights.shape
+    agreement = torch.zeros(shape, dtype=computed, device=device)
+    agreement_counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    total = (weights.to(computed) * torch.stack(losses)).sum()
+    for i, j in zip(pairs[::2], pairs[1::2], strict=True):
+        apart = offsets[j] - offsets[i]
+        inside = max(0, positions - apart)
+        near = predictions[i].detach() if detach == "near" else predictions[i]
+        far = predictions[j].detach() if detach == "far" else predictions[j]
+        near = box_average(near[:, apart:], factors[j] // factors[i])
+        both = valid[j][:, :inside] & valid[i][:, apart:]
+        mean, count = mean_where(pointwise_loss(far[:, :inside] - near, kind, delta, eps), both)
+        assert consistency_weights is not None
+        place = place_of((i, j), shape)
+        total = total + consistency_weights[place].to(computed) * mean
+        agreement[place], agreement_counts[place] = mean.detach(), count
+    # fp64 video with fp32 predictions computes in fp64; the results are in the predictions' precision.
+    out = torch.promote_types(preds[0].dtype, torch.float32)
+    return total.to(out), torch.stack(losses).to(out), torch.stack(counts), agreement.to(out), agreement_counts
+
+
+def pointwise_loss(difference: Tensor, kind: str, delta: float, eps: float) -> Tensor:
+    if kind == "mse":
+        return difference.square()
+    if kind == "l1":
+        return difference.abs()
+    if kind == "huber":
+        return F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=delta)
+    return (difference.square() + eps**2).sqrt()
+
+
+def mean_where(loss: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of [B, N, C, h, w] over the positions where `valid` [B, N], and the number of elements; 0 over nothing."""
+    elements = loss.shape[2] * loss.shape[3] * loss.shape[4]
+    count = valid.sum() * elements
+    total = torch.where(valid[:, :, None, None, None], loss, 0).sum()
+    return total / count.clamp_min(1), count
+
+
+def fake(args: Arguments) -> list[Tensor]:
+    first, count = args.preds[0], len(args.preds)
+    out = torch.promote_types(first.dtype, torch.float32)
+    shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
+    return [
+        first.new_empty((), dtype=out),
+        first.new_empty(count, dtype=out),
+        first.new_empty(count, dtype=torch.int64),
+        first.new_empty(shape, dtype=out),
+        first.new_empty(shape, dtype=torch.int64),
+    ]
+
+
+def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def bytes_(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+
+    def inputs(video: Tensor, horizons: Horizons, positions: int, patch_sizes: tuple[int, ...] | None = None) -> Any:
+        preds = []
+        for i, factor in enumerate(horizons.factors):
+            shape = list(output_shape(video, factor, None if patch_sizes is None else patch_sizes[i]))
+            shape[1] = positions
+            preds.append(normal(*shape))
+        tokens = {} if patch_sizes is None else {"patch_sizes": patch_sizes}
+        return {"preds": preds, "video": video, "horizons": horizons, **tokens}
+
+    cascade = Horizons.cascade(4)
+    segments = torch.tensor([[0] * 4 + [1] * 8, [5] * 12], device=device)
+    yield inputs(bytes_(2, 12, 3, 16, 24), cascade, 12)
+    yield {
+        **inputs(bytes_(2, 12, 8, 16, 3).permute(0, 1, 4, 2, 3), cascade, 10),
+        "weights": torch.tensor([1.0, 0.5, 0.25, 0.125], device=device), "segment_ids": segments,
+        "consistency_weights": torch.tensor([0.0, 0.3, 0.2, 0.1], device=device), "residual": True,
+    }  # fmt: skip
+    yield {
+        **inputs(normal(2, 12, 1, 18, 12), Horizons((0, 1, 3), (1, 3, 3)), 12, (2, 1, 2)),
+        "kind": "huber", "delta": 0.7, "consistency_weights": [[0, 0.5, 0.25], [0, 0, 1.5], [0, 0, 0]],
+        "detach": "near", "segment_ids": segments.int(),
+    }  # fmt: skip
+    yield {
+        **inputs(bytes_(2, 12, 3, 16, 8), cascade, 12, (4, 4, 2, 1)), "kind": "charbonnier", "eps": 0.1,
+        "consistency_weights": [0, 1, 0, 0.5], "detach": "far", "weights": [1, 2, 0, 0.5], "residual": True,
+    }  # fmt: skip
+    multi = inputs(normal(1, 6, 16, 8, 8), Horizons.multi_resolution(), 5)
+    yield {**multi, "preds": [torch.stack([p, p], -1)[..., 0] for p in multi["preds"]], "kind": "l1",
+           "consistency_weights": [0, 1, 1, 0.5, 0.25]}  # fmt: skip
+    # Shorter than the longest offset: the last horizon counts nowhere.
+    yield {**inputs(bytes_(1, 5, 3, 8, 8), cascade, 5), "consistency_weights": [0.0, 1.0, 1.0, 1.0]}
+    yield inputs(bytes_(0, 4, 3, 8, 8), cascade, 4)
+    yield inputs(bytes_(2, 3, 3, 8, 8), cascade, 0)
+
+
+def cost(kwargs: dict[str, Any]) -> Cost:
+    video, preds = kwargs["video"], kwargs["preds"]
+    elements = sum(pred.numel() for pred in preds)
+    # The video and the predictions are read once, the gradients written once.
+    moved = video.numel() * video.element_size() + 2 * elements * preds[0].element_size()
+    return Cost(moved, (2 + len(preds)) * video.numel() + 8 * elements)
+
+
+def _bench(
+    batch: int, time: int, channels: int, size: int, factors: tuple[int, ...], patch: int | None, latents: bool = False
+) -> Any:
+    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        shape = (batch, time, channels, size, size)
+        video = torch.randn(shape, device=device).to(dtype) if latents else torch.randint(
+            0, 256, shape, device=device, dtype=torch.uint8
+        )  # fmt: skip
+        horizons = Horizons((1, 2, 4, 8), factors)
+        preds = [torch.randn(output_shape(video, f, patch), device=device).to(dtype) for f in factors]
+        kwargs = {"preds": preds, "video": video, "horizons": horizons, "consistency_weights": [0.0, 0.1, 0.1, 0.1]}
+        return kwargs if patch is None else {**kwargs, "patch_sizes": (patch,) * len(factors)}
+
+    return make
+
+
+OP = register(
+    Op(
+        name="multi_horizon_loss",
+        arguments=Arguments,
+        differentiable=("preds", "weights", "consistency_weights"),
+        reference=reference,
+        fake=fake,
+        public=multi_horizon_loss,
+        samples=samples,
+        cost=cost,
+        bench={
+            "cpu": _bench(8, 24, 3, 128, (1, 2, 4, 8), None),
+            "genie": _bench(36, 16, 3, 64, (1, 2, 4, 4), 4),
+            "pixels": _bench(32, 24, 3, 256, (1, 2, 4, 8), 8),
+            "latents": _bench(16, 32, 16, 32, (1, 2, 2, 2), 2, latents=True),
+        },
+        backends={
+            "cpu": Backend(
+                kernels=("multi_horizon_loss",),
+                dtypes=check.FLOATING,
+            ),
+            "triton": Backend(
+                kernels=("multi_horizon_loss",),
+                refuses=lambda args: "video is float64" if args.video.dtype == torch.float64 else "",
+            ),
+        },
+        gradients_in_forward=True,
+    )
+)

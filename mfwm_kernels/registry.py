@@ -1,0 +1,457 @@
+"""The Op record, the choice of a backend, and the two ways a call reaches it.
+
+In eager mode a call goes straight to an autograd.Function: the registered-op boundary costs tens of microseconds.
+Under torch.compile it goes through `torch.ops.mfwm.<name>`, registered here from the same record. The `reference`
+backend is plain PyTorch: the compiler traces through it.
+
+An op's *flat arguments* are a NamedTuple of tensors, tensor lists, numbers and strings, in the order of its schema.
+A backend is a module `mfwm_kernels.<backend>.<op>` with
+
+    forward(args, wanted) -> (outputs, extras)
+    backward(args, wanted, grads) -> [gradient of each wanted leaf]        (absent where `gradients_in_forward`)
+
+A *leaf* is a differentiable tensor of the flat arguments, in order, lists flattened, None left out; `wanted` has a bool
+for each. Where `gradients_in_forward`, `extras` are the gradients of outputs[0] with respect to the wanted leaves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import names
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class BackendError(ValueError, RuntimeError):
+    """A forced backend cannot serve a call: wrong name, not installed, or an option it does not have."""
+
+
+def _import_native() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("mfwm_kernels._native"), ""
+    except ImportError as error:
+        return None, f"the compiled module mfwm_kernels._native did not import: {error}"
+
+
+native, _native_reason = _import_native()
+
+
+def _triton_reason() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs Triton's interpreter on the CPU)"
+    return ""
+
+
+def _cuda_reason() -> str:
+    if native is None:
+        return _native_reason
+    if not native.has_cuda:
+        return "mfwm_kernels._native was built without CUDA"
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+# Why a backend is absent from this machine; an empty string means that it is present.
+ABSENT: dict[str, str] = {"reference": "", "cpu": _native_reason, "triton": _triton_reason(), "cuda": _cuda_reason()}
+
+
+class Cost(NamedTuple):
+    """The fewest bytes that must cross memory and the fewest floating-point operations, forward and backward."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend of an op launches, and the calls that it refuses: `refuses(args)` gives the reason, or ''."""
+
+    kernels: tuple[str, ...]
+    refuses: Callable[[Any], str] = lambda args: ""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, whole: what dispatch, the generic tests, the self-check and the benchmarks know of it.
+
+    arguments          NamedTuple type of the flat call
+    differentiable     its fields that may receive gradients
+    reference          the op as plain PyTorch, called with the flat arguments by position; returns a tuple of tensors
+    fake               (args) -> outputs as empty tensors: shapes and dtypes only
+    public             the function users call
+    samples            (dtype, device) -> keyword arguments of `public`, odd shapes and strides included
+    cost               (keyword arguments) -> Cost, forward and backward
+    bench              benchmark size -> (dtype, device) -> keyword arguments
+    backends           name -> Backend, the faster ones first: `auto` takes the first that serves
+    gradients_in_forward  the forward makes the gradients of outputs[0]; only that output is differentiable
+    mutated_in_backward   fields that the backward writes (a gradient monitor)
+    """
+
+    name: str
+    arguments: type
+    differentiable: tuple[str, ...]
+    reference: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[[Any], list[Tensor]]
+    public: Callable[..., Any]
+    samples: Callable[[torch.dtype, torch.device], Iterator[dict[str, Any]]]
+    cost: Callable[[dict[str, Any]], Cost]
+    bench: Mapping[str, Callable[[torch.dtype, torch.device], dict[str, Any]]] = field(default_factory=dict)
+    backends: Mapping[str, Backend] = field(default_factory=dict)
+    gradients_in_forward: bool = False
+    mutated_in_backward: tuple[str, ...] = ()
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Enter `op` into the table and, if it has a backend besides the reference, into torch.library."""
+    OPS[op.name] = op
+    if op.backends:
+        _register_with_torch(op)
+    return op
+
+
+# ---- choosing a backend
+
+# Process-wide on purpose: a plain global is what torch.compile can guard on.
+_forced: str = os.environ.get("MFWM_BACKEND", "auto")
+
+
+class use_backend:
+    """Context manager that forces one backend for every op: `with use_backend("cpu"): ...`.
+
+    "auto" gives the choice back. A forced backend that cannot serve a call raises BackendError.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name != "auto" and name not in BACKENDS:
+            raise ValueError(f"name must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+        self.name = name
+
+    def __enter__(self) -> None:
+        global _forced
+        self.previous = _forced
+        _forced = self.name
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self.previous
+
+
+def refusal(op: Op, backend: str, args: Any) -> str:
+    """Why `backend` cannot serve this call, or ''."""
+    if backend == "reference":
+        return ""
+    if backend not in op.backends:
+        return f"{op.name} has no {backend} kernel"
+    if ABSENT[backend]:
+        return ABSENT[backend]
+    first = first_tensor(args)
+    device = first.device.type
+    if device not in served_devices(backend):
+        return f"it serves {' and '.join(served_devices(backend))} tensors, these are on {first.device}"
+    record = op.backends[backend]
+    if first.dtype not in record.dtypes:
+        return f"it serves {names(record.dtypes)}, not {names([first.dtype])}"
+    return record.refuses(args)
+
+
+def served_devices(backend: str) -> tuple[str, ...]:
+    if backend == "cpu":
+        return ("cpu",)
+    if backend == "triton" and INTERPRETED:
+        return ("cuda", "cpu")
+    return ("cuda",)
+
+
+def choose(op: Op, args: Any) -> str:
+    """The backend that this call runs on."""
+    if _forced != "auto":
+        if _forced not in BACKENDS:
+            raise ValueError(f"MFWM_BACKEND must be one of auto, {', '.join(BACKENDS)}; got {_forced!r}")
+        reason = refusal(op, _forced, args)
+        if reason:
+            raise BackendError(f"backend {_forced!r} cannot serve this call of {op.name}: {reason}")
+        return _forced
+    interpreter_would_run = first_tensor(args).device.type == "cpu"
+    for backend in op.backends:
+        # The interpreter is for checking kernels: it is right and very slow.
+        if not (backend == "triton" and interpreter_would_run) and not refusal(op, backend, args):
+            return backend
+    return "reference"
+
+
+def first_tensor(args: Any) -> Tensor:
+    """The tensor whose dtype and device stand for the call's."""
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
+
+
+def load(op: Op, backend: str) -> ModuleType:
+    return importlib.import_module(f"mfwm_kernels.{backend}.{op.name}")
+
+
+# ---- flat arguments
+
+
+def leaves_of(op: Op, args: Any) -> list[Tensor]:
+    """The differentiable tensors of `args`, in order."""
+    leaves = []
+    for name in op.differentiable:
+        value = getattr(args, name)
+        if isinstance(value, Tensor):
+            leaves.append(value)
+        elif value is not None:
+            leaves.extend([entry for entry in value if entry is not None])
+    return leaves
+
+
+def with_leaves(op: Op, args: Any, leaves: Sequence[Tensor]) -> Any:
+    """`args` with its leaves replaced."""
+    rest = list(leaves)
+    changed: dict[str, Any] = {}
+    for name in op.differentiable:
+        value = getattr(args, name)
+        if isinstance(value, Tensor):
+            changed[name] = rest.pop(0)
+        elif value is not None:
+            changed[name] = [None if entry is None else rest.pop(0) for entry in value]
+    return args._replace(**changed)
+
+
+def gradients_by_field(op: Op, args: Any, gradients: Sequence[Tensor | None]) -> dict[str, Any]:
+    """The gradients of the leaves, nested as the fields of `args` are."""
+    rest = list(gradients)
+    nested: dict[str, Any] = {}
+    for name in op.differentiable:
+        value = getattr(args, name)
+        if isinstance(value, Tensor):
+            nested[name] = rest.pop(0)
+        elif value is not None:
+            nested[name] = [None if entry is None else rest.pop(0) for entry in value]
+    return nested
+
+
+def spread(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of the wanted leaves -> one entry per leaf, None where unwanted."""
+    rest = iter(gradients)
+    return [next(rest) if want else None for want in wanted]
+
+
+# ---- calling
+
+
+def call(op: Op, args: Any) -> list[Tensor]:
+    """Run `op` on checked flat arguments; the outputs are those of `op.reference`."""
+    backend = choose(op, args)
+    leaves = leaves_of(op, args)
+    grad = torch.is_grad_enabled()
+    wanted = [grad and leaf.requires_grad for leaf in leaves]
+    if torch.compiler.is_compiling():
+        if backend == "reference":
+            outputs = list(op.reference(*args))
+        else:
+            flat = getattr(torch.ops.mfwm, op.name).default(*args, wanted, backend)
+            outputs = list(flat[: len(flat) - (sum(wanted) if op.gradients_in_forward else 0)])
+        return [outputs[0], *(o.detach() for o in outputs[1:])] if op.gradients_in_forward else outputs
+    if not any(wanted):
+        if backend == "reference":
+            return list(op.reference(*args))
+        return list(load(op, backend).forward(args, wanted)[0])
+    function = _Reference if backend == "reference" else _Kernel
+    return list(function.apply(op, backend, args, wanted, *leaves))
+
+
+def _first_order_only(op: Op) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op.name} has no second derivative: call backward without create_graph=True")
+
+
+class _Reference(torch.autograd.Function):
+    """The reference, differentiated by autograd on a graph of its own: first order only, like every backend."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, backend: str, args: Any, wanted: list[bool], *leaves: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            own = [leaf.detach().requires_grad_(want) for leaf, want in zip(leaves, wanted, strict=True)]
+            outputs = op.reference(*with_leaves(op, args, own))
+        ctx.op, ctx.wanted = op, wanted
+        ctx.inputs = [leaf for leaf, want in zip(own, wanted, strict=True) if want]
+        ctx.outputs = outputs
+        ctx.set_materialize_grads(False)
+        detached = tuple(output.detach() for output in outputs)
+        if op.gradients_in_forward:
+            ctx.mark_non_differentiable(*detached[1:])
+        return detached
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _first_order_only(ctx.op)
+        pairs = [(o, g) for o, g in zip(ctx.outputs, grads, strict=True) if g is not None and o.requires_grad]
+        gradients: Sequence[Tensor | None] = [None] * len(ctx.inputs)
+        if pairs:
+            outputs, upstream = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(outputs, ctx.inputs, upstream, retain_graph=True, allow_unused=True)
+        return (None, None, None, None, *spread(ctx.wanted, gradients))  # type: ignore[arg-type]
+
+
+class _Kernel(torch.autograd.Function):
+    """A backend module's forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, backend: str, args: Any, wanted: list[bool], *leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs, extras = load(op, backend).forward(args, wanted)
+        ctx.op, ctx.backend, ctx.wanted, ctx.extras = op, backend, wanted, extras
+        # Saved through autograd, not on ctx: a tensor changed in place before the backward is then an error.
+        flat, ctx.structure = torch.utils._pytree.tree_flatten(tuple(args))
+        ctx.is_tensor = [isinstance(value, Tensor) for value in flat]
+        ctx.rest = [None if isinstance(value, Tensor) else value for value in flat]
+        ctx.save_for_backward(*[value for value in flat if isinstance(value, Tensor)])
+        ctx.set_materialize_grads(False)
+        if op.gradients_in_forward:
+            ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        op, wanted = ctx.op, ctx.wanted
+        _first_order_only(op)
+        if all(grad is None for grad in grads):
+            return (None,) * (4 + len(wanted))
+        saved = iter(ctx.saved_tensors)
+        flat = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
+        args = op.arguments(*torch.utils._pytree.tree_unflatten(flat, ctx.structure))
+        module = load(op, ctx.backend)
+        if op.gradients_in_forward:
+            # The first backward scales the stored gradients in place and lets go of them; another one makes them again.
+            extras, ctx.extras = ctx.extras, None
+            if extras is None:
+                extras = module.forward(args, wanted)[1]
+            assert grads[0] is not None
+            gradients = getattr(module, "scale", scale_in_place)(extras, grads[0])
+        else:
+            gradients = module.backward(args, wanted, list(grads))
+        return (None, None, None, None, *spread(wanted, gradients))
+
+
+def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """gradients *= upstream, without touching them where it is known to be 1."""
+    if upstream.device.type == "cpu":
+        factor = upstream.item()
+        return gradients if factor == 1 else [gradient.mul_(factor) for gradient in gradients]
+    return [gradient.mul_(upstream) for gradient in gradients]
+
+
+# ---- torch.library
+
+_library = torch.library.Library("mfwm", "DEF")
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "list[Tensor]": "Tensor[]",
+    "list[Tensor | None]": "Tensor?[]",
+    "list[int]": "int[]",
+    "list[float]": "float[]",
+    "list[int] | None": "int[]?",
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+    "torch.dtype": "ScalarType",
+}
+
+
+def schema_of(op: Op, mutated: Sequence[str] = ()) -> str:
+    """The schema of the flat arguments, from their annotations."""
+    parts = []
+    for name, annotation in op.arguments.__annotations__.items():
+        kind = _SCHEMA_TYPES[annotation if isinstance(annotation, str) else annotation.__forward_arg__]
+        if name in mutated:
+            kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + mutated.index(name))}!)")
+        parts.append(f"{kind} {name}")
+    return ", ".join(parts)
+
+
+def _register_with_torch(op: Op) -> None:
+    count = len(op.arguments.__annotations__)
+
+    def forward(*flat: Any) -> list[Tensor]:
+        args, (wanted, backend) = op.arguments(*flat[:count]), flat[count:]
+        outputs, extras = load(op, backend).forward(args, list(wanted))
+        return [*outputs, *extras]
+
+    def forward_fake(*flat: Any) -> list[Tensor]:
+        args, (wanted, _) = op.arguments(*flat[:count]), flat[count:]
+        outputs = list(op.fake(args))
+        if op.gradients_in_forward:
+            outputs += [
+                leaf.new_empty(leaf.shape) for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want
+            ]
+        return outputs
+
+    _library.define(f"{op.name}({schema_of(op)}, bool[] wanted, str backend) -> Tensor[]")
+    _library.impl(op.name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfwm::{op.name}", forward_fake, lib=_library)
+
+    if not op.gradients_in_forward:
+
+        def backward(*flat: Any) -> list[Tensor]:
+            args, (grads, wanted, backend) = op.arguments(*flat[:count]), flat[count:]
+            return list(load(op, backend).backward(args, list(wanted), list(grads)))
+
+        def backward_fake(*flat: Any) -> list[Tensor]:
+            args, (_, wanted, _) = op.arguments(*flat[:count]), flat[count:]
+            return [leaf.new_empty(leaf.shape) for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
+
+        _library.define(
+            f"{op.name}_backward({schema_of(op, op.mutated_in_backward)}, "
+            "Tensor?[] grads, bool[] wanted, str backend) -> Tensor[]"
+        )
+        _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mfwm::{op.name}_backward", backward_fake, lib=_library)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        args, (wanted, backend) = op.arguments(*inputs[:count]), inputs[count:]
+        ctx.wanted, ctx.backend = list(wanted), backend
+        flat, ctx.structure = torch.utils._pytree.tree_flatten(tuple(args))
+        ctx.is_tensor = [isinstance(value, Tensor) for value in flat]
+        ctx.rest = [None if isinstance(value, Tensor) else value for value in flat]
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        ctx.extras = sum(ctx.wanted) if op.gradients_in_forward else 0
+        ctx.save_for_backward(*tensors, *output[len(output) - ctx.extras :])
+
+    def autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        saved = list(ctx.saved_tensors)
+        extras = saved[len(saved) - ctx.extras :]
+        tensors = iter(saved)
+        flat = [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
+        args = op.arguments(*torch.utils._pytree.tree_unflatten(flat, ctx.structure))
+        if op.gradients_in_forward:
+            upstream = grads[0]
+            assert upstream is not None
+            # Multiplied in fp32 (fp64 for fp64): a loss scale may not be representable in the gradients' dtype.
+            gradients = [
+                (extra.to(torch.promote_types(extra.dtype, torch.float32)) * upstream).to(extra.dtype)
+                for extra in extras
+            ]
+        else:
+            backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default
+            gradients = backward_op(*args, grads, ctx.wanted, ctx.backend)
+        nested = gradients_by_field(op, args, spread(ctx.wanted, gradients))
+        return (*(nested.get(name) for name in op.arguments.__annotations__), None, None)
+
+    torch.library.register_autograd(f"mfwm::{op.name}", autograd_backward, setup_context=setup_context, lib=_library)
