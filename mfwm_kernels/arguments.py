@@ -86,7 +86,8 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     value = float(value)
-    if not math.isfinite(value):
+    # Not math.isfinite: under torch.compile with dynamic shapes the number may be symbolic.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -1,0 +1,91 @@
+"""python -m mfwm_kernels.info [--json]: what is installed, and which backend serves which op."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__, registry
+from .arguments import names
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, as every results file records them."""
+    triton = None
+    if importlib.util.find_spec("triton") is not None:
+        triton = importlib.import_module("triton").__version__
+    return {
+        "mfwm_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "triton_interpreter": registry.INTERPRETED,
+        "native": registry.native.build_info() if registry.native is not None else None,
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "forced_backend": None if registry._forced == "auto" else registry._forced,
+    }
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def ops() -> dict[str, dict[str, Any]]:
+    """For each op: each backend's kernels, dtypes and, where it is absent here, why; and what `auto` takes."""
+    table: dict[str, dict[str, Any]] = {}
+    for op in registry.OPS.values():
+        backends: dict[str, Any] = {"reference": {"kernels": [], "dtypes": "all", "absent": ""}}
+        for name, backend in op.backends.items():
+            backends[name] = {
+                "kernels": list(backend.kernels),
+                "dtypes": names(backend.dtypes),
+                "absent": registry.ABSENT[name],
+            }
+        auto = {device: automatic(op, device) for device in ("cpu", "cuda")}
+        table[op.name] = {"backends": backends, "auto": auto}
+    return table
+
+
+def automatic(op: registry.Op, device: str) -> str:
+    """What `auto` takes on this kind of device, where no option makes a backend refuse."""
+    for name in op.backends:
+        serves = device in registry.served_devices(name) and not (name == "triton" and device == "cpu")
+        if serves and not registry.ABSENT[name]:
+            return name
+    return "reference"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    if arguments.json:
+        print(json.dumps({"environment": environment(), "ops": ops()}, indent=2))
+        return
+    for key, value in environment().items():
+        print(f"{key:20} {value}")
+    print()
+    width = max(map(len, registry.OPS))
+    print(f"{'op':{width}}  {'auto on cpu':12} {'auto on cuda':12}  backends")
+    for name, row in ops().items():
+        listed = ", ".join(b + ("" if not r["absent"] else " (absent)") for b, r in row["backends"].items())
+        print(f"{name:{width}}  {row['auto']['cpu']:12} {row['auto']['cuda']:12}  {listed}")
+    for backend, reason in registry.ABSENT.items():
+        if reason:
+            print(f"\n{backend} is absent: {reason}")
+
+
+if __name__ == "__main__":
+    main()

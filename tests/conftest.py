@@ -1,0 +1,79 @@
+"""Fixtures and comparisons shared by the tests of the ops."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# Before Triton is imported anywhere: without a GPU its kernels are checked in the interpreter.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from torch import Tensor
+
+from mfwm_kernels.check import tensors_of
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin give NaN (or the largest integer): what a kernel forgets to write is then seen."""
+
+    def poison(make: Any) -> Any:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+def require_grad(op: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call with its differentiable tensors as leaves that require grad."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(leaf(entry) for entry in value)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            # Of the same strides: a plain clone would be contiguous.
+            strided = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            return strided.copy_(value).requires_grad_()
+        return value
+
+    return {name: leaf(value) if name in op.differentiable else value for name, value in kwargs.items()}
+
+
+def leaves(op: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    return [t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad]
+
+
+def differentiable_outputs(result: Any) -> list[Tensor]:
+    return [result.total] if hasattr(result, "total") else tensors_of(result)
+
+
+def gradients(op: Any, kwargs: dict[str, Any], result: Any, upstream: list[Tensor]) -> list[Tensor]:
+    """Gradients of every leaf, zeros where none flows."""
+    outputs = differentiable_outputs(result)
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
+    wanted = leaves(op, kwargs)
+    if not pairs or not wanted:
+        return [torch.zeros_like(leaf) for leaf in wanted]
+    got = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(got, wanted, strict=True)]

@@ -1,0 +1,273 @@
+"""Every op, on every backend present, in every dtype: from the op's own record, so a new op is tested by existing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import differentiable_outputs, gradients, leaves, require_grad
+
+import mfwm_kernels  # noqa: F401  (registers the ops)
+from mfwm_kernels import registry
+from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
+from mfwm_kernels.registry import ABSENT, OPS, BackendError, served_devices, use_backend
+
+
+@contextlib.contextmanager
+def profiled_backend() -> Iterator[list[str]]:
+    """The backends that calls are given."""
+    used: list[str] = []
+    original = registry.choose
+
+    def choose(op: Any, args: Any) -> str:
+        used.append(original(op, args))
+        return used[-1]
+
+    registry.choose = choose
+    try:
+        yield used
+    finally:
+        registry.choose = original
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def backends_of(op: Any) -> list[str]:
+    """The backends of `op` that can run on this machine, the reference among them."""
+    present = [name for name in op.backends if not ABSENT[name] and DEVICE.type in served_devices(name)]
+    if torch.cuda.is_available():
+        present += [name for name in op.backends if name == "cpu" and not ABSENT[name]]
+    return ["reference", *present]
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cpu") if backend == "cpu" else DEVICE
+
+
+def cases() -> Iterator[Any]:
+    for op in OPS.values():
+        for backend in backends_of(op):
+            for dtype in DTYPES:
+                if backend != "reference" and dtype not in op.backends[backend].dtypes:
+                    continue
+                yield pytest.param(op, backend, dtype, id=f"{op.name}-{backend}-{str(dtype)[6:]}")
+
+
+def per_backend() -> list[Any]:
+    return [pytest.param(op, b, id=f"{op.name}-{b}") for op in OPS.values() for b in backends_of(op)]
+
+
+def samples(op: Any, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    torch.manual_seed(1)
+    return list(op.samples(dtype, device))
+
+
+def upstream_of(result: Any) -> list[torch.Tensor]:
+    """Random upstream gradients, so that a backward that assumes 1 is caught."""
+    return [torch.randn_like(output) for output in differentiable_outputs(result)]
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype"), list(cases()))
+def test_values_and_gradients(op: Any, backend: str, dtype: torch.dtype, poisoned_empty: None) -> None:
+    for number, sample in enumerate(samples(op, dtype, device_of(backend))):
+        kwargs = require_grad(op, sample)
+        with use_backend(backend):
+            result = op.public(**kwargs)
+        exact_kwargs = require_grad(op, doubled(sample))
+        with use_backend("reference"):
+            exact = op.public(**exact_kwargs)
+        where = f"sample {number}"
+        for place, (got, want) in enumerate(zip(tensors_of(result), tensors_of(exact), strict=True)):
+            if got.is_floating_point():
+                assert got.shape == want.shape
+                error = relative_error(got, want)
+                assert error <= TOLERANCE[dtype], f"{where}, output {place}: relative error {error:.2e}"
+            else:
+                assert torch.equal(got, want), f"{where}, output {place}"
+        upstream = upstream_of(result)
+        with use_backend("cpu" if backend == "reference" else "reference"):  # a backward keeps its forward's backend
+            got_gradients = gradients(op, kwargs, result, upstream)
+        want_gradients = gradients(op, exact_kwargs, exact, upstream)
+        for place, (got, want, leaf) in enumerate(zip(got_gradients, want_gradients, leaves(op, kwargs), strict=True)):
+            assert got.dtype == leaf.dtype
+            error = relative_error(got, want)
+            # Weights of horizons stay fp32 in a fp64 call.
+            assert error <= max(TOLERANCE[dtype], TOLERANCE[leaf.dtype]), (
+                f"{where}, gradient {place} {list(leaf.shape)}: relative error {error:.2e}"
+            )
+
+
+@pytest.mark.parametrize(("op", "backend"), per_backend())
+def test_nothing_is_written_to_the_inputs(op: Any, backend: str) -> None:
+    for sample in samples(op, torch.float32, device_of(backend)):
+        kwargs = require_grad(op, sample)
+        before = [t.detach().clone() for t in tensors_of(list(kwargs.values()))]
+        versions = [t._version for t in tensors_of(list(kwargs.values()))]
+        with use_backend(backend):
+            result = op.public(**kwargs)
+            gradients(op, kwargs, result, upstream_of(result))
+        after = tensors_of(list(kwargs.values()))
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert versions == [t._version for t in after]
+
+
+@pytest.mark.parametrize(("op", "backend"), per_backend())
+def test_only_the_wanted_gradients(op: Any, backend: str) -> None:
+    """Each leaf alone gets the gradient that it gets among all."""
+    sample = samples(op, torch.float32, device_of(backend))[1]
+    kwargs = require_grad(op, sample)
+    with use_backend(backend):
+        result = op.public(**kwargs)
+        upstream = upstream_of(result)
+        together = gradients(op, kwargs, result, upstream)
+        for chosen in range(len(together)):
+            alone = require_grad(op, sample)
+            for place, leaf in enumerate(leaves(op, alone)):
+                leaf.requires_grad_(place == chosen)
+            (gradient,) = gradients(op, alone, op.public(**alone), upstream)
+            assert relative_error(gradient, together[chosen]) <= 1e-6
+
+
+@pytest.mark.parametrize(("op", "backend"), per_backend())
+def test_one_output_at_a_time(op: Any, backend: str) -> None:
+    """Outputs that nobody uses send no gradient."""
+    sample = samples(op, torch.float32, device_of(backend))[0]
+    with use_backend(backend):
+        kwargs = require_grad(op, sample)
+        outputs = differentiable_outputs(op.public(**kwargs))
+        if not leaves(op, kwargs) or len(outputs) == 1:
+            return
+        upstream = [torch.randn_like(output) for output in outputs]
+        together = gradients(op, kwargs, outputs, upstream)
+        summed = [torch.zeros_like(g) for g in together]
+        for place in range(len(outputs)):
+            kwargs = require_grad(op, sample)
+            output = differentiable_outputs(op.public(**kwargs))[place]
+            for total, g in zip(summed, gradients(op, kwargs, [output], [upstream[place]]), strict=True):
+                total += g
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(summed, together, strict=True))
+
+
+@pytest.mark.parametrize(("op", "backend"), per_backend())
+def test_backward_again_and_create_graph(op: Any, backend: str) -> None:
+    sample = samples(op, torch.float32, device_of(backend))[0]
+    with use_backend(backend):
+        kwargs = require_grad(op, sample)
+        if not leaves(op, kwargs):
+            return
+        outputs = differentiable_outputs(op.public(**kwargs))
+        upstream = [torch.randn_like(output) for output in outputs]
+        first = torch.autograd.grad(outputs, leaves(op, kwargs), upstream, retain_graph=True, allow_unused=True)
+        doubled_upstream = [2 * g for g in upstream]
+        again = torch.autograd.grad(outputs, leaves(op, kwargs), doubled_upstream, retain_graph=True, allow_unused=True)
+        for a, b in zip(first, again, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or relative_error(b, 2 * a) <= 1e-6
+        with pytest.raises(RuntimeError, match=op.name):
+            torch.autograd.grad(outputs, leaves(op, kwargs), upstream, create_graph=True, allow_unused=True)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS.values()])
+def test_gradcheck(op: Any) -> None:
+    """The gradient formulas against finite differences, in fp64: reference, and the CPU kernels where they are."""
+    for backend in [b for b in backends_of(op) if b in ("reference", "cpu")]:
+        for sample in samples(op, torch.float64, torch.device("cpu"))[:3]:
+            if "detach" in op.arguments._fields:
+                # A detached side makes the gradient differ from the derivative, on purpose.
+                sample = {**sample, "detach": None}
+            kwargs = require_grad(op, doubled(sample))
+            if not leaves(op, kwargs):
+                continue
+
+            def outputs(*_: torch.Tensor, kwargs: dict[str, Any] = kwargs) -> tuple[torch.Tensor, ...]:
+                return tuple(o for o in differentiable_outputs(op.public(**kwargs)) if o.requires_grad)
+
+            with use_backend(backend):
+                torch.autograd.gradcheck(outputs, leaves(op, kwargs), fast_mode=True, eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "backend"), per_backend())
+def test_no_gradient_wanted(op: Any, backend: str) -> None:
+    sample = samples(op, torch.float32, device_of(backend))[0]
+    with use_backend(backend):
+        with_grad = tensors_of(op.public(**require_grad(op, sample)))
+        with torch.no_grad():
+            without = tensors_of(op.public(**require_grad(op, sample)))
+    assert not any(t.requires_grad for t in without)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(with_grad, without, strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("op", "backend"), [p for p in per_backend() if p.values[1] != "triton"])
+def test_compile_fullgraph(op: Any, backend: str, dynamic: bool) -> None:
+    """Compiled without a graph break: the same values and gradients as in eager mode."""
+    torch._dynamo.reset()
+    sample = samples(op, torch.float32, device_of(backend))[0]
+    with use_backend(backend):
+        compiled = torch.compile(op.public, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        eager_kwargs, compiled_kwargs = require_grad(op, sample), require_grad(op, sample)
+        eager, got = op.public(**eager_kwargs), compiled(**compiled_kwargs)
+        for a, b in zip(tensors_of(eager), tensors_of(got), strict=True):
+            assert relative_error(b, a) <= 1e-5
+        upstream = upstream_of(eager)
+        for a, b in zip(
+            gradients(op, eager_kwargs, eager, upstream), gradients(op, compiled_kwargs, got, upstream), strict=True
+        ):
+            assert relative_error(b, a) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [p for p in per_backend() if p.values[1] in ("cpu", "cuda")] or [pytest.param(None, "", id="none")],
+)
+def test_opcheck(op: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registered op keeps torch's contract (schema, fake, autograd), on the arguments a compiled call passes."""
+    if op is None:
+        pytest.fail("no compiled backend present: the module mfwm_kernels._native is part of a test installation")
+    seen: list[tuple[Any, ...]] = []
+    registered = getattr(torch.ops.mfwm, op.name).default
+
+    def record(op_: Any, args: Any) -> list[torch.Tensor]:
+        wanted = [leaf.requires_grad for leaf in registry.leaves_of(op_, args)]
+        seen.append((*args, wanted, backend))
+        return original(op_, args)
+
+    original = registry.call
+    module = __import__(op.public.__module__, fromlist=["call"])
+    monkeypatch.setattr(module, "call", record)
+    with use_backend(backend):
+        for sample in samples(op, torch.float32, device_of(backend))[:3]:
+            op.public(**require_grad(op, sample))
+    for flat in seen:
+        torch.library.opcheck(registered, flat, raise_exception=True)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS.values()])
+def test_forced_backend_refuses_by_name(op: Any) -> None:
+    sample = samples(op, torch.float64, torch.device("cpu"))[0]
+    for backend in ("triton", "cuda"):
+        with use_backend(backend), pytest.raises(BackendError, match=f"'{backend}'.*{op.name}"):
+            op.public(**sample)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS.values()])
+def test_auto_takes_the_first_that_serves(op: Any) -> None:
+    seen: list[str] = []
+    for sample in samples(op, torch.float32, torch.device("cpu"))[:1]:
+        for backend in op.backends:
+            # The interpreter is never chosen by itself.
+            if backend != "triton" and not ABSENT[backend] and "cpu" in served_devices(backend):
+                seen.append(backend)
+        with profiled_backend() as used:
+            op.public(**sample)
+        assert used == [seen[0] if seen else "reference"]
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match="name must be one of auto, reference, cpu, triton, cuda; got 'opencl'"):
+        use_backend("opencl")
