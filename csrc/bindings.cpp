@@ -1,0 +1,131 @@
+// Python numbers and (pointer, dtype code, sizes, strides) tuples -> the structs of ops.h. The GIL is released while a
+// kernel runs. This is the only file that includes pybind11, and nothing here or below includes torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace mfwm;
+
+namespace {
+
+Array array_of(const py::handle& value) {
+  Array array;
+  if (value.is_none()) return array;
+  const auto fields = value.cast<py::tuple>();
+  const auto sizes = fields[2].cast<py::tuple>(), strides = fields[3].cast<py::tuple>();
+  array.data = reinterpret_cast<void*>(fields[0].cast<uintptr_t>());
+  array.dtype = static_cast<DType>(fields[1].cast<int>());
+  array.rank = static_cast<int>(sizes.size());
+  if (array.rank > 5) throw py::value_error("arrays have at most 5 dimensions");
+  for (int axis = 0; axis < array.rank; ++axis) {
+    array.size[axis] = sizes[axis].cast<int64_t>();
+    array.stride[axis] = strides[axis].cast<int64_t>();
+  }
+  return array;
+}
+
+std::vector<Array> arrays_of(const py::list& values) {
+  std::vector<Array> arrays;
+  for (const py::handle& value : values) arrays.push_back(array_of(value));
+  return arrays;
+}
+
+using Sizes = std::vector<int64_t>;
+using Numbers = std::vector<double>;
+
+ActionWindowSum window_of(const py::handle& actions, const py::handle& lag_weight, const py::handle& segment_ids,
+                          const Sizes& offsets, int64_t window_start, const py::handle& sums, int threads) {
+  return {array_of(actions), array_of(lag_weight), array_of(segment_ids), offsets, window_start, array_of(sums), threads};
+}
+
+FanOut fan_of(const py::handle& hidden, const py::handle& sums, const py::handle& norm_weight, const Sizes& pool,
+              double norm_eps, const py::list& outputs, int threads) {
+  return {array_of(hidden), array_of(sums), array_of(norm_weight), pool, norm_eps, arrays_of(outputs), threads};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Kernels of mfwm_kernels. Arguments are checked by the Python side; nothing is checked here.";
+
+  module.def("action_window_sum_forward",
+             [](py::object actions, py::object lag_weight, py::object segment_ids, const Sizes& offsets,
+                int64_t window_start, py::object sums, int threads) {
+               const auto op = window_of(actions, lag_weight, segment_ids, offsets, window_start, sums, threads);
+               py::gil_scoped_release release;
+               cpu::action_window_sum_forward(op);
+             });
+  module.def("action_window_sum_backward",
+             [](py::object actions, py::object lag_weight, py::object segment_ids, const Sizes& offsets,
+                int64_t window_start, py::object sums, int threads, py::object actions_gradient,
+                py::object lag_weight_gradient) {
+               const auto op = window_of(actions, lag_weight, segment_ids, offsets, window_start, sums, threads);
+               const ActionWindowSumGradients gradients{array_of(actions_gradient), array_of(lag_weight_gradient)};
+               py::gil_scoped_release release;
+               cpu::action_window_sum_backward(op, gradients);
+             });
+  module.def("fan_out_forward", [](py::object hidden, py::object sums, py::object norm_weight, const Sizes& pool,
+                                   double norm_eps, const py::list& outputs, int threads) {
+    const auto op = fan_of(hidden, sums, norm_weight, pool, norm_eps, outputs, threads);
+    py::gil_scoped_release release;
+    cpu::fan_out_forward(op);
+  });
+  module.def("fan_out_backward",
+             [](py::object hidden, py::object sums, py::object norm_weight, const Sizes& pool, double norm_eps,
+                const py::list& upstream, int threads, py::object hidden_gradient, py::object sums_gradient,
+                py::object norm_weight_gradient, py::object gram, const Numbers& scale) {
+               const auto op = fan_of(hidden, sums, norm_weight, pool, norm_eps, upstream, threads);
+               const FanOutGradients gradients{array_of(hidden_gradient), array_of(sums_gradient),
+                                               array_of(norm_weight_gradient), array_of(gram), scale};
+               py::gil_scoped_release release;
+               cpu::fan_out_backward(op, gradients);
+             });
+  module.def("video_pyramid", [](py::object video, const Sizes& factors, const Sizes& patch_sizes, double scale,
+                                 double shift, const py::list& outputs, int threads) {
+    const VideoPyramid op{array_of(video), factors, patch_sizes, scale, shift, arrays_of(outputs), threads};
+    py::gil_scoped_release release;
+    cpu::video_pyramid(op);
+  });
+  module.def("multi_horizon_loss",
+             [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
+                const Numbers& weights, const Numbers& pair_weights, const Sizes& offsets, const Sizes& factors,
+                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual, double scale,
+                double shift, double delta, double eps, int threads) {
+               const MultiHorizonLoss op{
+                   arrays_of(preds), arrays_of(gradients), array_of(video), array_of(segment_ids), weights,
+                   pair_weights, offsets, factors, pairs, patch_sizes, static_cast<LossKind>(kind),
+                   static_cast<Detach>(detach), residual, scale, shift, delta, eps, threads};
+               MultiHorizonLossResult result;
+               {
+                 py::gil_scoped_release release;
+                 result = cpu::multi_horizon_loss(op);
+               }
+               return py::make_tuple(result.total, result.per_horizon, result.counts, result.agreement,
+                                     result.agreement_counts);
+             });
+
+#ifdef MFWM_WITH_CUDA
+  module.def("cuda_video_pyramid", [](py::object video, const Sizes& factors, const Sizes& patch_sizes, double scale,
+                                      double shift, const py::list& outputs, uintptr_t stream) {
+    const VideoPyramid op{array_of(video), factors, patch_sizes, scale, shift, arrays_of(outputs), 0};
+    py::gil_scoped_release release;
+    cuda::video_pyramid(op, reinterpret_cast<void*>(stream));
+  });
+  module.attr("has_cuda") = true;
+#else
+  module.attr("has_cuda") = false;
+#endif
+
+  py::dict build_info;
+#ifdef __VERSION__
+  build_info["compiler"] = std::string(__VERSION__);
+#endif
+  build_info["cuda"] = std::string(MFWM_CUDA_VERSION);
+  build_info["cuda_architectures"] = std::string(MFWM_CUDA_ARCHITECTURES);
+  build_info["simd"] = std::string(MFWM_SIMD_LEVELS);
+  module.attr("build_info") = build_info;
+}

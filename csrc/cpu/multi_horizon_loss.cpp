@@ -1,0 +1,384 @@
+// multi_horizon_loss on the CPU, frame-major: everything that concerns a tile of frame m (its pyramid, the predictions
+// of it made at m - k_i, their losses, the consistency between them, their gradients) meets in the first-level cache,
+// so video, predictions and gradients are each moved once.
+#include <cmath>
+
+#include "pyramid.h"
+
+namespace mfwm::cpu {
+namespace {
+
+template <class C>
+struct Shape {
+  C coefficient, delta, eps;
+};
+
+// The loss of d, and in `slope` its derivative.
+template <LossKind kind, class C>
+MFWM_INLINE C loss_of(C d, const Shape<C>& shape, C& slope) {
+  if constexpr (kind == LossKind::mse) {
+    slope = 2 * d;
+    return d * d;
+  } else if constexpr (kind == LossKind::l1) {
+    slope = d > 0 ? C(1) : d < 0 ? C(-1) : d;  // 0, or NaN
+    return std::abs(d);
+  } else if constexpr (kind == LossKind::huber) {
+    slope = d > shape.delta ? shape.delta : d < -shape.delta ? -shape.delta : d;
+    const C size = std::abs(d);
+    return size > shape.delta ? shape.delta * (size - shape.delta / 2) : d * d / 2;
+  } else {
+    const C root = std::sqrt(d * d + shape.eps * shape.eps);
+    slope = d / root;
+    return root;
+  }
+}
+
+template <LossKind kind, bool with_gradient, class C>
+MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& target, const Tile<C>& gradient,
+                             const Shape<C>& shape) {
+  double total = 0;
+  for (int64_t y = 0; y < target.rows; ++y) {
+    const C *__restrict p = pred.row(y), *__restrict t = target.row(y);
+    C* __restrict g = with_gradient ? gradient.row(y) : nullptr;
+    C sum = 0;
+    for (int64_t x = 0; x < target.columns; ++x) {
+      C slope;
+      sum += loss_of<kind>(p[x] - t[x], shape, slope);
+      if constexpr (with_gradient) g[x] = shape.coefficient * slope;
+    }
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// Sum of the losses of pred - target; coefficient * slope goes to `gradient` where it has data.
+template <class C>
+MFWM_SIMD double loss_and_gradient(LossKind kind, const Tile<const C>& pred, const Tile<const C>& target,
+                                   const Tile<C>& gradient, const Shape<C>& shape) {
+  const auto with = [&](auto tag) __attribute__((always_inline)) {
+    constexpr LossKind k = decltype(tag)::value;
+    return gradient.data ? loss_tile<k, true>(pred, target, gradient, shape)
+                         : loss_tile<k, false>(pred, target, gradient, shape);
+  };
+  switch (kind) {
+    case LossKind::mse: return with(std::integral_constant<LossKind, LossKind::mse>{});
+    case LossKind::l1: return with(std::integral_constant<LossKind, LossKind::l1>{});
+    case LossKind::huber: return with(std::integral_constant<LossKind, LossKind::huber>{});
+    default: return with(std::integral_constant<LossKind, LossKind::charbonnier>{});
+  }
+}
+
+template <class C>
+MFWM_INLINE Tile<const C> read_only(const Tile<C>& tile) {
+  return {tile.data, tile.pitch, tile.rows, tile.columns};
+}
+
+struct Pair {
+  int near, far;
+  int level;  // the far factor's place in the near horizon's chain
+};
+
+// What a thread knows of the frame that it is at: an entry per horizon, then an entry per level of a near chain.
+template <class C>
+struct Meeting {
+  std::vector<char> counted;
+  std::vector<Tile<const C>> pred;
+  std::vector<Tile<C>> gradient;
+  std::vector<Tile<const C>> average_of;
+  std::vector<char> has_gradient;
+
+  explicit Meeting(size_t count)
+      : counted(count), pred(count), gradient(count), average_of(count), has_gradient(count) {}
+};
+
+template <class C>
+struct Loss {
+  const MultiHorizonLoss& op;
+  const int count = static_cast<int>(op.preds.size());
+  const int64_t batch = op.video.size[0], frames = op.video.size[1], channels = op.video.size[2];
+  const int64_t positions = op.preds[0].size[1];
+  // Predictions are of frames offset .. positions - 1 + offset, and those beyond the video get a zero gradient.
+  const int64_t last = std::max(frames, positions + op.offsets.back());
+  Frames video{op.video, 0, channels, op.video.size[3], op.video.size[4]};
+  std::vector<Frames> preds, gradients;
+  std::vector<Level> chain;                    // of the video, base 1
+  std::vector<int> level_of;                   // horizon -> level of that chain
+  std::vector<std::vector<Level>> near_chain;  // of horizon i's predictions, base f_i
+  std::vector<Pair> pairs;
+  Tiling tiling;
+  std::vector<double> coefficient;       // one per horizon, then one per pair
+  std::vector<int64_t> counts;           // elements, likewise
+  // Scratch, in elements from its start.
+  int64_t scratch_size = 0, spare, base;
+  std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, difference_at;
+  std::vector<std::vector<int64_t>> near_at, near_gradient_at;
+
+  explicit Loss(const MultiHorizonLoss& op_)
+      : op(op_),
+        chain(chain_of(1, op_.factors)),
+        near_chain(op_.factors.size()),
+        tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1]) {
+    for (int i = 0; i < count; ++i) {
+      Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
+                  video.width / op.factors[i]};
+      preds.push_back(pred);
+      pred.array = op.gradients[i];
+      gradients.push_back(pred);
+      level_of.push_back(index_of(chain, op.factors[i]));
+      std::vector<int64_t> far;
+      for (size_t k = 0; k < op.pairs.size(); k += 2)
+        if (op.pairs[k] == i) far.push_back(op.factors[op.pairs[k + 1]]);
+      near_chain[i] = chain_of(op.factors[i], far);
+    }
+    for (size_t k = 0; k < op.pairs.size(); k += 2) {
+      const int near = static_cast<int>(op.pairs[k]), far = static_cast<int>(op.pairs[k + 1]);
+      pairs.push_back({near, far, index_of(near_chain[near], op.factors[far])});
+    }
+    lay_out_scratch();
+    count_elements();
+  }
+
+  int64_t take(int64_t factor) {
+    const int64_t at = scratch_size;
+    scratch_size += padded<C>((tiling.rows / factor) * (tiling.columns / factor));
+    return at;
+  }
+
+  void lay_out_scratch() {
+    spare = scratch_size;
+    scratch_size += 2 * padded<C>(tiling.columns);
+    base = take(1);
+    for (const Level& level : chain) level_at.push_back(level.factor == 1 ? base : take(level.factor));
+    // With `residual`, the pyramid of the frame that a prediction is added to.
+    if (op.residual)
+      for (const Level& level : chain) other_level_at.push_back(take(level.factor));
+    near_at.resize(count);
+    near_gradient_at.resize(count);
+    for (int i = 0; i < count; ++i) {
+      pred_at.push_back(take(op.factors[i]));
+      gradient_at.push_back(take(op.factors[i]));
+      difference_at.push_back(take(op.factors[i]));
+      for (const Level& level : near_chain[i]) {
+        near_at[i].push_back(level.factor == op.factors[i] ? -1 : take(level.factor));
+        near_gradient_at[i].push_back(take(level.factor));
+      }
+    }
+  }
+
+  // Horizon i has a position that predicts frame m.
+  bool active(int i, int64_t m) const { return m >= op.offsets[i] && m - op.offsets[i] < positions; }
+  bool counted(int i, int64_t b, int64_t m) const {
+    return m < frames && active(i, m) && same_segment(op.segment_ids, b, m - op.offsets[i], m);
+  }
+
+  void count_elements() {
+    counts.assign(count + pairs.size(), 0);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t m = 0; m < frames; ++m) {
+        for (int i = 0; i < count; ++i) counts[i] += counted(i, b, m);
+        for (size_t p = 0; p < pairs.size(); ++p)
+          counts[count + p] += counted(pairs[p].near, b, m) && counted(pairs[p].far, b, m);
+      }
+    for (size_t k = 0; k < counts.size(); ++k) {
+      const int i = k < preds.size() ? static_cast<int>(k) : pairs[k - count].far;
+      counts[k] *= channels * preds[i].height * preds[i].width;
+      const double weight = k < preds.size() ? op.weights[k] : op.pair_weights[k - count];
+      coefficient.push_back(counts[k] ? weight / static_cast<double>(counts[k]) : 0);
+    }
+  }
+
+  // A tile of one channel of frame m of clip b, at pixel y, x.
+  struct Place {
+    int64_t b, m, c, y, x, rows, columns;
+  };
+
+  MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor) const {
+    return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor};
+  }
+  MFWM_INLINE Shape<C> shape_of(size_t k) const {
+    return {static_cast<C>(coefficient[k]), static_cast<C>(op.delta), static_cast<C>(op.eps)};
+  }
+
+  // The pyramid of frame t at the place, down to the level `coarsest`.
+  MFWM_SIMD void make_pyramid(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at,
+                              int coarsest) const {
+    const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
+    const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1);
+    for (int64_t r = 0; r < bottom.rows; ++r) {
+      C* __restrict row = bottom.row(r);
+      video.load(row, place.b, t, place.c, place.y + r, place.x, bottom.columns);
+      for (int64_t k = 0; k < bottom.columns; ++k) row[k] = row[k] * scale + shift;
+    }
+    for (int l = 0; l <= coarsest; ++l) {
+      const Level& level = chain[l];
+      if (level.factor == 1) continue;
+      const Tile<C> from = level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor);
+      average(from, tile_at(scratch, at[l], place, level.factor), level.ratio, scratch + spare);
+    }
+  }
+
+  // Horizon i's prediction of the frame: where it lies if it can be read there, else a copy in scratch.
+  MFWM_SIMD Tile<const C> prediction(int i, const Place& place, C* scratch) const {
+    const Frames& pred = preds[i];
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
+    const Tile<C> copy = tile_at(scratch, pred_at[i], place, factor);
+    if (!op.residual && pred.template is_plain_image<C>())
+      return {static_cast<const C*>(pred.array.data) + pred.image_offset(place.b, n, place.c, y, x),
+              pred.array.stride[3], copy.rows, copy.columns};
+    for (int64_t r = 0; r < copy.rows; ++r) pred.load(copy.row(r), place.b, n, place.c, y + r, x, copy.columns);
+    if (op.residual) {
+      make_pyramid(n, place, scratch, other_level_at, level_of[i]);
+      const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, factor);
+      for (int64_t r = 0; r < copy.rows; ++r) {
+        C *__restrict to = copy.row(r), *__restrict add = current.row(r);
+        for (int64_t k = 0; k < copy.columns; ++k) to[k] += add[k];
+      }
+    }
+    return read_only(copy);
+  }
+
+  // Where horizon i's gradient is made: in place if it can be, in scratch if it must be converted, nowhere if unwanted.
+  MFWM_INLINE Tile<C> gradient_tile(int i, const Place& place, C* scratch) const {
+    const Frames& gradient = gradients[i];
+    const int64_t factor = op.factors[i];
+    if (!gradient.array) return {};
+    Tile<C> tile = tile_at(scratch, gradient_at[i], place, factor);
+    if (gradient.template is_plain_image<C>()) {
+      const int64_t n = place.m - op.offsets[i];
+      tile.data = static_cast<C*>(gradient.array.data) +
+                  gradient.image_offset(place.b, n, place.c, place.y / factor, place.x / factor);
+      tile.pitch = gradient.array.stride[3];
+    }
+    return tile;
+  }
+
+  MFWM_INLINE void store_gradient(int i, const Place& place, const Tile<C>& tile) const {
+    const Frames& gradient = gradients[i];
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
+    if (!tile.data || gradient.template is_plain_image<C>()) return;
+    for (int64_t r = 0; r < tile.rows; ++r)
+      gradient.store(tile.row(r), place.b, n, place.c, place.y / factor + r, place.x / factor, tile.columns);
+  }
+
+  // The consistency pairs whose near side is horizon `near`.
+  MFWM_SIMD void agree(int near, const Place& place, Meeting<C>& here, double* sums, C* scratch) const {
+    const std::vector<Level>& levels = near_chain[near];
+    const std::vector<Tile<const C>>& pred = here.pred;
+    const std::vector<Tile<C>>& gradient = here.gradient;
+    std::vector<Tile<const C>>& average_of = here.average_of;
+    std::vector<char>& has_gradient = here.has_gradient;
+    const int depth = static_cast<int>(levels.size());
+    std::fill(has_gradient.begin(), has_gradient.end(), 0);
+    const Tile<const C>& p = pred[near];
+    for (int l = 0; l < depth; ++l) {
+      const Level& level = levels[l];
+      const Tile<const C> from = level.parent < 0 ? p : average_of[level.parent];
+      if (level.ratio == 1) {
+        average_of[l] = from;
+        continue;
+      }
+      const Tile<C> to = tile_at(scratch, near_at[near][l], place, level.factor);
+      average(Tile<C>{const_cast<C*>(from.data), from.pitch, from.rows, from.columns}, to, level.ratio, scratch + spare);
+      average_of[l] = read_only(to);
+    }
+    for (size_t k = 0; k < pairs.size(); ++k) {
+      const Pair& pair = pairs[k];
+      if (pair.near != near || !here.counted[pair.far]) continue;
+      const bool near_learns = op.detach != Detach::near && gradient[near].data;
+      const bool far_learns = op.detach != Detach::far && gradient[pair.far].data;
+      Tile<C> difference{};
+      if (near_learns || far_learns) difference = tile_at(scratch, difference_at[pair.far], place, op.factors[pair.far]);
+      sums[count + k] +=
+          loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, shape_of(count + k));
+      if (far_learns) add_repeated(difference, gradient[pair.far], 1, C(1), scratch + spare);
+      if (near_learns) {
+        const Tile<C> level = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
+        if (!has_gradient[pair.level]) std::fill(level.data, level.data + level.rows * level.columns, C(0));
+        has_gradient[pair.level] = true;
+        add_repeated(difference, level, 1, C(1), scratch + spare);
+      }
+    }
+    // From the coarsest level down: what a level is asked for, its parent is asked for in equal parts.
+    for (int l = depth - 1; l >= 0; --l) {
+      if (!has_gradient[l]) continue;
+      const Level& level = levels[l];
+      const Tile<C> from = tile_at(scratch, near_gradient_at[near][l], place, level.factor);
+      const C share = C(1) / static_cast<C>(level.ratio * level.ratio);
+      if (level.parent < 0) {
+        add_repeated(from, gradient[near], level.ratio, -share, scratch + spare);
+        continue;
+      }
+      const int64_t factor = levels[level.parent].factor;
+      const Tile<C> to = tile_at(scratch, near_gradient_at[near][level.parent], place, factor);
+      if (!has_gradient[level.parent]) std::fill(to.data, to.data + to.rows * to.columns, C(0));
+      has_gradient[level.parent] = true;
+      add_repeated(from, to, level.ratio, share, scratch + spare);
+    }
+  }
+
+  // Everything at one place.
+  void meet(const Place& place, Meeting<C>& here, double* sums, C* scratch) const {
+    int coarsest = -1;
+    for (int i = 0; i < count; ++i)
+      if (here.counted[i]) coarsest = std::max(coarsest, level_of[i]);
+    if (coarsest >= 0) make_pyramid(place.m, place, scratch, level_at, coarsest);
+    for (int i = 0; i < count; ++i) {
+      if (!active(i, place.m)) continue;
+      Tile<C>& gradient = here.gradient[i];
+      gradient = gradient_tile(i, place, scratch);
+      if (here.counted[i]) {
+        here.pred[i] = prediction(i, place, scratch);
+        const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
+        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, shape_of(i));
+      } else if (gradient.data) {
+        for (int64_t r = 0; r < gradient.rows; ++r)
+          std::fill(gradient.row(r), gradient.row(r) + gradient.columns, C(0));
+      }
+    }
+    for (int i = 0; i < count; ++i)
+      if (here.counted[i] && !near_chain[i].empty()) agree(i, place, here, sums, scratch);
+    for (int i = 0; i < count; ++i)
+      if (active(i, place.m)) store_gradient(i, place, here.gradient[i]);
+  }
+
+  MultiHorizonLossResult run() const {
+    const size_t terms = coefficient.size();
+    const int64_t units = positions == 0 ? 0 : batch * last * tiling.chunks;
+    // A row of sums per unit, added in order at the end: the result does not depend on which thread did what.
+    std::vector<double> sums(units * terms, 0.0);
+    std::vector<Meeting<C>> meetings(op.threads, Meeting<C>(count));
+    parallel_for<C>(op.threads, units, scratch_size, [&](int64_t unit, C* scratch) {
+      const int64_t chunk = unit % tiling.chunks, m = unit / tiling.chunks % last, b = unit / tiling.chunks / last;
+      const int64_t top = chunk * tiling.chunk_rows, bottom = std::min(tiling.height, top + tiling.chunk_rows);
+      Meeting<C>& here = meetings[omp_get_thread_num()];
+      for (int i = 0; i < count; ++i) here.counted[i] = counted(i, b, m);
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t y = top; y < bottom; y += tiling.rows)
+          for (int64_t x = 0; x < tiling.width; x += tiling.columns) {
+            const Place place{b, m, c, y, x, std::min(tiling.rows, tiling.height - y),
+                              std::min(tiling.columns, tiling.width - x)};
+            meet(place, here, sums.data() + unit * terms, scratch);
+          }
+    });
+    MultiHorizonLossResult result;
+    for (size_t k = 0; k < terms; ++k) {
+      double sum = 0;
+      for (int64_t unit = 0; unit < units; ++unit) sum += sums[unit * terms + k];
+      const double mean = counts[k] ? sum / static_cast<double>(counts[k]) : 0;
+      const bool horizon = k < preds.size();
+      (horizon ? result.per_horizon : result.agreement).push_back(mean);
+      (horizon ? result.counts : result.agreement_counts).push_back(counts[k]);
+      result.total += (horizon ? op.weights[k] : op.pair_weights[k - count]) * mean;
+    }
+    return result;
+  }
+};
+
+}  // namespace
+
+MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss& op) {
+  const bool is_double = op.video.dtype == DType::float64 || op.preds[0].dtype == DType::float64;
+  return in_precision(is_double, [&](auto zero) { return Loss<decltype(zero)>(op).run(); });
+}
+
+}  // namespace mfwm::cpu

@@ -1,0 +1,108 @@
+// What crosses from Python to a kernel: one plain struct per op, of pointers, sizes, strides and numbers.
+// Everything in them has been checked in Python; kernels check nothing.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace mfwm {
+
+// The codes are those of mfwm_kernels/cpu/__init__.py.
+enum class DType : int { uint8 = 0, float32 = 1, bfloat16 = 2, float16 = 3, float64 = 4, int32 = 5, int64 = 6 };
+
+// A tensor: sizes and strides in elements. Rank -1 stands for None.
+struct Array {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int rank = -1;
+  int64_t size[5] = {1, 1, 1, 1, 1};
+  int64_t stride[5] = {0, 0, 0, 0, 0};
+
+  explicit operator bool() const { return rank >= 0; }
+};
+
+// sums[b, n, i] = sum over lags j in [window_start, offsets[i]) of lag_weight[i, j] * actions[b, n + j]
+struct ActionWindowSum {
+  Array actions;      // [B, A, D]
+  Array lag_weight;   // [K, J, D] or none
+  Array segment_ids;  // [B, A] int32 or int64, or none
+  std::vector<int64_t> offsets;
+  int64_t window_start;
+  Array sums;  // [B, N, K, D], N <= A: what the forward writes, what the backward reads as the gradient
+  int threads;
+};
+
+struct ActionWindowSumGradients {
+  Array actions;     // [B, A, D] or none
+  Array lag_weight;  // [K, J, D] or none
+};
+
+// outputs[i] = rms_norm(avg_pool(hidden, pool[i]) + sums[:, :, i])
+struct FanOut {
+  Array hidden;       // [B, T, Hp, Wp, D]
+  Array sums;         // [B, T, K, D], contiguous, in the precision that is computed in
+  Array norm_weight;  // [K, D] or none
+  std::vector<int64_t> pool;
+  double norm_eps;
+  std::vector<Array> outputs;  // K of [B, T, Hp / p, Wp / p, D]; in the backward their gradients, each may be none
+  int threads;
+};
+
+struct FanOutGradients {
+  Array hidden;               // [B, T, Hp, Wp, D] or none
+  Array sums;                 // [B, T, K, D] or none, contiguous, as FanOut.sums
+  Array norm_weight;          // [K, D] or none, float64
+  Array gram;                 // [K, K] or none, float64: dot products of the horizons' gradients at hidden
+  std::vector<double> scale;  // per horizon, into hidden alone
+};
+
+// outputs[i] = avg_pool(scale * video + shift, factors[i])
+struct VideoPyramid {
+  Array video;  // [B, T, C, H, W]
+  std::vector<int64_t> factors;
+  std::vector<int64_t> patch_sizes;  // empty: image layout
+  double scale, shift;
+  std::vector<Array> outputs;  // [B, T, C, H / f, W / f] or [B, T, S, P * P * C]
+  int threads;
+};
+
+enum class LossKind : int { mse = 0, l1 = 1, huber = 2, charbonnier = 3 };
+enum class Detach : int { none = 0, near = 1, far = 2 };
+
+struct MultiHorizonLoss {
+  std::vector<Array> preds;      // K of [B, T, C, H / f, W / f] or [B, T, S, P * P * C]
+  std::vector<Array> gradients;  // K, none where not wanted
+  Array video;                   // [B, T_v, C, H, W]
+  Array segment_ids;             // [B, T_v] or none
+  std::vector<double> weights;
+  std::vector<double> pair_weights;  // one per pair
+  std::vector<int64_t> offsets, factors;
+  std::vector<int64_t> pairs;        // i0, j0, i1, j1, ...
+  std::vector<int64_t> patch_sizes;  // empty: image layout
+  LossKind kind;
+  Detach detach;
+  bool residual;
+  double scale, shift, delta, eps;
+  int threads;
+};
+
+struct MultiHorizonLossResult {
+  double total = 0;
+  std::vector<double> per_horizon, agreement;
+  std::vector<int64_t> counts, agreement_counts;
+};
+
+namespace cpu {
+void action_window_sum_forward(const ActionWindowSum&);
+void action_window_sum_backward(const ActionWindowSum&, const ActionWindowSumGradients&);
+void fan_out_forward(const FanOut&);
+void fan_out_backward(const FanOut&, const FanOutGradients&);
+void video_pyramid(const VideoPyramid&);
+MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss&);
+}  // namespace cpu
+
+namespace cuda {
+void video_pyramid(const VideoPyramid&, void* stream);
+}  // namespace cuda
+
+}  // namespace mfwm

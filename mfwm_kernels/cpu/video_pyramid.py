@@ -1,0 +1,33 @@
+"""video_pyramid on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
+from . import kernels, raw
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    patch_sizes = args.patch_sizes or [None] * len(args.factors)
+    outputs = [
+        torch.empty(output_shape(args.video, factor, patch), dtype=args.dtype)
+        for factor, patch in zip(args.factors, patch_sizes, strict=True)
+    ]
+    kernels.video_pyramid(
+        raw(args.video),
+        args.factors,
+        args.patch_sizes or [],
+        args.scale,
+        args.shift,
+        [raw(output) for output in outputs],
+        torch.get_num_threads(),
+    )
+    return outputs, []
+
+
+def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [gradient_of_video(args, grads)]

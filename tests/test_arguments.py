@@ -1,0 +1,161 @@
+"""Malformed calls: each is a ValueError or TypeError that names the argument, before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import mfwm_kernels as m
+from mfwm_kernels import GradMonitor, Horizons
+
+NAN = float("nan")
+CASCADE = Horizons.cascade(3)
+
+
+def window(**changes: Any) -> Any:
+    call = {"actions": torch.randn(2, 5, 8), "offsets": (1, 2, 4), **changes}
+    return m.action_window_sum(**call)
+
+
+def fan(**changes: Any) -> Any:
+    call = {
+        "hidden": torch.randn(2, 5, 4, 8, 8),
+        "actions": torch.randn(2, 5, 8),
+        "horizons": CASCADE,
+        "pool": (1, 2, 4),
+    }
+    return m.fan_out(**{**call, **changes})
+
+
+def linear(**changes: Any) -> Any:
+    call = {"hidden": torch.randn(2, 5, 6, 8), "actions": torch.randn(2, 5, 8), "horizons": CASCADE}
+    return m.multi_horizon_linear(**{**call, "weights": [torch.randn(3, 8)] * 3, **changes})
+
+
+def pyramid(**changes: Any) -> Any:
+    return m.video_pyramid(**{"video": torch.zeros(2, 5, 3, 8, 8, dtype=torch.uint8), "factors": (1, 2, 4), **changes})
+
+
+def loss(**changes: Any) -> Any:
+    call = {"preds": [torch.randn(2, 5, 3, 8 // f, 8 // f) for f in (1, 2, 4)], "horizons": CASCADE}
+    return m.multi_horizon_loss(**{**call, "video": torch.zeros(2, 6, 3, 8, 8, dtype=torch.uint8), **changes})
+
+
+def tokens(**changes: Any) -> Any:
+    call = {"inputs": [torch.randn(2, 5, 4 // f, 4 // f, 8) for f in (1, 2, 4)], "weight": torch.randn(11, 8)}
+    ids = torch.randint(0, 11, (2, 5, 4, 4))
+    return m.multi_horizon_linear_cross_entropy(**{**call, "tokens": ids, "horizons": CASCADE, **changes})
+
+
+def combine(**changes: Any) -> Any:
+    call = {"hidden": torch.randn(2, 8), "embedding": torch.randn(2, 8), "weight": torch.randn(4, 16)}
+    norms = {"hidden_norm_weight": torch.ones(8), "embedding_norm_weight": torch.ones(8)}
+    return m.mtp_combine(**{**call, **norms, **changes})
+
+
+def bad_tokens(value: int) -> torch.Tensor:
+    ids = torch.zeros(2, 5, 4, 4, dtype=torch.int64)
+    ids[1, 2, 3, 0] = value
+    return ids
+
+
+MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (Horizons, {"offsets": (1, 2), "factors": (1,)}, "factors must have one entry per offset"),
+    (Horizons, {"offsets": (2, 1), "factors": (1, 1)}, r"offsets must not decrease: offsets\[1\] = 1"),
+    (Horizons, {"offsets": (), "factors": ()}, "offsets must name at least one horizon"),
+    (Horizons, {"offsets": (-1,), "factors": (1,)}, r"offsets\[0\] must be >= 0, got -1"),
+    (Horizons, {"offsets": (1,), "factors": (0,)}, r"factors\[0\] must be >= 1, got 0"),
+    (Horizons, {"offsets": (1.5,), "factors": (1,)}, r"offsets\[0\] must be an integer, got 1.5"),
+    (Horizons, {"offsets": (1, 1), "factors": (2, 2)}, "factors must increase where an offset repeats"),
+    (Horizons.cascade, {"count": 0}, r"count\[0\] must be >= 1, got 0"),
+    (window, {"actions": torch.randn(2, 5)}, r"actions must have 3 dimensions, got shape \[2, 5\]"),
+    (window, {"actions": torch.zeros(2, 5, 8, dtype=torch.int64)}, "actions must have dtype float32.*int64"),
+    (window, {"actions": [1, 2]}, "actions must be a torch.Tensor, got list"),
+    (window, {"actions": torch.randn(2, 5, 0)}, "actions must not have size 0 in dimension 2"),
+    (window, {"offsets": (4, 1)}, r"offsets must not decrease"),
+    (window, {"offsets": "124"}, "offsets must be a sequence of integers, got str"),
+    (window, {"window_start": -1}, "window_start must be >= 0, got -1"),
+    (window, {"lag_weight": torch.randn(3, 3, 8)}, r"lag_weight must have shape .* = \[3, 4, 8\], got \[3, 3, 8\]"),
+    (window, {"lag_weight": torch.randn(3, 4, 8).double()}, "lag_weight must have the dtype of actions"),
+    (window, {"segment_ids": torch.zeros(2, 4, dtype=torch.int64)}, r"segment_ids must have shape .* = \[2, 5\]"),
+    (window, {"segment_ids": torch.zeros(2, 5)}, "segment_ids must have dtype int32, int64, got float32"),
+    (fan, {"pool": (1, 2, 3)}, r"pool\[2\] = 3 does not divide the token grid 4 x 8"),
+    (fan, {"pool": (1, 2)}, "pool must have one entry per horizon, 3; got 2"),
+    (fan, {"hidden": torch.randn(2, 5, 32, 8)}, r"pool\[1\] must be 1 where hidden has no grid"),
+    (fan, {"actions": torch.randn(2, 4, 8)}, "actions must have at least as many steps.*T_a = 4, T = 5"),
+    (fan, {"actions": torch.randn(2, 5, 9)}, r"actions must have shape \[B, T_a, D\]"),
+    (fan, {"actions": torch.randn(2, 5, 8).half()}, "actions must have the dtype of hidden, float32; got float16"),
+    (fan, {"actions": torch.randn(2, 5, 8, device="meta")}, "actions must be on the device of hidden, cpu; got meta"),
+    (fan, {"horizons": (1, 2, 4)}, "horizons must be a Horizons, got tuple"),
+    (fan, {"norm_weight": torch.ones(2, 8)}, r"norm_weight must have shape \[D\] = \[8\] or \[K, D\] = \[3, 8\]"),
+    (fan, {"norm_eps": NAN}, "norm_eps must be finite, got nan"),
+    (fan, {"norm_eps": "small"}, "norm_eps must be a number, got str"),
+    (fan, {"grad_monitor": GradMonitor(2)}, "grad_monitor must have K = 3"),
+    (fan, {"grad_monitor": object()}, "grad_monitor must be a GradMonitor, got object"),
+    (GradMonitor, {"K": 2, "scale": [1.0, NAN]}, "scale entry must be finite, got nan"),
+    (linear, {"weights": [torch.randn(3, 8)] * 2}, "weights must have one entry per horizon, 3; got 2"),
+    (linear, {"weights": [torch.randn(3, 9)] * 3}, r"weights\[0\] must have shape \[N, D\] = \[3, 8\], got \[3, 9\]"),
+    (linear, {"biases": [torch.randn(4)] * 3}, r"biases\[0\] must have shape \[N\] = \[3\], got \[4\]"),
+    (linear, {"biases": torch.randn(3, 3)}, "biases must be a list or tuple of tensors, got Tensor"),
+    (pyramid, {"factors": (1, 3)}, r"factors\[1\] = 3 does not divide the frame 8 x 8"),
+    (pyramid, {"factors": ()}, "factors must name at least one factor"),
+    (pyramid, {"patch_sizes": (4, 2, 3)}, r"factors\[2\] = 4 times patch_sizes\[2\] = 3 does not divide"),
+    (pyramid, {"dtype": torch.int32}, "dtype must be one of .*, got torch.int32"),
+    (pyramid, {"scale": float("inf")}, "scale must be finite, got inf"),
+    (pyramid, {"video": torch.zeros(2, 5, 3, 8, 8, dtype=torch.int16)}, "video must have dtype uint8, .*, got int16"),
+    (loss, {"preds": [torch.randn(2, 5, 3, 8, 8)] * 3}, r"preds\[1\] must have shape .* = \[2, 5, 3, 4, 4\]"),
+    (loss, {"preds": torch.randn(3, 2)}, "preds must be a list or tuple of tensors, got Tensor"),
+    (loss, {"video": torch.zeros(2, 4, 3, 8, 8)}, "video must have at least as many frames .*: T_v = 4, T = 5"),
+    (loss, {"video": torch.zeros(2, 6, 3, 8, 8, requires_grad=True)}, "video must not require grad"),
+    (loss, {"kind": "l2"}, "kind must be one of 'mse', 'l1', 'huber', 'charbonnier'; got 'l2'"),
+    (loss, {"weights": [1.0, 2.0]}, r"weights must have shape \[3\], got \[1.0, 2.0\]"),
+    (loss, {"weights": [1.0, NAN, 1.0]}, "weights entry must be finite, got nan"),
+    (loss, {"weights": torch.ones(3).half()}, "weights must have dtype float32, float64, got float16"),
+    (loss, {"consistency_weights": [[0, 1], [0, 0]]}, r"consistency_weights must have shape \[3\] or \[3, 3\]"),
+    (loss, {"consistency_weights": [[1, 1, 1]] * 3}, r"consistency_weights\[0\]\[0\] must be 0: only pairs"),
+    (loss, {"detach": "both"}, "detach must be one of None, 'near', 'far'; got 'both'"),
+    (loss, {"residual": 1}, "residual must be True or False, got 1"),
+    (loss, {"delta": 0.0}, "delta must be > 0, got 0.0"),
+    (loss, {"patch_sizes": (2, 2, 2)}, r"preds\[0\] must have 4 dimensions, got shape"),
+    (tokens, {"tokens": torch.zeros(2, 5, 4, 4)}, "tokens must have dtype int32, int64, got float32"),
+    (tokens, {"tokens": bad_tokens(11)}, r"tokens must be in \[0, 11\).*tokens\[1, 2, 3, 0\] = 11"),
+    (tokens, {"tokens": bad_tokens(-7)}, r"tokens\[1, 2, 3, 0\] = -7"),
+    (tokens, {"weight": torch.randn(11, 9)}, r"weight must have shape \[V, D\] = \[11, 8\], got \[11, 9\]"),
+    (tokens, {"label_smoothing": 1.5}, "label_smoothing must be <= 1, got 1.5"),
+    (tokens, {"softcap": 0}, "softcap must be > 0, got 0"),
+    (tokens, {"chunk_size": 0}, "chunk_size must be >= 1, got 0"),
+    (tokens, {"token_mask": torch.ones(2, 5, 4, 4)}, "token_mask must have dtype bool, got float32"),
+    (tokens, {"consistency_weights": [[0, 1, 1]] * 3}, r"consistency_weights must have shape \[3\]"),
+    (combine, {"weight": torch.randn(4, 8)}, r"weight must have shape \[N, 2 D\] = \[4, 16\], got \[4, 8\]"),
+    (combine, {"order": "action_first"}, "order must be one of 'hidden_first', 'embedding_first'"),
+    (combine, {"embedding": torch.randn(3, 8)}, r"embedding must have shape .* = \[2, 8\], got \[3, 8\]"),
+    (combine, {"eps": -1.0}, "eps must be >= 0, got -1.0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "message"),
+    [pytest.param(*case, id=f"{case[0].__name__}-{i}") for i, case in enumerate(MALFORMED)],
+)
+def test_malformed_call(function: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        function(**changes)
+
+
+def test_well_formed_calls_pass() -> None:
+    for function in (window, fan, linear, pyramid, loss, tokens, combine):
+        function()
+
+
+def test_a_consistency_weight_needs_nested_factors() -> None:
+    horizons = Horizons((1, 2), (2, 3))
+    preds = [torch.randn(1, 3, 1, 6 // f, 6 // f) for f in (2, 3)]
+    video = torch.zeros(1, 4, 1, 6, 6)
+    m.multi_horizon_loss(preds, video, horizons, consistency_weights=[0, 0])
+    m.multi_horizon_loss(preds, video, horizons, consistency_weights=torch.zeros(2))
+    for weights in ([0, 1], torch.ones(2)):
+        with pytest.raises(ValueError, match=r"consistency_weights\[1\] must be 0: factors\[1\] = 3 is not a multiple"):
+            m.multi_horizon_loss(preds, video, horizons, consistency_weights=weights)

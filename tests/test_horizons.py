@@ -1,0 +1,41 @@
+"""Horizons' presets and the one validity rule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mfwm_kernels import Horizons
+from mfwm_kernels.horizons import consistency_pairs, counts_at
+
+
+def test_presets() -> None:
+    assert Horizons.next_frame() == Horizons((1,), (1,))
+    assert Horizons.cascade(4) == Horizons((1, 2, 4, 8), (1, 2, 4, 8))
+    assert Horizons.low_res() == Horizons((1, 2, 4, 8), (1, 4, 4, 4))
+    assert Horizons.low_res((0, 1, 3), factor=2) == Horizons((0, 1, 3), (1, 2, 2))
+    assert Horizons.multi_resolution() == Horizons((1, 1, 1, 2, 4), (1, 2, 4, 2, 4))
+    assert Horizons.multi_resolution({4: (4,), 1: (1, 2)}) == Horizons((1, 1, 4), (1, 2, 4))
+    assert len(Horizons.cascade(3)) == 3
+
+
+def test_frozen_and_hashable() -> None:
+    horizons = Horizons([1, 2], [1, 2])  # type: ignore[arg-type]
+    assert hash(horizons) == hash(Horizons((1, 2), (1, 2)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        horizons.offsets = (3,)  # type: ignore[misc]
+
+
+def test_what_counts() -> None:
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    assert counts_at(2, 5, 6, None, 1, "cpu").tolist() == [[True, True, True, True, False]]
+    assert counts_at(2, 5, 6, segments, 1, "cpu").tolist() == [[True, False, False, True, False]]
+    assert counts_at(9, 5, 6, segments, 1, "cpu").tolist() == [[False] * 5]
+    assert counts_at(0, 6, 6, segments, 1, "cpu").all()
+
+
+def test_pairs() -> None:
+    assert consistency_pairs(3, (3,)) == [(0, 1), (0, 2)]
+    assert consistency_pairs(3, (3, 3)) == [(0, 1), (0, 2), (1, 2)]
