@@ -10,25 +10,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cmake
+import ninja
+import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
-class CMakeExtension(Extension):
-    def __init__(self, name: str) -> None:
-        super().__init__(name, sources=[])
-
-
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
-        import pybind11
-
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        # The build requirements' own programs, also where their environment is not activated.
+        path = os.pathsep.join([cmake.CMAKE_BIN_DIR, ninja.BIN_DIR, os.environ.get("PATH", "")])
         configure = [
             "cmake",
+            # An isolated build leaves a cache that names programs of an environment that is gone.
+            "--fresh",
+            "-S",
             str(Path(__file__).resolve().parent),
+            "-B",
+            str(build),
             "-G",
             "Ninja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
@@ -38,8 +41,9 @@ class CMakeBuild(build_ext):
             f"-DMFWM_CUDA={os.environ.get('MFWM_CUDA', 'AUTO').upper()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run(configure, cwd=build, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        environment = {**os.environ, "PATH": path}
+        subprocess.run(configure, check=True, env=environment)
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
 
 
-setup(ext_modules=[CMakeExtension("mfwm_kernels._native")], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("mfwm_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .arguments import names
@@ -315,11 +316,7 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx: Any, op: Op, backend: str, args: Any, wanted: list[bool], *leaves: Tensor) -> tuple[Tensor, ...]:
         outputs, extras = load(op, backend).forward(args, wanted)
         ctx.op, ctx.backend, ctx.wanted, ctx.extras = op, backend, wanted, extras
-        # Saved through autograd, not on ctx: a tensor changed in place before the backward is then an error.
-        flat, ctx.structure = torch.utils._pytree.tree_flatten(tuple(args))
-        ctx.is_tensor = [isinstance(value, Tensor) for value in flat]
-        ctx.rest = [None if isinstance(value, Tensor) else value for value in flat]
-        ctx.save_for_backward(*[value for value in flat if isinstance(value, Tensor)])
+        ctx.save_for_backward(*keep(ctx, op, args))
         ctx.set_materialize_grads(False)
         if op.gradients_in_forward:
             ctx.mark_non_differentiable(*outputs[1:])
@@ -331,9 +328,7 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
-        saved = iter(ctx.saved_tensors)
-        flat = [next(saved) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
-        args = op.arguments(*torch.utils._pytree.tree_unflatten(flat, ctx.structure))
+        args = kept(ctx, op, ctx.saved_tensors)
         module = load(op, ctx.backend)
         if op.gradients_in_forward:
             # The first backward scales the stored gradients in place and lets go of them; another one makes them again.
@@ -345,6 +340,26 @@ class _Kernel(torch.autograd.Function):
         else:
             gradients = module.backward(args, wanted, list(grads))
         return (None, None, None, None, *spread(wanted, gradients))
+
+
+def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
+    """Put all but the tensors of `args` on ctx; the tensors, to be saved through autograd.
+
+    Saved so, a tensor that is changed in place before the backward is an error. What the backward itself writes stays on
+    ctx: it may be written again.
+    """
+    written = [getattr(args, name) for name in op.mutated_in_backward]
+    flat, ctx.structure = pytree.tree_flatten(tuple(args))
+    ctx.saved = [isinstance(value, Tensor) and not any(value is w for w in written) for value in flat]
+    ctx.rest = [None if saved else value for saved, value in zip(ctx.saved, flat, strict=True)]
+    return [value for saved, value in zip(ctx.saved, flat, strict=True) if saved]
+
+
+def kept(ctx: Any, op: Op, tensors: Sequence[Tensor]) -> Any:
+    """The flat arguments again."""
+    rest = iter(tensors)
+    flat = [next(rest) if saved else value for saved, value in zip(ctx.saved, ctx.rest, strict=True)]
+    return op.arguments(*pytree.tree_unflatten(flat, ctx.structure))
 
 
 def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -375,15 +390,13 @@ _SCHEMA_TYPES = {
 }
 
 
-def schema_of(op: Op, mutated: Sequence[str] = ()) -> str:
+def schema_of(op: Op) -> str:
     """The schema of the flat arguments, from their annotations."""
-    parts = []
-    for name, annotation in op.arguments.__annotations__.items():
-        kind = _SCHEMA_TYPES[annotation if isinstance(annotation, str) else annotation.__forward_arg__]
-        if name in mutated:
-            kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + mutated.index(name))}!)")
-        parts.append(f"{kind} {name}")
-    return ", ".join(parts)
+    kinds = {
+        name: _SCHEMA_TYPES[annotation if isinstance(annotation, str) else annotation.__forward_arg__]
+        for name, annotation in op.arguments.__annotations__.items()
+    }
+    return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
 
 
 def _register_with_torch(op: Op) -> None:
@@ -403,7 +416,8 @@ def _register_with_torch(op: Op) -> None:
             ]
         return outputs
 
-    _library.define(f"{op.name}({schema_of(op)}, bool[] wanted, str backend) -> Tensor[]")
+    schema = schema_of(op)
+    _library.define(f"{op.name}({schema}, bool[] wanted, str backend) -> Tensor[]")
     _library.impl(op.name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mfwm::{op.name}", forward_fake, lib=_library)
 
@@ -411,35 +425,33 @@ def _register_with_torch(op: Op) -> None:
 
         def backward(*flat: Any) -> list[Tensor]:
             args, (grads, wanted, backend) = op.arguments(*flat[:count]), flat[count:]
-            return list(load(op, backend).backward(args, list(wanted), list(grads)))
+            # Functional, as the compiler wants it: what the kernel writes is returned, and copied by the caller.
+            written = {
+                n: torch.empty_like(getattr(args, n)) for n in op.mutated_in_backward if getattr(args, n) is not None
+            }
+            args = args._replace(**written)
+            return [*load(op, backend).backward(args, list(wanted), list(grads)), *written.values()]
 
         def backward_fake(*flat: Any) -> list[Tensor]:
             args, (_, wanted, _) = op.arguments(*flat[:count]), flat[count:]
-            return [leaf.new_empty(leaf.shape) for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
+            leaves = [leaf for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
+            written = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
+            return [*(leaf.new_empty(leaf.shape) for leaf in leaves), *(torch.empty_like(w) for w in written)]
 
-        _library.define(
-            f"{op.name}_backward({schema_of(op, op.mutated_in_backward)}, "
-            "Tensor?[] grads, bool[] wanted, str backend) -> Tensor[]"
-        )
+        _library.define(f"{op.name}_backward({schema}, Tensor?[] grads, bool[] wanted, str backend) -> Tensor[]")
         _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mfwm::{op.name}_backward", backward_fake, lib=_library)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         args, (wanted, backend) = op.arguments(*inputs[:count]), inputs[count:]
         ctx.wanted, ctx.backend = list(wanted), backend
-        flat, ctx.structure = torch.utils._pytree.tree_flatten(tuple(args))
-        ctx.is_tensor = [isinstance(value, Tensor) for value in flat]
-        ctx.rest = [None if isinstance(value, Tensor) else value for value in flat]
-        tensors = [value for value in flat if isinstance(value, Tensor)]
         ctx.extras = sum(ctx.wanted) if op.gradients_in_forward else 0
-        ctx.save_for_backward(*tensors, *output[len(output) - ctx.extras :])
+        ctx.save_for_backward(*keep(ctx, op, args), *output[len(output) - ctx.extras :])
 
     def autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         extras = saved[len(saved) - ctx.extras :]
-        tensors = iter(saved)
-        flat = [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.rest, strict=True)]
-        args = op.arguments(*torch.utils._pytree.tree_unflatten(flat, ctx.structure))
+        args = kept(ctx, op, saved)
         if op.gradients_in_forward:
             upstream = grads[0]
             assert upstream is not None
@@ -450,8 +462,14 @@ def _register_with_torch(op: Op) -> None:
             ]
         else:
             backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default
-            gradients = backward_op(*args, grads, ctx.wanted, ctx.backend)
+            returned = backward_op(*args, grads, ctx.wanted, ctx.backend)
+            gradients, written = returned[: sum(ctx.wanted)], returned[sum(ctx.wanted) :]
+            targets = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
+            for target, value in zip(targets, written, strict=True):
+                target.copy_(value)
         nested = gradients_by_field(op, args, spread(ctx.wanted, gradients))
-        return (*(nested.get(name) for name in op.arguments.__annotations__), None, None)
+        # torch takes an empty list, whatever it is of, for a list of tensors.
+        by_field = [nested.get(n, [] if getattr(args, n) == [] else None) for n in op.arguments.__annotations__]
+        return (*by_field, None, None)
 
     torch.library.register_autograd(f"mfwm::{op.name}", autograd_backward, setup_context=setup_context, lib=_library)

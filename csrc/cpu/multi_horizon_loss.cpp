@@ -33,11 +33,21 @@ MFWM_INLINE C loss_of(C d, const Shape<C>& shape, C& slope) {
   }
 }
 
+// Asks for a row that is needed in the next tile. Tiles are too short for the hardware to see them coming.
+template <int write, class C>
+MFWM_INLINE void prefetch(const C* row, int64_t count) {
+  for (int64_t k = 0; k < count; k += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(row + k, write, 3);
+}
+
 template <LossKind kind, bool with_gradient, class C>
 MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& target, const Tile<C>& gradient,
-                             const Shape<C>& shape) {
+                             const Shape<C>& shape, bool fetch) {
   double total = 0;
   for (int64_t y = 0; y < target.rows; ++y) {
+    if (fetch) {
+      prefetch<0>(pred.row(y + target.rows), target.columns);
+      if (with_gradient) prefetch<1>(gradient.row(y + target.rows), target.columns);
+    }
     const C *__restrict p = pred.row(y), *__restrict t = target.row(y);
     C* __restrict g = with_gradient ? gradient.row(y) : nullptr;
     C sum = 0;
@@ -54,11 +64,11 @@ MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& tar
 // Sum of the losses of pred - target; coefficient * slope goes to `gradient` where it has data.
 template <class C>
 MFWM_SIMD double loss_and_gradient(LossKind kind, const Tile<const C>& pred, const Tile<const C>& target,
-                                   const Tile<C>& gradient, const Shape<C>& shape) {
+                                   const Tile<C>& gradient, const Shape<C>& shape, bool fetch) {
   const auto with = [&](auto tag) __attribute__((always_inline)) {
     constexpr LossKind k = decltype(tag)::value;
-    return gradient.data ? loss_tile<k, true>(pred, target, gradient, shape)
-                         : loss_tile<k, false>(pred, target, gradient, shape);
+    return gradient.data ? loss_tile<k, true>(pred, target, gradient, shape, fetch)
+                         : loss_tile<k, false>(pred, target, gradient, shape, fetch);
   };
   switch (kind) {
     case LossKind::mse: return with(std::integral_constant<LossKind, LossKind::mse>{});
@@ -289,7 +299,7 @@ struct Loss {
       Tile<C> difference{};
       if (near_learns || far_learns) difference = tile_at(scratch, difference_at[pair.far], place, op.factors[pair.far]);
       sums[count + k] +=
-          loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, shape_of(count + k));
+          loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, shape_of(count + k), false);
       if (far_learns) add_repeated(difference, gradient[pair.far], 1, C(1), scratch + spare);
       if (near_learns) {
         const Tile<C> level = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
@@ -329,7 +339,7 @@ struct Loss {
       if (here.counted[i]) {
         here.pred[i] = prediction(i, place, scratch);
         const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
-        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, shape_of(i));
+        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, shape_of(i), true);
       } else if (gradient.data) {
         for (int64_t r = 0; r < gradient.rows; ++r)
           std::fill(gradient.row(r), gradient.row(r) + gradient.columns, C(0));

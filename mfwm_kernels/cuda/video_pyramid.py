@@ -1,0 +1,35 @@
+"""video_pyramid in CUDA C++."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cpu import kernels, raw
+from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    device = args.video.device
+    patch_sizes = args.patch_sizes or [None] * len(args.factors)
+    outputs = [
+        torch.empty(output_shape(args.video, factor, patch), dtype=args.dtype, device=device)
+        for factor, patch in zip(args.factors, patch_sizes, strict=True)
+    ]
+    with torch.cuda.device(device):
+        kernels.cuda_video_pyramid(
+            raw(args.video),
+            args.factors,
+            args.patch_sizes or [],
+            args.scale,
+            args.shift,
+            [raw(output) for output in outputs],
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    return outputs, []
+
+
+def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [gradient_of_video(args, grads)]
