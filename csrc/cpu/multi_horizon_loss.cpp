@@ -2,6 +2,7 @@
 // of it made at m - k_i, their losses, the consistency between them, their gradients) meets in the first-level cache,
 // so video, predictions and gradients are each moved once.
 #include <cmath>
+#include <immintrin.h>
 
 #include "pyramid.h"
 
@@ -253,7 +254,7 @@ struct Loss {
     const int64_t factor = op.factors[i];
     if (!gradient.array) return {};
     Tile<C> tile = tile_at(scratch, gradient_at[i], place, factor);
-    if (gradient.template is_plain_image<C>()) {
+    if (false && gradient.template is_plain_image<C>()) {
       const int64_t n = place.m - op.offsets[i];
       tile.data = static_cast<C*>(gradient.array.data) +
                   gradient.image_offset(place.b, n, place.c, place.y / factor, place.x / factor);
@@ -265,7 +266,11 @@ struct Loss {
   MFWM_INLINE void store_gradient(int i, const Place& place, const Tile<C>& tile) const {
     const Frames& gradient = gradients[i];
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
-    if (!tile.data || gradient.template is_plain_image<C>()) return;
+    if (!tile.data) return;
+    if constexpr (sizeof(C)==4) if (gradient.template is_plain_image<C>()) { for (int64_t r = 0; r < tile.rows; ++r) {
+      float* to = static_cast<C*>(gradient.array.data) + gradient.image_offset(place.b, n, place.c, place.y / factor + r, place.x / factor);
+      const float* from = tile.row(r);
+      for (int64_t k = 0; k < tile.columns; k += 4) _mm_stream_ps(to + k, _mm_loadu_ps(from + k)); } return; }
     for (int64_t r = 0; r < tile.rows; ++r)
       gradient.store(tile.row(r), place.b, n, place.c, place.y / factor + r, place.x / factor, tile.columns);
   }

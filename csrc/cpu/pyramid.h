@@ -149,11 +149,11 @@ struct Tiling {
 
   Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames)
       : height(height_), width(width_) {
-    constexpr int64_t tile = 2048, wanted_units = 256;
+    constexpr int64_t most_elements = 2048, wanted_elements = 1024, wanted_units = 256;
     int64_t step = 1;
     for (int64_t factor : factors) step = std::lcm(step, factor);
-    columns = std::min(width, std::max(step, tile / step / step * step));
-    rows = std::min(height, std::max(step, tile / columns / step * step));
+    columns = std::min(width, std::max(step, most_elements / step / step * step));
+    rows = std::min(height, std::max(step, wanted_elements / columns / step * step));
     const int64_t tile_rows = (height + rows - 1) / rows;
     const int64_t wanted = (wanted_units + frames - 1) / std::max<int64_t>(frames, 1);
     const int64_t tiles_in_chunk = tile_rows / std::clamp<int64_t>(wanted, 1, tile_rows);

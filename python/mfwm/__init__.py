@@ -1,0 +1,13 @@
+"""Model layer, data, trainer, evaluation and command line around the ops of mfwm_kernels.
+
+Shape suffixes, for the whole package: B batch, T positions, V frames (V >= T), H and W the token grid, S = H * W tokens
+of a frame, D width, C channels, K horizons, P features of a patch, N outputs of a head. `x_BTSD` is [B, T, S, D].
+
+Actions, for the whole package: `actions[:, n]` is the action taken at frame n; it leads to frame n + 1.
+Pixels are in [-1, 1]: uint8 frames are mapped there by 1/127.5 and -1.
+"""
+
+from .heads import HeadsConfig, MultiFrameHeads
+from .model import WorldModel, WorldModelConfig
+
+__all__ = ["HeadsConfig", "MultiFrameHeads", "WorldModel", "WorldModelConfig"]

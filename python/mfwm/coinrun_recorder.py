@@ -1,0 +1,129 @@
+"""Records CoinRun, or another procgen game, to standard output: a program of its own, run by `mfwm.collect`.
+
+procgen pins numpy < 2, which the rest of mfwm cannot live with, so this file runs in another Python environment, which
+has procgen and numpy and nothing of mfwm.
+
+The stream: one JSON line that describes the source, then messages of a little-endian header `MESSAGE` (T, H, W, level)
+followed by uint8 frames [T, H, W, 3] and int64 actions [T], action t taken at frame t. A header of T = 0 ends the
+stream, so that a cut one is noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import struct
+from importlib.metadata import version
+from typing import BinaryIO
+
+import numpy as np
+
+MESSAGE = struct.Struct("<iiiq")
+REQUIREMENT = "procgen-mirror==0.10.7"
+GAMES = (
+    "bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball", "fruitbot", "heist", "jumper",
+    "leaper", "maze", "miner", "ninja", "plunder", "starpilot",
+)  # fmt: skip
+NOOP = 4
+# A uniformly random CoinRun agent hardly leaves its start; levels run to the right, over obstacles.
+COINRUN_WEIGHTS = {
+    "RIGHT": 0.36, "RIGHT+UP": 0.36, "LEFT": 0.06, "LEFT+UP": 0.06, "UP": 0.05, "NOOP": 0.05, "DOWN": 0.02,
+    "RIGHT+DOWN": 0.02, "LEFT+DOWN": 0.02,
+}  # fmt: skip
+
+
+class HeldActions:
+    """Random actions of several environments, drawn with `weights`, each held for 1 to `repeat` frames (uniformly)."""
+
+    def __init__(self, weights: np.ndarray, repeat: int, environments: int, rng: np.random.Generator) -> None:
+        self.weights = weights / weights.sum()
+        self.repeat = repeat
+        self.rng = rng
+        self.left = np.zeros(environments, np.int64)
+        self.action = np.zeros(environments, np.int64)
+
+    def next(self) -> np.ndarray:
+        """int64 [environments]."""
+        over = np.flatnonzero(self.left == 0)
+        self.action[over] = self.rng.choice(len(self.weights), size=len(over), p=self.weights)
+        self.left[over] = self.rng.integers(1, self.repeat + 1, size=len(over))
+        self.left -= 1
+        return self.action.copy()
+
+
+def send(stream: BinaryIO, frames: list[np.ndarray], actions: list[int], level: int) -> None:
+    img = np.stack(frames)
+    stream.write(MESSAGE.pack(*img.shape[:3], level))
+    stream.write(np.ascontiguousarray(img).data)
+    stream.write(np.asarray(actions, np.int64).tobytes())
+
+
+def record(
+    stream: BinaryIO, game: str, frames: int, seed: int, action_repeat: int, num_levels: int, start_level: int
+) -> None:
+    from procgen import ProcgenGym3Env
+
+    # Fewer games at once for a short recording: each of them ends in a fragment.
+    environments = max(1, min(16, frames // 500))
+    env = ProcgenGym3Env(
+        num=environments,
+        env_name=game,
+        num_levels=num_levels,
+        start_level=start_level,
+        distribution_mode="easy",
+        rand_seed=seed,
+    )
+    names = ["+".join(keys) or "NOOP" for keys in env.get_combos()]
+    names = [
+        "+".join(sorted(name.split("+"), key=("LEFT", "RIGHT", "UP", "DOWN").index)) if "+" in name else name
+        for name in names
+    ]
+    weights = [COINRUN_WEIGHTS.get(name, 0.0) if game == "coinrun" else 1.0 for name in names]
+    policy = HeldActions(np.array(weights), action_repeat, environments, np.random.default_rng(seed))
+    package = REQUIREMENT.split("==")[0]
+    description = {"action_names": names, "noop": NOOP, "package": package, "package_version": version(package)}
+    stream.write(json.dumps(description).encode() + b"\n")
+
+    img: list[list[np.ndarray]] = [[] for _ in range(environments)]
+    action: list[list[int]] = [[] for _ in range(environments)]
+    level = [0] * environments
+    sent = waiting = 0
+    while sent + waiting < frames:
+        # `first` marks an observation that opens an episode; the last observation of the one before is not given.
+        _, observation, first = env.observe()
+        info = env.get_info()
+        taken = policy.next()
+        for e in range(environments):
+            if first[e]:
+                if img[e]:
+                    send(stream, img[e], action[e], level[e])
+                    sent, waiting = sent + len(img[e]), waiting - len(img[e])
+                img[e], action[e], level[e] = [], [], int(info[e]["level_seed"])
+            if sent + waiting < frames:
+                img[e].append(observation["rgb"][e].copy())
+                action[e].append(int(taken[e]))
+                waiting += 1
+        env.act(taken)
+    for e in range(environments):
+        if img[e]:
+            send(stream, img[e], action[e], level[e])
+    stream.write(MESSAGE.pack(0, 0, 0, 0))
+    stream.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record a procgen game to standard output.")
+    parser.add_argument("game", choices=GAMES)
+    for name in ("frames", "seed", "action-repeat", "num-levels", "start-level"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    arguments = parser.parse_args()
+    # The stream takes over standard output; what the game and its libraries print goes to standard error.
+    stream = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
+    os.dup2(2, 1)
+    record(stream, **vars(arguments))
+    stream.close()
+
+
+if __name__ == "__main__":
+    main()

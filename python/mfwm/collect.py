@@ -1,0 +1,264 @@
+"""mfwm collect: real action-labelled video of CoinRun (and the other procgen games), Atari or Doom, by a random policy.
+
+The policy holds each action for several frames: a player who changes his mind at every frame does not move. Frames are
+averaged over boxes down to size x size (Pillow's BOX filter). Episodes go to the replay buffer one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from . import coinrun_recorder
+from .coinrun_recorder import GAMES, MESSAGE, REQUIREMENT, HeldActions
+from .data import ReplayWriter, make_room
+
+PROCGEN_PYTHONS = ((3, 11), (3, 12))
+DOOM_SCENARIOS = ("my_way_home", "basic", "health_gathering", "deadly_corridor", "defend_the_center", "take_cover")
+
+
+@dataclass
+class Episode:
+    """img uint8 [T, H, W, 3]; action int64 [T], action[t] taken at img[t]; level: its seed, or None."""
+
+    img: np.ndarray
+    action: np.ndarray
+    level: int | None
+
+
+def collect(
+    env: str,
+    frames: int,
+    out: Path,
+    *,
+    seed: int = 0,
+    size: int = 64,
+    action_repeat: int = 4,
+    num_levels: int = 500,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write `frames` frames of `env` to the replay buffer `out`.
+
+    Args:
+        env: "coinrun" or another procgen game, "atari:<Game>" such as "atari:Breakout", "doom" or "doom:<scenario>".
+        frames: how many, over all episodes; the last episode may be cut.
+        out: a directory that is empty or not there; with `overwrite` a replay buffer that stands there is deleted.
+        size: of the square frames, in pixels.
+        action_repeat: each action is held for 1 to this many frames.
+        num_levels: how many procgen levels are played.
+    """
+    for name, value in (
+        ("frames", frames),
+        ("size", size),
+        ("action_repeat", action_repeat),
+        ("num_levels", num_levels),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    out = Path(out)
+    source = source_of(env)
+    make_room(out, overwrite=overwrite)
+    episodes = source(env, frames, seed, action_repeat, num_levels)
+    description: dict[str, Any] = next(episodes)  # type: ignore[assignment]
+    writer = None
+    with tqdm(total=frames, desc=f"collect {env}", unit="frame", disable=not progress, dynamic_ncols=True) as bar:
+        for episode in episodes:
+            if writer is None:
+                writer = ReplayWriter(
+                    out, size, size, actions=len(description["action_names"]), env=env, action_repeat=action_repeat,
+                    seed=seed, **description,
+                )  # fmt: skip
+            kept = min(len(episode.img), frames - writer.frames)
+            writer.append(resized(episode.img[:kept], size), episode.action[:kept], episode.level)
+            bar.update(kept)
+            if writer.frames >= frames:
+                return
+
+
+def source_of(env: str) -> Any:
+    """The generator for `env`: it gives a description, then episodes."""
+    name, _, rest = env.partition(":")
+    if env in GAMES:
+        return procgen_episodes
+    if name == "atari" and rest:
+        return atari_episodes
+    if name == "doom" and (not rest or rest in DOOM_SCENARIOS):
+        return doom_episodes
+    raise ValueError(
+        f"env must be one of {', '.join(GAMES)}, atari:<Game>, doom or doom:<{' | '.join(DOOM_SCENARIOS)}>; got {env!r}"
+    )
+
+
+def default_environment() -> str:
+    """CoinRun where its package has a wheel for this Python, else Doom; says which and why."""
+    if sys.version_info[:2] in PROCGEN_PYTHONS and (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        return "coinrun"
+    print(
+        f"CoinRun's package has no wheel for Python {platform.python_version()} on {sys.platform} {platform.machine()}: "
+        "collecting Doom instead"
+    )
+    return "doom"
+
+
+def resized(img: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> [T, size, size, 3]."""
+    if img.shape[1:3] == (size, size):
+        return img
+    return np.stack([np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.BOX)) for f in img])
+
+
+# ---- procgen, from an environment of its own
+
+
+def procgen_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
+    python = procgen_python()
+    settings = {
+        "frames": frames, "seed": seed, "action-repeat": action_repeat, "num-levels": num_levels,
+        "start-level": seed * num_levels,
+    }  # fmt: skip
+    command = [str(python), coinrun_recorder.__file__, env]
+    command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+        assert process.stdout is not None
+        try:
+            first = process.stdout.readline()
+            if first:
+                yield json.loads(first)
+                while (episode := receive(process.stdout)) is not None:
+                    yield episode
+            if process.wait() != 0 or not first:
+                errors.seek(0)
+                raise RuntimeError(f"the {env} recorder failed:\n{errors.read().decode(errors='replace')[-2000:]}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def receive(stream: BinaryIO) -> Episode | None:
+    """The next episode; None at the end of the stream."""
+    header = stream.read(MESSAGE.size)
+    if len(header) < MESSAGE.size:
+        raise RuntimeError("the recorder's stream was cut off before its end")
+    count, height, width, level = MESSAGE.unpack(header)
+    if count == 0:
+        return None
+    img = np.frombuffer(stream.read(count * height * width * 3), np.uint8).reshape(count, height, width, 3)
+    return Episode(img, np.frombuffer(stream.read(count * 8), np.int64), level)
+
+
+def procgen_python() -> Path:
+    """The interpreter of an environment with procgen, made on first use in the user's cache."""
+    if sys.version_info[:2] not in PROCGEN_PYTHONS:
+        raise RuntimeError(
+            f"CoinRun's package {REQUIREMENT} has wheels for Python 3.11 and 3.12, this is {platform.python_version()}: "
+            "collect doom or atari:<Game> instead"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfwm"
+    home = cache / f"{REQUIREMENT.replace('==', '-')}-python{sys.version_info[0]}.{sys.version_info[1]}"
+    python = home / "bin" / "python"
+    # The stamp is written last: an environment that was left half made is made again.
+    if not (home / "complete").exists():
+        print(f"making an environment for {REQUIREMENT} in {home} (once)", file=sys.stderr)
+        shutil.rmtree(home, ignore_errors=True)
+        venv.create(home, with_pip=True)
+        done = subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", REQUIREMENT, "numpy<2"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            tail = "\n".join(done.stdout.splitlines()[-8:])
+            raise RuntimeError(f"could not install {REQUIREMENT} into {home}:\n{tail}")
+        (home / "complete").touch()
+    return python
+
+
+# ---- Atari
+
+
+def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
+    try:
+        from ale_py import Action, ALEInterface, LoggerMode, __version__, roms
+    except ImportError as error:
+        raise ImportError("collecting Atari needs the package ale-py: pip install 'mfwm-kernels[data]'") from error
+    ALEInterface.setLoggerMode(LoggerMode.Error)
+    game = env.partition(":")[2]
+    known = {"".join(part.capitalize() for part in rom.split("_")): rom for rom in roms.get_all_rom_ids()}
+    if game not in known:
+        raise ValueError(f"env must be atari:<Game> with one of {', '.join(sorted(known))}; got {env!r}")
+    ale = ALEInterface()
+    ale.setInt("random_seed", seed)
+    ale.setInt("frame_skip", 4)
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.loadROM(roms.get_rom_path(known[game]))
+    legal = ale.getMinimalActionSet()
+    yield {
+        "action_names": [Action(action).name for action in legal], "noop": 0, "ticks_per_frame": 4,
+        "package": "ale-py", "package_version": __version__,
+    }  # fmt: skip
+    policy = HeldActions(np.ones(len(legal)), action_repeat, 1, np.random.default_rng(seed))
+    left = frames
+    while left > 0:
+        ale.reset_game()
+        img, action = [], []
+        while not ale.game_over() and left > 0:
+            taken = int(policy.next()[0])
+            img.append(ale.getScreenRGB())
+            action.append(taken)
+            ale.act(legal[taken])
+            left -= 1
+        yield Episode(np.stack(img), np.array(action), None)
+
+
+# ---- Doom
+
+
+def doom_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
+    try:
+        import vizdoom
+    except ImportError as error:
+        raise ImportError("collecting Doom needs the package vizdoom: pip install 'mfwm-kernels[data]'") from error
+    game = vizdoom.DoomGame()
+    game.load_config(os.path.join(vizdoom.scenarios_path, (env.partition(":")[2] or DOOM_SCENARIOS[0]) + ".cfg"))
+    game.set_window_visible(False)
+    game.set_mode(vizdoom.Mode.PLAYER)
+    game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
+    game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+    game.set_seed(seed)
+    game.init()
+    try:
+        buttons = [button.name for button in game.get_available_buttons()]
+        yield {
+            "action_names": ["NOOP", *buttons], "noop": 0, "ticks_per_frame": 4, "package": "vizdoom",
+            "package_version": vizdoom.__version__,
+        }  # fmt: skip
+        policy = HeldActions(np.array([0.2] + [1.0] * len(buttons)), action_repeat, 1, np.random.default_rng(seed))
+        pressed = np.eye(len(buttons) + 1)[:, 1:].tolist()
+        left = frames
+        while left > 0:
+            game.new_episode()
+            img, action = [], []
+            while not game.is_episode_finished() and left > 0:
+                taken = int(policy.next()[0])
+                img.append(game.get_state().screen_buffer.copy())
+                action.append(taken)
+                game.make_action(pressed[taken], 4)
+                left -= 1
+            yield Episode(np.stack(img), np.array(action), None)
+    finally:
+        game.close()
