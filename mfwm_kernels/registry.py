@@ -345,8 +345,8 @@ class _Kernel(torch.autograd.Function):
 def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
     """Put all but the tensors of `args` on ctx; the tensors, to be saved through autograd.
 
-    Saved so, a tensor that is changed in place before the backward is an error. What the backward itself writes stays on
-    ctx: it may be written again.
+    Saved so, a tensor that is changed in place before the backward is an error. What the backward itself writes stays
+    on ctx: it may be written again.
     """
     written = [getattr(args, name) for name in op.mutated_in_backward]
     flat, ctx.structure = pytree.tree_flatten(tuple(args))

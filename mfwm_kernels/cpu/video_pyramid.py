@@ -12,7 +12,7 @@ from . import kernels, raw
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    patch_sizes = args.patch_sizes or [None] * len(args.factors)
+    patch_sizes: Sequence[int | None] = args.patch_sizes or [None] * len(args.factors)
     outputs = [
         torch.empty(output_shape(args.video, factor, patch), dtype=args.dtype)
         for factor, patch in zip(args.factors, patch_sizes, strict=True)

@@ -13,7 +13,7 @@ from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
     device = args.video.device
-    patch_sizes = args.patch_sizes or [None] * len(args.factors)
+    patch_sizes: Sequence[int | None] = args.patch_sizes or [None] * len(args.factors)
     outputs = [
         torch.empty(output_shape(args.video, factor, patch), dtype=args.dtype, device=device)
         for factor, patch in zip(args.factors, patch_sizes, strict=True)

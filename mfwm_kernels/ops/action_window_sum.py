@@ -176,7 +176,6 @@ OP = register(
                 kernels=("action_window_sum_forward", "action_window_sum_backward"),
                 dtypes=check.FLOATING,
             ),
-            "triton": Backend(kernels=("action_window_sum_forward", "action_window_sum_backward")),
         },
     )
 )

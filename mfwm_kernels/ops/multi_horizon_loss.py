@@ -325,10 +325,6 @@ OP = register(
                 kernels=("multi_horizon_loss",),
                 dtypes=check.FLOATING,
             ),
-            "triton": Backend(
-                kernels=("multi_horizon_loss",),
-                refuses=lambda args: "video is float64" if args.video.dtype == torch.float64 else "",
-            ),
         },
         gradients_in_forward=True,
     )

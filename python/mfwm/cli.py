@@ -9,7 +9,24 @@ from typing import Annotated
 
 import tyro
 
+from .heads import HeadsConfig
+from .model import WorldModelConfig
 from .training import TrainingConfig
+
+# 4.3 million parameters; one block per far horizon on a grid of half the resolution. Far losses are larger (the world has
+# moved on), and with equal weights they crowd out the next frame early in training.
+DEMO = TrainingConfig(
+    data="",
+    model=WorldModelConfig(
+        heads=HeadsConfig(
+            patch_sizes=(8, 8, 4, 2),
+            blocks=(0, 1, 1, 1),
+            lag_gate=True,
+            weights=(1.0, 0.5, 0.25, 0.125),
+            consistency=(0.0, 0.05, 0.05, 0.05),
+        )
+    ),
+)
 
 
 @dataclass
@@ -69,7 +86,7 @@ class Demo:
     out: Path = Path("runs/demo")
     data: Path = Path("data/demo")
     frames: int = 24_000
-    config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: TrainingConfig(data=""))
+    config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: DEMO)
 
     def run(self) -> None:
         from .collect import collect, default_environment

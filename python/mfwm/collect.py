@@ -17,7 +17,7 @@ import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -109,7 +109,7 @@ def default_environment() -> str:
     if sys.version_info[:2] in PROCGEN_PYTHONS and (sys.platform, platform.machine()) == ("linux", "x86_64"):
         return "coinrun"
     print(
-        f"CoinRun's package has no wheel for Python {platform.python_version()} on {sys.platform} {platform.machine()}: "
+        f"CoinRun's package has no wheel for Python {platform.python_version()} on {platform.platform()}: "
         "collecting Doom instead"
     )
     return "doom"
@@ -150,7 +150,7 @@ def procgen_episodes(env: str, frames: int, seed: int, action_repeat: int, num_l
             process.wait()
 
 
-def receive(stream: BinaryIO) -> Episode | None:
+def receive(stream: IO[bytes]) -> Episode | None:
     """The next episode; None at the end of the stream."""
     header = stream.read(MESSAGE.size)
     if len(header) < MESSAGE.size:
@@ -166,7 +166,7 @@ def procgen_python() -> Path:
     """The interpreter of an environment with procgen, made on first use in the user's cache."""
     if sys.version_info[:2] not in PROCGEN_PYTHONS:
         raise RuntimeError(
-            f"CoinRun's package {REQUIREMENT} has wheels for Python 3.11 and 3.12, this is {platform.python_version()}: "
+            f"CoinRun's package {REQUIREMENT} has wheels for Python 3.11 and 3.12, not {platform.python_version()}; "
             "collect doom or atari:<Game> instead"
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfwm"
@@ -193,7 +193,7 @@ def procgen_python() -> Path:
 
 def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
     try:
-        from ale_py import Action, ALEInterface, LoggerMode, __version__, roms
+        from ale_py import ALEInterface, LoggerMode, __version__, roms
     except ImportError as error:
         raise ImportError("collecting Atari needs the package ale-py: pip install 'mfwm-kernels[data]'") from error
     ALEInterface.setLoggerMode(LoggerMode.Error)
@@ -205,10 +205,12 @@ def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_lev
     ale.setInt("random_seed", seed)
     ale.setInt("frame_skip", 4)
     ale.setFloat("repeat_action_probability", 0.0)
-    ale.loadROM(roms.get_rom_path(known[game]))
+    rom = roms.get_rom_path(known[game])
+    assert rom is not None
+    ale.loadROM(rom)
     legal = ale.getMinimalActionSet()
     yield {
-        "action_names": [Action(action).name for action in legal], "noop": 0, "ticks_per_frame": 4,
+        "action_names": [action.name for action in legal], "noop": 0, "ticks_per_frame": 4,
         "package": "ale-py", "package_version": __version__,
     }  # fmt: skip
     policy = HeldActions(np.ones(len(legal)), action_repeat, 1, np.random.default_rng(seed))

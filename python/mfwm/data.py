@@ -8,8 +8,8 @@ On disk: the Zarr replay buffer of the robot-learning field (diffusion-policy's 
     meta/episode_level   int64 [E]                 level seed where the environment has levels, else the episode index
     attributes           env, actions, action_names, noop, action_repeat, ticks_per_frame, package, package_version
 
-THE ACTION CONVENTION, the field's own: `action[t]` is the action taken AT frame t, and leads to frame t + 1. A hidden state
-at n, which has seen the frames and actions up to n, so knows all that frame n + 1 needs.
+THE ACTION CONVENTION, the field's own: `action[t]` is the action taken AT frame t, and leads to frame t + 1. A hidden
+state at n, which has seen the frames and actions up to n, so knows all that frame n + 1 needs.
 
 In memory: B clips, T frames, H x W pixels, A numbers of a continuous action.
 """
@@ -91,7 +91,8 @@ class ReplayWriter:
         self.episodes = 0
 
     def append(self, img: np.ndarray, action: np.ndarray, level: int | None = None) -> None:
-        """One episode: `img` uint8 [T, H, W, 3], `action` integers [T] or floats [T, A], where `action[t]` was taken at `img[t]`.
+        """One episode: `img` uint8 [T, H, W, 3], `action` integers [T] or floats [T, A], with
+        `action[t]` taken at `img[t]`.
 
         Two calls are two episodes, also where both are fragments of one. `level=None` takes the episode's index.
         """
@@ -134,8 +135,8 @@ class Replay:
     `img` uint8 [N, H, W, 3] (a NumPy array up to `memory_limit` bytes, else the Zarr array), `action` int64 [N] or
     float32 [N, A], `episode_ends` and `episode_level` int64 [E], `actions` (number of discrete actions, or None) and
     `attributes`. A set without levels has one level per episode; one that does not say how many actions there are has
-    as many as its largest action asks for. Frames after the last episode's end were left by an interrupted writer and are
-    not part of the set: a warning says how many.
+    as many as its largest action asks for. Frames after the last episode's end were left by an interrupted writer and
+    are not part of the set: a warning says how many.
 
     ValueError names path, rule and value where the set breaks the layout.
     """
@@ -224,7 +225,7 @@ class Replay:
             worst = int(np.flatnonzero(lengths <= 0)[0])
             before = int(ends[worst - 1]) if worst else 0
             raise ValueError(
-                f"{self.path}: meta/episode_ends must increase, got {int(ends[worst])} after {before} at episode {worst}"
+                f"{self.path}: meta/episode_ends must increase, got {int(ends[worst])} after {before}, episode {worst}"
             )
         if ends[-1] > frames:
             raise ValueError(
@@ -349,10 +350,10 @@ class Clips(Dataset[dict[str, Tensor]]):
 
 
 class ClipSampler:
-    """Random batches of clips, where `batch(step)` depends on (seed, step) alone: a resumed run equals one without a stop.
+    """Random batches of clips, where `batch(step)` depends on (seed, step) alone: a resumed run equals another.
 
-    Clips are drawn uniformly with replacement. `episodes` and `within_episode` as in `Clips`. Processes of a distributed
-    run take different seeds.
+    Clips are drawn uniformly with replacement. `episodes` and `within_episode` as in `Clips`. Processes of a
+    distributed run take different seeds.
     """
 
     def __init__(

@@ -28,6 +28,7 @@ PEAK = 2.0
 # Genie measures controllability after this many closed-loop steps.
 DELTA_STEP = 4
 CONTEXT = 4
+ROLLOUT_STEPS = 12
 
 
 def psnr(squared_error: np.ndarray | float) -> Any:
@@ -84,8 +85,8 @@ def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, np.ndarr
     misled = model.predict(clips["video"], shuffled, clips["segment_ids"])
     errors: dict[str, list[Tensor]] = {"horizon": [], "horizon_persistence": [], "horizon_shuffled": []}
     for i, offset in enumerate(horizons.offsets):
-        end = pyramid[i].shape[1] - offset
-        truth = pyramid[i][:, offset:]
+        end = min(predictions[i].shape[1], pyramid[i].shape[1] - offset)
+        truth = pyramid[i][:, offset : offset + end]
         errors["horizon"].append(squared_error(predictions[i][:, :end], truth))
         errors["horizon_persistence"].append(squared_error(pyramid[i][:, :end], truth))
         errors["horizon_shuffled"].append(squared_error(misled[i][:, :end], truth))
@@ -96,12 +97,12 @@ def closed_loop(model: WorldModel, clips: dict[str, Tensor], seed: int) -> dict[
     """[clips, steps] errors of a rollout from CONTEXT frames, of persistence, and with shuffled actions; and SSIM."""
     video, actions = clips["video"], clips["actions"]
     (truth,) = video_pyramid(video, (1,), dtype=torch.float32)
-    steps = video.shape[1] - CONTEXT
+    steps = rollout_steps(video)
     rolled = model.rollout(video[:, :CONTEXT], actions, steps)
     misled_actions = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
     misled = model.rollout(video[:, :CONTEXT], misled_actions, min(steps, DELTA_STEP))
     kept = truth[:, CONTEXT - 1 : CONTEXT].expand(-1, steps, -1, -1, -1)
-    future = truth[:, CONTEXT:]
+    future = truth[:, CONTEXT : CONTEXT + steps]
 
     def per_step(pictures: Tensor) -> np.ndarray:
         return (pictures - future[:, : pictures.shape[1]]).square().mean(dim=(2, 3, 4)).cpu().numpy()
@@ -113,6 +114,10 @@ def closed_loop(model: WorldModel, clips: dict[str, Tensor], seed: int) -> dict[
         "ssim": similarity(rolled, future),
         "ssim_persistence": similarity(kept, future),
     }
+
+
+def rollout_steps(video: Tensor) -> int:
+    return min(ROLLOUT_STEPS, video.shape[1] - CONTEXT)
 
 
 def similarity(pictures: Tensor, truth: Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +223,7 @@ class MultiFrameHeads(nn.Module):
         else:
             actions, segments = actions.to(dtype), segment_ids
         count = len(self.config.horizons)
+        groups: list[tuple[Tensor, int, int, GradMonitor | None]]
         if near_only:
             groups = [(hidden if near_hidden is None else near_hidden.to(dtype), 0, 1, None)]
         elif near_hidden is None:
@@ -249,7 +250,7 @@ class MultiFrameHeads(nn.Module):
         part = slice(chosen.start, chosen.stop)
         offsets, factors = self.config.horizons.offsets[part], self.config.horizons.factors[part]
         horizons = Horizons(offsets, factors)
-        conditioning = {
+        conditioning: dict[str, Any] = {
             "norm_weight": None if self.norm_weight is None else self.norm_weight[part].to(hidden.dtype),
             "lag_weight": None if self.lag_weight is None else self._lag_weight(part, offsets).to(hidden.dtype),
             "segment_ids": action_segments,

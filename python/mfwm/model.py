@@ -141,7 +141,7 @@ class WorldModel(nn.Module):
     def patch_predictions(
         self, video: Tensor, actions: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """What the heads give for the first `context` positions: [B, T, S_i, P_i] per horizon; heads.loss takes them."""
+        """What the heads give for the first `context` positions, [B, T, S_i, P_i] per horizon: heads.loss takes it."""
         hidden, near_hidden, window_BVD, _ = self._states(video, actions, segment_ids)
         return self.heads.patch_predictions(hidden, window_BVD, near_hidden, segment_ids)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mfwm_kernels import video_pyramid
 
 from .data import Clips, Replay, split_levels
-from .evaluation import CONTEXT
+from .evaluation import CONTEXT, rollout_steps
 from .model import WorldModel
 from .training import load_model, read_log
 
@@ -51,8 +51,8 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
     order = motion.argsort(descending=True)[:3]
     clips = {name: value[order] for name, value in candidates.items()}
 
-    steps = config.clip - CONTEXT
-    (truth,) = video_pyramid(clips["video"], (1,), dtype=torch.float32)
+    steps = rollout_steps(clips["video"])
+    (truth,) = video_pyramid(clips["video"][:, : CONTEXT + steps], (1,), dtype=torch.float32)
     rolled = torch.cat([truth[:, :CONTEXT], model.rollout(clips["video"][:, :CONTEXT], clips["actions"], steps)], dim=1)
     write_gif(run / "rollout.gif", truth, rolled)
     sections = [
@@ -126,7 +126,7 @@ def strip(model: WorldModel, clips: dict[str, Tensor]) -> Figure:
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
     predictions = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
-    position = clips["video"].shape[1] - 1 - horizons.offsets[-1]
+    position = min(model.config.context, clips["video"].shape[1] - horizons.offsets[-1]) - 1
     figure, axes = plt.subplots(2, len(horizons) + 1, figsize=(2 * (len(horizons) + 1), 4.3))
     show(axes[0, 0], pyramid[0][0, position], "frame n")
     axes[1, 0].axis("off")
