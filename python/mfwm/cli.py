@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +13,8 @@ from .heads import HeadsConfig
 from .model import WorldModelConfig
 from .training import TrainingConfig
 
-# 4.3 million parameters; one block per far horizon on a grid of half the resolution. Far losses are larger (the world has
-# moved on), and with equal weights they crowd out the next frame early in training.
+# 4.3 million parameters; one block per far horizon on a grid of half the resolution. Far losses are larger (the world
+# has moved on), and with equal weights they crowd out the next frame early in training.
 DEMO = TrainingConfig(
     data="",
     model=WorldModelConfig(
@@ -86,7 +86,7 @@ class Demo:
     out: Path = Path("runs/demo")
     data: Path = Path("data/demo")
     frames: int = 24_000
-    config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: DEMO)
+    steps: int = DEMO.steps
 
     def run(self) -> None:
         from .collect import collect, default_environment
@@ -98,7 +98,7 @@ class Demo:
         if not (self.data / "complete").exists():
             collect(default_environment(), self.frames, self.data, overwrite=self.data.exists())
             (self.data / "complete").touch()
-        train(for_replay(replace(self.config, data=str(self.data)), Replay(self.data)), self.out)
+        train(for_replay(replace(DEMO, data=str(self.data), steps=self.steps), Replay(self.data)), self.out)
         metrics = evaluate(self.out)
         for k in metrics["psnr"]:
             print(f"n + {k}: {metrics['psnr'][k]:.2f} dB, persistence {metrics['persistence_psnr'][k]:.2f} dB")

@@ -154,10 +154,10 @@ class Replay:
         if img.dtype != np.uint8 or img.ndim != 4 or img.shape[3] != 3:
             raise ValueError(f"{self.path}: data/img must be uint8 [N, H, W, 3], got {img.dtype} {list(img.shape)}")
 
-        self.episode_ends = self._ends(root, len(img))
+        self.episode_ends = self._ends(root, img.shape[0])
         self.frames = int(self.episode_ends[-1])
-        if len(img) > self.frames:
-            surplus = len(img) - self.frames
+        if img.shape[0] > self.frames:
+            surplus = img.shape[0] - self.frames
             warnings.warn(f"{self.path}: {surplus} frames after the last episode's end are left out", stacklevel=2)
         self.episode_level = self._levels(root)
         self.action = self._actions(root)
@@ -237,7 +237,7 @@ class Replay:
         if "meta/episode_level" not in root:
             return np.arange(self.episodes, dtype=np.int64)
         levels = self._array(root, "meta/episode_level")
-        if levels.ndim != 1 or levels.dtype.kind not in "iu" or len(levels) < self.episodes:
+        if levels.ndim != 1 or levels.dtype.kind not in "iu" or levels.shape[0] < self.episodes:
             raise ValueError(
                 f"{self.path}: meta/episode_level must be integers [{self.episodes}], one per episode, "
                 f"got {levels.dtype} {list(levels.shape)}"
@@ -246,7 +246,7 @@ class Replay:
 
     def _actions(self, root: zarr.Group) -> np.ndarray:
         action = self._array(root, "data/action")
-        if len(action.shape) == 0 or len(action) < self.frames:
+        if len(action.shape) == 0 or action.shape[0] < self.frames:
             raise ValueError(f"{self.path}: data/action must have {self.frames} rows, got shape {list(action.shape)}")
         if action.dtype.kind in "iu" and action.ndim == 1:
             return np.asarray(action[: self.frames], np.int64)
