@@ -127,7 +127,7 @@ def test_rollout_feeds_back_its_own_frames() -> None:
         following = model.predict(frames[:, start:], clips["actions"][:, start : frames.shape[1]])[0][:, -1:]
         torch.testing.assert_close(rolled[:, step : step + 1], following)
         frames = torch.cat([frames, following], dim=1)
-    with pytest.raises(ValueError, match="actions must cover frames 0..10, got 5"):
+    with pytest.raises(ValueError, match=r"actions must cover frames 0\.\.10, got 5"):
         model.rollout(clips["video"][:, :4], clips["actions"][:, :5], 8)
 
 
