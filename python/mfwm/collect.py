@@ -242,6 +242,9 @@ def doom_episodes(env: str, frames: int, seed: int, action_repeat: int, num_leve
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_seed(seed)
+    # Doom writes its settings to a file; not into the user's working directory.
+    settings = tempfile.TemporaryDirectory()
+    game.set_doom_config_path(os.path.join(settings.name, "vizdoom.ini"))
     game.init()
     try:
         buttons = [button.name for button in game.get_available_buttons()]
@@ -264,3 +267,4 @@ def doom_episodes(env: str, frames: int, seed: int, action_repeat: int, num_leve
             yield Episode(np.stack(img), np.array(action), None)
     finally:
         game.close()
+        settings.cleanup()
