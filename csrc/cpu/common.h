@@ -39,6 +39,11 @@ void load_row(double* to, const void* from, DType dtype, int64_t offset, int64_t
 void store_row(const float* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
 void store_row(const double* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
 
+// to[k] = from[k], past the caches where the machine can. What is written so is in memory after finish_streaming().
+void stream_row(const float* from, float* to, int64_t count);
+void stream_row(const double* from, double* to, int64_t count);
+void finish_streaming();
+
 template <class C>
 MFWM_INLINE bool is_plain(const Array& array, int64_t stride) {
   return array.dtype == dtype_of<C> && stride == 1;

@@ -2,21 +2,21 @@
 // of it made at m - k_i, their losses, the consistency between them, their gradients) meets in the first-level cache,
 // so video, predictions and gradients are each moved once.
 #include <cmath>
-#include <immintrin.h>
 
 #include "pyramid.h"
 
 namespace mfwm::cpu {
 namespace {
 
+// The coefficient of a loss in the total, and the numbers that its kind takes.
 template <class C>
-struct Shape {
+struct Curve {
   C coefficient, delta, eps;
 };
 
 // The loss of d, and in `slope` its derivative.
 template <LossKind kind, class C>
-MFWM_INLINE C loss_of(C d, const Shape<C>& shape, C& slope) {
+MFWM_INLINE C loss_of(C d, const Curve<C>& curve, C& slope) {
   if constexpr (kind == LossKind::mse) {
     slope = 2 * d;
     return d * d;
@@ -24,11 +24,11 @@ MFWM_INLINE C loss_of(C d, const Shape<C>& shape, C& slope) {
     slope = d > 0 ? C(1) : d < 0 ? C(-1) : d;  // 0, or NaN
     return std::abs(d);
   } else if constexpr (kind == LossKind::huber) {
-    slope = d > shape.delta ? shape.delta : d < -shape.delta ? -shape.delta : d;
+    slope = d > curve.delta ? curve.delta : d < -curve.delta ? -curve.delta : d;
     const C size = std::abs(d);
-    return size > shape.delta ? shape.delta * (size - shape.delta / 2) : d * d / 2;
+    return size > curve.delta ? curve.delta * (size - curve.delta / 2) : d * d / 2;
   } else {
-    const C root = std::sqrt(d * d + shape.eps * shape.eps);
+    const C root = std::sqrt(d * d + curve.eps * curve.eps);
     slope = d / root;
     return root;
   }
@@ -42,7 +42,7 @@ MFWM_INLINE void prefetch(const C* row, int64_t count) {
 
 template <LossKind kind, bool with_gradient, class C>
 MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& target, const Tile<C>& gradient,
-                             const Shape<C>& shape, bool fetch) {
+                             const Curve<C>& curve, bool fetch) {
   double total = 0;
   for (int64_t y = 0; y < target.rows; ++y) {
     if (fetch) {
@@ -54,8 +54,8 @@ MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& tar
     C sum = 0;
     for (int64_t x = 0; x < target.columns; ++x) {
       C slope;
-      sum += loss_of<kind>(p[x] - t[x], shape, slope);
-      if constexpr (with_gradient) g[x] = shape.coefficient * slope;
+      sum += loss_of<kind>(p[x] - t[x], curve, slope);
+      if constexpr (with_gradient) g[x] = curve.coefficient * slope;
     }
     total += static_cast<double>(sum);
   }
@@ -65,11 +65,11 @@ MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& tar
 // Sum of the losses of pred - target; coefficient * slope goes to `gradient` where it has data.
 template <class C>
 MFWM_SIMD double loss_and_gradient(LossKind kind, const Tile<const C>& pred, const Tile<const C>& target,
-                                   const Tile<C>& gradient, const Shape<C>& shape, bool fetch) {
+                                   const Tile<C>& gradient, const Curve<C>& curve, bool fetch) {
   const auto with = [&](auto tag) __attribute__((always_inline)) {
     constexpr LossKind k = decltype(tag)::value;
-    return gradient.data ? loss_tile<k, true>(pred, target, gradient, shape, fetch)
-                         : loss_tile<k, false>(pred, target, gradient, shape, fetch);
+    return gradient.data ? loss_tile<k, true>(pred, target, gradient, curve, fetch)
+                         : loss_tile<k, false>(pred, target, gradient, curve, fetch);
   };
   switch (kind) {
     case LossKind::mse: return with(std::integral_constant<LossKind, LossKind::mse>{});
@@ -119,6 +119,8 @@ struct Loss {
   Tiling tiling;
   std::vector<double> coefficient;       // one per horizon, then one per pair
   std::vector<int64_t> counts;           // elements, likewise
+  // Gradients larger than the caches are written past them, which saves reading what is overwritten.
+  bool streams = false;
   // Scratch, in elements from its start.
   int64_t scratch_size = 0, spare, base;
   std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, difference_at;
@@ -145,6 +147,11 @@ struct Loss {
       const int near = static_cast<int>(op.pairs[k]), far = static_cast<int>(op.pairs[k + 1]);
       pairs.push_back({near, far, index_of(near_chain[near], op.factors[far])});
     }
+    int64_t bytes = 0;
+    for (const Frames& gradient : gradients)
+      if (gradient.array)
+        bytes += batch * positions * channels * gradient.height * gradient.width * static_cast<int64_t>(sizeof(C));
+    streams = bytes > int64_t(16) << 20;
     lay_out_scratch();
     count_elements();
   }
@@ -206,7 +213,7 @@ struct Loss {
   MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor) const {
     return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor};
   }
-  MFWM_INLINE Shape<C> shape_of(size_t k) const {
+  MFWM_INLINE Curve<C> curve_of(size_t k) const {
     return {static_cast<C>(coefficient[k]), static_cast<C>(op.delta), static_cast<C>(op.eps)};
   }
 
@@ -248,13 +255,14 @@ struct Loss {
     return read_only(copy);
   }
 
-  // Where horizon i's gradient is made: in place if it can be, in scratch if it must be converted, nowhere if unwanted.
+  // Where horizon i's gradient is made: in place if it can be, in scratch if it must be converted or streamed, nowhere
+  // if it is not wanted.
   MFWM_INLINE Tile<C> gradient_tile(int i, const Place& place, C* scratch) const {
     const Frames& gradient = gradients[i];
     const int64_t factor = op.factors[i];
     if (!gradient.array) return {};
     Tile<C> tile = tile_at(scratch, gradient_at[i], place, factor);
-    if (false && gradient.template is_plain_image<C>()) {
+    if (!streams && gradient.template is_plain_image<C>()) {
       const int64_t n = place.m - op.offsets[i];
       tile.data = static_cast<C*>(gradient.array.data) +
                   gradient.image_offset(place.b, n, place.c, place.y / factor, place.x / factor);
@@ -267,10 +275,14 @@ struct Loss {
     const Frames& gradient = gradients[i];
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
     if (!tile.data) return;
-    if constexpr (sizeof(C)==4) if (gradient.template is_plain_image<C>()) { for (int64_t r = 0; r < tile.rows; ++r) {
-      float* to = static_cast<C*>(gradient.array.data) + gradient.image_offset(place.b, n, place.c, place.y / factor + r, place.x / factor);
-      const float* from = tile.row(r);
-      for (int64_t k = 0; k < tile.columns; k += 4) _mm_stream_ps(to + k, _mm_loadu_ps(from + k)); } return; }
+    if (gradient.template is_plain_image<C>()) {
+      for (int64_t r = 0; streams && r < tile.rows; ++r)
+        stream_row(tile.row(r),
+                   static_cast<C*>(gradient.array.data) +
+                       gradient.image_offset(place.b, n, place.c, place.y / factor + r, place.x / factor),
+                   tile.columns);
+      return;
+    }
     for (int64_t r = 0; r < tile.rows; ++r)
       gradient.store(tile.row(r), place.b, n, place.c, place.y / factor + r, place.x / factor, tile.columns);
   }
@@ -304,7 +316,7 @@ struct Loss {
       Tile<C> difference{};
       if (near_learns || far_learns) difference = tile_at(scratch, difference_at[pair.far], place, op.factors[pair.far]);
       sums[count + k] +=
-          loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, shape_of(count + k), false);
+          loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, curve_of(count + k), false);
       if (far_learns) add_repeated(difference, gradient[pair.far], 1, C(1), scratch + spare);
       if (near_learns) {
         const Tile<C> level = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
@@ -344,7 +356,7 @@ struct Loss {
       if (here.counted[i]) {
         here.pred[i] = prediction(i, place, scratch);
         const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
-        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, shape_of(i), true);
+        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, curve_of(i), true);
       } else if (gradient.data) {
         for (int64_t r = 0; r < gradient.rows; ++r)
           std::fill(gradient.row(r), gradient.row(r) + gradient.columns, C(0));
@@ -374,6 +386,7 @@ struct Loss {
                               std::min(tiling.columns, tiling.width - x)};
             meet(place, here, sums.data() + unit * terms, scratch);
           }
+      if (streams) finish_streaming();
     });
     MultiHorizonLossResult result;
     for (size_t k = 0; k < terms; ++k) {

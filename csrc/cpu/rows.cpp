@@ -4,6 +4,10 @@
 // function per element at the baseline.
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "common.h"
 
 namespace mfwm::cpu {
@@ -116,6 +120,30 @@ MFWM_SIMD void store_row(const float* from, void* to, DType dtype, int64_t offse
 }
 MFWM_SIMD void store_row(const double* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count) {
   store(from, to, dtype, offset, stride, count);
+}
+
+void stream_row(const float* from, float* to, int64_t count) {
+  int64_t k = 0;
+#ifdef __SSE2__
+  for (; k < count && reinterpret_cast<uintptr_t>(to + k) % 16; ++k) to[k] = from[k];
+  for (; k + 4 <= count; k += 4) _mm_stream_ps(to + k, _mm_loadu_ps(from + k));
+#endif
+  for (; k < count; ++k) to[k] = from[k];
+}
+
+void stream_row(const double* from, double* to, int64_t count) {
+  int64_t k = 0;
+#ifdef __SSE2__
+  for (; k < count && reinterpret_cast<uintptr_t>(to + k) % 16; ++k) to[k] = from[k];
+  for (; k + 2 <= count; k += 2) _mm_stream_pd(to + k, _mm_loadu_pd(from + k));
+#endif
+  for (; k < count; ++k) to[k] = from[k];
+}
+
+void finish_streaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
 }
 
 }  // namespace mfwm::cpu

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mfwm_kernels import GradMonitor, Horizons, fan_out, multi_horizon_linear, use_backend
-from mfwm_kernels.registry import ABSENT
+from mfwm_kernels.registry import ABSENT, OPS
 
-BACKENDS = [b for b in ("reference", "cpu", "triton") if not ABSENT[b]]
+BACKENDS = ["reference", *(b for b in OPS["fan_out"].backends if not ABSENT[b])]
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton" or not torch.cuda.is_available()])
