@@ -12,6 +12,12 @@ inline int64_t cell_offset(const Array& a, int64_t b, int64_t n, int64_t y, int6
   return b * a.stride[0] + n * a.stride[1] + y * a.stride[2] + x * a.stride[3];
 }
 
+inline int64_t smallest_prime(int64_t number) {
+  int64_t prime = 2;
+  while (number % prime) ++prime;
+  return prime;
+}
+
 template <class C>
 MFWM_INLINE void add_scaled(C* __restrict to, const C* __restrict from, C scale, int64_t count) {
   for (int64_t d = 0; d < count; ++d) to[d] += from[d] * scale;
@@ -39,8 +45,10 @@ struct Fan {
   int64_t tiles, groups;
 
   explicit Fan(const FanOut& op_) : op(op_) {
-    std::vector<int64_t> pools = op.pool;
-    pools.push_back(1);
+    // With every step down to 1 in the chain a cell is summed in one order, whichever other horizons there are.
+    std::vector<int64_t> pools{1};
+    for (int64_t pool : op.pool)
+      for (; pool > 1; pool /= smallest_prime(pool)) pools.push_back(pool);
     chain = chain_of(1, pools);
     for (int64_t pool : op.pool) {
       side = std::lcm(side, pool);
