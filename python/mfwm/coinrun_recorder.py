@@ -75,10 +75,6 @@ def record(
         rand_seed=seed,
     )
     names = ["+".join(keys) or "NOOP" for keys in env.get_combos()]
-    names = [
-        "+".join(sorted(name.split("+"), key=("LEFT", "RIGHT", "UP", "DOWN").index)) if "+" in name else name
-        for name in names
-    ]
     weights = [COINRUN_WEIGHTS.get(name, 0.0) if game == "coinrun" else 1.0 for name in names]
     policy = HeldActions(np.array(weights), action_repeat, environments, np.random.default_rng(seed))
     package = REQUIREMENT.split("==")[0]

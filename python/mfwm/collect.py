@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,7 @@ def collect(
     ):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    out = Path(out)
+    out = Path(out).absolute()
     source = source_of(env)
     make_room(out, overwrite=overwrite)
     episodes = source(env, frames, seed, action_repeat, num_levels)
@@ -131,35 +130,42 @@ def procgen_episodes(env: str, frames: int, seed: int, action_repeat: int, num_l
         "frames": frames, "seed": seed, "action-repeat": action_repeat, "num-levels": num_levels,
         "start-level": seed * num_levels,
     }  # fmt: skip
-    command = [str(python), coinrun_recorder.__file__, env]
+    # -I: else the recorder's imports would find this package's data.py and model.py, or what PYTHONPATH names, first.
+    command = [str(python), "-I", coinrun_recorder.__file__, env]
     command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         assert process.stdout is not None
         try:
             first = process.stdout.readline()
-            if first:
-                yield json.loads(first)
-                while (episode := receive(process.stdout)) is not None:
-                    yield episode
-            if process.wait() != 0 or not first:
-                errors.seek(0)
-                raise RuntimeError(f"the {env} recorder failed:\n{errors.read().decode(errors='replace')[-2000:]}")
+            if not first:
+                raise EOFError
+            yield json.loads(first)
+            while (episode := receive(process.stdout)) is not None:
+                yield episode
+        except EOFError:
+            status = process.wait()
+            errors.seek(0)
+            tail = errors.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"the {env} recorder stopped early (exit status {status}):\n{tail}") from None
         finally:
             process.kill()
             process.wait()
 
 
 def receive(stream: IO[bytes]) -> Episode | None:
-    """The next episode; None at the end of the stream."""
+    """The next episode; None at the end of the stream, EOFError where it is cut off before."""
     header = stream.read(MESSAGE.size)
     if len(header) < MESSAGE.size:
-        raise RuntimeError("the recorder's stream was cut off before its end")
+        raise EOFError
     count, height, width, level = MESSAGE.unpack(header)
     if count == 0:
         return None
-    img = np.frombuffer(stream.read(count * height * width * 3), np.uint8).reshape(count, height, width, 3)
-    return Episode(img, np.frombuffer(stream.read(count * 8), np.int64), level)
+    pixels, actions = stream.read(count * height * width * 3), stream.read(count * 8)
+    if len(actions) < count * 8:
+        raise EOFError
+    img = np.frombuffer(pixels, np.uint8).reshape(count, height, width, 3)
+    return Episode(img, np.frombuffer(actions, np.int64), level)
 
 
 def procgen_python() -> Path:
@@ -171,21 +177,37 @@ def procgen_python() -> Path:
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfwm"
     home = cache / f"{REQUIREMENT.replace('==', '-')}-python{sys.version_info[0]}.{sys.version_info[1]}"
-    python = home / "bin" / "python"
-    # The stamp is written last: an environment that was left half made is made again.
     if not (home / "complete").exists():
         print(f"making an environment for {REQUIREMENT} in {home} (once)", file=sys.stderr)
-        shutil.rmtree(home, ignore_errors=True)
-        venv.create(home, with_pip=True)
-        done = subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", REQUIREMENT, "numpy<2"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            tail = "\n".join(done.stdout.splitlines()[-8:])
-            raise RuntimeError(f"could not install {REQUIREMENT} into {home}:\n{tail}")
-        (home / "complete").touch()
-    return python
+        cache.mkdir(parents=True, exist_ok=True)
+        # Made beside its place and moved there whole: two first collections at once do not delete each other's.
+        making = Path(tempfile.mkdtemp(prefix=f"{home.name}.", dir=cache))
+        try:
+            run_step([sys.executable, "-m", "venv", str(making)])
+            pip = [str(making / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+            run_step([*pip, "install", "--quiet", REQUIREMENT, "numpy<2"])
+            (making / "complete").touch()
+            try:
+                if not (home / "complete").exists():
+                    shutil.rmtree(home, ignore_errors=True)
+                making.rename(home)
+            except OSError:
+                # Another process was first; its environment is as good.
+                if not (home / "complete").exists():
+                    raise
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return home / "bin" / "python"
+
+
+def run_step(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode != 0:
+        tail = "\n".join(done.stdout.splitlines()[-8:])
+        raise RuntimeError(
+            f"CoinRun needs an environment of its own for {REQUIREMENT}, and `{' '.join(command)}` failed; "
+            f"doom and atari:<Game> need none. Its last lines:\n{tail}"
+        )
 
 
 # ---- Atari
@@ -203,7 +225,7 @@ def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_lev
         raise ValueError(f"env must be atari:<Game> with one of {', '.join(sorted(known))}; got {env!r}")
     ale = ALEInterface()
     ale.setInt("random_seed", seed)
-    ale.setInt("frame_skip", 4)
+    # The default, 0.25, repeats the last action unseen: the action on record would not be the one that was taken.
     ale.setFloat("repeat_action_probability", 0.0)
     rom = roms.get_rom_path(known[game])
     assert rom is not None
@@ -218,11 +240,15 @@ def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_lev
     while left > 0:
         ale.reset_game()
         img, action = [], []
+        before = screen = ale.getScreenRGB()
         while not ale.game_over() and left > 0:
             taken = int(policy.next()[0])
-            img.append(ale.getScreenRGB())
+            # The console draws some objects on every other tick only: the brighter of the last two, as is usual.
+            img.append(np.maximum(before, screen))
             action.append(taken)
-            ale.act(legal[taken])
+            for _ in range(4):
+                ale.act(legal[taken])
+                before, screen = screen, ale.getScreenRGB()
             left -= 1
         yield Episode(np.stack(img), np.array(action), None)
 
@@ -245,7 +271,13 @@ def doom_episodes(env: str, frames: int, seed: int, action_repeat: int, num_leve
     # Doom writes its settings to a file; not into the user's working directory.
     settings = tempfile.TemporaryDirectory()
     game.set_doom_config_path(os.path.join(settings.name, "vizdoom.ini"))
-    game.init()
+    # The engine also makes a directory _vizdoom wherever it is started.
+    before = os.getcwd()
+    os.chdir(settings.name)
+    try:
+        game.init()
+    finally:
+        os.chdir(before)
     try:
         buttons = [button.name for button in game.get_available_buttons()]
         yield {

@@ -56,11 +56,11 @@ class TrainingConfig:
     model: WorldModelConfig = field(default_factory=WorldModelConfig)
 
     def __post_init__(self) -> None:
- From the end of one stepif self.dtype not in ("bfloat16", "float32"):
- From the end of one step    raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
- From the end of one stepfor name in ("steps", "batch", "clip", "checkpoint_every"):
- From the end of one step    if getattr(self, name) < 1:
- From the end of one step        raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        for name in ("steps", "batch", "clip", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
 
 def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_after: int | None = None) -> WorldModel:
@@ -75,7 +75,7 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
     torch.manual_seed(config.seed)
     model = WorldModel(config.model).to(device)
     optimiser = torch.optim.AdamW(
- From the end of one stepparameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
+        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95), fused=True
     )
     replay = Replay(config.data)
     training, _ = split_levels(replay, config.held_out, seed=config.seed)
@@ -89,36 +89,36 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
     model.train()
     began = time.perf_counter()
     for step, clips in zip(range(first, last), sampler.batches(first, last), strict=True):
- From the end of one stepclips = {name: value.to(device) for name, value in clips.items()}
- From the end of one stepfor group in optimiser.param_groups:
- From the end of one step    group["lr"] = learning_rate(config, step)
- From the end of one stepwith torch.autocast(device.type, autocast_dtype, enabled=config.dtype != "float32"):
- From the end of one step    loss = model(clips["video"], clips["actions"], clips["segment_ids"])
- From the end of one stepoptimiser.zero_grad(set_to_none=True)
- From the end of one steploss.total.backward()
- From the end of one stepnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
- From the end of one stepif not torch.isfinite(norm):
- From the end of one step    raise FloatingPointError(
- From the end of one step        f"step {step}: the gradient norm is {norm.item()}; the loss {loss.total.item()}, "
- From the end of one step        f"per horizon {loss.per_horizon.tolist()}"
- From the end of one step    )
- From the end of one stepoptimiser.step()
- From the end of one step# From the end of one step to the end of the next, so that waiting for data counts.
- From the end of one stepseconds, began = time.perf_counter() - began, time.perf_counter()
- From the end of one steprow = {
- From the end of one step    "step": step,
- From the end of one step    "loss": loss.total.item(),
- From the end of one step    "per_horizon": loss.per_horizon.tolist(),
- From the end of one step    "consistency": loss.consistency.tolist(),
- From the end of one step    "gradient_norm": norm.item(),
- From the end of one step    "lr": learning_rate(config, step),
- From the end of one step    "frames_per_second": config.batch * config.clip / seconds,
- From the end of one step}
- From the end of one steplog.write(row)
- From the end of one stepbar.set_postfix(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}", refresh=False)
- From the end of one stepbar.update()
- From the end of one stepif (step + 1) % config.checkpoint_every == 0 or step + 1 == last:
- From the end of one step    save_checkpoint(out / "checkpoint.pt", model, optimiser, step + 1)
+        clips = {name: value.to(device) for name, value in clips.items()}
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(config, step)
+        with torch.autocast(device.type, autocast_dtype, enabled=config.dtype != "float32"):
+            loss = model(clips["video"], clips["actions"], clips["segment_ids"])
+        optimiser.zero_grad(set_to_none=True)
+        loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"step {step}: the gradient norm is {norm.item()}; the loss {loss.total.item()}, "
+                f"per horizon {loss.per_horizon.tolist()}"
+            )
+        optimiser.step()
+        # From the end of one step to the end of the next, so that waiting for data counts.
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+        row = {
+            "step": step,
+            "loss": loss.total.item(),
+            "per_horizon": loss.per_horizon.tolist(),
+            "consistency": loss.consistency.tolist(),
+            "gradient_norm": norm.item(),
+            "lr": learning_rate(config, step),
+            "frames_per_second": config.batch * min(config.clip, config.model.context) / seconds,
+        }
+        log.write(row)
+        bar.set_postfix(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}", refresh=False)
+        bar.update()
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == last:
+            save_checkpoint(out / "checkpoint.pt", model, optimiser, step + 1)
     bar.close()
     log.close()
     return model
@@ -127,7 +127,7 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Linear warm-up, then a cosine from lr to lr / 10."""
     if step < config.warmup:
- From the end of one stepreturn config.lr * (step + 1) / config.warmup
+        return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
@@ -136,8 +136,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     parameters = list(model.parameters())
     return [
- From the end of one step{"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
- From the end of one step{"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
     ]
 
 
@@ -145,20 +145,20 @@ def settle_config(config: TrainingConfig, path: Path) -> None:
     """Write the run's config, or make sure that it is the one already there."""
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     if not path.exists():
- From the end of one stepwrite_atomically(path, json.dumps(wanted, indent=2).encode())
- From the end of one stepreturn
+        write_atomically(path, json.dumps(wanted, indent=2).encode())
+        return
     for name, (old, new) in differences(json.loads(path.read_text()), wanted).items():
- From the end of one stepraise ValueError(
- From the end of one step    f"{name} is {new!r}, but the run in {path.parent} was begun with {old!r}; choose another --out"
- From the end of one step)
+        raise ValueError(
+            f"{name} is {new!r}, but the run in {path.parent} was begun with {old!r}; choose another --out"
+        )
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
- From the end of one stepfound: dict[str, tuple[Any, Any]] = {}
- From the end of one stepfor name in {**old, **new}:
- From the end of one step    found |= differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
- From the end of one stepreturn found
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in {**old, **new}:
+            found |= differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        return found
     return {} if old == new else {prefix: (old, new)}
 
 
@@ -181,37 +181,37 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Whole or not at all: written beside, flushed to the disk, then renamed."""
     beside = path.with_name(path.name + ".tmp")
     with open(beside, "wb") as file:
- From the end of one stepfile.write(content)
- From the end of one stepfile.flush()
- From the end of one stepos.fsync(file.fileno())
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
 def save_checkpoint(path: Path, model: WorldModel, optimiser: torch.optim.Optimizer, step: int) -> None:
     beside = path.with_name(path.name + ".tmp")
     state = {
- From the end of one step"step": step,
- From the end of one step"model": model.state_dict(),
- From the end of one step"optimiser": optimiser.state_dict(),
- From the end of one step"rng": torch.get_rng_state(),
+        "step": step,
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "rng": torch.get_rng_state(),
     }
     with open(beside, "wb") as file:
- From the end of one steptorch.save(state, file)
- From the end of one stepfile.flush()
- From the end of one stepos.fsync(file.fileno())
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 
 def load_checkpoint(path: Path, model: WorldModel, optimiser: torch.optim.Optimizer | None = None) -> int:
     """The step to go on from; 0 where there is no checkpoint."""
     if not path.exists():
- From the end of one stepreturn 0
+        return 0
     device = next(model.parameters()).device
     state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     if optimiser is not None:
- From the end of one stepoptimiser.load_state_dict(state["optimiser"])
- From the end of one steptorch.set_rng_state(state["rng"].cpu())
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"].cpu())
     return int(state["step"])
 
 
@@ -219,26 +219,26 @@ class Log:
     """log.jsonl, one row a step; rows of steps that will be run again are dropped when a run goes on."""
 
     def __init__(self, path: Path, first: int) -> None:
- From the end of one stepkept = [row for row in read_log(path) if row["step"] < first] if path.exists() else []
- From the end of one stepwrite_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
- From the end of one stepself.file = open(path, "a")
+        kept = [row for row in read_log(path) if row["step"] < first] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.file = open(path, "a")
 
     def write(self, row: dict[str, Any]) -> None:
- From the end of one stepself.file.write(json.dumps(row) + "\n")
- From the end of one stepself.file.flush()
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
 
     def close(self) -> None:
- From the end of one stepself.file.close()
+        self.file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a log; a last line cut short by a kill is left out."""
     rows = []
     for line in path.read_text().splitlines():
- From the end of one steptry:
- From the end of one step    rows.append(json.loads(line))
- From the end of one stepexcept json.JSONDecodeError:
- From the end of one step    break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return rows
 
 
@@ -248,5 +248,5 @@ def load_model(run: Path) -> tuple[WorldModel, TrainingConfig, int]:
     model = WorldModel(config.model)
     step = load_checkpoint(Path(run) / "checkpoint.pt", model)
     if step == 0:
- From the end of one stepraise FileNotFoundError(f"{run} holds no checkpoint.pt: train first")
+        raise FileNotFoundError(f"{run} holds no checkpoint.pt: train first")
     return model.eval(), config, step
