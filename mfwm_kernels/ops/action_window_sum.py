@@ -160,6 +160,8 @@ def _bench(batch: int, positions: int, width: int) -> Any:
     return make
 
 
+KERNELS = ("action_window_sum_forward", "action_window_sum_backward")
+
 OP = register(
     Op(
         name="action_window_sum",
@@ -172,10 +174,8 @@ OP = register(
         cost=cost,
         bench={"genie": _bench(36, 16, 512), "pixels": _bench(32, 24, 1024), "latents": _bench(16, 32, 1024)},
         backends={
-            "cpu": Backend(
-                kernels=("action_window_sum_forward", "action_window_sum_backward"),
-                dtypes=check.FLOATING,
-            ),
+            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "triton": Backend(KERNELS),
         },
     )
 )

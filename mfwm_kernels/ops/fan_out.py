@@ -254,7 +254,7 @@ OP = register(
             "pixels": _bench(32, 24, 32, 1024),
             "latents": _bench(16, 32, 16, 1024),
         },
-        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
+        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING), "triton": Backend(KERNELS)},
         mutated_in_backward=("norms", "cosines"),
     )
 )

@@ -218,6 +218,11 @@ OP = register(
         },
         backends={
             "cpu": Backend(kernels=("video_pyramid",), dtypes=VIDEO),
+            "triton": Backend(
+                kernels=("video_pyramid",),
+                dtypes=(torch.uint8, torch.float32, torch.bfloat16, torch.float16),
+                refuses=lambda args: "it computes in fp32, dtype is float64" if args.dtype == torch.float64 else "",
+            ),
         },
     )
 )

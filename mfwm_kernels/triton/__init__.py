@@ -1,0 +1,1 @@
+"""Triton kernels, a module per op, imported on first use: Triton need not be installed to import the package."""

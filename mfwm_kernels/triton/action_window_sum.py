@@ -1,0 +1,196 @@
+"""action_window_sum in Triton; fan_out takes its sums from here too.
+
+forward   A program makes the K sums of a tile of ROWS positions x BLOCK_D features. Without gates the sum of a horizon
+          goes on from the one before it (offsets do not decrease), so that each action is read once per lag.
+          Bytes: actions once (lags overlap in cache), K sums.
+backward  A program gathers, for a tile of actions, what the positions before them ask for: no atomics.
+          Bytes: the K gradients once, d actions.
+gates     A program reduces the rows of a chunk for one (horizon, lag, block of features); chunks are added afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.action_window_sum import Arguments
+from .launch import ceil_div, launch, power_of_2, strides, warps_of
+
+# Rows that one program of the gates' gradient reduces.
+CHUNK = 256
+
+
+@triton.jit
+def action_window_sum_forward(
+    actions, lag_weight, segments, out, columns, positions, rows, width, blocks_d,
+    action_strides, lag_strides, segment_strides,
+    OFFSETS: tl.constexpr, BEGINS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks_d * ROWS + tl.arange(0, ROWS)
+    d = program % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    b, n = row // positions, row % positions
+    in_row, in_d = row < rows, d < width
+    segment = tl.zeros([ROWS], tl.int64)
+    if segments is not None:
+        segments += b * segment_strides[0]
+        segment = tl.load(segments + n * segment_strides[1], in_row, 0).to(tl.int64)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in tl.static_range(len(OFFSETS)):
+        if lag_weight is not None:
+            total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for j in range(BEGINS[i], OFFSETS[i]):
+            counts = in_row & (n + j < columns)
+            if segments is not None:
+                counts = counts & (tl.load(segments + (n + j) * segment_strides[1], counts, 0) == segment)
+            place = (b * action_strides[0] + (n + j) * action_strides[1])[:, None] + (d * action_strides[2])[None, :]
+            term = tl.load(actions + place, counts[:, None] & in_d[None, :], 0).to(tl.float32)
+            if lag_weight is not None:
+                gate = tl.load(lag_weight + i * lag_strides[0] + j * lag_strides[1] + d * lag_strides[2], in_d, 0)
+                # An action that drops out is 0, whatever its gate: 0 * inf would be NaN.
+                term = tl.where(counts[:, None], term * gate.to(tl.float32)[None, :], 0)
+            total += term
+        place = ((row * len(OFFSETS) + i) * width)[:, None] + d[None, :]
+        tl.store(out + place, total.to(out.dtype.element_ty), in_row[:, None] & in_d[None, :])
+
+
+@triton.jit
+def action_window_sum_backward(
+    gradient, lag_weight, segments, out, columns, positions, rows, width, blocks_d,
+    gradient_strides, lag_strides, segment_strides,
+    OFFSETS: tl.constexpr, START: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks_d * ROWS + tl.arange(0, ROWS)
+    d = program % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    b, m = row // columns, row % columns
+    in_row, in_d = row < rows, d < width
+    segment = tl.zeros([ROWS], tl.int64)
+    if segments is not None:
+        segments += b * segment_strides[0]
+        segment = tl.load(segments + m * segment_strides[1], in_row, 0).to(tl.int64)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in tl.static_range(len(OFFSETS)):
+        for j in range(START, OFFSETS[i]):
+            n = m - j
+            counts = in_row & (n >= 0) & (n < positions)
+            if segments is not None:
+                counts = counts & (tl.load(segments + n * segment_strides[1], counts, 0) == segment)
+            place = b * gradient_strides[0] + n * gradient_strides[1] + i * gradient_strides[2]
+            place = place[:, None] + (d * gradient_strides[3])[None, :]
+            term = tl.load(gradient + place, counts[:, None] & in_d[None, :], 0).to(tl.float32)
+            if lag_weight is not None:
+                gate = tl.load(lag_weight + i * lag_strides[0] + j * lag_strides[1] + d * lag_strides[2], in_d, 0)
+                term = tl.where(counts[:, None], term * gate.to(tl.float32)[None, :], 0)
+            total += term
+    tl.store(out + (row * width)[:, None] + d[None, :], total.to(out.dtype.element_ty), in_row[:, None] & in_d[None, :])
+
+
+@triton.jit
+def action_window_sum_gates(
+    actions, gradient, segments, partial, columns, positions, rows, width, blocks_d, lags,
+    action_strides, gradient_strides, segment_strides,
+    OFFSETS: tl.constexpr, START: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    d = program % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    gate = program // blocks_d
+    i, j = gate // lags % len(OFFSETS), gate % lags
+    chunk = gate // (lags * len(OFFSETS))
+    in_d = d < width
+    offset = 0
+    for k in tl.static_range(len(OFFSETS)):
+        offset = tl.where(i == k, OFFSETS[k], offset)
+    summed = (j >= START) & (j < offset)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        row = chunk * CHUNK + start + tl.arange(0, ROWS)
+        b, n = row // positions, row % positions
+        counts = summed & (row < rows) & (n + j < columns)
+        if segments is not None:
+            here = segments + b * segment_strides[0]
+            now = tl.load(here + n * segment_strides[1], counts, 0)
+            counts = counts & (now == tl.load(here + (n + j) * segment_strides[1], counts, 0))
+        mask = counts[:, None] & in_d[None, :]
+        place = (b * action_strides[0] + (n + j) * action_strides[1])[:, None] + (d * action_strides[2])[None, :]
+        action = tl.load(actions + place, mask, 0).to(tl.float32)
+        place = b * gradient_strides[0] + n * gradient_strides[1] + i * gradient_strides[2]
+        place = place[:, None] + (d * gradient_strides[3])[None, :]
+        total += action * tl.load(gradient + place, mask, 0).to(tl.float32)
+    tl.store(partial + gate * width + d, tl.sum(total, 0), in_d)
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    return [window_sums(args, args.actions.shape[1], args.actions.dtype)], []
+
+
+def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    (gradient,) = grads
+    assert gradient is not None
+    return gradients_of_sums(args, wanted, gradient)
+
+
+def tile_of(rows: int, width: int) -> tuple[int, int]:
+    """(ROWS, BLOCK_D) of about 2048 elements."""
+    block = min(power_of_2(width), 512)
+    return min(power_of_2(rows), 2048 // block), block
+
+
+def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
+    """[B, positions, K, D]: the sums at the first positions."""
+    batch, columns, width = args.actions.shape
+    sums = torch.empty(batch, positions, len(args.offsets), width, dtype=dtype, device=args.actions.device)
+    rows = batch * positions
+    tile = tile_of(rows, width)
+    blocks = ceil_div(width, tile[1])
+    gated = args.lag_weight is not None
+    begins = [args.window_start if gated else max(args.window_start, o) for o in [0, *args.offsets[:-1]]]
+    launch(
+        action_window_sum_forward, ceil_div(rows, tile[0]) * blocks, args.actions.device,
+        args.actions, args.lag_weight, args.segment_ids, sums, columns, positions, rows, width, blocks,
+        strides(args.actions, 3), strides(args.lag_weight, 3), strides(args.segment_ids, 2),
+        OFFSETS=tuple(args.offsets), BEGINS=tuple(begins), ROWS=tile[0], BLOCK_D=tile[1],
+        num_warps=warps_of(tile[0] * tile[1], 16),
+    )  # fmt: skip
+    return sums
+
+
+def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor) -> list[Tensor]:
+    """The gradients of those of (actions, lag_weight) that are wanted, from the sums' gradient [B, N, K, D]."""
+    actions, lag_weight, segments = args.actions, args.lag_weight, args.segment_ids
+    batch, columns, width = actions.shape
+    positions, device = gradient.shape[1], actions.device
+    made = []
+    if wanted[0]:
+        of_actions = torch.empty(actions.shape, dtype=actions.dtype, device=device)
+        rows = batch * columns
+        tile = tile_of(rows, width)
+        blocks = ceil_div(width, tile[1])
+        launch(
+            action_window_sum_backward, ceil_div(rows, tile[0]) * blocks, device,
+            gradient, lag_weight, segments, of_actions, columns, positions, rows, width, blocks,
+            strides(gradient, 4), strides(lag_weight, 3), strides(segments, 2),
+            OFFSETS=tuple(args.offsets), START=args.window_start, ROWS=tile[0], BLOCK_D=tile[1],
+            num_warps=warps_of(tile[0] * tile[1], 16),
+        )  # fmt: skip
+        made.append(of_actions)
+    if lag_weight is not None and wanted[1]:
+        count, lags = lag_weight.shape[:2]
+        rows = batch * positions
+        tile = tile_of(min(rows, CHUNK), width)
+        blocks, chunks = ceil_div(width, tile[1]), ceil_div(rows, CHUNK)
+        partial = torch.empty(chunks, count, lags, width, device=device)
+        launch(
+            action_window_sum_gates, chunks * count * lags * blocks, device,
+            actions, gradient, segments, partial, columns, positions, rows, width, blocks, lags,
+            strides(actions, 3), strides(gradient, 4), strides(segments, 2),
+            OFFSETS=tuple(args.offsets), START=args.window_start,
+            CHUNK=min(CHUNK, power_of_2(rows)), ROWS=tile[0], BLOCK_D=tile[1],
+            num_warps=warps_of(tile[0] * tile[1], 16),
+        )  # fmt: skip
+        made.append(partial.sum(0).to(lag_weight.dtype))
+    return made

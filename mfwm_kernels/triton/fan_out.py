@@ -1,0 +1,403 @@
+"""fan_out in Triton: the window sums first, then one pass over the hidden state for all K horizons.
+
+A program has a block of one position's tokens, as wide as the least common multiple of the pools, and goes through it
+in tiles of whole rows: [cells of S x S tokens, D], about 8192 elements, tokens in Z-order within a cell. A pool that
+divides S is a sum over neighbouring rows of the tile. Any other pool ("wide") has a loop of its own before, which leaves
+the block's tokens in cache, so that memory sees hidden once.
+
+forward   bytes: hidden once, the K outputs, the window sums.
+backward  bytes: hidden once, the K gradients once, d hidden; and per program one row of D for each horizon's sums and
+          norm weights, added afterwards in a fixed order. Gradients at wide cells go through a buffer of 1 / pool^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..monitor import write_gram
+from ..ops.action_window_sum import Arguments as WindowArguments
+from ..ops.fan_out import Arguments
+from .action_window_sum import gradients_of_sums, window_sums
+from .launch import ceil_div, launch, power_of_2, strides, warps_of
+
+TILE = 8192
+LARGEST_TILE = 16384
+# Tokens that a program takes where no block says how many.
+TOKENS = 64
+
+
+@triton.jit
+def places(row, first, blocks_x, SIDE: tl.constexpr, S: tl.constexpr):
+    """Row and column in the token grid of the tile's row `row`, where the tile begins with the cell `first`."""
+    per_side: tl.constexpr = SIDE // S
+    cell = first + row // (S * S)
+    block, inner = cell // (per_side * per_side), cell % (per_side * per_side)
+    y = block // blocks_x * SIDE + inner // per_side * S
+    x = block % blocks_x * SIDE + inner % per_side * S
+    token = row % (S * S)
+    if S == 4:
+        y += token // 8 * 2 + token % 4 // 2
+        x += token // 4 % 2 * 2 + token % 2
+    elif S == 2:
+        y += token // 2
+        x += token % 2
+    return y, x
+
+
+@triton.jit
+def load_rows(base, y, x, d, exists, in_d, steps):
+    """[rows, D] in fp32 from `base`, whose strides are (batch, time, row, column, feature)."""
+    offsets = (y.to(tl.int64) * steps[2] + x.to(tl.int64) * steps[3])[:, None] + (d.to(tl.int64) * steps[4])[None, :]
+    return tl.load(base + offsets, exists[:, None] & in_d[None, :], 0).to(tl.float32)
+
+
+@triton.jit
+def fold(rows, COUNT: tl.constexpr):
+    """Sums of COUNT neighbouring rows."""
+    if COUNT == 1:
+        return rows
+    else:
+        return tl.sum(tl.reshape(rows, [rows.shape[0] // COUNT, COUNT, rows.shape[1]]), 1)
+
+
+@triton.jit
+def unfold(rows, COUNT: tl.constexpr):
+    """Each row COUNT times."""
+    if COUNT == 1:
+        return rows
+    else:
+        shape: tl.constexpr = [rows.shape[0], COUNT, rows.shape[1]]
+        return tl.reshape(tl.broadcast_to(rows[:, None, :], shape), [rows.shape[0] * COUNT, rows.shape[1]])
+
+
+@triton.jit
+def wide_mean(base, top, left, d, in_d, steps, POOL: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[1, D]: the mean of the POOL x POOL tokens at (top, left)."""
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, POOL * POOL, ROWS):
+        token = start + tl.arange(0, ROWS)
+        tokens = load_rows(base, top + token // POOL, left + token % POOL, d, token < POOL * POOL, in_d, steps)
+        total += tl.sum(tokens, 0)
+    return (total * (1.0 / (POOL * POOL)))[None, :]
+
+
+@triton.jit
+def load_vector(pointer, d, in_d, step):
+    return tl.load(pointer + d.to(tl.int64) * step, in_d, 0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def normed(state, weight, depth, eps):
+    return state * tl.rsqrt(tl.sum(state * state, 1) / depth + eps)[:, None] * weight
+
+
+@triton.jit
+def norm_gradient(state, gradient, weight, exists, depth, eps):
+    """Gradients of the state and, per row, of the weight."""
+    r = tl.rsqrt(tl.sum(state * state, 1) / depth + eps)
+    weighted = gradient * weight
+    along = tl.sum(state * weighted, 1) / depth
+    of_state = r[:, None] * weighted - state * (r * r * r * along)[:, None]
+    of_weight = gradient * state * r[:, None]
+    # Rows that are not there may be 0 / 0.
+    return tl.where(exists[:, None], of_state, 0), tl.where(exists[:, None], of_weight, 0)
+
+
+@triton.jit
+def fan_out_forward(
+    hidden, sums, norm_weight, outputs, positions, height, width, depth, cells, chunk, chunks, eps,
+    hidden_strides, norm_strides,
+    POOLS: tl.constexpr, SIDE: tl.constexpr, S: tl.constexpr, CELLS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = CELLS * S * S
+    program = tl.program_id(0).to(tl.int64)
+    position = program // chunks
+    first = (program % chunks * chunk).to(tl.int32)
+    last = tl.minimum(first + chunk, cells)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < depth
+    base = hidden + position // positions * hidden_strides[0] + position % positions * hidden_strides[1]
+    blocks_x = width // SIDE
+    for i in tl.static_range(len(POOLS)):
+        if S % POOLS[i] != 0:
+            pool: tl.constexpr = POOLS[i]
+            added = load_vector(sums + (position * len(POOLS) + i) * depth, d, in_d, 1)
+            top, left = places(0, first, blocks_x, SIDE, S)
+            for cell in range(0, (SIDE // pool) * (SIDE // pool)):
+                y, x = top + cell // (SIDE // pool) * pool, left + cell % (SIDE // pool) * pool
+                state = wide_mean(base, y, x, d, in_d, hidden_strides, pool, ROWS, BLOCK_D) + added
+                if norm_weight is not None:
+                    weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
+                    state = normed(state, weight, depth, eps)
+                row = (position * (height // pool) + y // pool) * (width // pool) + x // pool
+                tl.store(outputs[i] + row * depth + d[None, :], state.to(outputs[i].dtype.element_ty), in_d[None, :])
+    for start in range(first, last, CELLS):
+        row = tl.arange(0, ROWS)
+        y, x = places(row, start, blocks_x, SIDE, S)
+        tokens = load_rows(base, y, x, d, start + row // (S * S) < last, in_d, hidden_strides)
+        for i in tl.static_range(len(POOLS)):
+            if S % POOLS[i] == 0:
+                pool: tl.constexpr = POOLS[i]
+                unit = tl.arange(0, ROWS // (pool * pool)) * (pool * pool)
+                y, x = places(unit, start, blocks_x, SIDE, S)
+                state = fold(tokens, pool * pool) * (1.0 / (pool * pool))
+                state += load_vector(sums + (position * len(POOLS) + i) * depth, d, in_d, 1)
+                if norm_weight is not None:
+                    weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
+                    state = normed(state, weight, depth, eps)
+                at = (position * (height // pool) + y // pool) * (width // pool) + x // pool
+                mask = (start + unit // (S * S) < last)[:, None] & in_d[None, :]
+                tl.store(outputs[i] + (at * depth)[:, None] + d[None, :], state.to(outputs[i].dtype.element_ty), mask)
+
+
+@triton.jit
+def fan_out_backward(
+    hidden, sums, norm_weight, gradients, scale, of_hidden, of_cells, of_sums, of_norm, gram,
+    positions, height, width, depth, cells, chunk, chunks, eps,
+    hidden_strides, norm_strides, gradient_strides,
+    POOLS: tl.constexpr, UNITS: tl.constexpr, SIDE: tl.constexpr, S: tl.constexpr,
+    CELLS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    ROWS: tl.constexpr = CELLS * S * S
+    COUNT: tl.constexpr = len(POOLS)
+    program = tl.program_id(0).to(tl.int64)
+    position = program // chunks
+    b, n = position // positions, position % positions
+    first = (program % chunks * chunk).to(tl.int32)
+    last = tl.minimum(first + chunk, cells)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < depth
+    base = hidden + b * hidden_strides[0] + n * hidden_strides[1]
+    blocks_x = width // SIDE
+    one = tl.arange(0, 1) == 0
+
+    # Wide cells: their gradients, kept for the tokens below them.
+    sums_totals = ()
+    norm_totals = ()
+    for i in tl.static_range(COUNT):
+        pool: tl.constexpr = POOLS[i]
+        sums_total = tl.zeros([BLOCK_D], tl.float32)
+        norm_total = tl.zeros([BLOCK_D], tl.float32)
+        if gradients[i] is not None:
+            if S % pool != 0:
+                added = load_vector(sums + (position * COUNT + i) * depth, d, in_d, 1)
+                top, left = places(0, first, blocks_x, SIDE, S)
+                upstream = gradients[i] + b * gradient_strides[i][0] + n * gradient_strides[i][1]
+                for cell in range(0, (SIDE // pool) * (SIDE // pool)):
+                    y, x = top + cell // (SIDE // pool) * pool, left + cell % (SIDE // pool) * pool
+                    at = tl.zeros([1], tl.int32)
+                    of_state = load_rows(upstream, at + y // pool, at + x // pool, d, one, in_d, gradient_strides[i])
+                    if norm_weight is not None:
+                        weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
+                        state = wide_mean(base, y, x, d, in_d, hidden_strides, pool, ROWS, BLOCK_D) + added
+                        of_state, of_weight = norm_gradient(state, of_state, weight, one, depth, eps)
+                        norm_total += tl.sum(of_weight, 0)
+                    sums_total += tl.sum(of_state, 0)
+                    row = (position * (height // pool) + y // pool) * (width // pool) + x // pool
+                    tl.store(of_cells[i] + row * depth + d[None, :], of_state, in_d[None, :])
+        sums_totals = sums_totals + (sums_total,)
+        norm_totals = norm_totals + (norm_total,)
+    # Below, other threads of the program read them.
+    tl.debug_barrier()
+
+    products = ()
+    for _ in tl.static_range(COUNT * COUNT):
+        products = products + (tl.zeros([BLOCK_D], tl.float32),)
+    for start in range(first, last, CELLS):
+        row = tl.arange(0, ROWS)
+        y, x = places(row, start, blocks_x, SIDE, S)
+        exists = start + row // (S * S) < last
+        if norm_weight is not None:
+            tokens = load_rows(base, y, x, d, exists, in_d, hidden_strides)
+        total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        # Per horizon, the gradient of its states on boxes of UNITS x UNITS tokens.
+        of_states = ()
+        new_sums = ()
+        new_norms = ()
+        for i in tl.static_range(COUNT):
+            pool: tl.constexpr = POOLS[i]
+            sums_total = sums_totals[i]
+            norm_total = norm_totals[i]
+            of_state = tl.zeros([ROWS // (UNITS[i] * UNITS[i]), BLOCK_D], tl.float32)
+            if gradients[i] is not None:
+                unit = tl.arange(0, ROWS // (UNITS[i] * UNITS[i])) * (UNITS[i] * UNITS[i])
+                unit_y, unit_x = places(unit, start, blocks_x, SIDE, S)
+                unit_exists = start + unit // (S * S) < last
+                if S % pool == 0:
+                    upstream = gradients[i] + b * gradient_strides[i][0] + n * gradient_strides[i][1]
+                    of_state = load_rows(
+                        upstream, unit_y // pool, unit_x // pool, d, unit_exists, in_d, gradient_strides[i]
+                    )
+                    if norm_weight is not None:
+                        weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
+                        state = fold(tokens, pool * pool) * (1.0 / (pool * pool))
+                        state += load_vector(sums + (position * COUNT + i) * depth, d, in_d, 1)
+                        of_state, of_weight = norm_gradient(state, of_state, weight, unit_exists, depth, eps)
+                        if of_norm is not None:
+                            norm_total += tl.sum(of_weight, 0)
+                    if of_sums is not None:
+                        sums_total += tl.sum(of_state, 0)
+                elif of_hidden is not None:
+                    at = (position * (height // pool) + unit_y // pool) * (width // pool) + unit_x // pool
+                    mask = unit_exists[:, None] & in_d[None, :]
+                    of_state = tl.load(of_cells[i] + (at * depth)[:, None] + d[None, :], mask, 0)
+                if of_hidden is not None:
+                    share = 1.0 / (pool * pool)
+                    if scale is not None:
+                        share = tl.load(scale + i) * share
+                    total += unfold(of_state * share, UNITS[i] * UNITS[i])
+            of_states = of_states + (of_state,)
+            new_sums = new_sums + (sums_total,)
+            new_norms = new_norms + (norm_total,)
+        sums_totals = new_sums
+        norm_totals = new_norms
+        if of_hidden is not None:
+            at = ((position * height + y) * width + x) * depth
+            tl.store(
+                of_hidden + at[:, None] + d[None, :], total.to(of_hidden.dtype.element_ty),
+                exists[:, None] & in_d[None, :],
+            )  # fmt: skip
+        if gram is not None:
+            new_products = ()
+            for i in tl.static_range(COUNT):
+                for j in tl.static_range(COUNT):
+                    product = products[i * COUNT + j]
+                    if j >= i:
+                        if (gradients[i] is not None) and (gradients[j] is not None):
+                            # On the boxes of the coarser of the two; each box of the finer one is UNITS^2 tokens.
+                            fine: tl.constexpr = i if UNITS[i] <= UNITS[j] else j
+                            coarse: tl.constexpr = j if UNITS[i] <= UNITS[j] else i
+                            boxes: tl.constexpr = UNITS[coarse] // UNITS[fine]
+                            share = (UNITS[fine] * UNITS[fine]) / (POOLS[i] * POOLS[i] * POOLS[j] * POOLS[j])
+                            both = fold(of_states[fine], boxes * boxes) * of_states[coarse]
+                            product += tl.sum(both, 0) * share
+                    new_products = new_products + (product,)
+            products = new_products
+
+    for i in tl.static_range(COUNT):
+        at = (program * COUNT + i) * depth + d
+        if of_sums is not None:
+            tl.store(of_sums + at, sums_totals[i], in_d)
+        if of_norm is not None:
+            tl.store(of_norm + at, norm_totals[i], in_d)
+        if gram is not None:
+            for j in tl.static_range(COUNT):
+                low: tl.constexpr = i if i <= j else j
+                high: tl.constexpr = j if i <= j else i
+                tl.store(gram + (program * COUNT + i) * COUNT + j, tl.sum(products[low * COUNT + high], 0))
+
+
+class Plan(NamedTuple):
+    """How a position's tokens are dealt out: see the top of the file."""
+
+    side: int
+    s: int
+    cells: int
+    block_d: int
+    total: int
+    chunk: int
+    chunks: int
+
+
+def plan_of(hidden: Tensor, pools: Sequence[int]) -> Plan:
+    height, width, depth = hidden.shape[2:]
+    side, block = math.lcm(*pools), power_of_2(depth)
+    s = next(s for s in (4, 2, 1) if side % s == 0 and (s == 1 or s * s * block <= LARGEST_TILE))
+    total = height * width // s**2
+    # A block of several cells is one program's, because its wide cells are.
+    chunk = (side // s) ** 2 if side > s else max(1, TOKENS // s**2)
+    cells = min(power_of_2(min(chunk, total)), max(1, TILE // (s * s * block)))
+    return Plan(side, s, cells, block, total, chunk, ceil_div(total, chunk))
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    hidden = on_grid(args.hidden)
+    batch, positions, height, width, depth = hidden.shape
+    outputs = [
+        torch.empty(batch, positions, height // p, width // p, depth, dtype=hidden.dtype, device=hidden.device)
+        for p in args.pool
+    ]
+    sums = window_sums(window_of(args), positions, torch.float32)
+    norm_weight = norm_of(args)
+    plan = plan_of(hidden, args.pool)
+    launch(
+        fan_out_forward, batch * positions * plan.chunks, hidden.device,
+        hidden, sums, norm_weight, tuple(outputs),
+        positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
+        strides(hidden, 5), strides(norm_weight, 2),
+        POOLS=tuple(args.pool), SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
+        num_warps=warps_of(plan.cells * plan.s**2 * plan.block_d),
+    )  # fmt: skip
+    return [output.squeeze(2) for output in outputs] if args.hidden.dim() == 4 else outputs, []
+
+
+def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    want = dict.fromkeys(("hidden", "actions", "norm_weight", "lag_weight"), False)
+    present = [name for name in want if getattr(args, name) is not None]
+    want.update(zip(present, wanted, strict=True))
+
+    hidden = on_grid(args.hidden)
+    batch, positions, height, width, depth = hidden.shape
+    device, count = hidden.device, len(args.pool)
+    sums = window_sums(window_of(args), positions, torch.float32)
+    norm_weight = norm_of(args)
+    upstream = [None if grad is None else on_grid(grad) for grad in grads]
+    plan = plan_of(hidden, args.pool)
+    programs = batch * positions * plan.chunks
+    of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if want["hidden"] else None
+    of_cells = [
+        None if plan.s % p == 0 else torch.empty(batch, positions, height // p, width // p, depth, device=device)
+        for p in args.pool
+    ]
+    needs_sums = want["actions"] or want["lag_weight"]
+    of_sums = torch.empty(programs, count, depth, device=device) if needs_sums else None
+    of_norm = torch.empty(programs, count, depth, device=device) if want["norm_weight"] else None
+    monitored = want["hidden"] and args.norms is not None
+    gram = torch.empty(programs, count, count, device=device) if monitored else None
+    launch(
+        fan_out_backward, programs, device,
+        hidden, sums, norm_weight, tuple(upstream), args.scale, of_hidden, tuple(of_cells), of_sums, of_norm, gram,
+        positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
+        strides(hidden, 5), strides(norm_weight, 2), tuple(strides(grad, 5) for grad in upstream),
+        POOLS=tuple(args.pool), UNITS=tuple(math.gcd(p, plan.s) for p in args.pool),
+        SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
+        num_warps=warps_of(plan.cells * plan.s**2 * plan.block_d),
+    )  # fmt: skip
+    if gram is not None:
+        assert args.norms is not None and args.cosines is not None
+        write_gram(gram.sum(0, dtype=torch.float64), args.norms, args.cosines)
+
+    made: dict[str, Tensor] = {}
+    if of_hidden is not None:
+        made["hidden"] = of_hidden.view(args.hidden.shape)
+    if of_norm is not None:
+        assert args.norm_weight is not None
+        axes = (0, 1) if args.norm_weight.dim() == 1 else (0,)
+        made["norm_weight"] = of_norm.sum(axes).to(args.norm_weight.dtype)
+    if of_sums is not None:
+        names = [name for name in ("actions", "lag_weight") if name in present]
+        of_windows = of_sums.view(batch, positions, plan.chunks, count, depth).sum(2)
+        tensors = gradients_of_sums(window_of(args), [want[name] for name in names], of_windows)
+        made.update(zip([name for name in names if want[name]], tensors, strict=True))
+    return [made[name] for name in present if want[name]]
+
+
+def on_grid(states: Tensor) -> Tensor:
+    """[B, T, S, D] -> [B, T, 1, S, D]."""
+    return states.unsqueeze(2) if states.dim() == 4 else states
+
+
+def norm_of(args: Arguments) -> Tensor | None:
+    """[K, D], a [D] weight repeated without a copy."""
+    return None if args.norm_weight is None else args.norm_weight.expand(len(args.pool), -1)
+
+
+def window_of(args: Arguments) -> WindowArguments:
+    return WindowArguments(args.actions, args.lag_weight, args.segment_ids, args.offsets, args.window_start)

@@ -1,0 +1,85 @@
+"""video_pyramid in Triton.
+
+A program reads a tile of one frame (tile of frames.py, about 4096 pixels), normalises it and stores every level of the
+chain from registers. Bytes: the video once, the outputs once. Factors of which neither divides the other (2 and 3) need
+a launch and a read each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
+from .frames import average, axis, chains_of, channels_innermost, frame_offsets, inside, load_frame, tiling_of
+from .launch import launch, strides, warps_of
+
+TARGET = 4096
+
+
+@triton.jit
+def video_pyramid(
+    video, outputs, scale, shift, time, channels, width, cells_y, cells_x, tiles_y, tiles_x, channel_blocks,
+    video_strides, output_strides,
+    LEVELS: tl.constexpr, PATCHES: tl.constexpr, TRUE: tl.constexpr, PADS: tl.constexpr,
+    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    c = (program % channel_blocks * CHANNELS).to(tl.int32) + tl.arange(0, CHANNELS)
+    tile = program // channel_blocks
+    first_x = (tile % tiles_x * CELLS_X).to(tl.int32)
+    first_y = (tile // tiles_x % tiles_y * CELLS_Y).to(tl.int32)
+    frame = tile // (tiles_x * tiles_y)
+    b, t = frame // time, frame % time
+    for level in tl.static_range(len(TRUE)):
+        y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, level)
+        x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, level)
+        mask = inside(in_y, in_x, c < channels)
+        if level == 0:
+            offsets = frame_offsets(y, x, c, channels, width, video_strides, 0)
+            values = load_frame(video + b * video_strides[0] + t * video_strides[1], offsets, mask, scale, shift)
+        else:
+            values = average(values, PADS[level - 1] // PADS[level], TRUE[level - 1] // TRUE[level])
+        for i in tl.static_range(len(LEVELS)):
+            if LEVELS[i] == level:
+                steps = output_strides[i]
+                narrow = width // (TRUE[0] // TRUE[level])
+                offsets = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i])
+                offsets += b * steps[0] + t * steps[1]
+                tl.store(outputs[i] + offsets, values.to(outputs[i].dtype.element_ty), mask)
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    video = args.video
+    batch, time, channels, height, width = video.shape
+    outputs = [
+        torch.empty(output_shape(video, f, args.patch_sizes[i] if args.patch_sizes else None),
+                    dtype=args.dtype, device=video.device)
+        for i, f in enumerate(args.factors)
+    ]  # fmt: skip
+    for members in chains_of([[f] for f in args.factors]):
+        made = [outputs[i] for i in members]
+        tiling = tiling_of(
+            video, [args.factors[i] for i in members], channels_innermost(video, args.patch_sizes), TARGET
+        )
+        launch(
+            video_pyramid, batch * time * tiling.tiles, video.device,
+            video, tuple(made), args.scale, args.shift, time, channels, width,
+            height // tiling.factors[-1], width // tiling.factors[-1],
+            tiling.tiles_y, tiling.tiles_x, tiling.channel_blocks,
+            strides(video, 5), tuple(output.stride() for output in made),
+            LEVELS=tuple(tiling.level(args.factors[i]) for i in members),
+            PATCHES=tuple(args.patch_sizes[i] if args.patch_sizes else 0 for i in members),
+            TRUE=tiling.true, PADS=tiling.pads,
+            CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
+            num_warps=warps_of(tiling.elements),
+        )  # fmt: skip
+    return outputs, []
+
+
+def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [gradient_of_video(args, grads)]
