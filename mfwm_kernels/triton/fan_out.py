@@ -2,8 +2,8 @@
 
 A program has a block of one position's tokens, as wide as the least common multiple of the pools, and goes through it
 in tiles of whole rows: [cells of S x S tokens, D], about 8192 elements, tokens in Z-order within a cell. A pool that
-divides S is a sum over neighbouring rows of the tile. Any other pool ("wide") has a loop of its own before, which leaves
-the block's tokens in cache, so that memory sees hidden once.
+divides S is a sum over neighbouring rows of the tile. Any other pool ("wide") has a loop of its own before, which
+leaves the block's tokens in cache, so that memory sees hidden once.
 
 forward   bytes: hidden once, the K outputs, the window sums.
 backward  bytes: hidden once, the K gradients once, d hidden; and per program one row of D for each horizon's sums and
