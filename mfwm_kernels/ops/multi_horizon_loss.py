@@ -321,9 +321,10 @@ OP = register(
             "latents": _bench(16, 32, 16, 32, (1, 2, 2, 2), 2, latents=True),
         },
         backends={
-            "cpu": Backend(
+            "cpu": Backend(kernels=("multi_horizon_loss",), dtypes=check.FLOATING),
+            "triton": Backend(
                 kernels=("multi_horizon_loss",),
-                dtypes=check.FLOATING,
+                refuses=lambda args: "video is float64" if args.video.dtype == torch.float64 else "",
             ),
         },
         gradients_in_forward=True,

@@ -1,0 +1,375 @@
+"""multi_horizon_loss in Triton, frame-major: losses and gradients in one pass, made in the forward.
+
+multi_horizon_loss         A program has a tile (frames.py, about 4096 pixels) of frame m of one clip. It makes the
+                           frame's pyramid in registers, meets in it the predictions of frame m made at m - k_i, and
+                           writes their gradients, those of the consistency pairs included. Bytes: the video, the
+                           predictions and the gradients, once each; a row of loss sums per program.
+multi_horizon_loss_counts  With segments only: how many positions each term is a mean over.
+multi_horizon_loss_finish  One program: sums and counts to means and total. Nothing is read on the host.
+multi_horizon_loss_scale   The gradients times the upstream gradient, which it reads on the device; returns early at 1.
+
+Factors of which neither divides the other (2 and 3) need a launch each. A horizon that stands in several launches
+collects its gradient in fp32, one launch after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..losses import place_of
+from ..ops.multi_horizon_loss import Arguments
+from .frames import average, axis, chains_of, channels_innermost, frame_offsets, inside, load_frame, repeated, tiling_of
+from .launch import ceil_div, launch, power_of_2, strides, warps_of
+
+TARGET = 4096
+SCALED = 4096
+
+
+@triton.jit
+def loss_and_slope(difference, mask, delta, eps, KIND: tl.constexpr):
+    """The loss of each element and its derivative, both 0 outside the mask."""
+    size = tl.abs(difference)
+    if KIND == "mse":
+        loss = difference * difference
+        slope = 2 * difference
+    elif KIND == "l1":
+        loss = size
+        # The last case is 0, or NaN.
+        slope = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    elif KIND == "huber":
+        loss = tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * difference * difference)
+        slope = tl.where(difference > delta, delta, tl.where(difference < -delta, -delta, difference))
+    else:
+        loss = tl.sqrt(difference * difference + eps * eps)
+        slope = difference / loss
+    return tl.where(mask, loss, 0), tl.where(mask, slope, 0)
+
+
+@triton.jit
+def inverse_of(counts, inverses, term):
+    """1 / count of a term, 0 for a count of 0: counted on the device with segments, else known to the launcher."""
+    if counts is None:
+        return inverses[term]
+    else:
+        count = tl.load(counts + term)
+        return tl.where(count > 0, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
+
+
+@triton.jit
+def multi_horizon_loss(
+    preds, gradients, video, segments, counts, inverses, weights, pair_weights, partial,
+    programs, moments, first_moment, frames, positions, channels, width,
+    cells_y, cells_x, tiles_y, tiles_x, channel_blocks, scale, shift, delta, eps,
+    pred_strides, gradient_strides, video_strides, segment_strides, weight_stride, pair_places,
+    OFFSETS: tl.constexpr, LEVELS: tl.constexpr, PATCHES: tl.constexpr, HORIZONS: tl.constexpr, OWN: tl.constexpr,
+    ADDED: tl.constexpr, TERMS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, PAIR_ROWS: tl.constexpr,
+    PADDED: tl.constexpr, RATIOS: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr, RESIDUAL: tl.constexpr,
+    TRUE: tl.constexpr, PADS: tl.constexpr,
+    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    COUNT: tl.constexpr = len(OFFSETS)
+    program = tl.program_id(0).to(tl.int64)
+    c = (program % channel_blocks * CHANNELS).to(tl.int32) + tl.arange(0, CHANNELS)
+    tile = program // channel_blocks
+    first_x = (tile % tiles_x * CELLS_X).to(tl.int32)
+    first_y = (tile // tiles_x % tiles_y * CELLS_Y).to(tl.int32)
+    moment = tile // (tiles_x * tiles_y)
+    b, m = moment // moments, first_moment + moment % moments
+
+    # Which horizons have a position that predicts frame m, and which of these count.
+    active = ()
+    counted = ()
+    any_counts = m < 0
+    for i in tl.static_range(COUNT):
+        n = m - OFFSETS[i]
+        has_position = (n >= 0) & (n < positions)
+        counts_here = has_position & (m < frames)
+        if segments is not None:
+            clip = segments + b * segment_strides[0]
+            then = tl.load(clip + n * segment_strides[1], counts_here, 0)
+            counts_here = counts_here & (then == tl.load(clip + m * segment_strides[1], counts_here, 0))
+        active = active + (has_position,)
+        counted = counted + (counts_here,)
+        any_counts = any_counts | counts_here
+
+    y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, 0)
+    x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, 0)
+    pixels = inside(in_y, in_x, c < channels)
+    pixel_offsets = frame_offsets(y, x, c, channels, width, video_strides, 0)
+    clip_video = video + b * video_strides[0]
+    # The pyramid of frame m, a level at a time; the horizons of that level meet it there.
+    values = load_frame(clip_video + m * video_strides[1], pixel_offsets, pixels & any_counts, scale, shift)
+    pyramid = (values,)
+    for level in tl.static_range(1, len(TRUE)):
+        values = average(values, PADS[level - 1] // PADS[level], TRUE[level - 1] // TRUE[level])
+        pyramid = pyramid + (values,)
+
+    # The predictions of frame m.
+    masks = ()
+    predictions = ()
+    for i in tl.static_range(COUNT):
+        y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, LEVELS[i])
+        x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, LEVELS[i])
+        mask = inside(in_y, in_x, c < channels)
+        n = m - OFFSETS[i]
+        narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
+        place = frame_offsets(y, x, c, channels, narrow, pred_strides[i], PATCHES[i])
+        place += b * pred_strides[i][0] + n * pred_strides[i][1]
+        prediction = tl.load(preds[i] + place, mask & counted[i], 0).to(tl.float32)
+        if RESIDUAL:
+            current = clip_video + n * video_strides[1]
+            values = load_frame(current, pixel_offsets, pixels & counted[i], scale, shift)
+            prediction += average(values, PADS[0] // PADS[LEVELS[i]], TRUE[0] // TRUE[LEVELS[i]])
+        masks = masks + (mask,)
+        predictions = predictions + (prediction,)
+
+    # Losses and gradients. A pair is met twice, once from each side, and summed from the far one.
+    for i in tl.static_range(COUNT):
+        gradient = tl.zeros(predictions[i].shape, tl.float32)
+        if OWN[i] >= 0:
+            weight = tl.load(weights + HORIZONS[i] * weight_stride).to(tl.float32)
+            difference = predictions[i] - pyramid[LEVELS[i]]
+            loss, slope = loss_and_slope(difference, masks[i] & counted[i], delta, eps, KIND)
+            gradient += slope * (weight * inverse_of(counts, inverses, TERMS[OWN[i]]))
+            tl.store(partial + OWN[i] * programs + program, tl.sum(tl.sum(tl.sum(loss, 2), 1), 0))
+        for p in tl.static_range(len(NEAR)):
+            if (NEAR[p] == i) or (FAR[p] == i):
+                weight = tl.load(pair_weights + pair_places[p]).to(tl.float32)
+                weight = weight * inverse_of(counts, inverses, TERMS[PAIR_ROWS[p]])
+                difference = predictions[FAR[p]] - average(predictions[NEAR[p]], PADDED[p], RATIOS[p])
+                both = masks[FAR[p]] & (counted[NEAR[p]] & counted[FAR[p]])
+                loss, slope = loss_and_slope(difference, both, delta, eps, KIND)
+                if FAR[p] == i:
+                    tl.store(partial + PAIR_ROWS[p] * programs + program, tl.sum(tl.sum(tl.sum(loss, 2), 1), 0))
+                    if DETACH != "far":
+                        gradient += slope * weight
+                elif DETACH != "near":
+                    gradient -= repeated(slope * (weight * (1.0 / (RATIOS[p] * RATIOS[p]))), PADDED[p])
+        if gradients[i] is not None:
+            y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, LEVELS[i])
+            x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, LEVELS[i])
+            narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
+            steps = gradient_strides[i]
+            place = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i])
+            place += b * steps[0] + (m - OFFSETS[i]) * steps[1]
+            written = masks[i] & active[i]
+            if ADDED[i]:
+                gradient += tl.load(gradients[i] + place, written, 0)
+            tl.store(gradients[i] + place, gradient.to(gradients[i].dtype.element_ty), written)
+
+
+@triton.jit
+def multi_horizon_loss_counts(
+    segments, counts, rows, positions, frames, elements, stride_b, stride_t,
+    APART: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    term = tl.program_id(0)
+    # Horizon i counts at n with frame n + k_i. A pair's far side stands at n, its near side `apart` later.
+    apart, ahead, size = 0, 0, tl.zeros([], tl.int64)
+    for i in tl.static_range(len(APART)):
+        apart = tl.where(term == i, APART[i], apart)
+        ahead = tl.where(term == i, AHEAD[i], ahead)
+        size = tl.where(term == i, elements[i], size)
+    total = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, rows, BLOCK):
+        row = tl.arange(0, BLOCK).to(tl.int64) + start
+        b, n = row // positions, row % positions
+        valid = (row < rows) & (n + apart < positions) & (n + ahead < frames)
+        clip = segments + b * stride_b
+        target = tl.load(clip + (n + ahead) * stride_t, valid, 0)
+        valid = valid & (tl.load(clip + n * stride_t, valid, 0) == target)
+        valid = valid & (tl.load(clip + (n + apart) * stride_t, valid, 0) == target)
+        total += valid.to(tl.int64)
+    tl.store(counts + term, tl.sum(total, 0) * size)
+
+
+@triton.jit
+def multi_horizon_loss_finish(
+    sums, counts, inverses, numbers, weights, pair_weights, weight_stride, pair_places, kept_places,
+    total_out, means_out, counts_out, agreement_out, agreement_counts_out, agreement_size,
+    COUNT: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    total = 0.0
+    place = tl.arange(0, BLOCK)
+    agreement = tl.zeros([BLOCK], tl.float32)
+    agreement_counts = tl.zeros([BLOCK], tl.int64)
+    for term in tl.static_range(len(SOURCES)):
+        mean = tl.load(sums + SOURCES[term]) * inverse_of(counts, inverses, term)
+        if counts is not None:
+            number = tl.load(counts + term)
+        else:
+            number = numbers[term]
+        if term < COUNT:
+            weight = tl.load(weights + term * weight_stride).to(tl.float32)
+            tl.store(means_out + term, mean)
+            tl.store(counts_out + term, number)
+        else:
+            weight = tl.load(pair_weights + pair_places[term - COUNT]).to(tl.float32)
+            here = place == kept_places[term - COUNT]
+            agreement = tl.where(here, mean, agreement)
+            agreement_counts = tl.where(here, number, agreement_counts)
+        total += weight * mean
+    tl.store(total_out, total)
+    tl.store(agreement_out + place, agreement, place < agreement_size)
+    tl.store(agreement_counts_out + place, agreement_counts, place < agreement_size)
+
+
+@triton.jit
+def multi_horizon_loss_scale(tensors, upstream, sizes, firsts, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    factor = tl.load(upstream).to(tl.float32)
+    if factor != 1.0:
+        for i in tl.static_range(len(tensors)):
+            place = (program - firsts[i]) * BLOCK + tl.arange(0, BLOCK)
+            mask = (place >= 0) & (place < sizes[i])
+            values = tl.load(tensors[i] + place, mask, 0)
+            tl.store(tensors[i] + place, (values.to(tl.float32) * factor).to(values.dtype), mask)
+
+
+def scale(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """gradients *= upstream, in place; they are dense, as `forward` made them."""
+    firsts, programs = [], 0
+    for gradient in gradients:
+        firsts.append(programs)
+        programs += ceil_div(gradient.numel(), SCALED)
+    launch(
+        multi_horizon_loss_scale, programs, upstream.device,
+        tuple(gradients), upstream, tuple(g.numel() for g in gradients), tuple(firsts),
+        BLOCK=SCALED, num_warps=8,
+    )  # fmt: skip
+    return gradients
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    video, device, count = args.video, args.video.device, len(args.preds)
+    batch, frames = video.shape[:2]
+    positions = args.preds[0].shape[1]
+    pairs = list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
+
+    # A term is a horizon's loss or a pair's; (apart, ahead) as multi_horizon_loss_counts has them.
+    spans = [(0, k) for k in args.offsets] + [(args.offsets[j] - args.offsets[i], args.offsets[j]) for i, j in pairs]
+    ends = [*range(count), *(j for _, j in pairs)]
+    elements = [
+        video.shape[2] * (video.shape[3] // args.factors[i]) * (video.shape[4] // args.factors[i]) for i in ends
+    ]
+    counts, numbers = None, [0] * len(spans)
+    if args.segment_ids is None:
+        numbers = [
+            batch * max(0, min(positions - apart, frames - ahead)) * size
+            for (apart, ahead), size in zip(spans, elements, strict=True)
+        ]
+    else:
+        counts = torch.empty(len(spans), dtype=torch.int64, device=device)
+        launch(
+            multi_horizon_loss_counts, len(spans), device,
+            args.segment_ids, counts, batch * positions, positions, frames, tuple(elements), *args.segment_ids.stride(),
+            APART=tuple(apart for apart, _ in spans), AHEAD=tuple(ahead for _, ahead in spans), BLOCK=1024,
+        )  # fmt: skip
+    inverses = tuple(1 / number if number else 0.0 for number in numbers)
+
+    shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
+    pair_places, kept_places = (), ()
+    if args.consistency_weights is not None:
+        places = [place_of(pair, shape) for pair in pairs]
+        steps = args.consistency_weights.stride()
+        pair_places = tuple(sum(p * s for p, s in zip(place, steps, strict=True)) for place in places)
+        kept_places = tuple(place[0] if len(shape) == 1 else place[0] * count + place[1] for place in places)
+
+    needed = [[f] for f in args.factors] + [[args.factors[i], args.factors[j]] for i, j in pairs]
+    chains = chains_of(needed)
+    involved = [sorted({e for t in members for e in ([t] if t < count else pairs[t - count])}) for members in chains]
+    shared = {i for i in range(count) if sum(i in horizons for horizons in involved) > 1}
+    gradients = [
+        torch.empty_like(pred, dtype=torch.float32 if i in shared else pred.dtype) if wanted[i] else None
+        for i, pred in enumerate(args.preds)
+    ]
+    sources = [0] * len(spans)
+    sums, done, met = [], 0, set()
+    for members, horizons in zip(chains, involved, strict=True):
+        added = tuple(i in met for i in horizons)
+        sums.append(_launch_chain(args, members, horizons, pairs, gradients, added, counts, inverses, pair_places))
+        for row, term in enumerate(members):
+            sources[term] = done + row
+        done += len(members)
+        met.update(horizons)
+
+    total = torch.empty((), device=device)
+    means = torch.empty(count, device=device)
+    counts_out = torch.empty(count, dtype=torch.int64, device=device)
+    agreement = torch.empty(shape, device=device)
+    agreement_counts = torch.empty(shape, dtype=torch.int64, device=device)
+    launch(
+        multi_horizon_loss_finish, 1, device,
+        sums[0] if len(sums) == 1 else torch.cat(sums), counts, inverses, tuple(numbers),
+        args.weights, args.consistency_weights, args.weights.stride(0), pair_places, kept_places,
+        total, means, counts_out, agreement, agreement_counts, agreement.numel(),
+        COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(agreement.numel()), num_warps=1,
+    )  # fmt: skip
+    extras = [g.to(pred.dtype) for g, pred in zip(gradients, args.preds, strict=True) if g is not None]
+    # The total is linear in the weights: their gradients are the means that they weigh.
+    if wanted[count]:
+        extras.append(means.to(args.weights.dtype, copy=True))
+    if args.consistency_weights is not None and wanted[count + 1]:
+        extras.append(agreement.to(args.consistency_weights.dtype, copy=True))
+    return [total, means, counts_out, agreement, agreement_counts], extras
+
+
+def _launch_chain(
+    args: Arguments,
+    members: list[int],
+    horizons: list[int],
+    pairs: list[tuple[int, int]],
+    gradients: list[Tensor | None],
+    added: tuple[bool, ...],
+    counts: Tensor | None,
+    inverses: tuple[float, ...],
+    pair_places: tuple[int, ...],
+) -> Tensor:
+    """The terms `members`, between the predictions of `horizons`, whose factors form a chain; a sum for each term."""
+    video, count = args.video, len(args.preds)
+    batch, frames, channels, height, width = video.shape
+    positions = args.preds[0].shape[1]
+    preds = [args.preds[i] for i in horizons]
+    outputs = [gradients[i] for i in horizons]
+    tiling = tiling_of(video, [args.factors[i] for i in horizons], channels_innermost(video, args.patch_sizes), TARGET)
+    # Predictions of frames beyond the video only get their zero gradient.
+    first = args.offsets[horizons[0]]
+    last = positions + args.offsets[horizons[-1]]
+    moments = max(0, (last if any(g is not None for g in outputs) else min(last, frames)) - first)
+    programs = batch * moments * tiling.tiles if positions else 0
+    partial = torch.empty(len(members), programs, device=video.device)
+    levels = [tiling.level(args.factors[i]) for i in horizons]
+    rows = tuple(row for row, t in enumerate(members) if t >= count)
+    near = tuple(horizons.index(pairs[members[row] - count][0]) for row in rows)
+    far = tuple(horizons.index(pairs[members[row] - count][1]) for row in rows)
+    steps = [(levels[i], levels[j]) for i, j in zip(near, far, strict=True)]
+    rank = 5 if args.patch_sizes is None else 4
+    launch(
+        multi_horizon_loss, programs, video.device,
+        tuple(preds), tuple(outputs), video, args.segment_ids, counts, inverses,
+        args.weights, args.consistency_weights, partial,
+        programs, moments, first, frames, positions, channels, width,
+        height // tiling.factors[-1], width // tiling.factors[-1],
+        tiling.tiles_y, tiling.tiles_x, tiling.channel_blocks, args.scale, args.shift, args.delta, args.eps,
+        tuple(strides(p, rank) for p in preds), tuple(strides(g, rank) for g in outputs),
+        strides(video, 5), strides(args.segment_ids, 2), args.weights.stride(0),
+        tuple(pair_places[t - count] for t in members if t >= count),
+        OFFSETS=tuple(args.offsets[i] for i in horizons),
+        LEVELS=tuple(levels),
+        PATCHES=tuple(args.patch_sizes[i] if args.patch_sizes else 0 for i in horizons),
+        HORIZONS=tuple(horizons),
+        OWN=tuple(members.index(i) if i in members else -1 for i in horizons),
+        ADDED=added, TERMS=tuple(members), NEAR=near, FAR=far, PAIR_ROWS=rows,
+        PADDED=tuple(tiling.pads[i] // tiling.pads[j] for i, j in steps),
+        RATIOS=tuple(tiling.true[i] // tiling.true[j] for i, j in steps),
+        KIND=args.kind, DETACH=args.detach, RESIDUAL=args.residual,
+        TRUE=tiling.true, PADS=tiling.pads,
+        CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
+        num_warps=warps_of(tiling.elements),
+    )  # fmt: skip
+    return partial.sum(1)
