@@ -1,7 +1,7 @@
 """fan_out in Triton: the window sums first, then one pass over the hidden state for all K horizons.
 
 A program has a block of one position's tokens, as wide as the least common multiple of the pools, and goes through it
-in tiles of whole rows: [cells of S x S tokens, D], about 8192 elements, tokens in Z-order within a cell. A pool that
+in tiles of whole rows: [cells of S x S tokens, D], tokens in Z-order within a cell. A pool that
 divides S is a sum over neighbouring rows of the tile. Any other pool ("wide") has a loop of its own before, which
 leaves the block's tokens in cache, so that memory sees hidden once.
 
@@ -13,7 +13,7 @@ backward  bytes: hidden once, the K gradients once, d hidden; and per program on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,9 @@ from ..ops.fan_out import Arguments
 from .action_window_sum import gradients_of_sums, window_sums
 from .launch import ceil_div, launch, power_of_2, strides, warps_of
 
-TILE = 8192
-LARGEST_TILE = 16384
+# Elements of a tile; S and the largest cell of S x S tokens, in elements; elements per thread.
+FORWARD = (8192, {4: 16384, 2: 16384, 1: math.inf}, 32)
+BACKWARD = (2048, {4: 4096, 2: 8192, 1: math.inf}, 16)
 # Tokens that a program takes where no block says how many.
 TOKENS = 64
 
@@ -94,6 +95,12 @@ def load_vector(pointer, d, in_d, step):
 
 
 @triton.jit
+def store_row(pointer, row, values, d, in_d, depth):
+    if pointer is not None:
+        tl.store(pointer + row * depth + d, values, in_d)
+
+
+@triton.jit
 def normed(state, weight, depth, eps):
     return state * tl.rsqrt(tl.sum(state * state, 1) / depth + eps)[:, None] * weight
 
@@ -111,32 +118,45 @@ def norm_gradient(state, gradient, weight, exists, depth, eps):
 
 
 @triton.jit
+def overlap(
+    a, b, UNIT_A: tl.constexpr, UNIT_B: tl.constexpr, POOL_A: tl.constexpr, POOL_B: tl.constexpr
+):  # fmt: skip
+    """Products of two horizons' gradients at the tokens, given on boxes of UNIT x UNIT tokens, not yet summed."""
+    if UNIT_A > UNIT_B:
+        return overlap(b, a, UNIT_B, UNIT_A, POOL_B, POOL_A)
+    else:
+        # On the coarser boxes; each of the finer ones stands for UNIT_A^2 tokens.
+        boxes: tl.constexpr = UNIT_B // UNIT_A
+        return fold(a, boxes * boxes) * b * ((UNIT_A * UNIT_A) / (POOL_A * POOL_A * POOL_B * POOL_B))
+
+
+@triton.jit
 def fan_out_forward(
     hidden, sums, norm_weight, outputs, positions, height, width, depth, cells, chunk, chunks, eps,
     hidden_strides, norm_strides,
-    POOLS: tl.constexpr, SIDE: tl.constexpr, S: tl.constexpr, CELLS: tl.constexpr, BLOCK_D: tl.constexpr,
+    HORIZONS: tl.constexpr, POOLS: tl.constexpr, SIDE: tl.constexpr, S: tl.constexpr,
+    CELLS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = CELLS * S * S
     program = tl.program_id(0).to(tl.int64)
     position = program // chunks
     first = (program % chunks * chunk).to(tl.int32)
     last = tl.minimum(first + chunk, cells)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)
     in_d = d < depth
     base = hidden + position // positions * hidden_strides[0] + position % positions * hidden_strides[1]
     blocks_x = width // SIDE
     for i in tl.static_range(len(POOLS)):
         if S % POOLS[i] != 0:
-            pool: tl.constexpr = POOLS[i]
-            added = load_vector(sums + (position * len(POOLS) + i) * depth, d, in_d, 1)
+            added = load_vector(sums + (position * len(POOLS) + HORIZONS[i]) * depth, d, in_d, 1)
             top, left = places(0, first, blocks_x, SIDE, S)
-            for cell in range(0, (SIDE // pool) * (SIDE // pool)):
-                y, x = top + cell // (SIDE // pool) * pool, left + cell % (SIDE // pool) * pool
-                state = wide_mean(base, y, x, d, in_d, hidden_strides, pool, ROWS, BLOCK_D) + added
+            for cell in range(0, (SIDE // POOLS[i]) * (SIDE // POOLS[i])):
+                y, x = top + cell // (SIDE // POOLS[i]) * POOLS[i], left + cell % (SIDE // POOLS[i]) * POOLS[i]
+                state = wide_mean(base, y, x, d, in_d, hidden_strides, POOLS[i], ROWS, BLOCK_D) + added
                 if norm_weight is not None:
-                    weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
+                    weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
                     state = normed(state, weight, depth, eps)
-                row = (position * (height // pool) + y // pool) * (width // pool) + x // pool
+                row = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
                 tl.store(outputs[i] + row * depth + d[None, :], state.to(outputs[i].dtype.element_ty), in_d[None, :])
     for start in range(first, last, CELLS):
         row = tl.arange(0, ROWS)
@@ -144,15 +164,14 @@ def fan_out_forward(
         tokens = load_rows(base, y, x, d, start + row // (S * S) < last, in_d, hidden_strides)
         for i in tl.static_range(len(POOLS)):
             if S % POOLS[i] == 0:
-                pool: tl.constexpr = POOLS[i]
-                unit = tl.arange(0, ROWS // (pool * pool)) * (pool * pool)
+                unit = tl.arange(0, ROWS // (POOLS[i] * POOLS[i])) * (POOLS[i] * POOLS[i])
                 y, x = places(unit, start, blocks_x, SIDE, S)
-                state = fold(tokens, pool * pool) * (1.0 / (pool * pool))
-                state += load_vector(sums + (position * len(POOLS) + i) * depth, d, in_d, 1)
+                state = fold(tokens, POOLS[i] * POOLS[i]) * (1.0 / (POOLS[i] * POOLS[i]))
+                state += load_vector(sums + (position * len(POOLS) + HORIZONS[i]) * depth, d, in_d, 1)
                 if norm_weight is not None:
-                    weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
+                    weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
                     state = normed(state, weight, depth, eps)
-                at = (position * (height // pool) + y // pool) * (width // pool) + x // pool
+                at = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
                 mask = (start + unit // (S * S) < last)[:, None] & in_d[None, :]
                 tl.store(outputs[i] + (at * depth)[:, None] + d[None, :], state.to(outputs[i].dtype.element_ty), mask)
 
@@ -162,8 +181,8 @@ def fan_out_backward(
     hidden, sums, norm_weight, gradients, scale, of_hidden, of_cells, of_sums, of_norm, gram,
     positions, height, width, depth, cells, chunk, chunks, eps,
     hidden_strides, norm_strides, gradient_strides,
-    POOLS: tl.constexpr, UNITS: tl.constexpr, SIDE: tl.constexpr, S: tl.constexpr,
-    CELLS: tl.constexpr, BLOCK_D: tl.constexpr,
+    HORIZONS: tl.constexpr, POOLS: tl.constexpr, UNITS: tl.constexpr, COARSER: tl.constexpr,
+    SIDE: tl.constexpr, S: tl.constexpr, CELLS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = CELLS * S * S
     COUNT: tl.constexpr = len(POOLS)
@@ -172,7 +191,7 @@ def fan_out_backward(
     b, n = position // positions, position % positions
     first = (program % chunks * chunk).to(tl.int32)
     last = tl.minimum(first + chunk, cells)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)
     in_d = d < depth
     base = hidden + b * hidden_strides[0] + n * hidden_strides[1]
     blocks_x = width // SIDE
@@ -182,28 +201,32 @@ def fan_out_backward(
     sums_totals = ()
     norm_totals = ()
     for i in tl.static_range(COUNT):
-        pool: tl.constexpr = POOLS[i]
         sums_total = tl.zeros([BLOCK_D], tl.float32)
         norm_total = tl.zeros([BLOCK_D], tl.float32)
         if gradients[i] is not None:
-            if S % pool != 0:
-                added = load_vector(sums + (position * COUNT + i) * depth, d, in_d, 1)
+            if S % POOLS[i] != 0:
+                added = load_vector(sums + (position * COUNT + HORIZONS[i]) * depth, d, in_d, 1)
                 top, left = places(0, first, blocks_x, SIDE, S)
                 upstream = gradients[i] + b * gradient_strides[i][0] + n * gradient_strides[i][1]
-                for cell in range(0, (SIDE // pool) * (SIDE // pool)):
-                    y, x = top + cell // (SIDE // pool) * pool, left + cell % (SIDE // pool) * pool
+                for cell in range(0, (SIDE // POOLS[i]) * (SIDE // POOLS[i])):
+                    y, x = top + cell // (SIDE // POOLS[i]) * POOLS[i], left + cell % (SIDE // POOLS[i]) * POOLS[i]
                     at = tl.zeros([1], tl.int32)
-                    of_state = load_rows(upstream, at + y // pool, at + x // pool, d, one, in_d, gradient_strides[i])
+                    cell_y, cell_x = at + y // POOLS[i], at + x // POOLS[i]
+                    of_state = load_rows(upstream, cell_y, cell_x, d, one, in_d, gradient_strides[i])
                     if norm_weight is not None:
-                        weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
-                        state = wide_mean(base, y, x, d, in_d, hidden_strides, pool, ROWS, BLOCK_D) + added
+                        weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
+                        state = wide_mean(base, y, x, d, in_d, hidden_strides, POOLS[i], ROWS, BLOCK_D) + added
                         of_state, of_weight = norm_gradient(state, of_state, weight, one, depth, eps)
                         norm_total += tl.sum(of_weight, 0)
                     sums_total += tl.sum(of_state, 0)
-                    row = (position * (height // pool) + y // pool) * (width // pool) + x // pool
+                    row = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
                     tl.store(of_cells[i] + row * depth + d[None, :], of_state, in_d[None, :])
-        sums_totals = sums_totals + (sums_total,)
-        norm_totals = norm_totals + (norm_total,)
+        if S % POOLS[i] != 0:
+            # Stored here: carried through the loop below they would cost registers.
+            store_row(of_sums, program * COUNT + HORIZONS[i], sums_total, d, in_d, depth)
+            store_row(of_norm, program * COUNT + HORIZONS[i], norm_total, d, in_d, depth)
+        sums_totals = sums_totals + (tl.zeros([BLOCK_D], tl.float32),)
+        norm_totals = norm_totals + (tl.zeros([BLOCK_D], tl.float32),)
     # Below, other threads of the program read them.
     tl.debug_barrier()
 
@@ -211,18 +234,16 @@ def fan_out_backward(
     for _ in tl.static_range(COUNT * COUNT):
         products = products + (tl.zeros([BLOCK_D], tl.float32),)
     for start in range(first, last, CELLS):
-        row = tl.arange(0, ROWS)
-        y, x = places(row, start, blocks_x, SIDE, S)
-        exists = start + row // (S * S) < last
         if norm_weight is not None:
-            tokens = load_rows(base, y, x, d, exists, in_d, hidden_strides)
-        total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        # Per horizon, the gradient of its states on boxes of UNITS x UNITS tokens.
-        of_states = ()
+            row = tl.arange(0, ROWS)
+            y, x = places(row, start, blocks_x, SIDE, S)
+            tokens = load_rows(base, y, x, d, start + row // (S * S) < last, in_d, hidden_strides)
+        # From coarse boxes to fine ones, so that the gradient of single tokens is the last to take registers.
+        total = tl.zeros([ROWS // (S * S), BLOCK_D], tl.float32)
         new_sums = ()
         new_norms = ()
+        of_states = ()
         for i in tl.static_range(COUNT):
-            pool: tl.constexpr = POOLS[i]
             sums_total = sums_totals[i]
             norm_total = norm_totals[i]
             of_state = tl.zeros([ROWS // (UNITS[i] * UNITS[i]), BLOCK_D], tl.float32)
@@ -230,40 +251,43 @@ def fan_out_backward(
                 unit = tl.arange(0, ROWS // (UNITS[i] * UNITS[i])) * (UNITS[i] * UNITS[i])
                 unit_y, unit_x = places(unit, start, blocks_x, SIDE, S)
                 unit_exists = start + unit // (S * S) < last
-                if S % pool == 0:
+                if S % POOLS[i] == 0:
                     upstream = gradients[i] + b * gradient_strides[i][0] + n * gradient_strides[i][1]
                     of_state = load_rows(
-                        upstream, unit_y // pool, unit_x // pool, d, unit_exists, in_d, gradient_strides[i]
+                        upstream, unit_y // POOLS[i], unit_x // POOLS[i], d, unit_exists, in_d, gradient_strides[i]
                     )
                     if norm_weight is not None:
-                        weight = load_vector(norm_weight + i * norm_strides[0], d, in_d, norm_strides[1])
-                        state = fold(tokens, pool * pool) * (1.0 / (pool * pool))
-                        state += load_vector(sums + (position * COUNT + i) * depth, d, in_d, 1)
+                        weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
+                        state = fold(tokens, POOLS[i] * POOLS[i]) * (1.0 / (POOLS[i] * POOLS[i]))
+                        state += load_vector(sums + (position * COUNT + HORIZONS[i]) * depth, d, in_d, 1)
                         of_state, of_weight = norm_gradient(state, of_state, weight, unit_exists, depth, eps)
                         if of_norm is not None:
                             norm_total += tl.sum(of_weight, 0)
                     if of_sums is not None:
                         sums_total += tl.sum(of_state, 0)
                 elif of_hidden is not None:
-                    at = (position * (height // pool) + unit_y // pool) * (width // pool) + unit_x // pool
+                    at = position * (height // POOLS[i]) + unit_y // POOLS[i]
+                    at = at * (width // POOLS[i]) + unit_x // POOLS[i]
                     mask = unit_exists[:, None] & in_d[None, :]
                     of_state = tl.load(of_cells[i] + (at * depth)[:, None] + d[None, :], mask, 0)
-                if of_hidden is not None:
-                    share = 1.0 / (pool * pool)
-                    if scale is not None:
-                        share = tl.load(scale + i) * share
-                    total += unfold(of_state * share, UNITS[i] * UNITS[i])
+            total = unfold(total, COARSER[i] * COARSER[i])
+            if of_hidden is not None:
+                share = 1.0 / (POOLS[i] * POOLS[i])
+                if scale is not None:
+                    share = tl.load(scale + HORIZONS[i]) * share
+                total += of_state * share
             of_states = of_states + (of_state,)
             new_sums = new_sums + (sums_total,)
             new_norms = new_norms + (norm_total,)
         sums_totals = new_sums
         norm_totals = new_norms
+        total = unfold(total, UNITS[COUNT - 1] * UNITS[COUNT - 1])
         if of_hidden is not None:
+            row = tl.arange(0, ROWS)
+            y, x = places(row, start, blocks_x, SIDE, S)
             at = ((position * height + y) * width + x) * depth
-            tl.store(
-                of_hidden + at[:, None] + d[None, :], total.to(of_hidden.dtype.element_ty),
-                exists[:, None] & in_d[None, :],
-            )  # fmt: skip
+            mask = (start + row // (S * S) < last)[:, None] & in_d[None, :]
+            tl.store(of_hidden + at[:, None] + d[None, :], total.to(of_hidden.dtype.element_ty), mask)
         if gram is not None:
             new_products = ()
             for i in tl.static_range(COUNT):
@@ -271,32 +295,33 @@ def fan_out_backward(
                     product = products[i * COUNT + j]
                     if j >= i:
                         if (gradients[i] is not None) and (gradients[j] is not None):
-                            # On the boxes of the coarser of the two; each box of the finer one is UNITS^2 tokens.
-                            fine: tl.constexpr = i if UNITS[i] <= UNITS[j] else j
-                            coarse: tl.constexpr = j if UNITS[i] <= UNITS[j] else i
-                            boxes: tl.constexpr = UNITS[coarse] // UNITS[fine]
-                            share = (UNITS[fine] * UNITS[fine]) / (POOLS[i] * POOLS[i] * POOLS[j] * POOLS[j])
-                            both = fold(of_states[fine], boxes * boxes) * of_states[coarse]
-                            product += tl.sum(both, 0) * share
+                            product += tl.sum(
+                                overlap(of_states[i], of_states[j], UNITS[i], UNITS[j], POOLS[i], POOLS[j]), 0
+                            )
                     new_products = new_products + (product,)
             products = new_products
 
     for i in tl.static_range(COUNT):
-        at = (program * COUNT + i) * depth + d
-        if of_sums is not None:
-            tl.store(of_sums + at, sums_totals[i], in_d)
-        if of_norm is not None:
-            tl.store(of_norm + at, norm_totals[i], in_d)
+        if S % POOLS[i] == 0:
+            store_row(of_sums, program * COUNT + HORIZONS[i], sums_totals[i], d, in_d, depth)
+            store_row(of_norm, program * COUNT + HORIZONS[i], norm_totals[i], d, in_d, depth)
         if gram is not None:
-            for j in tl.static_range(COUNT):
-                low: tl.constexpr = i if i <= j else j
-                high: tl.constexpr = j if i <= j else i
-                tl.store(gram + (program * COUNT + i) * COUNT + j, tl.sum(products[low * COUNT + high], 0))
+            for j in tl.static_range(i, COUNT):
+                product = tl.sum(products[i * COUNT + j], 0)
+                tl.store(gram + (program * COUNT + HORIZONS[i]) * COUNT + HORIZONS[j], product)
+                tl.store(gram + (program * COUNT + HORIZONS[j]) * COUNT + HORIZONS[i], product)
 
 
 class Plan(NamedTuple):
-    """How a position's tokens are dealt out: see the top of the file."""
+    """How a position's tokens are dealt out: see the top of the file.
 
+    order: the horizons from coarse boxes to fine ones; units: what a horizon's gradient is constant on, in that order.
+    vector: how much of D a thread takes at a time. So few that a row spans all threads and each thread has the same
+        columns of every row: sums over rows then stay within a thread, without shared memory.
+    """
+
+    order: list[int]
+    units: list[int]
     side: int
     s: int
     cells: int
@@ -304,17 +329,24 @@ class Plan(NamedTuple):
     total: int
     chunk: int
     chunks: int
+    vector: int
+    warps: int
 
 
-def plan_of(hidden: Tensor, pools: Sequence[int]) -> Plan:
+def plan_of(hidden: Tensor, pools: Sequence[int], tile: int, largest: Mapping[int, float], per_thread: int) -> Plan:
+    """Tiles of about `tile` elements; a single cell may be more."""
     height, width, depth = hidden.shape[2:]
     side, block = math.lcm(*pools), power_of_2(depth)
-    s = next(s for s in (4, 2, 1) if side % s == 0 and (s == 1 or s * s * block <= LARGEST_TILE))
+    s = next(s for s, limit in largest.items() if side % s == 0 and s * s * block <= limit)
     total = height * width // s**2
     # A block of several cells is one program's, because its wide cells are.
     chunk = (side // s) ** 2 if side > s else max(1, TOKENS // s**2)
-    cells = min(power_of_2(min(chunk, total)), max(1, TILE // (s * s * block)))
-    return Plan(side, s, cells, block, total, chunk, ceil_div(total, chunk))
+    cells = min(power_of_2(min(chunk, total)), max(1, tile // (s * s * block)))
+    order = sorted(range(len(pools)), key=lambda i: -math.gcd(pools[i], s))
+    units = [math.gcd(pools[i], s) for i in order]
+    warps = warps_of(cells * s * s * block, per_thread)
+    vector = max(1, min(8, block // (32 * warps)))
+    return Plan(order, units, side, s, cells, block, total, chunk, ceil_div(total, chunk), vector, warps)
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
@@ -326,14 +358,15 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     ]
     sums = window_sums(window_of(args), positions, torch.float32)
     norm_weight = norm_of(args)
-    plan = plan_of(hidden, args.pool)
+    plan = plan_of(hidden, args.pool, *FORWARD)
     launch(
         fan_out_forward, batch * positions * plan.chunks, hidden.device,
-        hidden, sums, norm_weight, tuple(outputs),
+        hidden, sums, norm_weight, tuple(outputs[i] for i in plan.order),
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
         strides(hidden, 5), strides(norm_weight, 2),
-        POOLS=tuple(args.pool), SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
-        num_warps=warps_of(plan.cells * plan.s**2 * plan.block_d),
+        HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order),
+        SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
+        VECTOR=plan.vector, num_warps=plan.warps,
     )  # fmt: skip
     return [output.squeeze(2) for output in outputs] if args.hidden.dim() == 4 else outputs, []
 
@@ -348,13 +381,13 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
     device, count = hidden.device, len(args.pool)
     sums = window_sums(window_of(args), positions, torch.float32)
     norm_weight = norm_of(args)
-    upstream = [None if grad is None else on_grid(grad) for grad in grads]
-    plan = plan_of(hidden, args.pool)
+    plan = plan_of(hidden, args.pool, *BACKWARD)
+    upstream = [None if grads[i] is None else on_grid(grads[i]) for i in plan.order]
     programs = batch * positions * plan.chunks
     of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if want["hidden"] else None
     of_cells = [
         None if plan.s % p == 0 else torch.empty(batch, positions, height // p, width // p, depth, device=device)
-        for p in args.pool
+        for p in (args.pool[i] for i in plan.order)
     ]
     needs_sums = want["actions"] or want["lag_weight"]
     of_sums = torch.empty(programs, count, depth, device=device) if needs_sums else None
@@ -366,9 +399,10 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
         hidden, sums, norm_weight, tuple(upstream), args.scale, of_hidden, tuple(of_cells), of_sums, of_norm, gram,
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
         strides(hidden, 5), strides(norm_weight, 2), tuple(strides(grad, 5) for grad in upstream),
-        POOLS=tuple(args.pool), UNITS=tuple(math.gcd(p, plan.s) for p in args.pool),
+        HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order), UNITS=tuple(plan.units),
+        COARSER=tuple(high // low for high, low in zip([plan.s, *plan.units], plan.units, strict=False)),
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
-        num_warps=warps_of(plan.cells * plan.s**2 * plan.block_d),
+        VECTOR=plan.vector, num_warps=plan.warps, maxnreg=128,
     )  # fmt: skip
     if gram is not None:
         assert args.norms is not None and args.cosines is not None

@@ -45,13 +45,14 @@ def inside(y, x, c):
 
 
 @triton.jit
-def frame_offsets(y, x, c, channels, width, steps, PATCH: tl.constexpr):
+def frame_offsets(y, x, c, channels, width, steps, PATCH: tl.constexpr, LONG: tl.constexpr):
     """Offsets of a tile in one frame of strides `steps`.
 
     PATCH 0: an image, steps (batch, time, channel, row, column). Else tokens, steps (batch, time, token, feature), with
-    features in (row, column, channel) order.
+    features in (row, column, channel) order. In 32 bits unless LONG: they are half the registers.
     """
-    y, x, c = y.to(tl.int64), x.to(tl.int64), c.to(tl.int64)
+    if LONG:
+        y, x, c = y.to(tl.int64), x.to(tl.int64), c.to(tl.int64)
     if PATCH == 0:
         return (y * steps[3])[:, None, None] + (x * steps[4])[None, :, None] + (c * steps[2])[None, None, :]
     else:
@@ -142,6 +143,16 @@ def tiling_of(video: Tensor, factors: Sequence[int], channels_inside: bool, targ
         true, tuple(pads), cells_y, cells_x, channels,
         ceil_div(height, cells_y), ceil_div(width, cells_x), ceil_div(video.shape[2], channels), tuple(levels),
     )  # fmt: skip
+
+
+def needs_long(*frames: Tensor | None) -> bool:
+    """Some offset within one frame of these tensors (batch and time left out) exceeds 32 bits."""
+    extents = [
+        sum((size - 1) * step for size, step in zip(t.shape[2:], t.stride()[2:], strict=True))
+        for t in frames
+        if t is not None
+    ]
+    return any(extent >= 2**31 for extent in extents)
 
 
 def channels_innermost(video: Tensor, patch_sizes: Sequence[int] | None) -> bool:

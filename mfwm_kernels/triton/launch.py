@@ -19,18 +19,18 @@ from ..registry import INTERPRETED
 instead: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, num_warps: int = 4, **constants: Any) -> None:
-    """kernel[(programs,)](*args, **constants) on `device`; nothing where there are no programs."""
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+    """kernel[(programs,)](*args, **options) on `device`; nothing where there are no programs."""
     if programs == 0:
         return
     if programs >= 2**31:
         raise ValueError(f"the call needs {programs} programs of {kernel.__name__}, a launch has fewer than 2**31")
-    constants["num_warps"] = num_warps
+
     if instead is not None:
-        instead(kernel, args, constants)
+        instead(kernel, args, options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants)
+        kernel[(programs,)](*args, **options)
 
 
 def power_of_2(number: int) -> int:

@@ -23,7 +23,18 @@ from torch import Tensor
 
 from ..losses import place_of
 from ..ops.multi_horizon_loss import Arguments
-from .frames import average, axis, chains_of, channels_innermost, frame_offsets, inside, load_frame, repeated, tiling_of
+from .frames import (
+    average,
+    axis,
+    chains_of,
+    channels_innermost,
+    frame_offsets,
+    inside,
+    load_frame,
+    needs_long,
+    repeated,
+    tiling_of,
+)
 from .launch import ceil_div, launch, power_of_2, strides, warps_of
 
 TARGET = 4096
@@ -70,7 +81,7 @@ def multi_horizon_loss(
     ADDED: tl.constexpr, TERMS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, PAIR_ROWS: tl.constexpr,
     PADDED: tl.constexpr, RATIOS: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr, RESIDUAL: tl.constexpr,
     TRUE: tl.constexpr, PADS: tl.constexpr,
-    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, CHANNELS: tl.constexpr,
+    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, CHANNELS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(OFFSETS)
     program = tl.program_id(0).to(tl.int64)
@@ -100,7 +111,7 @@ def multi_horizon_loss(
     y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, 0)
     x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, 0)
     pixels = inside(in_y, in_x, c < channels)
-    pixel_offsets = frame_offsets(y, x, c, channels, width, video_strides, 0)
+    pixel_offsets = frame_offsets(y, x, c, channels, width, video_strides, 0, LONG)
     clip_video = video + b * video_strides[0]
     # The pyramid of frame m, a level at a time; the horizons of that level meet it there.
     values = load_frame(clip_video + m * video_strides[1], pixel_offsets, pixels & any_counts, scale, shift)
@@ -118,9 +129,9 @@ def multi_horizon_loss(
         mask = inside(in_y, in_x, c < channels)
         n = m - OFFSETS[i]
         narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
-        place = frame_offsets(y, x, c, channels, narrow, pred_strides[i], PATCHES[i])
-        place += b * pred_strides[i][0] + n * pred_strides[i][1]
-        prediction = tl.load(preds[i] + place, mask & counted[i], 0).to(tl.float32)
+        place = frame_offsets(y, x, c, channels, narrow, pred_strides[i], PATCHES[i], LONG)
+        made = preds[i] + b * pred_strides[i][0] + n * pred_strides[i][1]
+        prediction = tl.load(made + place, mask & counted[i], 0).to(tl.float32)
         if RESIDUAL:
             current = clip_video + n * video_strides[1]
             values = load_frame(current, pixel_offsets, pixels & counted[i], scale, shift)
@@ -155,12 +166,12 @@ def multi_horizon_loss(
             x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, LEVELS[i])
             narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
             steps = gradient_strides[i]
-            place = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i])
-            place += b * steps[0] + (m - OFFSETS[i]) * steps[1]
+            place = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i], LONG)
+            learns = gradients[i] + b * steps[0] + (m - OFFSETS[i]) * steps[1]
             written = masks[i] & active[i]
             if ADDED[i]:
-                gradient += tl.load(gradients[i] + place, written, 0)
-            tl.store(gradients[i] + place, gradient.to(gradients[i].dtype.element_ty), written)
+                gradient += tl.load(learns + place, written, 0)
+            tl.store(learns + place, gradient.to(gradients[i].dtype.element_ty), written)
 
 
 @triton.jit
@@ -370,6 +381,6 @@ def _launch_chain(
         KIND=args.kind, DETACH=args.detach, RESIDUAL=args.residual,
         TRUE=tiling.true, PADS=tiling.pads,
         CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
-        num_warps=warps_of(tiling.elements),
+        LONG=needs_long(video, *preds, *outputs), num_warps=warps_of(tiling.elements, 16),
     )  # fmt: skip
     return partial.sum(1)

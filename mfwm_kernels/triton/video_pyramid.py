@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
-from .frames import average, axis, chains_of, channels_innermost, frame_offsets, inside, load_frame, tiling_of
+from .frames import (
+    average,
+    axis,
+    chains_of,
+    channels_innermost,
+    frame_offsets,
+    inside,
+    load_frame,
+    needs_long,
+    tiling_of,
+)
 from .launch import launch, strides, warps_of
 
 TARGET = 4096
@@ -26,7 +36,7 @@ def video_pyramid(
     video, outputs, scale, shift, time, channels, width, cells_y, cells_x, tiles_y, tiles_x, channel_blocks,
     video_strides, output_strides,
     LEVELS: tl.constexpr, PATCHES: tl.constexpr, TRUE: tl.constexpr, PADS: tl.constexpr,
-    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, CHANNELS: tl.constexpr,
+    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, CHANNELS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     c = (program % channel_blocks * CHANNELS).to(tl.int32) + tl.arange(0, CHANNELS)
@@ -40,7 +50,7 @@ def video_pyramid(
         x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, level)
         mask = inside(in_y, in_x, c < channels)
         if level == 0:
-            offsets = frame_offsets(y, x, c, channels, width, video_strides, 0)
+            offsets = frame_offsets(y, x, c, channels, width, video_strides, 0, LONG)
             values = load_frame(video + b * video_strides[0] + t * video_strides[1], offsets, mask, scale, shift)
         else:
             values = average(values, PADS[level - 1] // PADS[level], TRUE[level - 1] // TRUE[level])
@@ -48,9 +58,9 @@ def video_pyramid(
             if LEVELS[i] == level:
                 steps = output_strides[i]
                 narrow = width // (TRUE[0] // TRUE[level])
-                offsets = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i])
-                offsets += b * steps[0] + t * steps[1]
-                tl.store(outputs[i] + offsets, values.to(outputs[i].dtype.element_ty), mask)
+                offsets = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i], LONG)
+                made = outputs[i] + b * steps[0] + t * steps[1]
+                tl.store(made + offsets, values.to(outputs[i].dtype.element_ty), mask)
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
@@ -75,7 +85,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
             LEVELS=tuple(tiling.level(args.factors[i]) for i in members),
             PATCHES=tuple(args.patch_sizes[i] if args.patch_sizes else 0 for i in members),
             TRUE=tiling.true, PADS=tiling.pads,
-            CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
+            CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels, LONG=needs_long(video, *made),
             num_warps=warps_of(tiling.elements),
         )  # fmt: skip
     return outputs, []
