@@ -171,6 +171,8 @@ def main() -> None:
                     )
     spilling = [row for row in rows if row["local_bytes"] > 0]
     print(f"{len(rows)} compiled, {len(spilling)} spill")
+    for row in spilling:
+        print(f"SPILLS {row['kernel']} of {row['op']} on {row['arch']}: {row['local_bytes']} bytes, {row['config']}")
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=2)

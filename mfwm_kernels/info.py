@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "triton_interpreter": registry.INTERPRETED,
-        "native": registry.native.build_info() if registry.native is not None else None,
+        "native": None if registry.native is None else registry.native.build_info,
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "cpu": cpu_name(),

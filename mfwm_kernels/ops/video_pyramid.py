@@ -223,6 +223,7 @@ OP = register(
                 dtypes=(torch.uint8, torch.float32, torch.bfloat16, torch.float16),
                 refuses=lambda args: "it computes in fp32, dtype is float64" if args.dtype == torch.float64 else "",
             ),
+            "cuda": Backend(kernels=("video_pyramid",), dtypes=VIDEO),
         },
     )
 )
