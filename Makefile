@@ -28,7 +28,8 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python benchmarks/bench_multi_horizon_loss.py
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf build dist *.egg-info mfwm_kernels/_native*.so

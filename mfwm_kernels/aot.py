@@ -1,16 +1,19 @@
-"""python -m mfwm_kernels.aot [--arch sm_80 sm_90 sm_100] [--json FILE]: compile every Triton kernel without a GPU.
+"""python -m mfwm_kernels.aot [--arch sm_80 sm_90 sm_100] [--json FILE]: registers and spills of every GPU kernel.
 
 The launchers of each op run at the op's benchmark sizes on tensors without storage (device "meta"), in fp32 and bf16,
 forward and backward; what they would launch is compiled instead, with the specialisation that those arguments get.
-Registers, local memory (spills) and shared memory are read from the cubin. Exit status 1 if a kernel spills.
+Registers, local memory (spills) and shared memory are read from the cubin; those of the CUDA C++ kernels from the
+compiled module, where it was built with nvcc. No GPU is needed. Exit status 1 if a kernel spills.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -114,14 +117,46 @@ def resources(compiled: Any, folder: str) -> dict[str, int]:
     """Registers per thread and bytes of local and shared memory."""
     cubin = Path(folder) / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    listing = subprocess.run(
-        [binary("cuobjdump"), "--dump-resource-usage", str(cubin)], check=True, capture_output=True, text=True
-    ).stdout
-    used = dict(field.split(":", 1) for field in listing.split() if field.startswith(("REG:", "LOCAL:", "STACK:")))
-    # Spilled registers lie in the stack frame; LOCAL counts what is declared beside it.
-    local = int(used["LOCAL"]) + int(used["STACK"])
+    (used,) = (usage_of(line) for line in listing(cubin) if "REG:" in line)
     # Triton allots shared memory at launch, where the cubin does not see it.
-    return {"registers": int(used["REG"]), "local_bytes": local, "shared_bytes": int(compiled.metadata.shared)}
+    return {**used, "shared_bytes": int(compiled.metadata.shared)}
+
+
+def listing(file: Path) -> list[str]:
+    command = [binary("cuobjdump"), "--dump-resource-usage", str(file)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def usage_of(line: str) -> dict[str, int]:
+    used = {name: int(value) for name, value in re.findall(r"(REG|LOCAL|STACK|SHARED):(\d+)", line)}
+    # Spilled registers lie in the stack frame; LOCAL counts what is declared beside it.
+    return {
+        "registers": used["REG"],
+        "local_bytes": used["LOCAL"] + used["STACK"],
+        "shared_bytes": used["SHARED"],
+    }
+
+
+def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
+    """The CUDA C++ kernels in the compiled module. Their shared memory is what is declared, not what a launch adds."""
+    if registry.native is None or not registry.native.has_cuda:
+        return
+    found = function = ""
+    for line in listing(Path(registry.native.__file__ or "")):
+        if line.startswith("arch = "):
+            found = line.removeprefix("arch = ").strip()
+        elif line.strip().startswith("Function "):
+            function = line.split()[1].rstrip(":")
+        elif "REG:" in line and found == architecture:
+            source, kernel, arguments = name_of(function)
+            row = {"kernel": kernel, "op": source, "arch": architecture, "size": "", "config": arguments}
+            yield {**row, **usage_of(line)}
+
+
+def name_of(mangled: str) -> tuple[str, str, str]:
+    """(file without .cu, kernel, template arguments as the compiler writes them) of a function in a .cu file."""
+    match = re.search(r"GLOBAL__N__\w{8}_\d+_(\w+?)_cu_\w{8}_?\w*?\d+([a-z]\w*?)(?:I(\w+?)EEv|E)", mangled)
+    return match.groups("") if match else ("", mangled, "")  # type: ignore[return-value]
 
 
 def config_of(given: tuple[Any, ...], constants: dict[str, Any]) -> str:
@@ -155,20 +190,20 @@ def main() -> None:
         parser.error("Triton is not installed")
 
     rows = []
-    print(f"{'kernel':30} {'op':20} {'arch':7} {'size':8} {'dtypes':28} registers   local  shared (bytes)")
+    print(f"{'kernel':30} {'op':20} {'arch':7} {'size':10} {'dtypes':28} registers   local  shared (bytes)")
     with tempfile.TemporaryDirectory() as folder:
         for architecture in arguments.arch:
-            for op in (OPS[name] for name in arguments.op):
-                if "triton" not in op.backends:
-                    continue
-                for row in rows_of(op, architecture, folder):
-                    rows.append(row)
-                    dtypes = " ".join(word for word in row["config"].split() if "=" not in word)
-                    print(
-                        f"{row['kernel']:30} {row['op']:20} {row['arch']:7} {row['size']:8} {dtypes:28} "
-                        f"{row['registers']:9} {row['local_bytes']:7} {row['shared_bytes']:7}",
-                        flush=True,
-                    )
+            chosen = [OPS[name] for name in arguments.op]
+            compiled = (row for op in chosen if "triton" in op.backends for row in rows_of(op, architecture, folder))
+            built = (row for row in cuda_rows(architecture) if row["op"] in arguments.op)
+            for row in itertools.chain(compiled, built):
+                rows.append(row)
+                dtypes = " ".join(word for word in row["config"].split() if "=" not in word)
+                print(
+                    f"{row['kernel']:30} {row['op']:20} {row['arch']:7} {row['size']:10} {dtypes:28} "
+                    f"{row['registers']:9} {row['local_bytes']:7} {row['shared_bytes']:7}",
+                    flush=True,
+                )
     spilling = [row for row in rows if row["local_bytes"] > 0]
     print(f"{len(rows)} compiled, {len(spilling)} spill")
     for row in spilling:

@@ -6,6 +6,7 @@ traceable by torch.compile.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -146,7 +147,23 @@ def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], de
     size = (len(value),) if rows[0] is value else (len(value), len(rows[0]))
     if size not in shapes or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"{name} must have shape {meaning}, got {value!r}")
-    return torch.tensor(value, dtype=torch.float32, device=device)
+    return constant(tuple(entry for row in rows for entry in row), device).view(size)
+
+
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """An fp32 vector of known numbers, made on a GPU without waiting for it: a copy from the host would."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return _filled(values, device)
+    return _remembered(values, device)
+
+
+def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
+_remembered = functools.lru_cache(maxsize=128)(_filled)
 
 
 def segments(

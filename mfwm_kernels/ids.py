@@ -55,7 +55,7 @@ def _checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
         record = _records.setdefault(tokens.device, torch.zeros(4, dtype=torch.int64).pin_memory())
         first = bad.flatten().int().argmax()
         count = bad.sum()
-        verdict = torch.stack([count, ids.flatten()[first], first, torch.full_like(count, vocabulary)])
+        verdict = torch.stack([count, ids.flatten().take(first), first, torch.full_like(count, vocabulary)])
         sticky = _sticky.setdefault(tokens.device, torch.zeros(4, dtype=torch.int64, device=tokens.device))
         sticky.copy_(torch.where(count > 0, verdict, sticky))
         record.copy_(sticky, non_blocking=True)

@@ -95,7 +95,7 @@ class Op:
     public             the function users call
     samples            (dtype, device) -> keyword arguments of `public`, odd shapes and strides included
     cost               (keyword arguments) -> Cost, forward and backward
-    bench              benchmark size -> (dtype, device) -> keyword arguments
+    bench              benchmark size -> (dtype, device[, batch]) -> keyword arguments; those named cpu... suit a CPU
     backends           name -> Backend, the faster ones first: `auto` takes the first that serves
     gradients_in_forward  the forward makes the gradients of outputs[0]; only that output is differentiable
     mutated_in_backward   fields that the backward writes (a gradient monitor)
@@ -109,7 +109,7 @@ class Op:
     public: Callable[..., Any]
     samples: Callable[[torch.dtype, torch.device], Iterator[dict[str, Any]]]
     cost: Callable[[dict[str, Any]], Cost]
-    bench: Mapping[str, Callable[[torch.dtype, torch.device], dict[str, Any]]] = field(default_factory=dict)
+    bench: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
     backends: Mapping[str, Backend] = field(default_factory=dict)
     gradients_in_forward: bool = False
     mutated_in_backward: tuple[str, ...] = ()

@@ -154,7 +154,7 @@ def cost(kwargs: dict[str, Any]) -> Cost:
 
 
 def _bench(batch: int, positions: int, width: int) -> Any:
-    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         return {"actions": torch.randn(batch, positions, width, device=device).to(dtype), "offsets": (1, 2, 4, 8)}
 
     return make
@@ -172,7 +172,13 @@ OP = register(
         public=action_window_sum,
         samples=samples,
         cost=cost,
-        bench={"genie": _bench(36, 16, 512), "pixels": _bench(32, 24, 1024), "latents": _bench(16, 32, 1024)},
+        bench={
+            "cpu": _bench(32, 16, 512),
+            "genie": _bench(36, 16, 512),
+            "pixels": _bench(32, 24, 1024),
+            "latents": _bench(16, 32, 1024),
+            "1x": _bench(16, 16, 256),
+        },
         backends={
             "cpu": Backend(KERNELS, dtypes=check.FLOATING),
             "triton": Backend(KERNELS),

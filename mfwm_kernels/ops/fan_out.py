@@ -220,7 +220,7 @@ def cost(kwargs: dict[str, Any]) -> Cost:
 def bench_states(batch: int, positions: int, side: int, width: int) -> Any:
     """Benchmark inputs that fan_out and multi_horizon_linear share."""
 
-    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         return {
             "hidden": torch.randn(batch, positions, side, side, width, device=device).to(dtype),
             "actions": torch.randn(batch, positions, width, device=device).to(dtype),
@@ -233,7 +233,7 @@ def bench_states(batch: int, positions: int, side: int, width: int) -> Any:
 
 def _bench(batch: int, positions: int, side: int, width: int) -> Any:
     make = bench_states(batch, positions, side, width)
-    return lambda dtype, device: {**make(dtype, device), "pool": (1, 2, 4, 8)}
+    return lambda *given: {**make(*given), "pool": (1, 2, 4, 8)}
 
 
 KERNELS = ("action_window_sum_forward", "fan_out_forward", "fan_out_backward", "action_window_sum_backward")
@@ -253,6 +253,8 @@ OP = register(
             "genie": _bench(36, 16, 16, 512),
             "pixels": _bench(32, 24, 32, 1024),
             "latents": _bench(16, 32, 16, 1024),
+            "1x": _bench(16, 16, 16, 256),
+            "wide": _bench(16, 4, 16, 2048),
         },
         backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING), "triton": Backend(KERNELS)},
         mutated_in_backward=("norms", "cosines"),

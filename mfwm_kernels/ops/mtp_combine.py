@@ -129,13 +129,18 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     return Cost(hidden.element_size() * rows * (6 * width + 2 * columns), 12 * rows * width * columns)
 
 
-def _bench(rows: int, width: int) -> Any:
-    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _bench(batch: int, rows: int, width: int) -> Any:
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device).to(dtype)
 
-        return {"hidden": normal(rows, width), "embedding": normal(rows, width), "weight": normal(width, 2 * width),
-                "hidden_norm_weight": normal(width), "embedding_norm_weight": normal(width)}  # fmt: skip
+        return {
+            "hidden": normal(batch, rows, width),
+            "embedding": normal(batch, rows, width),
+            "weight": normal(width, 2 * width),
+            "hidden_norm_weight": normal(width),
+            "embedding_norm_weight": normal(width),
+        }
 
     return make
 
@@ -150,6 +155,13 @@ OP = register(
         public=mtp_combine,
         samples=samples,
         cost=cost,
-        bench={"cpu": _bench(4096, 512), "genie": _bench(36 * 16 * 256, 512), "pixels": _bench(32 * 24 * 1024, 1024)},
+        bench={
+            "cpu": _bench(4, 1024, 512),
+            "genie": _bench(36, 16 * 256, 512),
+            "pixels": _bench(32, 24 * 1024, 1024),
+            "latents": _bench(16, 32 * 256, 1024),
+            "1x": _bench(16, 16 * 256, 256),
+            "wide": _bench(16, 1024, 2048),
+        },
     )
 )

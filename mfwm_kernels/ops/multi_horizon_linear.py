@@ -165,9 +165,9 @@ def cost(kwargs: dict[str, Any]) -> Cost:
 def _bench(batch: int, positions: int, side: int, width: int, columns: tuple[int, ...]) -> Any:
     states = fan_out_op.bench_states(batch, positions, side, width)
 
-    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         heads = [(torch.randn(n, width, device=device) / width**0.5).to(dtype) for n in columns]
-        return {**states(dtype, device), "weights": heads}
+        return {**states(dtype, device, batch), "weights": heads}
 
     return make
 

@@ -331,10 +331,23 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     return Cost(moved, 6 * sum(rows) * vocabulary * depth)
 
 
-def _bench(batch: int, time: int, side: int, vocabulary: int, depth: int, factored: int = 1) -> Any:
-    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-        horizons = Horizons.cascade(4)
-        shape = (batch, time, side, side) if factored == 1 else (batch, time, side, side, factored)
+CASCADE = Horizons.cascade(4)
+# Every horizon at full resolution: hard targets, all that other libraries can express.
+FLAT = Horizons((1, 2, 4, 8), (1, 1, 1, 1))
+
+
+def _bench(
+    batch: int,
+    time: int,
+    side: int,
+    vocabulary: int,
+    depth: int,
+    factored: int = 1,
+    horizons: Horizons = CASCADE,
+) -> Any:
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
+        # Tokens reach past the positions, so that every row counts.
+        shape = (batch, time + horizons.offsets[-1], side, side, *((factored,) if factored > 1 else ()))
         return {
             "inputs": [
                 torch.randn(batch, time, side // f, side // f, depth, device=device).to(dtype) for f in horizons.factors
@@ -359,9 +372,13 @@ OP = register(
         cost=cost,
         bench={
             "cpu": _bench(4, 8, 16, 1024, 512),
+            "cpu-16k": _bench(4, 8, 16, 16384, 256),
+            "cpu-flat": _bench(4, 8, 16, 1024, 512, horizons=FLAT),
             "genie": _bench(36, 16, 16, 1024, 512),
+            "genie-flat": _bench(36, 16, 16, 1024, 512, horizons=FLAT),
             "1x": _bench(16, 16, 16, 512, 256, factored=2),
             "wide": _bench(16, 4, 16, 262144, 2048),
+            "wide-near": _bench(16, 4, 16, 262144, 2048, horizons=Horizons.next_frame()),
         },
         gradients_in_forward=True,
     )

@@ -190,7 +190,7 @@ def cost(kwargs: dict[str, Any]) -> Cost:
 
 
 def _bench(batch: int, time: int, channels: int, size: int, factors: tuple[int, ...], latents: bool = False) -> Any:
-    def make(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         shape = (batch, time, channels, size, size)
         video = torch.randn(shape, device=device).to(dtype) if latents else torch.randint(
             0, 256, shape, device=device, dtype=torch.uint8

@@ -1,0 +1,103 @@
+"""python -m benchmarks: every op against its rivals, then the multi-frame tax of a training step.
+
+Results are kept in benchmarks/results/<device>.json after every size, so a run that is cut off loses one; a second run
+replaces the rows that it measures again. `python -m benchmarks.report` makes the tables and the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfwm_kernels.registry import OPS
+
+from . import bench_ops, bench_train, measure
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("ops", "train"))
+    parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
+    parser.add_argument("--size", nargs="+", metavar="SIZE", help="by default all that suit the device")
+    parser.add_argument("--dtype", nargs="+", choices=list(bench_ops.DTYPES), default=list(bench_ops.DTYPES))
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of measuring per contender and size")
+    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further size after that")
+    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    parser.add_argument("--default-allocator", action="store_true", help="let glibc give memory back between calls")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="by default benchmarks/results/<device>.json")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not arguments.default_allocator:
+        measure.keep_blocks()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    name = slug(measure.device_name()) + ("-default-allocator" if arguments.default_allocator else "")
+    out = arguments.out or RESULTS / f"{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{measure.device_name()}; results in {out}")
+    started = time.monotonic()
+    for what, table, rows_of in work(arguments, device):
+        if arguments.stop_after is not None and time.monotonic() - started > arguments.stop_after:
+            print(f"stopped after {arguments.stop_after:.0f} s: {what} and what follows did not run")
+            return
+        rows = []
+        for row in rows_of():
+            rows.append(row)
+            print((bench_ops if table == "ops" else bench_train).line_of(row), flush=True)
+        keep(out, table, rows)
+        bench_ops.release(device)
+
+
+def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, Callable[[], Iterator[Any]]]]:
+    """(what, table, function that measures its rows), the most telling first."""
+    if arguments.only != "train":
+        for name in arguments.op:
+            op = OPS[name]
+            sizes = arguments.size or bench_ops.sizes_of(op, device)
+            for size, dtype in itertools.product([s for s in sizes if s in op.bench], arguments.dtype):
+                measured = functools.partial(bench_ops.measure, op, size, dtype, device, arguments.budget)
+                yield f"{name} at {size} in {dtype}", "ops", measured
+    if arguments.only != "ops":
+        for size in arguments.size or bench_train.sizes_of(device):
+            if size in bench_train.SIZES:
+                measured = functools.partial(bench_train.measure, size, device, arguments.budget)
+                yield f"training at {size}", "train", measured
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("op", "size", "dtype", "contender") if name in row)
+
+
+def keep(file: Path, table: str, rows: list[dict[str, Any]]) -> None:
+    """Put rows in place of those of the same key; the rest of the file stays. Each row names its commit."""
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"ops": [], "train": []}
+    results["environment"] = measure.environment()
+    stamp = {"commit": results["environment"]["commit"], "date": results["environment"]["date"]}
+    new = {key_of(row): {**row, **stamp} for row in rows}
+    old = [row for row in results[table] if key_of(row) not in new]
+    results[table] = [*old, *new.values()]
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    main()

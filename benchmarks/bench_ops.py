@@ -1,0 +1,228 @@
+"""Every op, forward and backward, against eager PyTorch, torch.compile and the libraries that do the same work.
+
+    python -m benchmarks --only ops [--op OP ...] [--size SIZE ...] [--dtype bf16 fp32]
+
+Each contender is checked against the reference in fp64 before it is timed. Under pytest, with pytest-benchmark, the CPU
+sizes run one contender at a time: pytest benchmarks/
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfwm_kernels import registry
+from mfwm_kernels.check import TOLERANCE, converted, doubled, relative_error, tensors_of
+from mfwm_kernels.registry import OPS, Op, use_backend
+
+from . import rivals
+from .measure import Contender, Timing, copies_for, interleaved, rates, roofs
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Formula = Callable[..., tuple[Tensor, ...]]
+
+
+def sizes_of(op: Op, device: torch.device) -> list[str]:
+    """The sizes that suit the device."""
+    return [size for size in op.bench if size.startswith("cpu") == (device.type == "cpu")]
+
+
+def backends_of(op: Op, device: torch.device) -> list[str]:
+    """The backends that run here at full speed; the reference where there is no other."""
+    names = [name for name in op.backends if not registry.ABSENT[name] and device.type in registry.served_devices(name)]
+    return [name for name in names if not (name == "triton" and device.type == "cpu")] or ["reference"]
+
+
+def ours(op: Op, backend: str) -> Formula:
+    def formula(**kwargs: Any) -> tuple[Tensor, ...]:
+        with use_backend(backend):
+            result = op.public(**kwargs)
+        if isinstance(result, Tensor):
+            return (result,)
+        return (result.total,) if hasattr(result, "total") else tuple(result)
+
+    return formula
+
+
+def contenders_of(op: Op, kwargs: dict[str, Any], device: torch.device) -> tuple[dict[str, Formula], dict[str, str]]:
+    """Name -> formula, and name -> why it is not here."""
+    eager = rivals.FORMULAS[op.name]
+    torch._dynamo.reset()
+    found: dict[str, Formula] = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
+    absent: dict[str, str] = {}
+    if op.name == "multi_horizon_linear_cross_entropy" and rivals.expresses(kwargs):
+        for name, (needs_gpu, load) in rivals.LIBRARIES.items():
+            if needs_gpu and device.type == "cpu":
+                absent[name] = "needs a GPU"
+                continue
+            try:
+                found[name] = rivals.of_library(load())
+            except ImportError as error:
+                absent[name] = str(error)
+    found.update({f"mfwm {backend}": ours(op, backend) for backend in backends_of(op, device)})
+    return found, absent
+
+
+def with_gradients(op: Op, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: converted(value, lambda t: t.detach().clone().requires_grad_()) if name in op.differentiable else value
+        for name, value in kwargs.items()
+    }
+
+
+def leaves_of(op: Op, kwargs: dict[str, Any]) -> list[Tensor]:
+    return [t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad]
+
+
+def call_of(op: Op, formula: Formula, kwargs: dict[str, Any], upstream: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Forward and backward: the gradients of all leaves. An op whose inputs take no gradient runs forward only."""
+    leaves = leaves_of(op, kwargs)
+    if not leaves:
+        return lambda: list(formula(**kwargs))
+    return lambda: list(torch.autograd.grad(formula(**kwargs), leaves, upstream))
+
+
+def upstream_of(op: Op, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Gradients for the outputs: 1 for a loss, random else."""
+    with torch.no_grad():
+        outputs = ours(op, backends_of(op, _device_of(kwargs))[0])(**kwargs)
+    return [torch.ones_like(o) if o.dim() == 0 else torch.randn_like(o) for o in outputs]
+
+
+def _device_of(kwargs: dict[str, Any]) -> torch.device:
+    return tensors_of(list(kwargs.values()))[0].device
+
+
+def error_of(op: Op, formula: Formula, kwargs: dict[str, Any]) -> float:
+    """The largest relative error of outputs and gradients against the reference in fp64."""
+    kwargs = with_gradients(op, kwargs)
+    exact_kwargs = with_gradients(op, doubled(kwargs))
+    upstream = upstream_of(op, kwargs)
+    outputs, exact = formula(**kwargs), ours(op, "reference")(**exact_kwargs)
+    pairs = list(zip(outputs, exact, strict=True))
+    leaves, exact_leaves = leaves_of(op, kwargs), leaves_of(op, exact_kwargs)
+    if leaves:
+        gradients = torch.autograd.grad(outputs, leaves, like(upstream, outputs))
+        right = torch.autograd.grad(exact, exact_leaves, like(upstream, exact))
+        pairs += zip(gradients, right, strict=True)
+    return max(relative_error(got.detach(), want.detach()) for got, want in pairs)
+
+
+def like(upstream: list[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [gradient.to(output.dtype) for gradient, output in zip(upstream, outputs, strict=True)]
+
+
+def measure(op: Op, size: str, dtype_name: str, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
+    """A row per contender at one size."""
+    dtype = DTYPES[dtype_name]
+    torch.manual_seed(0)
+    # The reference in fp64 keeps everything: on a GPU's sizes it is given one clip.
+    checked = op.bench[size](dtype, device, 1) if device.type == "cuda" else op.bench[size](dtype, device)
+    kwargs = op.bench[size](dtype, device)
+    cost = op.cost(kwargs)
+    formulas, absent = contenders_of(op, kwargs, device)
+    rows = {name: {"op": op.name, "size": size, "dtype": dtype_name, "contender": name} for name in formulas}
+    for name, why in absent.items():
+        yield {"op": op.name, "size": size, "dtype": dtype_name, "contender": name, "status": f"absent: {why}"}
+
+    held = [with_gradients(op, kwargs)]
+    input_bytes = sum(t.numel() * t.element_size() for t in tensors_of(list(kwargs.values())))
+    for _ in range(copies_for(input_bytes, device) - 1):
+        held.append(with_gradients(op, op.bench[size](dtype, device)))
+    upstream = upstream_of(op, held[0])
+    ready: list[Contender] = list(roofs(device, dtype).values())
+    for name, formula in formulas.items():
+        try:
+            rows[name]["error"] = error_of(op, formula, checked)
+            if not rows[name]["error"] <= TOLERANCE[dtype]:
+                rows[name]["status"] = f"wrong: relative error {rows[name]['error']:.1e} above {TOLERANCE[dtype]:.0e}"
+                continue
+            calls = [call_of(op, formula, copy, upstream) for copy in held]
+            rows[name]["peak_bytes"] = peak_bytes(calls[0], device)
+            for call in calls:
+                call()
+            ready.append(Contender(name, calls))
+        except torch.cuda.OutOfMemoryError:
+            rows[name]["status"] = "out of memory"
+        except Exception as error:  # A rival that fails is a row of the table, not the end of the benchmark.
+            rows[name]["status"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+        release(device)
+    times = interleaved(ready, device, budget)
+    roof = rates(times, device)
+    floor = max(cost.bytes / roof["bytes_per_s"], cost.flops / roof["flops_per_s"])
+    compiled = times.get("torch.compile")
+    for name in formulas:
+        row = rows[name]
+        if name in times:
+            row.update(status="ok", **figures(times[name]))
+            row.update(
+                floor_bytes=cost.bytes,
+                floor_flops=cost.flops,
+                floor_ms=floor * 1e3,
+                share_of_roof=floor / times[name].median,
+                to_compile=None if compiled is None else compiled.median / times[name].median,
+                copy_gb_per_s=roof["bytes_per_s"] / 1e9,
+                matmul_tflop_per_s=roof["flops_per_s"] / 1e12,
+            )
+        yield row
+
+
+def figures(timing: Timing) -> dict[str, Any]:
+    return {
+        "median_ms": timing.median * 1e3,
+        "p20_ms": timing.low * 1e3,
+        "p80_ms": timing.high * 1e3,
+        "samples": timing.samples,
+        "cuda_graph": timing.graph,
+    }
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory that a call holds above what was there before; on a GPU only."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def line_of(row: dict[str, Any]) -> str:
+    head = f"{row['op']:36}{row['size']:12}{row['dtype']:6}{row['contender']:24}"
+    if row["status"] != "ok":
+        return head + row["status"]
+    ratio = "" if row["to_compile"] is None else f"{row['to_compile']:7.2f}x compile"
+    return head + (
+        f"{row['median_ms']:10.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f}){row['share_of_roof']:7.0%} of roof"
+        f"{ratio}  error {row['error']:.0e}"
+    )
+
+
+# ---- pytest benchmarks/
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("contender", ["eager", "mfwm"])
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS.values()])
+def test_op_on_the_cpu(benchmark: Any, op: Op, contender: str) -> None:
+    benchmark.group = op.name
+    torch.manual_seed(0)
+    kwargs = with_gradients(op, op.bench["cpu"](torch.float32, CPU))
+    formula = rivals.FORMULAS[op.name] if contender == "eager" else ours(op, backends_of(op, CPU)[0])
+    assert error_of(op, formula, op.bench["cpu"](torch.float32, CPU, 1)) <= TOLERANCE[torch.float32]
+    benchmark.pedantic(call_of(op, formula, kwargs, upstream_of(op, kwargs)), rounds=5, warmup_rounds=1)

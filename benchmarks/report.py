@@ -1,0 +1,207 @@
+"""python -m benchmarks.report: the tables and roofline pictures of every results file.
+
+Writes benchmarks/README.md and, per device, docs/roofline-<device>.svg; and puts the short tables between the `results`
+markers of README.md. Nothing is typed by hand: every figure comes from benchmarks/results/*.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results: made by python -m benchmarks.report -->", "<!-- end of results -->"
+DEFAULT_ALLOCATOR = "-default-allocator"
+ORDER = ("eager", "torch.compile", "F.linear_cross_entropy", "Liger", "CCE", "QuACK")
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """File stem -> results of a device."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    read = {file.stem: json.loads(file.read_text()) for file in files}
+    return {stem: results for stem, results in read.items() if "ops" in results}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    return f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})"
+
+
+def ops_table(results: dict[str, Any], dtype: str) -> str:
+    """Each contender at each size: time, share of the roof, ratio to torch.compile."""
+    lines = []
+    for row in sorted((row for row in results["ops"] if row["dtype"] == dtype), key=place):
+        head = [f"`{row['op']}`", row["size"], row["contender"]]
+        if row["status"] != "ok":
+            lines.append([*head, row["status"], "", "", ""])
+            continue
+        ratio = "" if row["to_compile"] is None else f"{row['to_compile']:.2f}x"
+        lines.append([*head, milliseconds(row), f"{row['share_of_roof']:.0%}", ratio, f"{row['error']:.0e}"])
+    head = ("op", "size", "contender", "ms, median (20 to 80 %)", "of the roof", "to torch.compile", "error")
+    return table(head, lines)
+
+
+def place(row: dict[str, Any]) -> tuple[str, str, int]:
+    contender = row["contender"]
+    return row["op"], row["size"], ORDER.index(contender) if contender in ORDER else len(ORDER)
+
+
+def best(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Per op, size and dtype: the fastest of ours, and the fastest rival."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in sorted(results["ops"], key=place):
+        if row["status"] == "ok":
+            groups.setdefault((row["op"], row["size"], row["dtype"]), []).append(row)
+    for rows in groups.values():
+        ours = [row for row in rows if row["contender"].startswith("mfwm")]
+        theirs = [row for row in rows if not row["contender"].startswith("mfwm")]
+        if ours:
+            yield (
+                min(ours, key=lambda row: row["median_ms"]),
+                min(theirs, key=lambda row: row["median_ms"], default=None),
+            )
+
+
+def short_table(results: dict[str, Any]) -> str:
+    lines = []
+    for mine, rival in best(results):
+        ratio = "" if rival is None else f"{rival['median_ms'] / mine['median_ms']:.2f}x {rival['contender']}"
+        lines.append(
+            [
+                f"`{mine['op']}`",
+                f"{mine['size']}, {mine['dtype']}",
+                mine["contender"].removeprefix("mfwm "),
+                f"{mine['median_ms']:.3g}",
+                f"{mine['share_of_roof']:.0%}",
+                ratio,
+            ]
+        )
+    return table(("op", "size", "backend", "ms", "of the roof", "speed over the best rival"), lines)
+
+
+def train_table(results: dict[str, Any]) -> str:
+    lines = []
+    for row in results["train"]:
+        head = [row["size"], row["contender"]]
+        if row["status"] != "ok":
+            lines.append([*head, row["status"], "", "", "", ""])
+            continue
+        lines.append(
+            [
+                *head,
+                f"{row['next_frame_ms']:.3g}",
+                f"{row['median_ms']:.3g}",
+                f"**{row['tax']:.2f}x**",
+                f"{row['peak_bytes'] / 2**20:.0f}",
+                f"{row['memory_tax']:.2f}x",
+            ]
+        )
+    head = ("size", "contender", "next frame, ms", "four horizons, ms", "tax", "peak MiB", "memory tax")
+    return table(head, lines)
+
+
+def title(results: dict[str, Any]) -> str:
+    here = results["environment"]
+    versions = [f"torch {here['torch']}"]
+    if here["driver"]:
+        versions += [f"Triton {here['triton']}", f"driver {here['driver']}"]
+    if not here["driver"]:
+        versions.append(f"allocator: {here['allocator']}")
+    return f"{here['device']} ({', '.join(versions)}; {here['date']})"
+
+
+def roofline(results: dict[str, Any], file: Path) -> None:
+    """FLOP/s against FLOP per byte of the floor: ours and torch.compile's, under the measured roofs."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "mfwm"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5))
+    rows = [row for row in results["ops"] if row["status"] == "ok" and row["dtype"] == "bf16"]
+    if not rows:
+        return
+    bandwidth = max(row["copy_gb_per_s"] for row in rows) * 1e9
+    peak = max(row["matmul_tflop_per_s"] for row in rows) * 1e12
+    intensities = [row["floor_flops"] / row["floor_bytes"] for row in rows]
+    lowest, highest = min(intensities) / 2, max(*intensities, 2 * peak / bandwidth) * 2
+    grid = [lowest, peak / bandwidth, highest]
+    axes.plot(grid, [min(peak, bandwidth * x) / 1e12 for x in grid], color="black", label="measured roof")
+    for contender, marker in (("torch.compile", "x"), ("mfwm", "o")):
+        chosen = [row for row in rows if row["contender"].startswith(contender)]
+        axes.scatter(
+            [row["floor_flops"] / row["floor_bytes"] for row in chosen],
+            [row["floor_flops"] / row["median_ms"] / 1e9 for row in chosen],
+            marker=marker,
+            label=contender,
+        )
+        for row in chosen if contender == "mfwm" else []:
+            where = row["floor_flops"] / row["floor_bytes"], row["floor_flops"] / row["median_ms"] / 1e9
+            axes.annotate(f"{row['op']} {row['size']}", where, fontsize=6, xytext=(4, -8), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s", title=title(results))
+    axes.legend()
+    figure.tight_layout()
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def page(all_results: dict[str, dict[str, Any]]) -> str:
+    parts = [
+        "# Benchmarks",
+        "`make bench` (or `python -m benchmarks`) measures this machine: forward and backward of every op at the sizes "
+        "of its record, eager PyTorch, torch.compile and the libraries that do the same work beside it, each checked "
+        "against the fp64 reference before it is timed, all of them interleaved. The roof of a row is the larger of "
+        "the fewest bytes over the copy bandwidth and the FLOPs over the rate of a large matrix product, both measured "
+        "in the same run. Then the multi-frame tax: a training step with four horizons over the same trunk's "
+        "next-frame step. `python -m benchmarks.report` makes this page.",
+    ]
+    for stem, results in all_results.items():
+        parts.append(f"## {title(results)}")
+        if results["train"]:
+            parts += ["### The multi-frame tax", train_table(results)]
+        for dtype in ("bf16", "fp32"):
+            if any(row["dtype"] == dtype for row in results["ops"]):
+                parts += [f"### Ops, {dtype}", ops_table(results, dtype)]
+        if (ROOT / "docs" / f"roofline-{stem}.svg").exists():
+            parts.append(f"![roofline](../docs/roofline-{stem}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def short(all_results: dict[str, dict[str, Any]]) -> str:
+    parts = []
+    for stem, results in all_results.items():
+        if stem.endswith(DEFAULT_ALLOCATOR):
+            continue
+        parts += [f"**{title(results)}**", short_table(results)]
+        if results["train"]:
+            parts.append(train_table(results))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    results = load()
+    if not results:
+        sys.exit("benchmarks/results holds no results: run python -m benchmarks first")
+    for stem, one in results.items():
+        roofline(one, ROOT / "docs" / f"roofline-{stem}.svg")
+    (ROOT / "benchmarks" / "README.md").write_text(page(results))
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    readme.write_text(f"{before}{BEGIN}\n\n{short(results)}\n\n{END}{after}")
+    print(f"benchmarks/README.md and README.md from {len(results)} results files")
+
+
+if __name__ == "__main__":
+    main()
