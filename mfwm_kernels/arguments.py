@@ -151,16 +151,16 @@ def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], de
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """An fp32 vector of known numbers, made on a GPU without waiting for it: a copy from the host would."""
+    """An fp64 vector of known numbers, made on a GPU without waiting for it: a copy from the host would."""
     if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=torch.float64, device=device)
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return _filled(values, device)
     return _remembered(values, device)
 
 
 def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
 
 
 _remembered = functools.lru_cache(maxsize=128)(_filled)

@@ -1,4 +1,4 @@
-"""What autocast means for the ops around a matrix product: their floating tensors are cast as F.linear's are."""
+"""What autocast means: ops around a matrix product cast as F.linear does, the others keep their first input's dtype."""
 
 from __future__ import annotations
 
@@ -15,3 +15,11 @@ def cast(tensor: Any, device: torch.device) -> Any:
     if not torch.is_autocast_enabled(device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device.type))
+
+
+def follow(tensor: Any, leader: Any) -> Any:
+    """`tensor` in the dtype of `leader` where autocast is on: parameters are fp32 there, activations are not."""
+    both = isinstance(tensor, Tensor) and isinstance(leader, Tensor)
+    if not both or not (tensor.is_floating_point() and leader.is_floating_point()):
+        return tensor
+    return tensor.to(leader.dtype) if torch.is_autocast_enabled(leader.device.type) else tensor

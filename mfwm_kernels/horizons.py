@@ -67,6 +67,11 @@ class Horizons:
         """Each offset at several factors; by default {1: (1, 2, 4), 2: (2,), 4: (4,)}."""
         if factors_of_offset is None:
             factors_of_offset = {1: (1, 2, 4), 2: (2,), 4: (4,)}
+        for offset, factors in factors_of_offset.items():
+            if not isinstance(factors, Sequence):
+                raise TypeError(
+                    f"factors_of_offset must map offsets to lists of factors, got {factors!r} for offset {offset!r}"
+                )
         pairs = [(offset, factor) for offset, factors in sorted(factors_of_offset.items()) for factor in factors]
         return cls(tuple(offset for offset, _ in pairs), tuple(factor for _, factor in pairs))
 

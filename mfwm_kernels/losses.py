@@ -47,20 +47,22 @@ def check_consistency(
     device: torch.device,
     *,
     matrix: bool = True,
-) -> tuple[Tensor | None, list[int]]:
-    """The weights as a tensor, and the pairs to compute as a flat list i0, j0, i1, j1, ...
+) -> tuple[Tensor | None, list[int], list[tuple[int, ...]]]:
+    """The weights as a tensor, the pairs to compute as a flat list i0, j0, i1, j1, ..., and places for refuse_late.
 
-    A pair whose weight is a Python 0 is left out. The values of a tensor are read only on the CPU outside torch.compile
-    (reading them elsewhere would wait for the device), so elsewhere every pair of a tensor must be computable.
+    A pair whose weight is a Python 0 is left out. A pair whose factors do not divide must have weight 0. The values of
+    a tensor are read only on the CPU outside torch.compile (reading them elsewhere would wait for the device);
+    elsewhere `refuse_late` looks at them.
     """
     if consistency_weights is None:
-        return None, []
+        return None, [], []
     count = len(horizons)
     shapes = [(count,), (count, count)] if matrix else [(count,)]
     tensor = check.horizon_weights("consistency_weights", consistency_weights, shapes, device)
     listed = not isinstance(consistency_weights, Tensor)
     readable = listed or (device.type == "cpu" and not torch.compiler.is_compiling())
     pairs: list[int] = []
+    undivided: list[tuple[int, ...]] = []
     for i, j in consistency_pairs(count, tensor.shape):
         place = f"[{j}]" if tensor.dim() == 1 else f"[{i}][{j}]"
         if listed:
@@ -71,7 +73,10 @@ def check_consistency(
         if not used:
             continue
         if horizons.factors[j] % horizons.factors[i]:
-            if not listed and readable and float(tensor[j] if tensor.dim() == 1 else tensor[i, j]) == 0:
+            where = place_of((i, j), tensor.shape)
+            if not readable:
+                undivided.append(where)
+            if not readable or (not listed and tensor.detach()[where] == 0):
                 continue
             raise ValueError(
                 f"consistency_weights{place} must be 0: factors[{j}] = {horizons.factors[j]} is not a multiple of "
@@ -83,7 +88,16 @@ def check_consistency(
             for j in range(i + 1):
                 if consistency_weights[i][j] != 0:  # type: ignore[index]
                     raise ValueError(f"consistency_weights[{i}][{j}] must be 0: only pairs [i][j] with i < j exist")
-    return tensor, pairs
+    return tensor, pairs, undivided
+
+
+def refuse_late(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[tuple[int, ...]]) -> HorizonLoss:
+    """The total is NaN where a weight that could not be read beforehand asks for a pair that cannot be computed."""
+    total = loss.total
+    for place in undivided:
+        assert weights is not None
+        total = torch.where(weights.detach()[place] == 0, total, float("nan"))
+    return loss._replace(total=total)
 
 
 def place_of(pair: tuple[int, int], shape: Sequence[int]) -> tuple[int, ...]:

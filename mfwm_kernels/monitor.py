@@ -24,7 +24,7 @@ class GradMonitor:
 
     Args:
         K: number of horizons.
-        scale: [K] fp32 tensor or list of numbers; None leaves the gradients as they are. Not differentiable.
+        scale: [K] tensor (fp32 or fp64) or list of numbers; None leaves the gradients as they are. Not differentiable.
         device: where norms and cosines live; it must be the hidden state's.
 
     >>> monitor = GradMonitor(4)                                          # doctest: +SKIP
@@ -40,7 +40,7 @@ class GradMonitor:
         self.cosines = torch.zeros(K, K, device=device)
         self.scale: Tensor | None = None
         if scale is not None:
-            self.scale = check.horizon_weights("scale", scale, [(K,)], self.norms.device).detach().float()
+            self.scale = check.horizon_weights("scale", scale, [(K,)], self.norms.device).detach()
 
 
 def fields_of(monitor: GradMonitor | None, count: int, hidden: Tensor) -> tuple[Tensor | None, ...]:
@@ -70,14 +70,16 @@ class _Branches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, count: int, scale: Tensor | None, norms: Tensor, cosines: Tensor) -> Tensor:
-        ctx.save_for_backward(scale, norms, cosines)
+        ctx.save_for_backward(scale)
+        # Not saved through autograd: they are written again by each backward, and that is no error.
+        ctx.norms, ctx.cosines = norms, cosines
         return hidden.unsqueeze(0).expand(count, *hidden.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        scale, norms, cosines = ctx.saved_tensors
+        (scale,) = ctx.saved_tensors
         rows = gradient.flatten(1).to(torch.promote_types(gradient.dtype, torch.float32))
-        write_gram(rows @ rows.T, norms, cosines)
+        write_gram(rows @ rows.T, ctx.norms, ctx.cosines)
         if scale is not None:
             rows = rows * scale[:, None]
         return rows.sum(0).view(gradient.shape[1:]).to(gradient.dtype), None, None, None, None

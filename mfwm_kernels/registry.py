@@ -129,7 +129,7 @@ def register(op: Op) -> Op:
 # ---- choosing a backend
 
 # Process-wide on purpose: a plain global is what torch.compile can guard on.
-_forced: str = os.environ.get("MFWM_BACKEND", "auto")
+_forced: str = os.environ.get("MFWM_BACKEND") or "auto"
 
 
 class use_backend:
@@ -142,15 +142,16 @@ class use_backend:
         if name != "auto" and name not in BACKENDS:
             raise ValueError(f"name must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
         self.name = name
+        self.previous: list[str] = []
 
     def __enter__(self) -> None:
         global _forced
-        self.previous = _forced
+        self.previous.append(_forced)
         _forced = self.name
 
     def __exit__(self, *error: object) -> None:
         global _forced
-        _forced = self.previous
+        _forced = self.previous.pop()
 
 
 def refusal(op: Op, backend: str, args: Any) -> str:
@@ -306,6 +307,9 @@ class _Reference(torch.autograd.Function):
         if pairs:
             outputs, upstream = zip(*pairs, strict=True)
             gradients = torch.autograd.grad(outputs, ctx.inputs, upstream, retain_graph=True, allow_unused=True)
+        if any(grad is not None for grad in grads):
+            # Zeros where nothing depends on an input, as kernels give.
+            gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(ctx.inputs, gradients, strict=True)]
         return (None, None, None, None, *spread(ctx.wanted, gradients))  # type: ignore[arg-type]
 
 
@@ -336,7 +340,9 @@ class _Kernel(torch.autograd.Function):
             if extras is None:
                 extras = module.forward(args, wanted)[1]
             assert grads[0] is not None
-            gradients = getattr(module, "scale", scale_in_place)(extras, grads[0])
+            scaled = getattr(module, "scale", scale_in_place)(extras, grads[0])
+            leaves = [leaf for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
+            gradients = [gradient.to(leaf.dtype) for leaf, gradient in zip(leaves, scaled, strict=True)]
         else:
             gradients = module.backward(args, wanted, list(grads))
         return (None, None, None, None, *spread(wanted, gradients))
@@ -360,6 +366,20 @@ def kept(ctx: Any, op: Op, tensors: Sequence[Tensor]) -> Any:
     rest = iter(tensors)
     flat = [next(rest) if saved else value for saved, value in zip(ctx.saved, ctx.rest, strict=True)]
     return op.arguments(*pytree.tree_unflatten(flat, ctx.structure))
+
+
+def stored_dtype(leaf: Tensor) -> torch.dtype:
+    """What a gradient made in the forward is stored in, until the upstream gradient is known.
+
+    fp16 cannot hold it: with a mean over more than 65,536 elements it would be subnormal before a loss scale lifts it.
+    """
+    return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
+
+
+def laid_out_like(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` in the strides of torch.empty_like(leaf), which is what the compiler is told."""
+    expected = torch.empty_like(leaf, device="meta").stride()
+    return gradient if gradient.stride() == expected else torch.empty_like(leaf, dtype=gradient.dtype).copy_(gradient)
 
 
 def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -405,15 +425,15 @@ def _register_with_torch(op: Op) -> None:
     def forward(*flat: Any) -> list[Tensor]:
         args, (wanted, backend) = op.arguments(*flat[:count]), flat[count:]
         outputs, extras = load(op, backend).forward(args, list(wanted))
-        return [*outputs, *extras]
+        leaves = [leaf for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
+        return [*outputs, *(laid_out_like(leaf, extra) for leaf, extra in zip(leaves, extras, strict=bool(extras)))]
 
     def forward_fake(*flat: Any) -> list[Tensor]:
         args, (wanted, _) = op.arguments(*flat[:count]), flat[count:]
         outputs = list(op.fake(args))
         if op.gradients_in_forward:
-            outputs += [
-                leaf.new_empty(leaf.shape) for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want
-            ]
+            leaves = zip(leaves_of(op, args), wanted, strict=True)
+            outputs += [torch.empty_like(leaf, dtype=stored_dtype(leaf)) for leaf, want in leaves if want]
         return outputs
 
     schema = schema_of(op)
@@ -426,9 +446,8 @@ def _register_with_torch(op: Op) -> None:
         def backward(*flat: Any) -> list[Tensor]:
             args, (grads, wanted, backend) = op.arguments(*flat[:count]), flat[count:]
             # Functional, as the compiler wants it: what the kernel writes is returned, and copied by the caller.
-            written = {
-                n: torch.empty_like(getattr(args, n)) for n in op.mutated_in_backward if getattr(args, n) is not None
-            }
+            # A backward that has nothing to say of them leaves them as they are.
+            written = {n: getattr(args, n).clone() for n in op.mutated_in_backward if getattr(args, n) is not None}
             args = args._replace(**written)
             return [*load(op, backend).backward(args, list(wanted), list(grads)), *written.values()]
 
@@ -456,9 +475,10 @@ def _register_with_torch(op: Op) -> None:
             upstream = grads[0]
             assert upstream is not None
             # Multiplied in fp32 (fp64 for fp64): a loss scale may not be representable in the gradients' dtype.
+            leaves = [leaf for leaf, want in zip(leaves_of(op, args), ctx.wanted, strict=True) if want]
             gradients = [
-                (extra.to(torch.promote_types(extra.dtype, torch.float32)) * upstream).to(extra.dtype)
-                for extra in extras
+                (extra.to(torch.promote_types(extra.dtype, torch.float32)) * upstream).to(leaf.dtype)
+                for leaf, extra in zip(leaves, extras, strict=True)
             ]
         else:
             backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import differentiable_outputs, gradients, leaves, require_grad
 
-import mfwm_kernels  # noqa: F401  (registers the ops)
+import mfwm_kernels
 from mfwm_kernels import registry
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
 from mfwm_kernels.registry import ABSENT, OPS, BackendError, served_devices, use_backend
@@ -271,3 +271,21 @@ def test_auto_takes_the_first_that_serves(op: Any) -> None:
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match="name must be one of auto, reference, cpu, triton, cuda; got 'opencl'"):
         use_backend("opencl")
+
+
+def test_use_backend_may_be_entered_twice() -> None:
+    before, chosen = registry._forced, use_backend("cpu")
+    with chosen, chosen:
+        assert registry._forced == "cpu"
+    assert registry._forced == before
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of(OPS["action_window_sum"]) if b != "triton"])
+def test_zeros_where_nothing_depends_on_an_input(backend: str) -> None:
+    """A window without actions: gradients are zeros on every backend, not None on some."""
+    actions = torch.randn(1, 3, 4, requires_grad=True)
+    gate = torch.randn(1, 1, 4, requires_grad=True)
+    with use_backend(backend):
+        output = mfwm_kernels.action_window_sum(actions, (1,), lag_weight=gate)
+        gradients_ = torch.autograd.grad(output.sum(), (actions, gate))
+    assert not any(gradient.any() for gradient in gradients_)

@@ -92,3 +92,28 @@ def test_evaluation_and_report(config: TrainingConfig, tmp_path: Path) -> None:
     page = write_report(tmp_path / "run").read_text()
     assert page.count("data:image/png;base64,") == 4 and "http" not in page
     assert (tmp_path / "run" / "rollout.gif").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("horizons", "patches", "names"),
+    [
+        (Horizons((1, 1, 2), (1, 2, 2)), (4, 2, 2), ["1@1/1", "1@1/2", "2"]),
+        (Horizons((0, 1, 3), (1, 1, 1)), (4, 4, 4), ["0", "1", "3"]),
+    ],
+    ids=["one offset at two factors", "no next frame to roll out"],
+)
+def test_other_horizons_are_evaluated(
+    config: TrainingConfig, tmp_path: Path, horizons: Horizons, patches: tuple[int, ...], names: list[str]
+) -> None:
+    heads = replace(config.model.heads, horizons=horizons, patch_sizes=patches)
+    config = replace(config, steps=2, clip=5, model=replace(config.model, heads=heads, context=4))
+    train(config, tmp_path / "run", progress=False)
+    metrics = evaluate(tmp_path / "run", clips=4, batch=2, progress=False)
+    assert list(metrics["psnr"]) == list(metrics["psnr_gain_95"]) == names
+    assert ("rollout_psnr" in metrics) == (horizons.offsets[0] == 1)
+    assert "data:image/png" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_clip_too_short_to_evaluate_is_refused(config: TrainingConfig) -> None:
+    with pytest.raises(ValueError, match=r"clip must be >= 5 .* got 4"):
+        replace(config, clip=4)

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ..losses import DETACH, place_of
 from ..ops.multi_horizon_loss import KINDS, Arguments
+from ..registry import stored_dtype
 from . import kernels, precision, raw
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
     count = len(args.preds)
     gradients = [
-        torch.empty_like(pred) if want else None for pred, want in zip(args.preds, wanted[:count], strict=True)
+        torch.empty_like(pred, dtype=stored_dtype(pred)) if want else None
+        for pred, want in zip(args.preds, wanted[:count], strict=True)
     ]
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
     places = [place_of(pair, shape) for pair in zip(args.pairs[::2], args.pairs[1::2], strict=True)]

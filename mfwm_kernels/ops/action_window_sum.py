@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments as check
+from ..autocast import follow
 from ..horizons import check_non_decreasing, counts_at
 from ..registry import Backend, Cost, Op, call, register
 
@@ -76,6 +77,7 @@ def check_window(
         raise ValueError("offsets must name at least one horizon, got ()")
     check_non_decreasing(offsets)
     window_start = check.integer("window_start", window_start, least=0)
+    lag_weight = follow(lag_weight, actions)
     if lag_weight is not None:
         check.tensor("lag_weight", lag_weight, 3)
         lags = max(1, offsets[-1])
@@ -112,11 +114,10 @@ def window_sum(
         total = computed.new_zeros(batch, positions, width)
         for j in range(window_start, offset):
             inside = max(0, min(positions, columns - j))
-            term = computed[:, j : j + inside]
+            same = counts_at(j, inside, columns, segment_ids, batch, actions.device)
+            term = torch.where(same[..., None], computed[:, j : j + inside], 0)
             if lag_weight is not None:
                 term = term * lag_weight[i, j].to(computed.dtype)
-            same = counts_at(j, inside, columns, segment_ids, batch, actions.device)
-            term = torch.where(same[..., None], term, 0)
             total = total + torch.nn.functional.pad(term, (0, 0, 0, positions - inside))
         sums.append(total)
     return torch.stack(sums, dim=2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments as check
+from ..autocast import follow
 from ..horizons import Horizons, check_horizons
 from ..monitor import GradMonitor, branches, fields_of
 from ..registry import Backend, Cost, Op, call, register
@@ -87,7 +88,7 @@ def fan_out(
                 f"pool[{i}] = {p} does not divide the token grid {hidden.shape[2]} x {hidden.shape[3]} "
                 f"(hidden has shape {list(hidden.shape)})"
             )
-    norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
+    actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
     args = Arguments(
         hidden, actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
         list(horizons.offsets), list(pool), norm_eps, window_start,
@@ -110,6 +111,7 @@ def check_conditioning(
     check.tensor("hidden", hidden, (4, 5))
     check.non_zero_sizes("hidden", hidden)
     check.tensor("actions", actions, 3)
+    actions, norm_weight, lag_weight = (follow(value, hidden) for value in (actions, norm_weight, lag_weight))
     check.like("actions", actions, "hidden", hidden)
     check_horizons(horizons)
     if actions.shape[0] != hidden.shape[0] or actions.shape[2] != hidden.shape[-1]:
@@ -134,7 +136,7 @@ def check_conditioning(
         check.like("norm_weight", norm_weight, "hidden", hidden)
     norm_eps = check.number("norm_eps", norm_eps, least=0)
     monitor = fields_of(grad_monitor, len(horizons), hidden)
-    return norm_weight, checked[0], checked[1], *monitor, norm_eps, checked[3]
+    return actions, norm_weight, checked[0], checked[1], *monitor, norm_eps, checked[3]
 
 
 def reference(

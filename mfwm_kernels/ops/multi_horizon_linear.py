@@ -99,7 +99,7 @@ def multi_horizon_linear(
             check.tensor(f"biases[{i}]", bias, 1)
             check.shape(f"biases[{i}]", bias, (weights[i].shape[0],), "[N]")
             check.like(f"biases[{i}]", bias, "hidden", hidden)
-    norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
+    actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
     args = Arguments(
         hidden, actions, weights, biases, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
         list(horizons.offsets), norm_eps, window_start,

@@ -18,7 +18,7 @@ from .. import arguments as check
 from ..autocast import cast
 from ..horizons import Horizons, check_horizons, counts_at
 from ..ids import checked_ids, raise_pending
-from ..losses import DETACH, HorizonLoss, check_consistency, check_weights
+from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, refuse_late
 from ..registry import Cost, Op, call, register
 
 
@@ -86,7 +86,8 @@ def multi_horizon_linear_cross_entropy(
             reference keeps all of them.
         consistency_weights: [K], for the pairs (0, j): cross-entropy of the far cell's distribution under the mean of
             the near distributions of the cells that it covers, at position n + k_j - k_0, over the positions where both
-            horizons count. f_j must be a multiple of f_0 where the weight is not 0.
+            horizons count. f_j must be a multiple of f_0 where the weight is not 0. A tensor
+            that cannot be read beforehand (on a GPU, in torch.compile) makes the total NaN where it breaks that rule.
         detach: "near": the near side is the teacher; "far"; None: both learn.
         return_accuracy: also the share of counted cells (with factored tokens: of their ids) whose argmax is the cell's
             most frequent id, the smallest of those where several are.
@@ -148,7 +149,7 @@ def multi_horizon_linear_cross_entropy(
     label_smoothing = check.number("label_smoothing", label_smoothing, least=0)
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be <= 1, got {label_smoothing}")
-    consistency, pairs = check_consistency(consistency_weights, horizons, device, matrix=False)
+    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, device, matrix=False)
     args = Arguments(
         inputs,
         heads,
@@ -169,8 +170,7 @@ def multi_horizon_linear_cross_entropy(
         check.choice("detach", detach, DETACH) or "none",
         check.flag("return_accuracy", return_accuracy),
     )
-    outputs = call(OP, args)
-    return HorizonLoss(*outputs)
+    return refuse_late(HorizonLoss(*call(OP, args)), consistency, undivided)
 
 
 def reference(
@@ -215,7 +215,8 @@ def reference(
         position_counts = counts_at(offset, positions, frames, segment_ids, batch, tokens.device)[:, :inside]
         # [B, inside, h, w, F]: which ids' cross-entropies are taken.
         taken = any_left[:, offset : offset + inside] & position_counts[:, :, None, None, None]
-        target, z = target[:, offset : offset + inside], z[:, :inside]
+        # Masked first: NaN where nothing counts would come back as 0 * NaN in the gradient.
+        target, z = target[:, offset : offset + inside], torch.where(taken[..., None], z[:, :inside], 0)
         normaliser = z.logsumexp(-1)
         loss = (1 - label_smoothing) * (normaliser - (target * z).sum(-1))
         loss = loss + label_smoothing * (normaliser - z.mean(-1)) + z_loss * normaliser.square()
@@ -234,11 +235,13 @@ def reference(
         inside = max(0, positions - apart)
         near = logits[i].detach() if detach == "near" else logits[i]
         far = logits[j].detach() if detach == "far" else logits[j]
-        teacher = pool_grid(near[:, apart:].softmax(-1), factors[j] // factors[i])
-        entropy = -(teacher * far[:, :inside].log_softmax(-1)).sum((-1, -2))
         far_counts = counts_at(offsets[j], positions, frames, segment_ids, batch, tokens.device)
         near_counts = counts_at(offsets[i], positions, frames, segment_ids, batch, tokens.device)
         both = (far_counts[:, :inside] & near_counts[:, apart:])[:, :, None, None]
+        near = torch.where(both[..., None, None], near[:, apart:], 0)
+        far = torch.where(both[..., None, None], far[:, :inside], 0)
+        teacher = pool_grid(near.softmax(-1), factors[j] // factors[i])
+        entropy = -(teacher * far.log_softmax(-1)).sum((-1, -2))
         count = both.sum() * (entropy.shape[2] * entropy.shape[3])
         mean = torch.where(both, entropy, 0).sum() / count.clamp_min(1)
         assert consistency_weights is not None

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments as check
+from ..autocast import follow
 from ..horizons import Horizons, check_horizons, counts_at
-from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, place_of
+from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, place_of, refuse_late
 from ..registry import Backend, Cost, Op, call, register
 from .video_pyramid import (
     VIDEO,
@@ -86,7 +87,8 @@ def multi_horizon_loss(
             sqrt(d^2 + eps^2).
         weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
         consistency_weights: [K], for the pairs (0, j) (entry 0 unused), or [K, K], for any pair [i, j] with i < j;
-            f_j must be a multiple of f_i where the weight is not 0.
+            f_j must be a multiple of f_i where the weight is not 0. A tensor
+            that cannot be read beforehand (on a GPU, in torch.compile) makes the total NaN where it breaks that rule.
         detach: None: both sides of a consistency pair learn; "near": side i gets no gradient; "far": side j gets none.
         patch_sizes: K integers: preds are in the token layout of video_pyramid.
         residual: the prediction is preds[i][:, n] + avg_pool(video[:, n], f_i): the head predicts the change.
@@ -106,11 +108,12 @@ def multi_horizon_loss(
     count = len(horizons)
     check.tensor("video", video, 5, VIDEO)
     check.non_zero_sizes("video", video)
-    if video.requires_grad:
+    if video.requires_grad and torch.is_grad_enabled():
         raise ValueError("video must not require grad: targets are constants; pass video.detach()")
     patch_sizes = check_patch_sizes(patch_sizes, count)
     check_divisible(video, horizons.factors, patch_sizes)
     preds = check.tensors("preds", preds, count, 5 if patch_sizes is None else 4)
+    preds = [follow(pred, preds[0]) for pred in preds]
     positions = preds[0].shape[1]
     for i, pred in enumerate(preds):
         expected = list(output_shape(video, horizons.factors[i], None if patch_sizes is None else patch_sizes[i]))
@@ -125,7 +128,7 @@ def multi_horizon_loss(
         )
     segment_ids = check.segments(segment_ids, video.shape[0], video.shape[1], "T_v", "video", video)
     scale, shift = check_normalisation(video, scale, shift)
-    consistency, pairs = check_consistency(consistency_weights, horizons, video.device)
+    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, video.device)
     args = Arguments(
         preds,
         video,
@@ -144,7 +147,7 @@ def multi_horizon_loss(
         check.number("delta", delta, above=0),
         check.number("eps", eps, above=0),
     )
-    return HorizonLoss(*call(OP, args))
+    return refuse_late(HorizonLoss(*call(OP, args)), consistency, undivided)
 
 
 def reference(
@@ -181,8 +184,8 @@ def reference(
         predictions.append(prediction)
         valid.append(counts_at(offset, positions, frames, segment_ids, batch, device))
         inside = max(0, min(positions, frames - offset))
-        loss = pointwise_loss(prediction[:, :inside] - pyramid[:, offset : offset + inside], kind, delta, eps)
-        mean, count = mean_where(loss, valid[i][:, :inside])
+        difference = prediction[:, :inside] - pyramid[:, offset : offset + inside]
+        mean, count = mean_loss(difference, valid[i][:, :inside], kind, delta, eps)
         losses.append(mean)
         counts.append(count)
 
@@ -197,7 +200,7 @@ def reference(
         far = predictions[j].detach() if detach == "far" else predictions[j]
         near = box_average(near[:, apart:], factors[j] // factors[i])
         both = valid[j][:, :inside] & valid[i][:, apart:]
-        mean, count = mean_where(pointwise_loss(far[:, :inside] - near, kind, delta, eps), both)
+        mean, count = mean_loss(far[:, :inside] - near, both, kind, delta, eps)
         assert consistency_weights is not None
         place = place_of((i, j), shape)
         total = total + consistency_weights[place].to(computed) * mean
@@ -217,12 +220,16 @@ def pointwise_loss(difference: Tensor, kind: str, delta: float, eps: float) -> T
     return (difference.square() + eps**2).sqrt()
 
 
-def mean_where(loss: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of [B, N, C, h, w] over the positions where `valid` [B, N], and the number of elements; 0 over nothing."""
-    elements = loss.shape[2] * loss.shape[3] * loss.shape[4]
+def mean_loss(difference: Tensor, valid: Tensor, kind: str, delta: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean loss of [B, N, C, h, w] over the positions where `valid` [B, N], and the number of elements; 0 over nothing.
+
+    Masked before the loss too: NaN where nothing counts would come back as 0 * NaN in the gradient.
+    """
+    elements = difference.shape[2] * difference.shape[3] * difference.shape[4]
+    mask = valid[:, :, None, None, None]
     count = valid.sum() * elements
-    total = torch.where(valid[:, :, None, None, None], loss, 0).sum()
-    return total / count.clamp_min(1), count
+    loss = pointwise_loss(torch.where(mask, difference, 0), kind, delta, eps)
+    return torch.where(mask, loss, 0).sum() / count.clamp_min(1), count
 
 
 def fake(args: Arguments) -> list[Tensor]:
@@ -274,6 +281,10 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     multi = inputs(normal(1, 6, 16, 8, 8), Horizons.multi_resolution(), 5)
     yield {**multi, "preds": [torch.stack([p, p], -1)[..., 0] for p in multi["preds"]], "kind": "l1",
            "consistency_weights": [0, 1, 1, 0.5, 0.25]}  # fmt: skip
+    # Dense, channels innermost: the gradients take the same strides.
+    thwc = inputs(bytes_(2, 3, 8, 8, 3).permute(0, 1, 4, 2, 3), Horizons((1, 2), (1, 2)), 3)
+    yield {**thwc, "preds": [p.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for p in thwc["preds"]],
+           "consistency_weights": torch.tensor([[0.0, 0.5], [0.0, 0.0]], device=device).T.contiguous().T}  # fmt: skip
     # Shorter than the longest offset: the last horizon counts nowhere.
     yield {**inputs(bytes_(1, 5, 3, 8, 8), cascade, 5), "consistency_weights": [0.0, 1.0, 1.0, 1.0]}
     yield inputs(bytes_(0, 4, 3, 8, 8), cascade, 4)

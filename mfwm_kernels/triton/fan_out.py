@@ -274,7 +274,7 @@ def fan_out_backward(
             if of_hidden is not None:
                 share = 1.0 / (POOLS[i] * POOLS[i])
                 if scale is not None:
-                    share = tl.load(scale + HORIZONS[i]) * share
+                    share = tl.load(scale + HORIZONS[i]).to(tl.float32) * share
                 total += of_state * share
             of_states = of_states + (of_state,)
             new_sums = new_sums + (sums_total,)

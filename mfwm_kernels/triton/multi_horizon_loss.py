@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..losses import place_of
 from ..ops.multi_horizon_loss import Arguments
+from ..registry import stored_dtype
 from .frames import (
     average,
     axis,
@@ -296,7 +297,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     involved = [sorted({e for t in members for e in ([t] if t < count else pairs[t - count])}) for members in chains]
     shared = {i for i in range(count) if sum(i in horizons for horizons in involved) > 1}
     gradients = [
-        torch.empty_like(pred, dtype=torch.float32 if i in shared else pred.dtype) if wanted[i] else None
+        torch.empty_like(pred, dtype=torch.float32 if i in shared else stored_dtype(pred)) if wanted[i] else None
         for i, pred in enumerate(args.preds)
     ]
     sources = [0] * len(spans)
@@ -321,7 +322,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         total, means, counts_out, agreement, agreement_counts, agreement.numel(),
         COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(agreement.numel()), num_warps=1,
     )  # fmt: skip
-    extras = [g.to(pred.dtype) for g, pred in zip(gradients, args.preds, strict=True) if g is not None]
+    extras = [g.to(stored_dtype(pred)) for g, pred in zip(gradients, args.preds, strict=True) if g is not None]
     # The total is linear in the weights: their gradients are the means that they weigh.
     if wanted[count]:
         extras.append(means.to(args.weights.dtype, copy=True))

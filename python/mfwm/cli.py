@@ -102,7 +102,8 @@ class Demo:
         metrics = evaluate(self.out)
         for k in metrics["psnr"]:
             print(f"n + {k}: {metrics['psnr'][k]:.2f} dB, persistence {metrics['persistence_psnr'][k]:.2f} dB")
-        print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
+        if "delta_psnr" in metrics:
+            print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
         print(f"report: {write_report(self.out)}")
 
 

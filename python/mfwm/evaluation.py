@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from mfwm_kernels import __version__, video_pyramid
+from mfwm_kernels import Horizons, __version__, video_pyramid
 from mfwm_kernels.info import cpu_name
 
 from .data import Clips, Replay, split_levels
@@ -44,6 +44,7 @@ def evaluate(run: Path, *, clips: int = 96, batch: int = 8, seed: int = 0, progr
     model = model.to(device)
     replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
+    horizons = config.model.heads.horizons
     source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
     chosen = np.random.default_rng(seed).choice(len(source), size=min(clips, len(source)), replace=False)
 
@@ -51,13 +52,13 @@ def evaluate(run: Path, *, clips: int = 96, batch: int = 8, seed: int = 0, progr
     parts: list[dict[str, np.ndarray]] = []
     for start in tqdm(range(0, len(chosen), batch), desc="evaluate", unit="batch", disable=not progress):
         held = {name: value.to(device) for name, value in source.batch(np.sort(chosen[start : start + batch])).items()}
-        parts.append({**open_loop(model, held), **closed_loop(model, held, seed + start)})
+        rolled = closed_loop(model, held, seed + start) if rolls(horizons) else {}
+        parts.append({**open_loop(model, held), **rolled})
     errors = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    offsets = config.model.heads.horizons.offsets
     log = read_log(run / "log.jsonl")
     metrics = {
-        **summary(errors, offsets, seed),
+        **summary(errors, horizons, seed),
         "steps": step,
         "parameters": parameters_of(model),
         "frames_per_second": float(np.median([row["frames_per_second"] for row in log])),
@@ -116,6 +117,17 @@ def closed_loop(model: WorldModel, clips: dict[str, Tensor], seed: int) -> dict[
     }
 
 
+def rolls(horizons: Horizons) -> bool:
+    """Only a near horizon that predicts the next frame whole can be fed back."""
+    return (horizons.offsets[0], horizons.factors[0]) == (1, 1)
+
+
+def names_of(horizons: Horizons) -> list[str]:
+    """A name per horizon: its offset; with its factor where several horizons share an offset: "1@1/4"."""
+    pairs = zip(horizons.offsets, horizons.factors, strict=True)
+    return [str(k) if horizons.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs]
+
+
 def rollout_steps(video: Tensor) -> int:
     return min(ROLLOUT_STEPS, video.shape[1] - CONTEXT)
 
@@ -138,22 +150,30 @@ def squared_error(pictures: Tensor, truth: Tensor) -> Tensor:
     return (pictures - truth).square().flatten(1).mean(1)
 
 
-def summary(errors: dict[str, np.ndarray], offsets: tuple[int, ...], seed: int) -> dict[str, Any]:
+def summary(errors: dict[str, np.ndarray], horizons: Horizons, seed: int) -> dict[str, Any]:
+    """The metrics; those of rollouts only where the model can be rolled out."""
+    names = names_of(horizons)
+
     def by_horizon(values: np.ndarray) -> dict[str, float]:
-        return {str(offset): float(value) for offset, value in zip(offsets, values, strict=True)}
+        return {name: float(value) for name, value in zip(names, values, strict=True)}
 
     means = {name: values.mean(0) for name, values in errors.items()}
-    last = errors["rollout_shuffled"].shape[1] - 1
     gain = interval(errors["horizon"], errors["horizon_persistence"], seed)
-    delta = interval(errors["rollout"][:, last : last + 1], errors["rollout_shuffled"][:, last:], seed)
-    return {
+    metrics = {
         "psnr": by_horizon(psnr(means["horizon"])),
         "persistence_psnr": by_horizon(psnr(means["horizon_persistence"])),
-        "psnr_gain_95": {str(offset): row for offset, row in zip(offsets, gain, strict=True)},
+        "psnr_gain_95": dict(zip(names, gain, strict=True)),
+        "delta_psnr_by_horizon": by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"])),
+    }
+    if "rollout" not in errors:
+        return metrics
+    last = errors["rollout_shuffled"].shape[1] - 1
+    delta = interval(errors["rollout"][:, last : last + 1], errors["rollout_shuffled"][:, last:], seed)
+    return {
+        **metrics,
         "delta_psnr": float(psnr(means["rollout"][last]) - psnr(means["rollout_shuffled"][last])),
         "delta_psnr_95": delta[0],
         "delta_psnr_step": last + 1,
-        "delta_psnr_by_horizon": by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"])),
         "rollout_context": CONTEXT,
         "rollout_psnr": psnr(means["rollout"]).tolist(),
         "persistence_rollout_psnr": psnr(means["rollout_persistence"]).tolist(),

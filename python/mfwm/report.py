@@ -18,7 +18,7 @@ from torch import Tensor
 from mfwm_kernels import video_pyramid
 
 from .data import Clips, Replay, split_levels
-from .evaluation import CONTEXT, rollout_steps
+from .evaluation import CONTEXT, names_of, rollout_steps, rolls
 from .model import WorldModel
 from .training import load_model, read_log
 
@@ -51,21 +51,29 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
     order = motion.argsort(descending=True)[:3]
     clips = {name: value[order] for name, value in candidates.items()}
 
-    steps = rollout_steps(clips["video"])
-    (truth,) = video_pyramid(clips["video"][:, : CONTEXT + steps], (1,), dtype=torch.float32)
-    rolled = torch.cat([truth[:, :CONTEXT], model.rollout(clips["video"][:, :CONTEXT], clips["actions"], steps)], dim=1)
-    write_gif(run / "rollout.gif", truth, rolled)
+    horizons = config.model.heads.horizons
     sections = [
         ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
-        ("Loss", picture(loss_curves(read_log(run / "log.jsonl"), config.model.heads.horizons.offsets)), ""),
+        ("Loss", picture(loss_curves(read_log(run / "log.jsonl"), names_of(horizons))), ""),
         ("One position, all horizons", picture(strip(model, clips)), "Held-out level; far targets are smaller."),
-        (
-            "Closed-loop rollout",
-            picture(rollout_strip(truth, rolled)) + embedded_gif(run / "rollout.gif"),
-            f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth.",
-        ),
-        ("PSNR against steps ahead", picture(rollout_curve(metrics)), "Closed loop, mean over all evaluated clips."),
     ]
+    if rolls(horizons):
+        seen, actions, steps = clips["video"][:, :CONTEXT], clips["actions"], rollout_steps(clips["video"])
+        (truth,) = video_pyramid(clips["video"][:, : CONTEXT + steps], (1,), dtype=torch.float32)
+        rolled = torch.cat([truth[:, :CONTEXT], model.rollout(seen, actions, steps)], dim=1)
+        write_gif(run / "rollout.gif", truth, rolled)
+        sections += [
+            (
+                "Closed-loop rollout",
+                picture(rollout_strip(truth, rolled)) + embedded_gif(run / "rollout.gif"),
+                f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth.",
+            ),
+            (
+                "PSNR against steps ahead",
+                picture(rollout_curve(metrics)),
+                "Closed loop, mean over all evaluated clips.",
+            ),
+        ]
     body = "".join(
         f"<h2>{html.escape(title)}</h2>{content}" + (f'<p class="note">{html.escape(note)}</p>' if note else "")
         for title, content, note in sections
@@ -93,21 +101,25 @@ def table(metrics: dict[str, Any]) -> str:
         f"<td>{metrics['delta_psnr_by_horizon'][k]:+.2f}</td></tr>"
         for k in metrics["psnr"]
     )
-    low, high = metrics["delta_psnr_95"]
+    controlled = ""
+    if "delta_psnr" in metrics:
+        low, high = metrics["delta_psnr_95"]
+        controlled = (
+            f"<p>After {metrics['delta_psnr_step']} closed-loop steps, true minus shuffled actions: "
+            f"{metrics['delta_psnr']:+.2f} dB ({low:+.2f} to {high:+.2f}).</p>"
+        )
     return (
         "<table><tr><th>frames ahead</th><th>PSNR, dB</th><th>persistence</th><th>gain</th><th>95% interval</th>"
-        f"<th>true minus shuffled actions</th></tr>{rows}</table>"
-        f"<p>After {metrics['delta_psnr_step']} closed-loop steps, true minus shuffled actions: "
-        f"{metrics['delta_psnr']:+.2f} dB ({low:+.2f} to {high:+.2f}).</p>"
+        f"<th>true minus shuffled actions</th></tr>{rows}</table>{controlled}"
     )
 
 
-def loss_curves(log: list[dict[str, Any]], offsets: tuple[int, ...]) -> Figure:
+def loss_curves(log: list[dict[str, Any]], names: list[str]) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2))
     steps = [row["step"] for row in log]
     losses = np.array([row["per_horizon"] for row in log])
-    for i, offset in enumerate(offsets):
-        axes.plot(steps, smooth(losses[:, i]), label=f"n + {offset}")
+    for i, name in enumerate(names):
+        axes.plot(steps, smooth(losses[:, i]), label=f"n + {name}")
     axes.set(xlabel="step", ylabel="mean squared error", yscale="log")
     axes.legend(frameon=False)
     return figure
@@ -126,19 +138,20 @@ def strip(model: WorldModel, clips: dict[str, Tensor]) -> Figure:
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
     predictions = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
-    position = min(model.config.context, clips["video"].shape[1] - horizons.offsets[-1]) - 1
+    position = max(0, min(model.config.context, clips["video"].shape[1] - horizons.offsets[-1]) - 1)
     figure, axes = plt.subplots(2, len(horizons) + 1, figsize=(2 * (len(horizons) + 1), 4.3))
     show(axes[0, 0], pyramid[0][0, position], "frame n")
     axes[1, 0].axis("off")
     for i, offset in enumerate(horizons.offsets):
-        show(axes[0, i + 1], pyramid[i][0, position + offset], f"n + {offset}: truth")
+        if position + offset < pyramid[i].shape[1]:
+            show(axes[0, i + 1], pyramid[i][0, position + offset], f"n + {offset}: truth")
         show(axes[1, i + 1], predictions[i][0, position], "prediction")
     return figure
 
 
 def rollout_strip(truth: Tensor, rolled: Tensor) -> Figure:
     columns = range(CONTEXT - 1, truth.shape[1], 2)
-    figure, axes = plt.subplots(2, len(columns), figsize=(1.5 * len(columns), 3.4))
+    figure, axes = plt.subplots(2, len(columns), figsize=(1.5 * len(columns), 3.4), squeeze=False)
     for place, frame in enumerate(columns):
         ahead = frame - CONTEXT + 1
         show(axes[0, place], truth[0, frame], f"+{ahead}" if ahead else "last seen")

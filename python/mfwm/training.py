@@ -58,7 +58,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
-        for name in ("steps", "batch", "clip", "checkpoint_every"):
+        shortest = max(5, 1 + min(self.model.heads.horizons.offsets))
+        if self.clip < shortest:
+            raise ValueError(f"clip must be >= {shortest} (four frames to see and one to roll out), got {self.clip}")
+        for name in ("steps", "batch", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 

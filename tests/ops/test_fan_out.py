@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,3 +59,60 @@ def test_grad_monitor_of_the_linear_heads() -> None:
     assert monitor.norms[0] > 0 and monitor.norms[1] == 0
     # A horizon that sends nothing has no direction: 0, not NaN.
     torch.testing.assert_close(monitor.cosines, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("op", [fan_out, multi_horizon_linear], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton" or not torch.cuda.is_available()])
+def test_a_monitor_is_written_by_each_backward(backend: str, op: Any) -> None:
+    """Two calls share one monitor, and one backward comes twice."""
+    if backend != "reference" and (backend not in OPS[op.__name__].backends or ABSENT[backend]):
+        pytest.skip(f"{op.__name__} has no {backend} kernel")
+    horizons, monitor = Horizons((1, 2), (1, 1)), GradMonitor(2)
+    hidden, actions = torch.randn(1, 3, 2, 2, 8, requires_grad=True), torch.randn(1, 3, 8)
+    given: dict[str, Any] = {"pool": (1, 1)} if op is fan_out else {"weights": [torch.randn(4, 8) for _ in range(2)]}
+    with use_backend(backend):
+        outputs = [
+            *op(hidden, actions, horizons=horizons, grad_monitor=monitor, **given),
+            *op(hidden, actions, horizons=horizons, grad_monitor=monitor, **given),
+        ]
+        loss = sum(output.square().sum() for output in outputs)
+        loss.backward(retain_graph=True)
+        once = monitor.norms.clone()
+        loss.backward()
+    assert (once > 0).all() and torch.equal(once, monitor.norms)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+def test_a_monitor_without_a_hidden_gradient_stays_as_it_was(backend: str) -> None:
+    monitor = GradMonitor(2)
+    hidden, actions = torch.randn(1, 3, 2, 2, 8), torch.randn(1, 3, 8, requires_grad=True)
+
+    def loss(hidden: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        outputs = fan_out(hidden, actions, Horizons((1, 3), (1, 2)), pool=(1, 2), grad_monitor=monitor)
+        return outputs[0].square().sum() + outputs[1].square().sum()
+
+    with use_backend(backend):
+        loss(hidden, actions).backward()
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, actions).backward()
+    assert not monitor.norms.any() and not monitor.cosines.any()
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton" or not torch.cuda.is_available()])
+def test_actions_of_another_episode_may_be_nan(backend: str) -> None:
+    hidden, gate = torch.randn(1, 4, 2, 2, 8, requires_grad=True), torch.randn(1, 3, 8, requires_grad=True)
+    actions, segments = torch.randn(1, 4, 8), torch.tensor([[0, 0, 1, 1]])
+    actions[:, 2] = float("nan")  # in no window of its own episode
+    with use_backend(backend):
+        (output,) = fan_out(
+            hidden, actions, Horizons((3,), (1,)), pool=(1,), lag_weight=gate, segment_ids=segments
+        )  # fmt: skip
+        gradients = torch.autograd.grad(output.sum(), (hidden, gate))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_parameters_in_fp32_under_autocast() -> None:
+    hidden, actions, norm = torch.randn(1, 3, 2, 2, 8).bfloat16(), torch.randn(1, 3, 8), torch.randn(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        (output,) = fan_out(hidden, actions, Horizons((2,), (1,)), pool=(1,), norm_weight=norm)
+    (want,) = fan_out(hidden, actions.bfloat16(), Horizons((2,), (1,)), pool=(1,), norm_weight=norm.bfloat16())
+    assert output.dtype == torch.bfloat16 and torch.equal(output, want)
