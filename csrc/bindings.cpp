@@ -47,6 +47,11 @@ FanOut fan_of(const py::handle& hidden, const py::handle& sums, const py::handle
   return {array_of(hidden), array_of(sums), array_of(norm_weight), pool, norm_eps, arrays_of(outputs), threads};
 }
 
+MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, int64_t first, int64_t tokens, bool norm,
+                            double norm_eps, int threads) {
+  return {array_of(hidden), array_of(sums), first, tokens, norm, norm_eps, threads};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -83,6 +88,35 @@ PYBIND11_MODULE(_native, module) {
                                                array_of(norm_weight_gradient), array_of(gram), scale};
                py::gil_scoped_release release;
                cpu::fan_out_backward(op, gradients);
+             });
+  module.def("multi_horizon_linear_forward",
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
+                py::object product, py::object projected, py::object bias, const py::list& outputs) {
+               const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
+               const MultiHorizonLinearOutputs to{array_of(product), array_of(projected), array_of(bias),
+                                                  arrays_of(outputs)};
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_forward(op, to);
+             });
+  module.def("multi_horizon_linear_scale",
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
+                const py::list& upstream, const Sizes& columns, py::object scaled, py::object scales,
+                py::object scaled_sums) {
+               const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
+               const MultiHorizonLinearScaled to{arrays_of(upstream), columns, array_of(scaled), array_of(scales),
+                                                 array_of(scaled_sums)};
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_scale(op, to);
+             });
+  module.def("multi_horizon_linear_combine",
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
+                const py::list& states, py::object scales, const Numbers& weights, py::object hidden_gradient,
+                py::object sums_gradient, py::object gram) {
+               const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
+               const MultiHorizonLinearGradients to{arrays_of(states), array_of(scales), weights,
+                                                    array_of(hidden_gradient), array_of(sums_gradient), array_of(gram)};
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_combine(op, to);
              });
   module.def("video_pyramid", [](py::object video, const Sizes& factors, const Sizes& patch_sizes, double scale,
                                  double shift, const py::list& outputs, int threads) {

@@ -56,6 +56,41 @@ struct FanOutGradients {
   std::vector<double> scale;  // per horizon, into hidden alone
 };
 
+// A chunk of rows of multi_horizon_linear, whose matrix products are torch's. With x_i = hidden + sums[position, i]:
+// outputs[i] = r_i x_i W_i^T + bias_i, r_i = rsqrt(mean(x_i^2) + eps), or 1 without a norm.
+struct MultiHorizonLinear {
+  Array hidden;           // [R, D]
+  Array sums;             // [B * T, K, D], contiguous, in the precision that is computed in, as all of "precision" below
+  int64_t first, tokens;  // row r is at position (first + r) / tokens
+  bool norm;
+  double norm_eps;
+  int threads;
+};
+
+struct MultiHorizonLinearOutputs {
+  Array product;               // [R, N]: hidden with all heads side by side
+  Array projected;             // [B * T, N], contiguous, precision: sums[:, i] with head i
+  Array bias;                  // [N] or none, precision
+  std::vector<Array> outputs;  // K of [R, N_i]
+};
+
+struct MultiHorizonLinearScaled {
+  std::vector<Array> gradients;  // K of [R, N_i], each may be none
+  std::vector<int64_t> columns;  // N_i
+  Array scaled;                  // [R, N]: r_i gradients[i] side by side
+  Array scales;                  // [R, K], contiguous, precision: r_i
+  Array sums;                    // [B * T, N] or none, contiguous, precision; `scaled` over tokens is added
+};
+
+struct MultiHorizonLinearGradients {
+  std::vector<Array> states;    // K of [R, D], each may be none: scaled_i W_i
+  Array scales;                 // as written above
+  std::vector<double> weights;  // per horizon, into hidden alone; empty for ones
+  Array hidden;                 // [R, D] or none
+  Array sums;                   // [B * T, K, D] or none, contiguous, precision; added to
+  Array gram;                   // [K, K] or none, float64: dot products of the horizons' gradients at hidden; added to
+};
+
 // outputs[i] = avg_pool(scale * video + shift, factors[i])
 struct VideoPyramid {
   Array video;  // [B, T, C, H, W]
@@ -97,6 +132,9 @@ void action_window_sum_forward(const ActionWindowSum&);
 void action_window_sum_backward(const ActionWindowSum&, const ActionWindowSumGradients&);
 void fan_out_forward(const FanOut&);
 void fan_out_backward(const FanOut&, const FanOutGradients&);
+void multi_horizon_linear_forward(const MultiHorizonLinear&, const MultiHorizonLinearOutputs&);
+void multi_horizon_linear_scale(const MultiHorizonLinear&, const MultiHorizonLinearScaled&);
+void multi_horizon_linear_combine(const MultiHorizonLinear&, const MultiHorizonLinearGradients&);
 void video_pyramid(const VideoPyramid&);
 MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss&);
 }  // namespace cpu

@@ -36,3 +36,29 @@ def raw(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ..
 def precision(*dtypes: torch.dtype) -> torch.dtype:
     """What a kernel computes in: fp64 where any of its floating tensors is, else fp32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a matrix product takes: bf16 where the machine multiplies it in hardware, fp32 for fp16.
+
+    Without such instructions bf16 products are many times slower than fp32 ones. So are fp16 products almost everywhere,
+    and their range is too small for states that are not normed yet.
+    """
+    if dtype == torch.bfloat16 and not _MULTIPLIES_BF16:
+        return torch.float32
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _multiplies_bf16() -> bool:
+    # Private, and not in every version of torch: without an answer bf16 stays bf16.
+    asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    known = [ask() for ask in asked if ask is not None]
+    return not known or any(known)
+
+
+_MULTIPLIES_BF16 = _multiplies_bf16()
+
+
+def chunk_of(rows: int, copies: int) -> int:
+    """Rows in a chunk: enough to occupy every thread's matrix product, while `copies` chunks stay well below `rows`."""
+    return max(256, min(512 * torch.get_num_threads(), rows // (4 * copies)))

@@ -16,7 +16,7 @@ from .. import arguments as check
 from ..autocast import cast
 from ..horizons import Horizons
 from ..monitor import GradMonitor
-from ..registry import Cost, Op, call, register
+from ..registry import Backend, Cost, Op, call, register
 from . import fan_out as fan_out_op
 
 
@@ -24,7 +24,7 @@ class Arguments(NamedTuple):
     hidden: Tensor
     actions: Tensor
     weights: list[Tensor]
-    biases: list[Tensor | None]
+    biases: list[Tensor]  # K, or none at all: torch drops the gradients of a list in which some are None
     norm_weight: Tensor | None
     lag_weight: Tensor | None
     segment_ids: Tensor | None
@@ -89,9 +89,9 @@ def multi_horizon_linear(
         check.like(f"weights[{i}]", weight, "hidden", hidden)
     if biases is None:
         biases = [None] * count
-    elif not isinstance(biases, (list, tuple)):
+    if not isinstance(biases, (list, tuple)):
         raise TypeError(f"biases must be a list or tuple of tensors, got {type(biases).__name__}")
-    elif len(biases) != count:
+    if len(biases) != count:
         raise ValueError(f"biases must have one entry per horizon, {count}; got {len(biases)}")
     biases = [cast(bias, device) for bias in biases]
     for i, bias in enumerate(biases):
@@ -99,9 +99,15 @@ def multi_horizon_linear(
             check.tensor(f"biases[{i}]", bias, 1)
             check.shape(f"biases[{i}]", bias, (weights[i].shape[0],), "[N]")
             check.like(f"biases[{i}]", bias, "hidden", hidden)
+    if all(bias is None for bias in biases):
+        biases = []
+    filled = [
+        hidden.new_zeros(weight.shape[0]) if bias is None else bias
+        for weight, bias in zip(weights, biases, strict=False)
+    ]
     actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
     args = Arguments(
-        hidden, actions, weights, biases, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
+        hidden, actions, weights, filled, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
         list(horizons.offsets), norm_eps, window_start,
     )  # fmt: skip
     return tuple(call(OP, args))
@@ -111,7 +117,7 @@ def reference(
     hidden: Tensor,
     actions: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor | None],
+    biases: list[Tensor],
     norm_weight: Tensor | None,
     lag_weight: Tensor | None,
     segment_ids: Tensor | None,
@@ -126,7 +132,10 @@ def reference(
         hidden, actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
         offsets, [1] * len(offsets), norm_eps, window_start,
     )  # fmt: skip
-    return tuple(F.linear(state, weight, bias) for state, weight, bias in zip(states, weights, biases, strict=True))
+    outputs = [F.linear(state, weight) for state, weight in zip(states, weights, strict=True)]
+    if biases:
+        outputs = [output + bias for output, bias in zip(outputs, biases, strict=True)]
+    return tuple(outputs)
 
 
 def fake(args: Arguments) -> list[Tensor]:
@@ -172,6 +181,14 @@ def _bench(batch: int, positions: int, side: int, width: int, columns: tuple[int
     return make
 
 
+KERNELS = (
+    "action_window_sum_forward",
+    "multi_horizon_linear_forward",
+    "multi_horizon_linear_scale",
+    "multi_horizon_linear_combine",
+    "action_window_sum_backward",
+)
+
 OP = register(
     Op(
         name="multi_horizon_linear",
@@ -188,6 +205,7 @@ OP = register(
             "pixels": _bench(32, 24, 32, 1024, (192, 48, 12, 3)),
             "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
         },
+        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
         mutated_in_backward=("norms", "cosines"),
     )
 )

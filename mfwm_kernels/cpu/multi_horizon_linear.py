@@ -1,0 +1,91 @@
+"""multi_horizon_linear on the CPU: torch's matrix products, and passes around them over chunks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..heads import (
+    Passes,
+    Rows,
+    bias_of,
+    chunks,
+    columns_of,
+    heads_of,
+    projected_of,
+    rows_of,
+    shape_of,
+    window_of,
+)
+from ..heads import backward as shared_backward
+from ..ops.multi_horizon_linear import Arguments
+from . import chunk_of, kernels, precision, product_dtype, raw
+from .action_window_sum import gradients_of_sums, window_sums
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    hidden, columns = args.hidden, columns_of(args)
+    positions, tokens = shape_of(hidden)
+    computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
+    outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype) for n in columns]
+    sums = window_sums(window_of(args), hidden.shape[1], computed)
+    heads, bias = heads_of(args, computed, dtype), bias_of(args, computed)
+    projected = projected_of(args, sums, heads)
+    size = chunk_of(positions * tokens, len(columns))
+    product = torch.empty(min(size, positions * tokens), sum(columns), dtype=dtype)
+    for first, last in chunks(positions * tokens, size):
+        rows = Rows(rows_of(hidden, first, last), first, tokens, sums)
+        torch.mm(rows.hidden.to(dtype), heads.t(), out=product[: last - first])
+        to = [rows_of(output, first, last) for output in outputs]
+        kernels.multi_horizon_linear_forward(
+            *begin(args, rows), raw(product[: last - first]), raw(projected), raw(bias), [raw(output) for output in to]
+        )
+    return outputs, []
+
+
+def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return shared_backward(args, wanted, grads, PASSES)
+
+
+def begin(args: Arguments, rows: Rows) -> tuple[object, ...]:
+    """The arguments that all three kernels begin with."""
+    norm = args.norm_weight is not None
+    return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), rows.first, rows.tokens, norm, args.norm_eps,
+            torch.get_num_threads())  # fmt: skip
+
+
+def scale(
+    args: Arguments,
+    rows: Rows,
+    upstream: Sequence[Tensor | None],
+    columns: list[int],
+    scaled: Tensor,
+    scales: Tensor,
+    scaled_sums: Tensor | None,
+) -> None:
+    given = [raw(grad) for grad in upstream]
+    kernels.multi_horizon_linear_scale(
+        *begin(args, rows), given, columns, raw(scaled), raw(scales), raw(scaled_sums)
+    )  # fmt: skip
+
+
+def combine(
+    args: Arguments,
+    rows: Rows,
+    states: Sequence[Tensor | None],
+    scales: Tensor,
+    of_hidden: Tensor | None,
+    of_sums: Tensor | None,
+    gram: Tensor | None,
+) -> None:
+    weights = [] if args.scale is None else args.scale.tolist()
+    of_windows = None if of_sums is None else of_sums.flatten(0, 1)
+    kernels.multi_horizon_linear_combine(
+        *begin(args, rows), [raw(state) for state in states], raw(scales), weights,
+        raw(of_hidden), raw(of_windows), raw(gram),
+    )  # fmt: skip
+
+
+PASSES = Passes(window_sums, gradients_of_sums, scale, combine, product_dtype, chunk_of)
