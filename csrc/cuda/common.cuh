@@ -33,6 +33,30 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
+// The one place where kernels are launched: on a one-dimensional grid, axes y and z stop at 65,535.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+            cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+
+// The shared memory whose size the launch gives.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#else
+  // g++ compiles the kernels for the tests' emulator, tests/cuda_emulator.
+  return static_cast<T*>(emulator::shared_memory());
+#endif
+}
+
 template <class C>
 __device__ __forceinline__ C load(const void* data, DType dtype, int64_t offset) {
   switch (dtype) {

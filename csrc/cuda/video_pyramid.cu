@@ -36,8 +36,7 @@ __device__ __forceinline__ int64_t offset_of(const Output& output, int64_t chann
 
 template <class C, bool in_shared>
 __global__ void __launch_bounds__(threads) pyramid_kernel(const Parameters p) {
-  extern __shared__ unsigned char shared[];
-  C* tile = reinterpret_cast<C*>(shared);
+  C* tile = dynamic_shared<C>();
   const C scale = static_cast<C>(p.scale), shift = static_cast<C>(p.shift);
   const int64_t frames = p.video.size[1], channels = p.video.size[2], height = p.video.size[3], width = p.video.size[4];
   const int64_t* s = p.video.stride;
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(threads) pyramid_kernel(const Parameters p) {
 }
 
 template <class C>
-void launch(const VideoPyramid& op, cudaStream_t stream) {
+void run(const VideoPyramid& op, cudaStream_t stream) {
   constexpr int64_t most_elements = 4096;
   int64_t step = 1;
   for (int64_t factor : op.factors) step = std::lcm(step, factor);
@@ -92,18 +91,14 @@ void launch(const VideoPyramid& op, cudaStream_t stream) {
   p.tiles_x = (size[4] + p.tile_width - 1) / p.tile_width;
   p.tiles = size[0] * size[1] * size[2] * p.tiles_y * p.tiles_x;
   if (p.tiles == 0) return;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(p.tiles, (int64_t(1) << 31) - 1));
+  const int64_t blocks = std::min<int64_t>(p.tiles, (int64_t(1) << 31) - 1);
   const size_t shared = fits ? static_cast<size_t>(p.tile_width * p.tile_height) * sizeof(C) : 0;
   for (size_t first = 0; first < op.outputs.size(); first += most_outputs) {
     p.count = static_cast<int>(std::min<size_t>(most_outputs, op.outputs.size() - first));
     for (int i = 0; i < p.count; ++i)
       p.outputs[i] = {op.outputs[first + i], op.factors[first + i],
                       op.patch_sizes.empty() ? 0 : op.patch_sizes[first + i]};
-    if (fits)
-      pyramid_kernel<C, true><<<blocks, threads, shared, stream>>>(p);
-    else
-      pyramid_kernel<C, false><<<blocks, threads, 0, stream>>>(p);
-    check(cudaGetLastError(), "video_pyramid");
+    launch("video_pyramid", fits ? pyramid_kernel<C, true> : pyramid_kernel<C, false>, blocks, threads, shared, stream, p);
   }
 }
 
@@ -115,9 +110,9 @@ void video_pyramid(const VideoPyramid& op, void* stream) {
   bool is_double = op.video.dtype == DType::float64;
   for (const Array& output : op.outputs) is_double = is_double || output.dtype == DType::float64;
   if (is_double)
-    launch<double>(op, static_cast<cudaStream_t>(stream));
+    run<double>(op, static_cast<cudaStream_t>(stream));
   else
-    launch<float>(op, static_cast<cudaStream_t>(stream));
+    run<float>(op, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace mfwm::cuda

@@ -1,1 +1,17 @@
 """Launchers of the CUDA C++ kernels in csrc/cuda."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..registry import native
+
+kernels: Any = native
+
+
+def launch(name: str, device: torch.device, *args: Any) -> None:
+    """A kernel of csrc/bindings.cpp on the device's current stream."""
+    with torch.cuda.device(device):
+        getattr(kernels, name)(*args, torch.cuda.current_stream(device).cuda_stream)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cpu import kernels, raw
+from ..cpu import raw
 from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
+from . import launch
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
@@ -18,16 +19,11 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         torch.empty(output_shape(args.video, factor, patch), dtype=args.dtype, device=device)
         for factor, patch in zip(args.factors, patch_sizes, strict=True)
     ]
-    with torch.cuda.device(device):
-        kernels.cuda_video_pyramid(
-            raw(args.video),
-            args.factors,
-            args.patch_sizes or [],
-            args.scale,
-            args.shift,
-            [raw(output) for output in outputs],
-            torch.cuda.current_stream(device).cuda_stream,
-        )
+    launch(
+        "cuda_video_pyramid", device,
+        raw(args.video), args.factors, args.patch_sizes or [], args.scale, args.shift,
+        [raw(output) for output in outputs],
+    )  # fmt: skip
     return outputs, []
 
 

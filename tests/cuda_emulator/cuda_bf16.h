@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// To the nearest, ties to even.
+inline __nv_bfloat16 __float2bfloat16(float value) {
+  if (value != value) return {0x7fff};
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}

@@ -1,0 +1,113 @@
+// The part of CUDA that csrc/cuda uses, as ordinary C++: put first on the include path, it lets g++ compile the kernels,
+// and emulator.cpp runs them on the CPU. Blocks run one after the other; a block's threads are fibers that change places
+// at barriers and warp collectives.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+// One block at a time: its threads share what all share.
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+// Runs `thread` for every thread of every block. Throws where a thread touches memory that is not there, a misaligned
+// vector among it, or where threads wait for others that never come.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+// Ends the launch with an error.
+[[noreturn]] void fail(const char* what);
+
+void* shared_memory();
+void sync_threads();
+
+// Waits for the lanes of `mask` and returns what each lane of the warp brought.
+const uint64_t* exchange(unsigned mask, uint64_t value);
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned from) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* brought = exchange(mask, bits);
+  // A lane that has no source keeps its own value, as on the device.
+  if (from >= 32) return value;
+  if (!(mask >> from & 1)) fail("a shuffle reads from a lane outside its mask");
+  std::memcpy(&value, &brought[from], sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::sync_threads(); }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, 0); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulator::shuffle(mask, value, lane & 31);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return emulator::shuffle(mask, value, (threadIdx.x & 31) ^ bits);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+  return emulator::shuffle(mask, value, (threadIdx.x & 31) + by);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint64_t* brought = emulator::exchange(mask, predicate != 0);
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) votes |= static_cast<unsigned>(brought[lane]) << lane;
+  return votes;
+}
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+using std::max;
+using std::min;
+
+// ---- The host's side
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t { cudaSuccess };
+struct cudaPointerAttributes {
+  int device = 0;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes*, const void*) { return cudaSuccess; }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const std::tuple<Parameters...> copies(arguments...);
+  emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { std::apply(kernel, copies); });
+  return cudaSuccess;
+}
