@@ -149,6 +149,29 @@ PYBIND11_MODULE(_native, module) {
     py::gil_scoped_release release;
     cuda::video_pyramid(op, reinterpret_cast<void*>(stream));
   });
+  module.def("cuda_multi_horizon_loss",
+             [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
+                const Sizes& offsets, const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes, int kind,
+                int detach, bool residual, double scale, double shift, double delta, double eps, py::object weights,
+                py::object pair_weights, py::object term_counts, py::object partial, const py::list& outputs,
+                uintptr_t stream) {
+               const MultiHorizonLoss op{
+                   arrays_of(preds), arrays_of(gradients), array_of(video), array_of(segment_ids), {}, {}, offsets,
+                   factors, pairs, patch_sizes, static_cast<LossKind>(kind), static_cast<Detach>(detach), residual,
+                   scale, shift, delta, eps, 0};
+               const MultiHorizonLossOnDevice device{
+                   array_of(weights), array_of(pair_weights), array_of(term_counts), array_of(partial),
+                   array_of(outputs[0]), array_of(outputs[1]), array_of(outputs[2]), array_of(outputs[3]),
+                   array_of(outputs[4])};
+               py::gil_scoped_release release;
+               cuda::multi_horizon_loss(op, device, reinterpret_cast<void*>(stream));
+             });
+  module.def("cuda_multi_horizon_loss_scale", [](const py::list& tensors, py::object upstream, uintptr_t stream) {
+    const std::vector<Array> arrays = arrays_of(tensors);
+    const Array factor = array_of(upstream);
+    py::gil_scoped_release release;
+    cuda::multi_horizon_loss_scale(arrays, factor, reinterpret_cast<void*>(stream));
+  });
   module.attr("has_cuda") = true;
 #else
   module.attr("has_cuda") = false;

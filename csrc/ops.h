@@ -127,6 +127,16 @@ struct MultiHorizonLossResult {
   std::vector<int64_t> counts, agreement_counts;
 };
 
+// What the CUDA kernels of multi_horizon_loss take and give besides, all of it on the device; weights are read there.
+struct MultiHorizonLossOnDevice {
+  Array weights;       // [K] float32 or float64
+  Array pair_weights;  // [K], by the far side, or [K, K], or none
+  Array term_counts;   // [terms] int64 with segments, else none; scratch. The terms are the horizons, then the pairs.
+  Array partial;       // [terms, blocks] float32, scratch: no more blocks are launched
+  Array total, per_horizon, counts;   // [], [K], [K]; float32 and int64, contiguous
+  Array agreement, agreement_counts;  // in the shape of pair_weights
+};
+
 namespace cpu {
 void action_window_sum_forward(const ActionWindowSum&);
 void action_window_sum_backward(const ActionWindowSum&, const ActionWindowSumGradients&);
@@ -141,6 +151,9 @@ MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss&);
 
 namespace cuda {
 void video_pyramid(const VideoPyramid&, void* stream);
+void multi_horizon_loss(const MultiHorizonLoss&, const MultiHorizonLossOnDevice&, void* stream);
+// tensors *= upstream, a scalar on the device; the tensors are dense.
+void multi_horizon_loss_scale(const std::vector<Array>& tensors, const Array& upstream, void* stream);
 }  // namespace cuda
 
 }  // namespace mfwm

@@ -299,6 +299,12 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     return Cost(moved, (2 + len(preds)) * video.numel() + 8 * elements)
 
 
+def refused_by_cuda(args: Arguments) -> str:
+    if args.video.dtype == torch.float64:
+        return "video is float64"
+    return f"it serves 16 horizons, these are {len(args.preds)}" if len(args.preds) > 16 else ""
+
+
 def _bench(
     batch: int, time: int, channels: int, size: int, factors: tuple[int, ...], patch: int | None, latents: bool = False
 ) -> Any:
@@ -337,6 +343,7 @@ OP = register(
                 kernels=("multi_horizon_loss",),
                 refuses=lambda args: "video is float64" if args.video.dtype == torch.float64 else "",
             ),
+            "cuda": Backend(kernels=("multi_horizon_loss",), refuses=refused_by_cuda),
         },
         gradients_in_forward=True,
     )

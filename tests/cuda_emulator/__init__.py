@@ -34,7 +34,8 @@ from mfwm_kernels import registry
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FLAGS = [
-    *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror"),
+    *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *(f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-DMFWM_WITH_CUDA"),
     *('-DMFWM_CUDA_VERSION=""', '-DMFWM_CUDA_ARCHITECTURES=""', '-DMFWM_SIMD_LEVELS=""'),
 ]
@@ -60,10 +61,10 @@ def made(suffix: str, parts: list[Path], command: list[str]) -> Path:
 
 def compile_module(sources: Path) -> Path:
     """The module of `sources`, a csrc folder."""
-    headers = sorted([*sources.glob("*.h"), *sources.glob("cuda/*.cuh"), *HERE.glob("*.h")])
+    headers = sorted([*sources.glob("*.h"), *sources.glob("cuda/*.cuh"), *HERE.glob("*.h")], key=lambda path: path.name)
 
     def compiled(source: Path) -> Path:
-        options = ["-O1", *TRAPS, "-x", "c++"] if source.suffix == ".cu" else ["-O1"]
+        options = ["-O1", *TRAPS, "-x", "c++"] if source.suffix == ".cu" else []
         return made(".o", [source, *headers], ["g++", *FLAGS, *options, "-c"])
 
     units = [sources / "bindings.cpp", *sorted(sources.glob("cuda/*.cu")), HERE / "emulator.cpp"]
