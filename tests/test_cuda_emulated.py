@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 import shutil
 from pathlib import Path
@@ -11,9 +13,13 @@ import pytest
 import torch
 from conftest import differentiable_outputs, gradients, leaves, require_grad
 from cuda_emulator import ROOT, Fences, emulated_cuda, emulated_module
+from torch import Tensor
 
-import mfwm_kernels  # noqa: F401  (registers the ops)
+import mfwm_kernels.cuda.multi_horizon_loss as loss_launcher
+from mfwm_kernels import Horizons, multi_horizon_loss
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
+from mfwm_kernels.ops.multi_horizon_loss import KINDS
+from mfwm_kernels.ops.video_pyramid import output_shape
 from mfwm_kernels.registry import OPS, use_backend
 
 if shutil.which("g++") is None:
@@ -55,12 +61,81 @@ def check_sample(op: Any, sample: dict[str, Any], dtype: torch.dtype, edge: str,
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(list(kwargs.values())), strict=True))
 
 
-@pytest.mark.parametrize("edge", ["start", "end"])
+@pytest.mark.parametrize("edge", ["start", "end", "unaligned"])
 @pytest.mark.parametrize(("op", "dtype"), CASES)
 def test_values_and_gradients(op: Any, dtype: torch.dtype, edge: str) -> None:
     torch.manual_seed(1)
     for sample in op.samples(dtype, torch.device("cpu")):
         check_sample(op, sample, dtype, edge)
+
+
+def random_loss(seed: int) -> tuple[dict[str, Any], torch.dtype]:
+    """A call of multi_horizon_loss whose every option is drawn, and the dtype of its predictions."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+
+    def strided(tensor: Tensor) -> Tensor:
+        axes = [0, 1, *draw.sample(range(2, tensor.dim()), tensor.dim() - 2)]
+        permuted = tensor.permute(axes).contiguous().permute([axes.index(axis) for axis in range(tensor.dim())])
+        return draw.choice([tensor, tensor, permuted, torch.stack([tensor, tensor], -1)[..., 0]])
+
+    count = draw.randint(1, 5)
+    # Up to 8 in powers of 2, or any; the same offset with other factors only.
+    factors = draw.choice([(1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 3, 6), (1, 3), (2, 4, 16)])
+    places = sorted({(draw.choice([0, 1, 2, 3, 4, 6]), draw.choice(factors)) for _ in range(count)})
+    horizons, count = Horizons(*map(tuple, zip(*places, strict=True))), len(places)
+    patches = [draw.randint(1, 3) for _ in places] if draw.random() < 0.4 else None
+    step = math.lcm(*(f * (1 if patches is None else patches[i]) for i, f in enumerate(horizons.factors)))
+    height, width = step * draw.randint(1, max(1, 32 // step)), step * draw.randint(1, max(1, 32 // step))
+    frames = draw.choice([2, 5, 9])
+    shape = (draw.randint(1, 2), frames, draw.choice([1, 2, 3, 5]), height, width)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    dtype, video_dtype = draw.choice(dtypes), draw.choice([torch.uint8, torch.uint8, *dtypes])
+    video = (torch.randint(0, 256, shape) if video_dtype == torch.uint8 else torch.randn(shape)).to(video_dtype)
+    positions = draw.choice([frames, max(1, frames - 2)])
+    preds = []
+    for i, factor in enumerate(horizons.factors):
+        batch, _, *rest = output_shape(video, factor, None if patches is None else patches[i])
+        preds.append(strided(torch.randn(batch, positions, *rest).to(dtype)))
+    kwargs: dict[str, Any] = {
+        "preds": preds, "video": strided(video), "horizons": horizons, "residual": draw.random() < 0.3,
+        "kind": draw.choice(KINDS), "detach": draw.choice([None, "near", "far"]), "delta": 0.6, "eps": 0.05,
+        "weights": torch.rand(count, dtype=draw.choice([torch.float32, torch.float64])),
+    }  # fmt: skip
+    if patches is not None:
+        kwargs["patch_sizes"] = patches
+    if draw.random() < 0.5:
+        kwargs["segment_ids"] = torch.randint(0, 2, shape[:2], dtype=draw.choice([torch.int32, torch.int64]))
+    pairs = [
+        [float(i < j and horizons.factors[j] % horizons.factors[i] == 0) * draw.choice([0.3, 1]) for j in range(count)]
+        for i in range(count)
+    ]
+    if draw.random() < 0.8:
+        kwargs["consistency_weights"] = pairs[0] if draw.random() < 0.4 else torch.tensor(pairs).T.contiguous().T
+    return kwargs, dtype
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_random_calls_of_the_loss(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(first, first + 10):
+        # Few blocks go over several tiles each.
+        monkeypatch.setattr(loss_launcher, "BLOCKS", (1, 3, 2048)[seed % 3])
+        kwargs, dtype = random_loss(seed)
+        edge = ("start", "end", "unaligned", "start")[seed % 4]
+        check_sample(OPS["multi_horizon_loss"], kwargs, dtype, edge)
+
+
+def test_no_gradient_wanted_and_an_upstream_gradient_of_1() -> None:
+    """Without gradients the same values; the scale kernel leaves alone what it would multiply by 1."""
+    kwargs, _ = random_loss(3)
+    preds = [pred.clone().requires_grad_() for pred in kwargs["preds"]]
+    with emulated_cuda(Fences("start")), use_backend("cuda"):
+        with_gradients = multi_horizon_loss(**{**kwargs, "preds": preds})
+        gradients_of_1 = torch.autograd.grad(with_gradients.total, preds, retain_graph=True)
+        gradients_of_2 = torch.autograd.grad(2 * with_gradients.total, preds)
+        without = multi_horizon_loss(**kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(with_gradients), tensors_of(without), strict=True))
+    assert all(torch.equal(2 * a, b) for a, b in zip(gradients_of_1, gradients_of_2, strict=True))
 
 
 FAULTS = {
@@ -71,6 +146,10 @@ FAULTS = {
         "video_pyramid", "const Output& output = p.outputs[i];", "\\g<0> if (threadIdx.x != 3) __syncwarp();",
         "never come",
     ),
+    "the wrong lane": ("multi_horizon_loss", "pair, 16)", "pair, 8)", "relative error"),
+    "a vector from an odd address": ("multi_horizon_loss", "s[4] == 1 && .*;", "s[4] == 1;", "misaligned"),
+    "no zero gradients": ("multi_horizon_loss", "if (!meeting.is_active(i)) continue;\n      const Region",
+                          "if (!meeting.counts(i)) continue;\n      const Region", "relative error inf"),
 }  # fmt: skip
 
 
@@ -80,11 +159,13 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources, ignore=shutil.ignore_patterns("cpu"))
     file = sources / "cuda" / f"{name}.cu"
-    text, count = re.subn(re.escape(right), wrong, file.read_text())
+    pattern = re.escape(right).replace(r"\.\*", ".*")
+    text, count = re.subn(pattern, wrong, file.read_text())
     assert count == 1
     file.write_text(text)
     op = OPS[name]
     torch.manual_seed(1)
     with pytest.raises((AssertionError, RuntimeError), match=seen):
         for sample in op.samples(torch.float32, torch.device("cpu")):
-            check_sample(op, sample, torch.float32, "end", emulated_module(sources))
+            for edge in ("end", "unaligned"):
+                check_sample(op, sample, torch.float32, edge, emulated_module(sources))

@@ -64,7 +64,7 @@ def compile_module(sources: Path) -> Path:
     headers = sorted([*sources.glob("*.h"), *sources.glob("cuda/*.cuh"), *HERE.glob("*.h")], key=lambda path: path.name)
 
     def compiled(source: Path) -> Path:
-        options = ["-O1", *TRAPS, "-x", "c++"] if source.suffix == ".cu" else []
+        options = [*TRAPS, "-x", "c++"] if source.suffix == ".cu" else []
         return made(".o", [source, *headers], ["g++", *FLAGS, *options, "-c"])
 
     units = [sources / "bindings.cpp", *sorted(sources.glob("cuda/*.cu")), HERE / "emulator.cpp"]
@@ -99,9 +99,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Fences:
     """Tensors in memory of their own, between two inaccessible pages.
 
-    An access beyond an edge that a tensor touches, "start" or "end", ends the emulated launch; what little room the
-    other edge leaves is filled with NaN, and `check` sees whether it still is. Only at "start" is the memory aligned as
-    a GPU's.
+    A tensor touches one of them, by its "start" (then it is aligned as a GPU's) or its "end", and an access beyond
+    ends the emulated launch. Or it lies "unaligned", one element from the start. The rest of the room is filled with
+    NaN, and `check` sees whether it still is.
     """
 
     def __init__(self, edge: str) -> None:
@@ -115,9 +115,9 @@ class Fences:
         steps = zip(like.shape, like.stride(), strict=True)
         span = sum((size - 1) * stride for size, stride in steps) + 1
         used = span * like.itemsize
-        room = -(-used // PAGE) * PAGE
+        room = -(-(used + like.itemsize) // PAGE) * PAGE
         memory = mmap.mmap(-1, room + 2 * PAGE)
-        first = PAGE if self.edge == "start" else PAGE + room - used
+        first = {"start": PAGE, "end": PAGE + room - used, "unaligned": PAGE + like.itemsize}[self.edge]
         memory[PAGE : PAGE + room] = b"\xff" * room
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         for page in (address, address + PAGE + room):
