@@ -420,6 +420,16 @@ __device__ __forceinline__ void load_prediction(float (&v)[held], const Paramete
   }
 }
 
+// What a gradient is stored in until the upstream gradient is known: fp16 would make it subnormal.
+template <class T>
+struct Stored {
+  using type = T;
+};
+template <>
+struct Stored<__half> {
+  using type = float;
+};
+
 template <class T>
 __global__ void __launch_bounds__(threads) patch_kernel(const __grid_constant__ Parameters p) {
   Kept kept(p);
@@ -488,7 +498,7 @@ __global__ void __launch_bounds__(threads) patch_kernel(const __grid_constant__ 
       }
       const Frames& to = h.gradient;
       if (to.data && place.speaks(h.level))
-        store_region<T>(gradient, to, meeting.b * to.batch + (meeting.m - h.offset) * to.time + place.c * to.channel,
+        store_region<typename Stored<T>::type>(gradient, to, meeting.b * to.batch + (meeting.m - h.offset) * to.time + place.c * to.channel,
                         region);
     }
   }

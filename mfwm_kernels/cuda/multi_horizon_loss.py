@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cpu import raw
 from ..losses import DETACH
 from ..ops.multi_horizon_loss import KINDS, Arguments
+from ..registry import stored_dtype
 from . import launch
 
 # Blocks of the loss kernel, each with a row of sums: several waves on any GPU, and little to add up at the end.
@@ -19,7 +20,8 @@ BLOCKS = 2048
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
     device, count = args.video.device, len(args.preds)
     gradients = [
-        torch.empty_like(pred) if want else None for pred, want in zip(args.preds, wanted[:count], strict=True)
+        torch.empty_like(pred, dtype=stored_dtype(pred)) if want else None
+        for pred, want in zip(args.preds, wanted[:count], strict=True)
     ]
     terms = count + len(args.pairs) // 2
     term_counts = None if args.segment_ids is None else torch.empty(terms, dtype=torch.int64, device=device)
