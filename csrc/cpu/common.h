@@ -32,6 +32,17 @@ namespace mfwm::cpu {
 template <class C>
 constexpr DType dtype_of = std::is_same_v<C, double> ? DType::float64 : DType::float32;
 
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::uint8: return 1;
+    case DType::bfloat16:
+    case DType::float16: return 2;
+    case DType::float32:
+    case DType::int32: return 4;
+    default: return 8;
+  }
+}
+
 // to[k] = from[offset + k * stride]
 void load_row(float* to, const void* from, DType dtype, int64_t offset, int64_t stride, int64_t count);
 void load_row(double* to, const void* from, DType dtype, int64_t offset, int64_t stride, int64_t count);
@@ -39,9 +50,23 @@ void load_row(double* to, const void* from, DType dtype, int64_t offset, int64_t
 void store_row(const float* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
 void store_row(const double* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
 
-// to[k] = from[k], past the caches where the machine can. What is written so is in memory after finish_streaming().
-void stream_row(const float* from, float* to, int64_t count);
-void stream_row(const double* from, double* to, int64_t count);
+// A rectangle in an array: element k of row r lies at offset + r * row_stride + k * stride.
+struct Rows {
+  int64_t offset, row_stride, stride, rows, count;
+
+  // As one long row, where the rows lie one after the other.
+  MFWM_INLINE Rows joined() const {
+    return row_stride == count * stride ? Rows{offset, 0, stride, rows > 0 ? 1 : 0, rows * count} : *this;
+  }
+};
+
+// to = scale * from + shift, row after row
+void load_rows(float* to, const void* from, DType dtype, const Rows& rows, float scale, float shift);
+void load_rows(double* to, const void* from, DType dtype, const Rows& rows, double scale, double shift);
+// The inverse of load_rows without scale and shift. With `stream`, rows of unit stride are written past the caches,
+// where the machine can: they are in memory after finish_streaming().
+void store_rows(const float* from, void* to, DType dtype, const Rows& rows, bool stream = false);
+void store_rows(const double* from, void* to, DType dtype, const Rows& rows, bool stream = false);
 void finish_streaming();
 
 template <class C>
@@ -82,6 +107,37 @@ class Scratch {
 
  private:
   C* data_;
+};
+
+// A cache line of C as one value. A vector type, because what the compiler makes of loops over pairs varies: each SIMD
+// level takes as many registers for it as it needs. Unaligned, and it may alias C.
+template <class C>
+struct Lanes {
+  static constexpr int64_t count = 64 / sizeof(C);
+  typedef C type __attribute__((vector_size(64)));
+  typedef C stored __attribute__((vector_size(64), aligned(sizeof(C)), may_alias));
+
+  static MFWM_INLINE type load(const C* from) { return *reinterpret_cast<const stored*>(from); }
+  static MFWM_INLINE void store(const type& lanes, C* to) { *reinterpret_cast<stored*>(to) = lanes; }
+  // The elements at even, or odd, places of two neighbours.
+  template <int odd>
+  static MFWM_INLINE type every_other(const type& a, const type& b) {
+    if constexpr (count == 16)
+      return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6, odd + 8, odd + 10, odd + 12, odd + 14,
+                                     odd + 16, odd + 18, odd + 20, odd + 22, odd + 24, odd + 26, odd + 28, odd + 30);
+    else
+      return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6, odd + 8, odd + 10, odd + 12, odd + 14);
+  }
+  // Each element of the lower, or upper, half twice.
+  template <int upper>
+  static MFWM_INLINE type doubled(const type& a) {
+    constexpr int k = upper * count / 2;
+    if constexpr (count == 16)
+      return __builtin_shufflevector(a, a, k, k, k + 1, k + 1, k + 2, k + 2, k + 3, k + 3, k + 4, k + 4, k + 5, k + 5,
+                                     k + 6, k + 6, k + 7, k + 7);
+    else
+      return __builtin_shufflevector(a, a, k, k, k + 1, k + 1, k + 2, k + 2, k + 3, k + 3);
+  }
 };
 
 // A whole number of cache lines, in elements.

@@ -35,41 +35,73 @@ MFWM_INLINE C loss_of(C d, const Curve<C>& curve, C& slope) {
 }
 
 // Asks for a row that is needed in the next tile. Tiles are too short for the hardware to see them coming.
-template <int write, class C>
+template <class C>
 MFWM_INLINE void prefetch(const C* row, int64_t count) {
-  for (int64_t k = 0; k < count; k += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(row + k, write, 3);
+  for (int64_t k = 0; k < count; k += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(row + k);
 }
 
-template <LossKind kind, bool with_gradient, class C>
+// What a gradient consists of besides the slope of the loss: weight * tile, each element repeated over ratio x ratio.
+template <class C>
+struct Addition {
+  Tile<const C> tile;
+  int64_t ratio = 0;  // 0: nothing, 1 or 2
+  C weight = 1;
+};
+
+template <LossKind kind, bool with_gradient, bool with_addition, class C>
+MFWM_INLINE C loss_row(const C* __restrict pred, const C* __restrict target, const C* __restrict addition,
+                       C* __restrict gradient, int64_t count, const Curve<C>& curve) {
+  C sum = 0;
+  for (int64_t x = 0; x < count; ++x) {
+    C slope;
+    sum += loss_of<kind>(pred[x] - target[x], curve, slope);
+    if constexpr (with_gradient) gradient[x] = curve.coefficient * slope + (with_addition ? addition[x] : C(0));
+  }
+  return sum;
+}
+
+template <LossKind kind, bool with_gradient, int ratio, class C>
 MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& target, const Tile<C>& gradient,
-                             const Curve<C>& curve, bool fetch) {
+                             const Addition<C>& addition, const Curve<C>& curve, bool fetch, C* __restrict scratch) {
+  constexpr bool adds = ratio > 0;
+  const int64_t rows = target.rows, columns = target.columns, next = rows * pred.pitch;
   double total = 0;
-  for (int64_t y = 0; y < target.rows; ++y) {
-    if (fetch) {
-      prefetch<0>(pred.row(y + target.rows), target.columns);
-      if (with_gradient) prefetch<1>(gradient.row(y + target.rows), target.columns);
+  if (ratio < 2 && pred.is_dense() && target.is_dense() && gradient.is_dense() && addition.tile.is_dense()) {
+    // One long row, in pieces of a length that float sums bear.
+    constexpr int64_t piece = 512;
+    for (int64_t k = 0; k < rows * columns; k += piece) {
+      const int64_t count = std::min(piece, rows * columns - k);
+      if (fetch) prefetch(pred.data + next + k, count);
+      total += static_cast<double>(loss_row<kind, with_gradient, adds>(
+          pred.data + k, target.data + k, adds ? addition.tile.data + k : nullptr,
+          with_gradient ? gradient.data + k : nullptr, count, curve));
     }
-    const C *__restrict p = pred.row(y), *__restrict t = target.row(y);
-    C* __restrict g = with_gradient ? gradient.row(y) : nullptr;
-    C sum = 0;
-    for (int64_t x = 0; x < target.columns; ++x) {
-      C slope;
-      sum += loss_of<kind>(p[x] - t[x], curve, slope);
-      if constexpr (with_gradient) g[x] = curve.coefficient * slope;
-    }
-    total += static_cast<double>(sum);
+    return total;
+  }
+  for (int64_t y = 0; y < rows; ++y) {
+    if (fetch) prefetch(pred.row(y) + next, columns);
+    const C* a = adds ? addition.tile.row(ratio == 2 ? y / 2 : y) : nullptr;
+    if (ratio == 2 && y % 2 == 0)
+      for (int64_t x = 0; x < columns / 2; ++x) scratch[2 * x] = scratch[2 * x + 1] = a[x] * addition.weight;
+    total += static_cast<double>(
+        loss_row<kind, with_gradient, adds>(pred.row(y), target.row(y), ratio == 2 ? scratch : a,
+                                            with_gradient ? gradient.row(y) : nullptr, columns, curve));
   }
   return total;
 }
 
-// Sum of the losses of pred - target; coefficient * slope goes to `gradient` where it has data.
+// Sum of the losses of pred - target; coefficient * slope + addition goes to `gradient` where it has data. `scratch`
+// holds a row.
 template <class C>
 MFWM_SIMD double loss_and_gradient(LossKind kind, const Tile<const C>& pred, const Tile<const C>& target,
-                                   const Tile<C>& gradient, const Curve<C>& curve, bool fetch) {
+                                   const Tile<C>& gradient, const Addition<C>& addition, const Curve<C>& curve,
+                                   bool fetch, C* scratch) {
   const auto with = [&](auto tag) __attribute__((always_inline)) {
     constexpr LossKind k = decltype(tag)::value;
-    return gradient.data ? loss_tile<k, true>(pred, target, gradient, curve, fetch)
-                         : loss_tile<k, false>(pred, target, gradient, curve, fetch);
+    if (!gradient.data) return loss_tile<k, false, 0>(pred, target, gradient, {}, curve, fetch, scratch);
+    if (addition.ratio == 0) return loss_tile<k, true, 0>(pred, target, gradient, {}, curve, fetch, scratch);
+    if (addition.ratio == 1) return loss_tile<k, true, 1>(pred, target, gradient, addition, curve, fetch, scratch);
+    return loss_tile<k, true, 2>(pred, target, gradient, addition, curve, fetch, scratch);
   };
   switch (kind) {
     case LossKind::mse: return with(std::integral_constant<LossKind, LossKind::mse>{});
@@ -95,11 +127,12 @@ struct Meeting {
   std::vector<char> counted;
   std::vector<Tile<const C>> pred;
   std::vector<Tile<C>> gradient;
+  std::vector<Addition<C>> addition;  // what the pairs add to the gradient
   std::vector<Tile<const C>> average_of;
   std::vector<char> has_gradient;
 
   explicit Meeting(size_t count)
-      : counted(count), pred(count), gradient(count), average_of(count), has_gradient(count) {}
+      : counted(count), pred(count), gradient(count), addition(count), average_of(count), has_gradient(count) {}
 };
 
 template <class C>
@@ -122,15 +155,16 @@ struct Loss {
   // Gradients larger than the caches are written past them, which saves reading what is overwritten.
   bool streams = false;
   // Scratch, in elements from its start.
-  int64_t scratch_size = 0, spare, base;
-  std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, difference_at;
+  int64_t scratch_size = 0, spare, base, difference_at;
+  std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, addition_at;
   std::vector<std::vector<int64_t>> near_at, near_gradient_at;
 
   explicit Loss(const MultiHorizonLoss& op_)
       : op(op_),
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
-        tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1]) {
+        tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1],
+               static_cast<int64_t>(sizeof(C))) {
     for (int i = 0; i < count; ++i) {
       Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
                   video.width / op.factors[i]};
@@ -150,7 +184,7 @@ struct Loss {
     int64_t bytes = 0;
     for (const Frames& gradient : gradients)
       if (gradient.array)
-        bytes += batch * positions * channels * gradient.height * gradient.width * static_cast<int64_t>(sizeof(C));
+        bytes += batch * positions * channels * gradient.height * gradient.width * size_of(gradient.array.dtype);
     streams = bytes > int64_t(16) << 20;
     lay_out_scratch();
     count_elements();
@@ -172,16 +206,26 @@ struct Loss {
       for (const Level& level : chain) other_level_at.push_back(take(level.factor));
     near_at.resize(count);
     near_gradient_at.resize(count);
+    addition_at.resize(count);
+    int64_t finest = 0;  // of the far sides
     for (int i = 0; i < count; ++i) {
-      pred_at.push_back(take(op.factors[i]));
-      gradient_at.push_back(take(op.factors[i]));
-      difference_at.push_back(take(op.factors[i]));
+      pred_at.push_back(reads_in_place(i) ? 0 : take(op.factors[i]));
+      gradient_at.push_back(writes_in_place(i) ? 0 : take(op.factors[i]));
       for (const Level& level : near_chain[i]) {
         near_at[i].push_back(level.factor == op.factors[i] ? -1 : take(level.factor));
         near_gradient_at[i].push_back(take(level.factor));
       }
     }
+    for (const Pair& pair : pairs) {
+      for (int i : {pair.near, pair.far})
+        if (addition_at[i] == 0) addition_at[i] = take(op.factors[i]);
+      finest = finest == 0 ? op.factors[pair.far] : std::min(finest, op.factors[pair.far]);
+    }
+    if (finest > 0) difference_at = take(finest);
   }
+
+  bool reads_in_place(int i) const { return !op.residual && preds[i].template is_plain_image<C>(); }
+  bool writes_in_place(int i) const { return !streams && gradients[i].template is_plain_image<C>(); }
 
   // Horizon i has a position that predicts frame m.
   bool active(int i, int64_t m) const { return m >= op.offsets[i] && m - op.offsets[i] < positions; }
@@ -222,11 +266,7 @@ struct Loss {
                               int coarsest) const {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
     const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1);
-    for (int64_t r = 0; r < bottom.rows; ++r) {
-      C* __restrict row = bottom.row(r);
-      video.load(row, place.b, t, place.c, place.y + r, place.x, bottom.columns);
-      for (int64_t k = 0; k < bottom.columns; ++k) row[k] = row[k] * scale + shift;
-    }
+    video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
     for (int l = 0; l <= coarsest; ++l) {
       const Level& level = chain[l];
       if (level.factor == 1) continue;
@@ -240,10 +280,10 @@ struct Loss {
     const Frames& pred = preds[i];
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
     const Tile<C> copy = tile_at(scratch, pred_at[i], place, factor);
-    if (!op.residual && pred.template is_plain_image<C>())
+    if (reads_in_place(i))
       return {static_cast<const C*>(pred.array.data) + pred.image_offset(place.b, n, place.c, y, x),
               pred.array.stride[3], copy.rows, copy.columns};
-    for (int64_t r = 0; r < copy.rows; ++r) pred.load(copy.row(r), place.b, n, place.c, y + r, x, copy.columns);
+    pred.load(copy.data, place.b, n, place.c, y, x, copy.rows, copy.columns);
     if (op.residual) {
       make_pyramid(n, place, scratch, other_level_at, level_of[i]);
       const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, factor);
@@ -262,7 +302,7 @@ struct Loss {
     const int64_t factor = op.factors[i];
     if (!gradient.array) return {};
     Tile<C> tile = tile_at(scratch, gradient_at[i], place, factor);
-    if (!streams && gradient.template is_plain_image<C>()) {
+    if (writes_in_place(i)) {
       const int64_t n = place.m - op.offsets[i];
       tile.data = static_cast<C*>(gradient.array.data) +
                   gradient.image_offset(place.b, n, place.c, place.y / factor, place.x / factor);
@@ -274,17 +314,19 @@ struct Loss {
   MFWM_INLINE void store_gradient(int i, const Place& place, const Tile<C>& tile) const {
     const Frames& gradient = gradients[i];
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
-    if (!tile.data) return;
-    if (gradient.template is_plain_image<C>()) {
-      for (int64_t r = 0; streams && r < tile.rows; ++r)
-        stream_row(tile.row(r),
-                   static_cast<C*>(gradient.array.data) +
-                       gradient.image_offset(place.b, n, place.c, place.y / factor + r, place.x / factor),
-                   tile.columns);
-      return;
-    }
-    for (int64_t r = 0; r < tile.rows; ++r)
-      gradient.store(tile.row(r), place.b, n, place.c, place.y / factor + r, place.x / factor, tile.columns);
+    if (tile.data && !writes_in_place(i))
+      gradient.store(tile.data, place.b, n, place.c, place.y / factor, place.x / factor, tile.rows, tile.columns, streams);
+  }
+
+  // What the pairs add to horizon i's gradient as a tile of its own size.
+  MFWM_INLINE Tile<C> addition_tile(int i, const Place& place, Meeting<C>& here, C* scratch) const {
+    const Tile<C> tile = tile_at(scratch, addition_at[i], place, op.factors[i]);
+    Addition<C>& addition = here.addition[i];
+    if (addition.ratio == 1) return tile;
+    std::fill(tile.data, tile.data + tile.rows * tile.columns, C(0));
+    if (addition.ratio == 2) add_repeated(addition.tile, tile, 2, addition.weight, scratch + spare);
+    addition = {read_only(tile), 1, 1};
+    return tile;
   }
 
   // The consistency pairs whose near side is horizon `near`.
@@ -313,26 +355,36 @@ struct Loss {
       if (pair.near != near || !here.counted[pair.far]) continue;
       const bool near_learns = op.detach != Detach::near && gradient[near].data;
       const bool far_learns = op.detach != Detach::far && gradient[pair.far].data;
+      const bool first = far_learns && here.addition[pair.far].ratio == 0;
       Tile<C> difference{};
-      if (near_learns || far_learns) difference = tile_at(scratch, difference_at[pair.far], place, op.factors[pair.far]);
-      sums[count + k] +=
-          loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, curve_of(count + k), false);
-      if (far_learns) add_repeated(difference, gradient[pair.far], 1, C(1), scratch + spare);
+      if (near_learns || far_learns)
+        difference = tile_at(scratch, first ? addition_at[pair.far] : difference_at, place, op.factors[pair.far]);
+      sums[count + k] += loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, {},
+                                              curve_of(count + k), false, scratch + spare);
       if (near_learns) {
         const Tile<C> level = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
-        if (!has_gradient[pair.level]) std::fill(level.data, level.data + level.rows * level.columns, C(0));
+        if (has_gradient[pair.level])
+          add_repeated(read_only(difference), level, 1, C(1), scratch + spare);
+        else
+          std::copy(difference.data, difference.data + difference.rows * difference.columns, level.data);
         has_gradient[pair.level] = true;
-        add_repeated(difference, level, 1, C(1), scratch + spare);
       }
+      if (first)
+        here.addition[pair.far] = {read_only(difference), 1, 1};
+      else if (far_learns)
+        add_repeated(read_only(difference), addition_tile(pair.far, place, here, scratch), 1, C(1), scratch + spare);
     }
     // From the coarsest level down: what a level is asked for, its parent is asked for in equal parts.
     for (int l = depth - 1; l >= 0; --l) {
       if (!has_gradient[l]) continue;
       const Level& level = levels[l];
-      const Tile<C> from = tile_at(scratch, near_gradient_at[near][l], place, level.factor);
+      const Tile<const C> from = read_only(tile_at(scratch, near_gradient_at[near][l], place, level.factor));
       const C share = C(1) / static_cast<C>(level.ratio * level.ratio);
       if (level.parent < 0) {
-        add_repeated(from, gradient[near], level.ratio, -share, scratch + spare);
+        if (level.ratio == 2 && here.addition[near].ratio == 0)
+          here.addition[near] = {from, 2, -share};
+        else
+          add_repeated(from, addition_tile(near, place, here, scratch), level.ratio, -share, scratch + spare);
         continue;
       }
       const int64_t factor = levels[level.parent].factor;
@@ -350,22 +402,25 @@ struct Loss {
       if (here.counted[i]) coarsest = std::max(coarsest, level_of[i]);
     if (coarsest >= 0) make_pyramid(place.m, place, scratch, level_at, coarsest);
     for (int i = 0; i < count; ++i) {
+      if (active(i, place.m)) here.gradient[i] = gradient_tile(i, place, scratch);
+      if (here.counted[i]) here.pred[i] = prediction(i, place, scratch);
+      here.addition[i] = {};
+    }
+    for (int i = 0; i < count; ++i)
+      if (here.counted[i] && !near_chain[i].empty()) agree(i, place, here, sums, scratch);
+    for (int i = 0; i < count; ++i) {
       if (!active(i, place.m)) continue;
-      Tile<C>& gradient = here.gradient[i];
-      gradient = gradient_tile(i, place, scratch);
+      const Tile<C>& gradient = here.gradient[i];
       if (here.counted[i]) {
-        here.pred[i] = prediction(i, place, scratch);
         const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
-        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, curve_of(i), true);
+        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, here.addition[i],
+                                        curve_of(i), reads_in_place(i), scratch + spare);
       } else if (gradient.data) {
         for (int64_t r = 0; r < gradient.rows; ++r)
           std::fill(gradient.row(r), gradient.row(r) + gradient.columns, C(0));
       }
+      store_gradient(i, place, gradient);
     }
-    for (int i = 0; i < count; ++i)
-      if (here.counted[i] && !near_chain[i].empty()) agree(i, place, here, sums, scratch);
-    for (int i = 0; i < count; ++i)
-      if (active(i, place.m)) store_gradient(i, place, here.gradient[i]);
   }
 
   MultiHorizonLossResult run() const {

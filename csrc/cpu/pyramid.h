@@ -22,31 +22,46 @@ struct Frames {
     return b * s[0] + t * s[1] + c * s[2] + y * s[3] + x * s[4];
   }
 
-  // run(offset, stride, first, count): pixels first .. first + count of row y from column x lie at offset + k * stride.
+  // run(first, rows): the pixels of row y from column x, `count` of them, lie at `rows`, in pieces that start with pixel
+  // x + first. Whole tokens make one piece.
   template <class Run>
-  MFWM_INLINE void runs(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t count, const Run& run) const {
-    if (patch == 0) return run(image_offset(b, t, c, y, x), array.stride[4], int64_t(0), count);
+  MFWM_INLINE void token_runs(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t count, const Run& run) const {
     const int64_t* s = array.stride;
     const int64_t frame = b * s[0] + t * s[1] + (y / patch) * (width / patch) * s[2];
     for (int64_t done = 0; done < count;) {
-      const int64_t token = (x + done) / patch, column = (x + done) % patch;
-      const int64_t run_length = std::min(patch - column, count - done);
+      const int64_t token = (x + done) / patch, column = (x + done) % patch, left = count - done;
       const int64_t feature = ((y % patch) * patch + column) * channels + c;
-      run(frame + token * s[2] + feature * s[3], channels * s[3], done, run_length);
-      done += run_length;
+      const int64_t tokens = column == 0 && left >= patch ? left / patch : 1;
+      const int64_t length = std::min(patch - column, left);
+      run(done, Rows{frame + token * s[2] + feature * s[3], s[2], channels * s[3], tokens, length});
+      done += tokens * length;
     }
   }
+  // The rectangle of one channel whose first pixel is y, x. `to` and `from` hold its rows one after the other.
   template <class C>
-  MFWM_INLINE void load(C* to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t count) const {
-    runs(b, t, c, y, x, count, [&](int64_t offset, int64_t stride, int64_t first, int64_t length) {
-      load_row(to + first, array.data, array.dtype, offset, stride, length);
-    });
+  void load(C* to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns, C scale = 1,
+            C shift = 0) const {
+    if (patch == 0)
+      return load_rows(to, array.data, array.dtype, image_rows(b, t, c, y, x, rows, columns), scale, shift);
+    for (int64_t r = 0; r < rows; ++r)
+      token_runs(b, t, c, y + r, x, columns, [&](int64_t first, const Rows& run) {
+        load_rows(to + r * columns + first, array.data, array.dtype, run, scale, shift);
+      });
   }
   template <class C>
-  MFWM_INLINE void store(const C* from, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t count) const {
-    runs(b, t, c, y, x, count, [&](int64_t offset, int64_t stride, int64_t first, int64_t length) {
-      store_row(from + first, array.data, array.dtype, offset, stride, length);
-    });
+  void store(const C* from, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns,
+             bool stream = false) const {
+    if (patch == 0)
+      return store_rows(from, array.data, array.dtype, image_rows(b, t, c, y, x, rows, columns), stream);
+    for (int64_t r = 0; r < rows; ++r)
+      token_runs(b, t, c, y + r, x, columns, [&](int64_t first, const Rows& run) {
+        store_rows(from + r * columns + first, array.data, array.dtype, run);
+      });
+  }
+
+ private:
+  Rows image_rows(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
+    return {image_offset(b, t, c, y, x), array.stride[3], array.stride[4], rows, columns};
   }
 };
 
@@ -56,6 +71,7 @@ struct Tile {
   C* data = nullptr;
   int64_t pitch = 0, rows = 0, columns = 0;
   MFWM_INLINE C* row(int64_t y) const { return data + y * pitch; }
+  MFWM_INLINE bool is_dense() const { return pitch == columns; }
 };
 
 // One step of a chain: this factor is averaged from an earlier, finer one.
@@ -101,6 +117,19 @@ MFWM_INLINE void sum_runs(C* __restrict row, C* __restrict other, int64_t count,
   }
 }
 
+// to = averages of 2 x 2 elements. The rows are added first: pairs within a row cost shuffles.
+template <class C>
+MFWM_INLINE void average_pairs(const C* __restrict above, const C* __restrict below, C* __restrict to, int64_t count) {
+  using L = Lanes<C>;
+  int64_t x = 0;
+  for (; x + L::count <= count; x += L::count) {
+    const auto left = L::load(above + 2 * x) + L::load(below + 2 * x);
+    const auto right = L::load(above + 2 * x + L::count) + L::load(below + 2 * x + L::count);
+    L::store((L::template every_other<0>(left, right) + L::template every_other<1>(left, right)) * C(0.25), to + x);
+  }
+  for (; x < count; ++x) to[x] = ((above[2 * x] + below[2 * x]) + (above[2 * x + 1] + below[2 * x + 1])) * C(0.25);
+}
+
 // to = box average of `from` over ratio x ratio elements; `scratch` holds two rows of `from`.
 template <class C>
 MFWM_INLINE void average(const Tile<C>& from, const Tile<C>& to, int64_t ratio, C* scratch) {
@@ -108,9 +137,7 @@ MFWM_INLINE void average(const Tile<C>& from, const Tile<C>& to, int64_t ratio, 
   for (int64_t y = 0; y < to.rows; ++y) {
     C* __restrict out = to.row(y);
     if (ratio == 2) {
-      const C *__restrict above = from.row(2 * y), *__restrict below = from.row(2 * y + 1);
-      for (int64_t x = 0; x < to.columns; ++x)
-        out[x] = ((above[2 * x] + above[2 * x + 1]) + (below[2 * x] + below[2 * x + 1])) * scale;
+      average_pairs(from.row(2 * y), from.row(2 * y + 1), out, to.columns);
       continue;
     }
     C *__restrict sums = scratch, *__restrict other = scratch + padded<C>(from.columns);
@@ -126,9 +153,15 @@ MFWM_INLINE void average(const Tile<C>& from, const Tile<C>& to, int64_t ratio, 
 
 // to += weight * from, each element of `from` repeated over ratio x ratio; `scratch` holds one row of `to`.
 template <class C>
-MFWM_INLINE void add_repeated(const Tile<C>& from, const Tile<C>& to, int64_t ratio, C weight, C* __restrict scratch) {
+MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int64_t ratio, C weight,
+                              C* __restrict scratch) {
   for (int64_t y = 0; y < from.rows; ++y) {
     const C* __restrict row = from.row(y);
+    if (ratio == 1) {
+      C* __restrict out = to.row(y);
+      for (int64_t x = 0; x < to.columns; ++x) out[x] += row[x] * weight;
+      continue;
+    }
     if (ratio == 2)
       for (int64_t x = 0; x < from.columns; ++x) scratch[2 * x] = scratch[2 * x + 1] = row[x] * weight;
     else
@@ -147,9 +180,9 @@ MFWM_INLINE void add_repeated(const Tile<C>& from, const Tile<C>& to, int64_t ra
 struct Tiling {
   int64_t rows, columns, height, width, chunks, chunk_rows;
 
-  Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames)
+  Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t element_bytes)
       : height(height_), width(width_) {
-    constexpr int64_t most_elements = 2048, wanted_elements = 1024, wanted_units = 256;
+    const int64_t wanted_elements = 16384 / element_bytes, most_elements = wanted_elements / 2, wanted_units = 256;
     int64_t step = 1;
     for (int64_t factor : factors) step = std::lcm(step, factor);
     columns = std::min(width, std::max(step, most_elements / step / step * step));

@@ -65,15 +65,31 @@ MFWM_INLINE void narrow(float value, float16& to) {
 MFWM_INLINE void narrow(double value, bfloat16& to) { narrow(static_cast<float>(value), to); }
 MFWM_INLINE void narrow(double value, float16& to) { narrow(static_cast<float>(value), to); }
 
-template <class C, class S>
-MFWM_INLINE void load_as(C* __restrict to, const S* __restrict from, int64_t stride, int64_t count) {
+// How many elements are rounded in one go before they are written past the caches.
+constexpr int64_t piece = 512;
+
+struct Identity {
+  template <class C>
+  MFWM_INLINE C operator()(C value) const {
+    return value;
+  }
+};
+
+template <class C>
+struct Scaling {
+  C scale, shift;
+  MFWM_INLINE C operator()(C value) const { return value * scale + shift; }
+};
+
+template <class C, class S, class Map>
+MFWM_INLINE void load_as(C* __restrict to, const S* __restrict from, int64_t stride, int64_t count, const Map& map) {
   // The strides of contiguous rows and of RGB pixels are constants, so that these loops are vectorised.
   if (stride == 1)
-    for (int64_t k = 0; k < count; ++k) to[k] = static_cast<C>(widen(from[k]));
+    for (int64_t k = 0; k < count; ++k) to[k] = map(static_cast<C>(widen(from[k])));
   else if (stride == 3)
-    for (int64_t k = 0; k < count; ++k) to[k] = static_cast<C>(widen(from[3 * k]));
+    for (int64_t k = 0; k < count; ++k) to[k] = map(static_cast<C>(widen(from[3 * k])));
   else
-    for (int64_t k = 0; k < count; ++k) to[k] = static_cast<C>(widen(from[stride * k]));
+    for (int64_t k = 0; k < count; ++k) to[k] = map(static_cast<C>(widen(from[stride * k])));
 }
 
 template <class C, class S>
@@ -86,58 +102,94 @@ MFWM_INLINE void store_as(const C* __restrict from, S* __restrict to, int64_t st
     for (int64_t k = 0; k < count; ++k) narrow(from[k], to[stride * k]);
 }
 
-template <class C>
-MFWM_INLINE void load(C* to, const void* from, DType dtype, int64_t offset, int64_t stride, int64_t count) {
+template <class Body>
+MFWM_INLINE void with_type(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::uint8: return load_as(to, static_cast<const uint8_t*>(from) + offset, stride, count);
-    case DType::float32: return load_as(to, static_cast<const float*>(from) + offset, stride, count);
-    case DType::bfloat16: return load_as(to, static_cast<const bfloat16*>(from) + offset, stride, count);
-    case DType::float16: return load_as(to, static_cast<const float16*>(from) + offset, stride, count);
-    default: return load_as(to, static_cast<const double*>(from) + offset, stride, count);
+    case DType::uint8: return body(uint8_t{});
+    case DType::float32: return body(float{});
+    case DType::bfloat16: return body(bfloat16{});
+    case DType::float16: return body(float16{});
+    default: return body(double{});
+  }
+}
+
+template <class C, class Map>
+MFWM_INLINE void load(C* to, const void* from, DType dtype, const Rows& where, const Map& map) {
+  const Rows rows = where.joined();
+  with_type(dtype, [&](auto zero) __attribute__((always_inline)) {
+    const auto* at = static_cast<const decltype(zero)*>(from) + rows.offset;
+    for (int64_t r = 0; r < rows.rows; ++r)
+      load_as(to + r * rows.count, at + r * rows.row_stride, rows.stride, rows.count, map);
+  });
+}
+
+// Copies bytes past the caches in whole 16-byte pieces.
+MFWM_INLINE void stream_bytes(const char* from, char* to, int64_t count) {
+#ifdef __SSE2__
+  const int64_t head = std::min<int64_t>(count, -reinterpret_cast<uintptr_t>(to) % 16);
+  std::memcpy(to, from, head);
+  from += head, to += head, count -= head;
+  for (; count >= 16; from += 16, to += 16, count -= 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+  std::memcpy(to, from, count);
+}
+
+template <class C, class S>
+MFWM_INLINE void stream_as(const C* from, S* to, int64_t count) {
+  if constexpr (std::is_same_v<C, S>) {
+    stream_bytes(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), count * sizeof(S));
+  } else {
+    alignas(64) S rounded[piece];
+    for (int64_t k = 0; k < count; k += piece) {
+      const int64_t length = std::min(piece, count - k);
+      store_as(from + k, rounded, 1, length);
+      stream_bytes(reinterpret_cast<const char*>(rounded), reinterpret_cast<char*>(to + k), length * sizeof(S));
+    }
   }
 }
 
 template <class C>
-MFWM_INLINE void store(const C* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count) {
-  switch (dtype) {
-    case DType::float32: return store_as(from, static_cast<float*>(to) + offset, stride, count);
-    case DType::bfloat16: return store_as(from, static_cast<bfloat16*>(to) + offset, stride, count);
-    case DType::float16: return store_as(from, static_cast<float16*>(to) + offset, stride, count);
-    default: return store_as(from, static_cast<double*>(to) + offset, stride, count);
-  }
+MFWM_INLINE void store(const C* from, void* to, DType dtype, const Rows& where, bool stream) {
+  const Rows rows = where.joined();
+  with_type(dtype, [&](auto zero) __attribute__((always_inline)) {
+    using S = decltype(zero);
+    if constexpr (!std::is_same_v<S, uint8_t>) {
+      S* at = static_cast<S*>(to) + rows.offset;
+      for (int64_t r = 0; r < rows.rows; ++r)
+        if (stream && rows.stride == 1)
+          stream_as(from + r * rows.count, at + r * rows.row_stride, rows.count);
+        else
+          store_as(from + r * rows.count, at + r * rows.row_stride, rows.stride, rows.count);
+    }
+  });
 }
 
 }  // namespace
 
 MFWM_SIMD void load_row(float* to, const void* from, DType dtype, int64_t offset, int64_t stride, int64_t count) {
-  load(to, from, dtype, offset, stride, count);
+  load(to, from, dtype, Rows{offset, 0, stride, 1, count}, Identity{});
 }
 MFWM_SIMD void load_row(double* to, const void* from, DType dtype, int64_t offset, int64_t stride, int64_t count) {
-  load(to, from, dtype, offset, stride, count);
+  load(to, from, dtype, Rows{offset, 0, stride, 1, count}, Identity{});
 }
 MFWM_SIMD void store_row(const float* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count) {
-  store(from, to, dtype, offset, stride, count);
+  store(from, to, dtype, Rows{offset, 0, stride, 1, count}, false);
 }
 MFWM_SIMD void store_row(const double* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count) {
-  store(from, to, dtype, offset, stride, count);
+  store(from, to, dtype, Rows{offset, 0, stride, 1, count}, false);
 }
-
-void stream_row(const float* from, float* to, int64_t count) {
-  int64_t k = 0;
-#ifdef __SSE2__
-  for (; k < count && reinterpret_cast<uintptr_t>(to + k) % 16; ++k) to[k] = from[k];
-  for (; k + 4 <= count; k += 4) _mm_stream_ps(to + k, _mm_loadu_ps(from + k));
-#endif
-  for (; k < count; ++k) to[k] = from[k];
+MFWM_SIMD void load_rows(float* to, const void* from, DType dtype, const Rows& rows, float scale, float shift) {
+  load(to, from, dtype, rows, Scaling<float>{scale, shift});
 }
-
-void stream_row(const double* from, double* to, int64_t count) {
-  int64_t k = 0;
-#ifdef __SSE2__
-  for (; k < count && reinterpret_cast<uintptr_t>(to + k) % 16; ++k) to[k] = from[k];
-  for (; k + 2 <= count; k += 2) _mm_stream_pd(to + k, _mm_loadu_pd(from + k));
-#endif
-  for (; k < count; ++k) to[k] = from[k];
+MFWM_SIMD void load_rows(double* to, const void* from, DType dtype, const Rows& rows, double scale, double shift) {
+  load(to, from, dtype, rows, Scaling<double>{scale, shift});
+}
+MFWM_SIMD void store_rows(const float* from, void* to, DType dtype, const Rows& rows, bool stream) {
+  store(from, to, dtype, rows, stream);
+}
+MFWM_SIMD void store_rows(const double* from, void* to, DType dtype, const Rows& rows, bool stream) {
+  store(from, to, dtype, rows, stream);
 }
 
 void finish_streaming() {

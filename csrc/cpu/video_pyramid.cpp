@@ -17,7 +17,8 @@ struct Pyramid {
   explicit Pyramid(const VideoPyramid& op_)
       : op(op_),
         chain(chain_of(1, op_.factors)),
-        tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1]) {
+        tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1],
+               static_cast<int64_t>(sizeof(C))) {
     const int64_t* size = op.video.size;
     video = Frames{op.video, 0, size[2], size[3], size[4]};
     for (size_t i = 0; i < op.outputs.size(); ++i)
@@ -36,11 +37,7 @@ struct Pyramid {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
     const Tile<C> base{scratch, columns, rows, columns};
     C* spare = scratch + padded<C>(tiling.rows * tiling.columns);
-    for (int64_t r = 0; r < rows; ++r) {
-      C* __restrict row = base.row(r);
-      video.load(row, b, t, c, y + r, x, columns);
-      for (int64_t k = 0; k < columns; ++k) row[k] = row[k] * scale + shift;
-    }
+    video.load(base.data, b, t, c, y, x, rows, columns, scale, shift);
     for (size_t l = 0; l < chain.size(); ++l) {
       const Level& level = chain[l];
       const Tile<C> out = level_tile(l, rows, columns, base, scratch);
@@ -48,8 +45,7 @@ struct Pyramid {
         average(level.parent < 0 ? base : level_tile(level.parent, rows, columns, base, scratch), out, level.ratio, spare);
       for (size_t i = 0; i < outputs.size(); ++i)
         if (op.factors[i] == level.factor)
-          for (int64_t r = 0; r < out.rows; ++r)
-            outputs[i].store(out.row(r), b, t, c, y / level.factor + r, x / level.factor, out.columns);
+          outputs[i].store(out.data, b, t, c, y / level.factor, x / level.factor, out.rows, out.columns);
     }
   }
 
