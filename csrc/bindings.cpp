@@ -100,23 +100,32 @@ PYBIND11_MODULE(_native, module) {
              });
   module.def("multi_horizon_linear_scale",
              [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
-                const py::list& upstream, const Sizes& columns, py::object scaled, py::object scales,
-                py::object scaled_sums) {
+                const py::list& upstream, const py::list& outputs, py::object bias, py::object scaled,
+                py::object shares, py::object scaled_sums) {
                const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
-               const MultiHorizonLinearScaled to{arrays_of(upstream), columns, array_of(scaled), array_of(scales),
-                                                 array_of(scaled_sums)};
+               const MultiHorizonLinearScaled to{arrays_of(upstream), arrays_of(outputs), array_of(bias),
+                                                 array_of(scaled),    array_of(shares),   array_of(scaled_sums)};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_scale(op, to);
              });
   module.def("multi_horizon_linear_combine",
              [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
-                const py::list& states, py::object scales, const Numbers& weights, py::object hidden_gradient,
-                py::object sums_gradient, py::object gram) {
+                py::object product, py::object shares, py::object hidden_gradient, py::object sums_gradient) {
                const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
-               const MultiHorizonLinearGradients to{arrays_of(states), array_of(scales), weights,
-                                                    array_of(hidden_gradient), array_of(sums_gradient), array_of(gram)};
+               const MultiHorizonLinearCombined to{array_of(product), array_of(shares), array_of(hidden_gradient),
+                                                   array_of(sums_gradient)};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_combine(op, to);
+             });
+  module.def("multi_horizon_linear_monitor",
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
+                const py::list& states, py::object shares, const Numbers& weights, py::object hidden_gradient,
+                py::object sums_gradient, py::object gram) {
+               const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
+               const MultiHorizonLinearMonitored to{arrays_of(states), array_of(shares), weights,
+                                                    array_of(hidden_gradient), array_of(sums_gradient), array_of(gram)};
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_monitor(op, to);
              });
   module.def("video_pyramid", [](py::object video, const Sizes& factors, const Sizes& patch_sizes, double scale,
                                  double shift, const py::list& outputs, int threads) {

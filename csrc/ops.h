@@ -75,20 +75,27 @@ struct MultiHorizonLinearOutputs {
 };
 
 struct MultiHorizonLinearScaled {
-  std::vector<Array> gradients;  // K of [R, N_i], each may be none
-  std::vector<int64_t> columns;  // N_i
-  Array scaled;                  // [R, N]: r_i gradients[i] side by side
-  Array scales;                  // [R, K], contiguous, precision: r_i
-  Array sums;                    // [B * T, N] or none, contiguous, precision; `scaled` over tokens is added
+  std::vector<Array> gradients, outputs;  // K of [R, N_i]; a gradient may be none
+  Array bias;                             // as above
+  Array scaled;                           // [R, N]: r_i gradients[i] side by side
+  Array shares;  // [R, K], contiguous, precision: of each x_i, what its gradient loses by the norm
+  Array sums;    // [B * T, N] or none, contiguous, precision; `scaled` over tokens is added
 };
 
-struct MultiHorizonLinearGradients {
-  std::vector<Array> states;    // K of [R, D], each may be none: scaled_i W_i
-  Array scales;                 // as written above
+struct MultiHorizonLinearCombined {
+  Array product;  // [R, D]: `scaled` with all heads
+  Array shares;   // as written above
+  Array hidden;   // [R, D] or none; may be `product`
+  Array sums;     // [B * T, K, D] or none, contiguous, precision; what the norm takes off is subtracted
+};
+
+struct MultiHorizonLinearMonitored {
+  std::vector<Array> states;    // K of [R, D], each may be none: scaled_i with head i
+  Array shares;                 // as written above
   std::vector<double> weights;  // per horizon, into hidden alone; empty for ones
-  Array hidden;                 // [R, D] or none
+  Array hidden;                 // [R, D]
   Array sums;                   // [B * T, K, D] or none, contiguous, precision; added to
-  Array gram;                   // [K, K] or none, float64: dot products of the horizons' gradients at hidden; added to
+  Array gram;                   // [K, K], float64: dot products of the horizons' gradients at hidden; added to
 };
 
 // outputs[i] = avg_pool(scale * video + shift, factors[i])
@@ -144,7 +151,8 @@ void fan_out_forward(const FanOut&);
 void fan_out_backward(const FanOut&, const FanOutGradients&);
 void multi_horizon_linear_forward(const MultiHorizonLinear&, const MultiHorizonLinearOutputs&);
 void multi_horizon_linear_scale(const MultiHorizonLinear&, const MultiHorizonLinearScaled&);
-void multi_horizon_linear_combine(const MultiHorizonLinear&, const MultiHorizonLinearGradients&);
+void multi_horizon_linear_combine(const MultiHorizonLinear&, const MultiHorizonLinearCombined&);
+void multi_horizon_linear_monitor(const MultiHorizonLinear&, const MultiHorizonLinearMonitored&);
 void video_pyramid(const VideoPyramid&);
 MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss&);
 }  // namespace cpu

@@ -92,7 +92,8 @@ def launches(op: Op, size: str, dtype: torch.dtype) -> Iterator[tuple[Any, tuple
             if op.gradients_in_forward:
                 getattr(module, "scale", registry.scale_in_place)(extras, outputs[0])
             elif any(wanted):
-                module.backward(args, wanted, [torch.empty_like(output) for output in outputs])
+                given = [outputs] if op.outputs_in_backward else []
+                module.backward(args, wanted, [torch.empty_like(output) for output in outputs], *given)
     finally:
         launcher.instead = None
     return iter(recorded)

@@ -1,14 +1,18 @@
 """What the backends of multi_horizon_linear share: rows in chunks, heads side by side, and the backward.
 
-With x_i = hidden + sums_i, r_i = rsqrt(mean(x_i^2) + eps) and W_i' = W_i diag(norm_weight_i), a row of the backward is
+With x_i = hidden + sums_i, r_i = rsqrt(mean(x_i^2) + eps), W_i' = W_i diag(norm_weight_i) and dout_i the gradient of
+out_i, a row of the backward is
 
-    P_i = r_i dout_i                                    a pass, side by side: [rows, sum N_i]
-    G_i = P_i W_i'                                      K matrix products
-    d x_i = G_i - x_i r_i^2 mean(x_i G_i)               a pass; d hidden sums it over i, d sums_i over tokens
-    d W_i' = P_i^T x_i = P_i^T hidden + (P_i summed over tokens)^T sums_i      one product with all P_i side by side
+    P_i = r_i dout_i                                    a pass, side by side: P is [rows, sum N_i]
+    c_i = r_i^2 / D <dout_i, out_i - bias_i>            in that pass, 0 without a norm
+    d x_i = P_i W_i' - c_i x_i
+    d hidden = sum_i d x_i = P W' - sum_i c_i x_i       one matrix product, then a pass in place
+    d sums_i = d x_i summed over tokens                 in that pass, but for (P_i summed over tokens) W_i'
+    d W_i' = P_i^T x_i = P_i^T hidden + (P_i summed over tokens)^T sums_i       one matrix product P^T hidden
     d W_i = d W_i' diag(norm_weight_i),  d norm_weight_i = column sums of W_i d W_i'
 
-G_i and P_i exist for a chunk of rows at a time: nothing here is as large as hidden.
+A monitor needs each d x_i by itself: K matrix products and a pass instead of the one. Rows are taken in chunks, so that
+nothing here is as large as hidden.
 """
 
 from __future__ import annotations
@@ -25,25 +29,29 @@ from .ops.action_window_sum import Arguments as WindowArguments
 from .ops.multi_horizon_linear import OP, Arguments
 from .registry import gradients_by_field
 
+# Bytes of a chunk's temporaries.
+CHUNK_BYTES = 64 * 2**20
+
 
 class Passes(NamedTuple):
     """What a backend brings to `backward`.
 
     window_sums, gradients_of_sums   of its action_window_sum
-    scale(args, rows, upstream, columns, scaled, scales, scaled_sums)
-        scaled = r_i upstream_i side by side, scales = r_i; adds `scaled` over tokens to scaled_sums
-    combine(args, rows, states, scales, of_hidden, of_sums, gram)
-        from states = G_i: writes of_hidden, adds to of_sums and gram
     product_dtype(dtype)             what matrix products take
-    chunk_of(rows, horizons)         rows in a chunk
+    scale(args, rows, upstream, outputs, bias, scaled, shares, scaled_sums)
+        scaled = P, shares = c; adds P over tokens to scaled_sums
+    combine(args, rows, product, shares, of_hidden, of_sums)
+        of_hidden = product - sum_i c_i x_i; subtracts c_i x_i over tokens from of_sums
+    monitor(args, rows, states, shares, of_hidden, of_sums, gram)
+        from states = P_i W_i': writes of_hidden, adds to of_sums and gram
     """
 
     window_sums: Callable[..., Tensor]
     gradients_of_sums: Callable[..., list[Tensor]]
+    product_dtype: Callable[[torch.dtype], torch.dtype]
     scale: Callable[..., None]
     combine: Callable[..., None]
-    product_dtype: Callable[[torch.dtype], torch.dtype]
-    chunk_of: Callable[[int, int], int]
+    monitor: Callable[..., None]
 
 
 class Rows(NamedTuple):
@@ -58,6 +66,12 @@ class Rows(NamedTuple):
 def shape_of(hidden: Tensor) -> tuple[int, int]:
     """(positions, tokens per position)."""
     return hidden.shape[0] * hidden.shape[1], math.prod(hidden.shape[2:-1])
+
+
+def chunk_of(hidden: Tensor, rows: int, temporary: int) -> int:
+    """Rows in a chunk that has `temporary` bytes a row: half as large as hidden at most, but no crumbs."""
+    row = hidden.shape[-1] * hidden.element_size()
+    return max(256, min(rows * row // 2, CHUNK_BYTES) // temporary)
 
 
 def chunks(rows: int, size: int) -> Iterator[tuple[int, int]]:
@@ -111,76 +125,96 @@ def projected_of(args: Arguments, sums: Tensor, heads: Tensor) -> Tensor:
     return torch.cat(parts, 1).to(sums.dtype)
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None], passes: Passes) -> list[Tensor]:
-    want: dict[str, Any] = {"norm_weight": False, "lag_weight": False, **gradients_by_field(OP, args, wanted)}  # type: ignore[arg-type]
+def backward(
+    args: Arguments,
+    wanted: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+    passes: Passes,
+) -> list[Tensor]:
+    flags: list[Any] = list(wanted)
+    want: dict[str, Any] = {"norm_weight": False, "lag_weight": False, **gradients_by_field(OP, args, flags)}
+    wants_heads = any(want["weights"]) or want["norm_weight"]
+    wants_sums = want["actions"] or want["lag_weight"]
+    monitored = want["hidden"] and args.norms is not None
     hidden, columns = args.hidden, columns_of(args)
     positions, tokens = shape_of(hidden)
     count, depth, rows = len(columns), hidden.shape[-1], positions * tokens
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
     sums = passes.window_sums(window_of(args), hidden.shape[1], computed)
-    heads = heads_of(args, computed, dtype)
-
-    def zeros(wanted: bool, *shape: int, dtype: torch.dtype = computed) -> Tensor | None:
-        return torch.zeros(shape, dtype=dtype, device=hidden.device) if wanted else None
+    heads, bias = heads_of(args, computed, dtype), bias_of(args, computed)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
-    wants_sums, wants_heads = want["actions"] or want["lag_weight"], any(want["weights"]) or want["norm_weight"]
+    def zeros(*shape: int, dtype: torch.dtype = computed) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=hidden.device)
+
     of_hidden = empty(*hidden.shape, dtype=hidden.dtype) if want["hidden"] else None
-    of_sums = zeros(wants_sums, *sums.shape)
-    of_heads = zeros(wants_heads, sum(columns), depth)
-    scaled_sums = zeros(wants_heads, positions, sum(columns))
-    gram = zeros(want["hidden"] and args.norms is not None, count, count, dtype=torch.float64)
+    of_sums = zeros(*sums.shape) if wants_sums else None
+    of_heads = zeros(sum(columns), depth) if wants_heads else None
+    scaled_sums = zeros(positions, sum(columns)) if wants_heads or wants_sums else None
+    gram = zeros(count, count, dtype=torch.float64) if monitored else None
 
-    if of_hidden is not None or of_sums is not None or of_heads is not None:
-        size = min(rows, passes.chunk_of(rows, count))
-        scaled_all, scales_all = empty(size, sum(columns)), empty(size, count, dtype=computed)
-        wants_states = of_hidden is not None or of_sums is not None
-        states_all = [None if g is None or not wants_states else empty(size, depth) for g in grads]
-        for first, last in chunks(rows, max(1, size)):
-            chunk = Rows(rows_of(hidden, first, last), first, tokens, sums)
-            upstream = [None if grad is None else rows_of(grad, first, last) for grad in grads]
-            scaled, scales = scaled_all[: last - first], scales_all[: last - first]
-            passes.scale(args, chunk, upstream, columns, scaled, scales, scaled_sums)
-            if of_heads is not None:
-                of_heads += scaled.t() @ chunk.hidden.to(dtype)
-            if wants_states:
-                states = [None if state is None else state[: last - first] for state in states_all]
-                for p, head, state in zip(scaled.split(columns, 1), heads.split(columns), states, strict=True):
-                    if state is not None:
-                        torch.mm(p, head, out=state)
-                to = None if of_hidden is None else rows_of(of_hidden, first, last)
-                passes.combine(args, chunk, states, scales, to, of_sums, gram)
+    copies = count if monitored else 0 if dtype == hidden.dtype else 2
+    size = min(rows, chunk_of(hidden, rows, (sum(columns) + copies * depth) * dtype.itemsize))
+    scaled_all, shares_all = empty(size, sum(columns)), empty(size, count, dtype=computed)
+    product_all = empty(size, depth) if want["hidden"] and not monitored and dtype != hidden.dtype else None
+    states_all = [empty(size, depth) if monitored and grad is not None else None for grad in grads]
+    for first, last in chunks(rows if want["hidden"] or wants_heads or wants_sums else 0, max(1, size)):
+        chunk = Rows(rows_of(hidden, first, last), first, tokens, sums)
+        upstream = [None if grad is None else rows_of(grad, first, last) for grad in grads]
+        scaled, shares = scaled_all[: last - first], shares_all[: last - first]
+        made = [rows_of(output, first, last) for output in outputs]
+        passes.scale(args, chunk, upstream, made, bias, scaled, shares, scaled_sums)
+        if of_heads is not None:
+            of_heads += scaled.t() @ chunk.hidden.to(dtype)
+        to = None if of_hidden is None else rows_of(of_hidden, first, last)
+        if monitored:
+            states = [None if state is None else state[: last - first] for state in states_all]
+            for p, head, state in zip(scaled.split(columns, 1), heads.split(columns), states, strict=True):
+                if state is not None:
+                    torch.mm(p, head, out=state)
+            passes.monitor(args, chunk, states, shares, to, of_sums, gram)
+        else:
+            product = to if product_all is None else product_all[: last - first]
+            if product is not None:
+                torch.mm(scaled, heads, out=product)
+            if args.norm_weight is not None and (to is not None or of_sums is not None):
+                passes.combine(args, chunk, product, shares, to, of_sums)
+            elif to is not None and product is not None and product is not to:
+                to.copy_(product)
 
-    made: dict[str, list[Tensor | None]] = {name: [] for name in OP.differentiable}
-    made["hidden"] = [of_hidden]
+    per_horizon: list[tuple[Tensor, Tensor, Tensor]] = []
+    if scaled_sums is not None:
+        pieces = scaled_sums.to(dtype).split(columns, 1), heads.split(columns), sums.flatten(0, 1).unbind(1)
+        per_horizon = list(zip(*pieces, strict=True))
+    gradients: dict[str, list[Tensor | None]] = {name: [] for name in OP.differentiable}
+    gradients["hidden"] = [of_hidden]
     if gram is not None:
         assert args.norms is not None and args.cosines is not None
         write_gram(gram, args.norms, args.cosines)
     if of_sums is not None:
-        flags = [want[name] for name in ("actions", "lag_weight") if getattr(args, name) is not None]
-        given = iter(passes.gradients_of_sums(window_of(args), flags, of_sums))
-        made["actions"] = [next(given) if want["actions"] else None]
-        made["lag_weight"] = [next(given) if want["lag_weight"] else None]
+        if not monitored:
+            for of_sum, (p, head, _) in zip(of_sums.flatten(0, 1).unbind(1), per_horizon, strict=True):
+                of_sum += p @ head
+        leaves = [name for name in ("actions", "lag_weight") if getattr(args, name) is not None]
+        given = iter(passes.gradients_of_sums(window_of(args), [want[name] for name in leaves], of_sums))
+        gradients.update({name: [next(given)] for name in leaves if want[name]})
     if of_heads is not None:
-        assert scaled_sums is not None
-        pieces = of_heads.split(columns), scaled_sums.to(dtype).split(columns, 1), sums.flatten(0, 1).unbind(1)
-        for of_head, p, a in zip(*pieces, strict=True):
+        for of_head, (p, _, a) in zip(of_heads.split(columns), per_horizon, strict=True):
             of_head += p.t() @ a.to(dtype)
         norms = norms_of(args, computed)
         for i, of_head in enumerate(of_heads.split(columns)):
             if want["weights"][i]:
-                weighted = of_head if norms is None else of_head * norms[i]
-                made["weights"].append(weighted.to(hidden.dtype))
+                gradients["weights"].append((of_head if norms is None else of_head * norms[i]).to(hidden.dtype))
         if want["norm_weight"]:
             assert args.norm_weight is not None
-            products = args.weights, of_heads.split(columns)
-            of_norm = torch.stack([(w * of_head).sum(0) for w, of_head in zip(*products, strict=True)])
-            of_norm = of_norm.sum(0) if args.norm_weight.dim() == 1 else of_norm
-            made["norm_weight"] = [of_norm.to(hidden.dtype)]
-    for wants, bias, grad in zip(want["biases"], args.biases, grads, strict=False):
+            pairs = zip(args.weights, of_heads.split(columns), strict=True)
+            of_norm = torch.stack([(weight * of_head).sum(0) for weight, of_head in pairs])
+            gradients["norm_weight"] = [(of_norm.sum(0) if args.norm_weight.dim() == 1 else of_norm).to(hidden.dtype)]
+    for wants, b, grad in zip(want["biases"], args.biases, grads, strict=False):
         if wants:
-            made["biases"].append(torch.zeros_like(bias) if grad is None else grad.sum(tuple(range(grad.dim() - 1))))
-    return [tensor for name in OP.differentiable for tensor in made[name] if tensor is not None]
+            gradients["biases"].append(torch.zeros_like(b) if grad is None else grad.sum(tuple(range(grad.dim() - 1))))
+    return [tensor for name in OP.differentiable for tensor in gradients[name] if tensor is not None]

@@ -10,6 +10,8 @@ A backend is a module `mfwm_kernels.<backend>.<op>` with
     forward(args, wanted) -> (outputs, extras)
     backward(args, wanted, grads) -> [gradient of each wanted leaf]        (absent where `gradients_in_forward`)
 
+where the last is `backward(args, wanted, grads, outputs)` for an op with `outputs_in_backward`.
+
 A *leaf* is a differentiable tensor of the flat arguments, in order, lists flattened, None left out; `wanted` has a bool
 for each. Where `gradients_in_forward`, `extras` are the gradients of outputs[0] with respect to the wanted leaves.
 """
@@ -98,6 +100,7 @@ class Op:
     bench              benchmark size -> (dtype, device[, batch]) -> keyword arguments; those named cpu... suit a CPU
     backends           name -> Backend, the faster ones first: `auto` takes the first that serves
     gradients_in_forward  the forward makes the gradients of outputs[0]; only that output is differentiable
+    outputs_in_backward   the backward takes the forward's outputs, which are kept for it
     mutated_in_backward   fields that the backward writes (a gradient monitor)
     """
 
@@ -112,6 +115,7 @@ class Op:
     bench: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
     backends: Mapping[str, Backend] = field(default_factory=dict)
     gradients_in_forward: bool = False
+    outputs_in_backward: bool = False
     mutated_in_backward: tuple[str, ...] = ()
 
 
@@ -320,7 +324,7 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx: Any, op: Op, backend: str, args: Any, wanted: list[bool], *leaves: Tensor) -> tuple[Tensor, ...]:
         outputs, extras = load(op, backend).forward(args, wanted)
         ctx.op, ctx.backend, ctx.wanted, ctx.extras = op, backend, wanted, extras
-        ctx.save_for_backward(*keep(ctx, op, args))
+        ctx.save_for_backward(*keep(ctx, op, args), *(outputs if op.outputs_in_backward else ()))
         ctx.set_materialize_grads(False)
         if op.gradients_in_forward:
             ctx.mark_non_differentiable(*outputs[1:])
@@ -332,7 +336,7 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
-        args = kept(ctx, op, ctx.saved_tensors)
+        args, outputs = kept(ctx, op, ctx.saved_tensors)
         module = load(op, ctx.backend)
         if op.gradients_in_forward:
             # The first backward scales the stored gradients in place and lets go of them; another one makes them again.
@@ -344,7 +348,7 @@ class _Kernel(torch.autograd.Function):
             leaves = [leaf for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
             gradients = [gradient.to(leaf.dtype) for leaf, gradient in zip(leaves, scaled, strict=True)]
         else:
-            gradients = module.backward(args, wanted, list(grads))
+            gradients = module.backward(args, wanted, list(grads), *([outputs] if op.outputs_in_backward else []))
         return (None, None, None, None, *spread(wanted, gradients))
 
 
@@ -361,11 +365,11 @@ def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
     return [value for saved, value in zip(ctx.saved, flat, strict=True) if saved]
 
 
-def kept(ctx: Any, op: Op, tensors: Sequence[Tensor]) -> Any:
-    """The flat arguments again."""
+def kept(ctx: Any, op: Op, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """The flat arguments again, and what was saved after them."""
     rest = iter(tensors)
     flat = [next(rest) if saved else value for saved, value in zip(ctx.saved, ctx.rest, strict=True)]
-    return op.arguments(*pytree.tree_unflatten(flat, ctx.structure))
+    return op.arguments(*pytree.tree_unflatten(flat, ctx.structure)), list(rest)
 
 
 def stored_dtype(leaf: Tensor) -> torch.dtype:
@@ -444,33 +448,32 @@ def _register_with_torch(op: Op) -> None:
     if not op.gradients_in_forward:
 
         def backward(*flat: Any) -> list[Tensor]:
-            args, (grads, wanted, backend) = op.arguments(*flat[:count]), flat[count:]
+            args, (grads, wanted, backend, *outputs) = op.arguments(*flat[:count]), flat[count:]
             # Functional, as the compiler wants it: what the kernel writes is returned, and copied by the caller.
             # A backward that has nothing to say of them leaves them as they are.
             written = {n: getattr(args, n).clone() for n in op.mutated_in_backward if getattr(args, n) is not None}
             args = args._replace(**written)
-            return [*load(op, backend).backward(args, list(wanted), list(grads)), *written.values()]
+            return [*load(op, backend).backward(args, list(wanted), list(grads), *outputs), *written.values()]
 
         def backward_fake(*flat: Any) -> list[Tensor]:
-            args, (_, wanted, _) = op.arguments(*flat[:count]), flat[count:]
+            args, (_, wanted, *_) = op.arguments(*flat[:count]), flat[count:]
             leaves = [leaf for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
             written = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
             return [*(leaf.new_empty(leaf.shape) for leaf in leaves), *(torch.empty_like(w) for w in written)]
 
-        _library.define(f"{op.name}_backward({schema}, Tensor?[] grads, bool[] wanted, str backend) -> Tensor[]")
+        given = "Tensor?[] grads, bool[] wanted, str backend" + (", Tensor[] outputs" if op.outputs_in_backward else "")
+        _library.define(f"{op.name}_backward({schema}, {given}) -> Tensor[]")
         _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mfwm::{op.name}_backward", backward_fake, lib=_library)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         args, (wanted, backend) = op.arguments(*inputs[:count]), inputs[count:]
         ctx.wanted, ctx.backend = list(wanted), backend
-        ctx.extras = sum(ctx.wanted) if op.gradients_in_forward else 0
-        ctx.save_for_backward(*keep(ctx, op, args), *output[len(output) - ctx.extras :])
+        extras = output[len(output) - sum(ctx.wanted) :] if op.gradients_in_forward else []
+        ctx.save_for_backward(*keep(ctx, op, args), *(output if op.outputs_in_backward else extras))
 
     def autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        saved = list(ctx.saved_tensors)
-        extras = saved[len(saved) - ctx.extras :]
-        args = kept(ctx, op, saved)
+        args, extras = kept(ctx, op, ctx.saved_tensors)
         if op.gradients_in_forward:
             upstream = grads[0]
             assert upstream is not None
@@ -482,7 +485,8 @@ def _register_with_torch(op: Op) -> None:
             ]
         else:
             backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default
-            returned = backward_op(*args, grads, ctx.wanted, ctx.backend)
+            outputs = [extras] if op.outputs_in_backward else []
+            returned = backward_op(*args, grads, ctx.wanted, ctx.backend, *outputs)
             gradients, written = returned[: sum(ctx.wanted)], returned[sum(ctx.wanted) :]
             targets = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
             for target, value in zip(targets, written, strict=True):

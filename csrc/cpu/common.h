@@ -82,6 +82,13 @@ MFWM_INLINE const C* row_of(C* scratch, const Array& array, int64_t offset, int6
   return scratch;
 }
 
+// Asks for a row of unit stride: one that is read a while later is then in cache.
+MFWM_INLINE void prefetch_row(const Array& array, int64_t offset, int64_t count) {
+  const int64_t size = array.dtype == DType::float64 ? 8 : array.dtype == DType::float32 ? 4 : 2;
+  const char* from = static_cast<const char*>(array.data) + offset * size;
+  for (int64_t k = 0; k < count * size; k += 64) __builtin_prefetch(from + k);
+}
+
 inline int64_t id_at(const Array& ids, int64_t row, int64_t column) {
   const int64_t offset = row * ids.stride[0] + column * ids.stride[1];
   return ids.dtype == DType::int32 ? static_cast<const int32_t*>(ids.data)[offset]
@@ -91,6 +98,21 @@ inline int64_t id_at(const Array& ids, int64_t row, int64_t column) {
 // Two steps lie in one segment (always, where there are no segments).
 inline bool same_segment(const Array& ids, int64_t row, int64_t one, int64_t other) {
   return !ids || id_at(ids, row, one) == id_at(ids, row, other);
+}
+
+// term(0) + ... + term(count - 1). In one sum each addition waits for the last; four quarters go on side by side.
+template <class C, class Term>
+MFWM_INLINE C sum_of(int64_t count, const Term& term) {
+  const int64_t quarter = count / 4;
+  C a = 0, b = 0, c = 0, d = 0;
+  for (int64_t k = 0; k < quarter; ++k) {
+    a += term(k);
+    b += term(k + quarter);
+    c += term(k + 2 * quarter);
+    d += term(k + 3 * quarter);
+  }
+  for (int64_t k = 4 * quarter; k < count; ++k) a += term(k);
+  return (a + b) + (c + d);
 }
 
 // Memory on cache-line boundaries, not initialised.

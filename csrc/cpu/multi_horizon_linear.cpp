@@ -1,4 +1,4 @@
-// What surrounds the matrix products of multi_horizon_linear on the CPU: three passes over a chunk of rows.
+// What surrounds the matrix products of multi_horizon_linear on the CPU: passes over a chunk of rows.
 #include <cmath>
 
 #include "common.h"
@@ -12,6 +12,26 @@ struct Unit {
   bool whole;  // all the position's rows in this chunk
 };
 
+// to += shares[0] rows[0] + ... + shares[3] rows[3]
+template <class C>
+MFWM_INLINE void add_four(C* __restrict to, const C* const* rows, const C* shares, int64_t count) {
+  const C *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+  const C of_a = shares[0], of_b = shares[1], of_c = shares[2], of_d = shares[3];
+  for (int64_t k = 0; k < count; ++k) to[k] += (of_a * a[k] + of_b * b[k]) + (of_c * c[k] + of_d * d[k]);
+}
+
+// own = g - share (h + add), which is added to `into` and, weighted, to `total`
+template <class C>
+MFWM_INLINE void spread(C* __restrict own, C* __restrict into, C* __restrict total, const C* g, const C* h, const C* add,
+                        C share, C weight, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) {
+    const C value = g[d] - (h[d] + add[d]) * share;
+    own[d] = value;
+    into[d] += value;
+    total[d] += value * weight;
+  }
+}
+
 template <class C>
 struct Heads {
   const MultiHorizonLinear& op;
@@ -22,15 +42,15 @@ struct Heads {
     return static_cast<const C*>(op.sums.data) + (position * horizons + i) * depth;
   }
   MFWM_INLINE const C* hidden(C* scratch, int64_t r) const {
+    if (r + 1 < rows) prefetch_row(op.hidden, (r + 1) * op.hidden.stride[0], depth);
     return row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
   }
 
   MFWM_INLINE C scale_of(const C* __restrict h, const C* __restrict add) const {
-    C squares = 0;
-    for (int64_t d = 0; d < depth; ++d) {
+    const C squares = sum_of<C>(depth, [=](int64_t d) __attribute__((always_inline)) {
       const C value = h[d] + add[d];
-      squares += value * value;
-    }
+      return value * value;
+    });
     return C(1) / std::sqrt(squares / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
   }
 
@@ -98,29 +118,35 @@ struct Heads {
                     [&](int64_t u, C* scratch) { forward_rows(to, all[u], scratch); });
   }
 
-  // ---- scaled_i = r_i gradients_i, and its sums over the tokens of a position
+  // ---- scaled_i = r_i gradients_i, its sums over the tokens of a position, and
+  //   shares_i = r_i^2 / D <x_i, scaled_i W_i> = r_i^2 / D <gradients_i, outputs_i - bias_i>
 
   MFWM_SIMD void scale_rows(const MultiHorizonLinearScaled& to, const Unit& unit, C* scratch, C* sums) const {
     const int64_t columns = to.scaled.size[1];
-    C *token = scratch, *__restrict out = scratch + row;
-    for (int64_t r = unit.begin; r < unit.end; ++r) {
+    C *token = scratch, *out = scratch + row, *made = out + padded<C>(columns);
+    const C* bias = static_cast<const C*>(to.bias.data);
+    C* shares = static_cast<C*>(to.shares.data) + unit.begin * horizons;
+    for (int64_t r = unit.begin; r < unit.end; ++r, shares += horizons) {
       const C* h = op.norm ? hidden(token, r) : nullptr;
-      C* scales = static_cast<C*>(to.scales.data) + r * horizons;
       int64_t first = 0;
       for (int64_t i = 0; i < horizons; ++i) {
-        const Array& gradient = to.gradients[i];
-        const int64_t last = first + to.columns[i];
-        scales[i] = C(0);
-        if (gradient) {
-          scales[i] = op.norm ? scale_of(h, window_sum(unit.position, i)) : C(1);
-          const C scale = scales[i];
-          load_row(out + first, gradient.data, gradient.dtype, r * gradient.stride[0], gradient.stride[1],
-                   to.columns[i]);
-          for (int64_t n = first; n < last; ++n) out[n] *= scale;
+        const Array &gradient = to.gradients[i], &output = to.outputs[i];
+        const int64_t count = output.size[1];
+        C *own = out + first, product = 0;
+        shares[i] = 0;
+        if (!gradient) {
+          std::fill(own, own + count, C(0));
         } else {
-          std::fill(out + first, out + last, C(0));
+          load_row(own, gradient.data, gradient.dtype, r * gradient.stride[0], gradient.stride[1], count);
+          if (op.norm) {
+            load_row(made, output.data, output.dtype, r * output.stride[0], output.stride[1], count);
+            for (int64_t n = 0; n < count; ++n) product += own[n] * (made[n] - (bias ? bias[first + n] : C(0)));
+            const C scale = scale_of(h, window_sum(unit.position, i));
+            shares[i] = product * scale * scale / static_cast<C>(depth);
+            for (int64_t n = 0; n < count; ++n) own[n] *= scale;
+          }
         }
-        first = last;
+        first += count;
       }
       if (sums)
         for (int64_t n = 0; n < columns; ++n) sums[n] += out[n];
@@ -131,59 +157,95 @@ struct Heads {
   void scale(const MultiHorizonLinearScaled& to) const {
     const int64_t columns = to.scaled.size[1];
     const auto body = [&](int64_t, const Unit& unit, C* scratch, C* sums) { scale_rows(to, unit, scratch, sums); };
-    by_position(row + padded<C>(columns), to.sums, columns, body);
+    by_position(row + 2 * padded<C>(columns), to.sums, columns, body);
   }
 
-  // ---- With g_i = scaled_i W_i the gradient of r_i x_i times r_i, x_i = h + a_i:
-  //   d x_i = g_i - x_i r_i^2 / D <x_i, g_i>,  d h = sum of d x_i,  d a_i = sum of d x_i over tokens
+  // ---- With G_i = scaled_i W_i, d x_i = G_i - shares_i x_i; d h = sum of d x_i, d a_i = sum of d x_i over tokens.
+  // Here the sum of G_i over i is given, and d a_i lacks the sum of G_i over tokens.
 
-  MFWM_SIMD void combine_rows(const MultiHorizonLinearGradients& to, const Unit& unit, C* scratch, C* sums,
+  MFWM_SIMD void combine_rows(const MultiHorizonLinearCombined& to, const Unit& unit, C* scratch, C* sums) const {
+    C *state = scratch, *total = scratch + row, *none = scratch + 2 * row, *tokens = scratch + 3 * row;
+    std::fill(none, none + depth, C(0));
+    const C* shares = static_cast<const C*>(to.shares.data);
+    for (int64_t r = unit.begin; r < unit.end; r += 4) {
+      const int64_t count = std::min<int64_t>(4, unit.end - r);
+      const C* h[4] = {none, none, none, none};
+      for (int64_t j = 0; j < count; ++j) h[j] = hidden(tokens + j * row, r + j);
+      for (int64_t j = 0; to.hidden && j < count; ++j) {
+        const C *share = shares + (r + j) * horizons, *from = h[j];
+        C all = 0;
+        for (int64_t i = 0; i < horizons; ++i) all += share[i];
+        const Array &given = to.product, &out = to.hidden;
+        const C* g = row_of(state, given, (r + j) * given.stride[0], given.stride[1], depth);
+        for (int64_t d = 0; d < depth; ++d) total[d] = g[d] - all * from[d];
+        for (int64_t i = 0; i < horizons; i += 4) {
+          const C* added[4] = {none, none, none, none};
+          C minus[4] = {0, 0, 0, 0};
+          for (int64_t k = i; k < std::min(i + 4, horizons); ++k) {
+            added[k - i] = window_sum(unit.position, k);
+            minus[k - i] = -share[k];
+          }
+          add_four(total, added, minus, depth);
+        }
+        store_row(total, out.data, out.dtype, (r + j) * out.stride[0], out.stride[1], depth);
+      }
+      for (int64_t i = 0; sums && i < horizons; ++i) {
+        C minus[4] = {0, 0, 0, 0}, all = 0;
+        for (int64_t j = 0; j < count; ++j) {
+          minus[j] = -shares[(r + j) * horizons + i];
+          all += minus[j];
+        }
+        C* into = sums + i * depth;
+        add_four(into, h, minus, depth);
+        const C* add = window_sum(unit.position, i);
+        for (int64_t d = 0; d < depth; ++d) into[d] += all * add[d];
+      }
+    }
+  }
+
+  void combine(const MultiHorizonLinearCombined& to) const {
+    const auto body = [&](int64_t, const Unit& unit, C* scratch, C* sums) { combine_rows(to, unit, scratch, sums); };
+    by_position(7 * row, to.sums, horizons * depth, body);
+  }
+
+  // ---- The same from every G_i, which the dot products between horizons need.
+
+  MFWM_SIMD void monitor_rows(const MultiHorizonLinearMonitored& to, const Unit& unit, C* scratch, C* sums,
                               double* gram) const {
-    C *token = scratch, *state = scratch + row, *__restrict total = scratch + 2 * row, *each = scratch + 3 * row;
+    C *token = scratch, *state = scratch + row, *total = scratch + 2 * row, *unwanted = scratch + 3 * row,
+      *each = scratch + 4 * row;
+    std::fill(scratch, scratch + 4 * row, C(0));
     for (int64_t r = unit.begin; r < unit.end; ++r) {
-      const C* __restrict h = op.norm ? hidden(token, r) : nullptr;
-      const C* scales = static_cast<const C*>(to.scales.data) + r * horizons;
+      const C* h = op.norm ? hidden(token, r) : token;
+      const C* shares = static_cast<const C*>(to.shares.data) + r * horizons;
       std::fill(total, total + depth, C(0));
       for (int64_t i = 0; i < horizons; ++i) {
         const Array& given = to.states[i];
         if (!given) continue;
-        const C* __restrict g = row_of(state, given, r * given.stride[0], given.stride[1], depth);
-        const C* __restrict add = window_sum(unit.position, i);
-        C* __restrict own = each + i * row;
-        if (op.norm) {
-          C product = 0;
-          for (int64_t d = 0; d < depth; ++d) product += g[d] * (h[d] + add[d]);
-          const C along = product * scales[i] * scales[i] / static_cast<C>(depth);
-          for (int64_t d = 0; d < depth; ++d) own[d] = g[d] - (h[d] + add[d]) * along;
-        } else {
-          std::copy(g, g + depth, own);
-        }
+        const C* g = row_of(state, given, r * given.stride[0], given.stride[1], depth);
+        const C* add = op.norm ? window_sum(unit.position, i) : token;
+        C *own = each + i * row, *into = sums ? sums + i * depth : unwanted;
         const C weight = to.weights.empty() ? C(1) : static_cast<C>(to.weights[i]);
-        for (int64_t d = 0; d < depth; ++d) total[d] += own[d] * weight;
-        if (sums) {
-          C* __restrict into = sums + i * depth;
-          for (int64_t d = 0; d < depth; ++d) into[d] += own[d];
-        }
-        for (int64_t j = 0; gram && j <= i; ++j) {
+        spread(own, into, total, g, h, add, shares[i], weight, depth);
+        for (int64_t j = 0; j <= i; ++j) {
           if (!to.states[j]) continue;
-          const C* __restrict other = each + j * row;
-          C product = 0;
-          for (int64_t d = 0; d < depth; ++d) product += own[d] * other[d];
-          gram[i * horizons + j] += static_cast<double>(product);
+          const C* other = each + j * row;
+          const auto product = [=](int64_t d) __attribute__((always_inline)) { return own[d] * other[d]; };
+          gram[i * horizons + j] += static_cast<double>(sum_of<C>(depth, product));
         }
       }
       const Array& out = to.hidden;
-      if (out) store_row(total, out.data, out.dtype, r * out.stride[0], out.stride[1], depth);
+      store_row(total, out.data, out.dtype, r * out.stride[0], out.stride[1], depth);
     }
   }
 
-  void combine(const MultiHorizonLinearGradients& to) const {
-    const int64_t pairs = to.gram ? horizons * horizons : 0;
+  void monitor(const MultiHorizonLinearMonitored& to) const {
+    const int64_t pairs = horizons * horizons;
     std::vector<double> grams(pairs * static_cast<int64_t>(units().size()), 0.0);
     const auto body = [&](int64_t u, const Unit& unit, C* scratch, C* sums) {
-      combine_rows(to, unit, scratch, sums, pairs ? &grams[u * pairs] : nullptr);
+      monitor_rows(to, unit, scratch, sums, &grams[u * pairs]);
     };
-    by_position((3 + horizons) * row, to.sums, horizons * depth, body);
+    by_position((4 + horizons) * row, to.sums, horizons * depth, body);
     double* const gram = static_cast<double*>(to.gram.data);
     for (size_t k = 0; k < grams.size(); ++k) {
       const int64_t i = k % pairs / horizons, j = k % pairs % horizons;
@@ -203,8 +265,12 @@ void multi_horizon_linear_scale(const MultiHorizonLinear& op, const MultiHorizon
   in_precision(op.sums.dtype == DType::float64, [&](auto zero) { Heads<decltype(zero)>{op}.scale(to); });
 }
 
-void multi_horizon_linear_combine(const MultiHorizonLinear& op, const MultiHorizonLinearGradients& to) {
+void multi_horizon_linear_combine(const MultiHorizonLinear& op, const MultiHorizonLinearCombined& to) {
   in_precision(op.sums.dtype == DType::float64, [&](auto zero) { Heads<decltype(zero)>{op}.combine(to); });
+}
+
+void multi_horizon_linear_monitor(const MultiHorizonLinear& op, const MultiHorizonLinearMonitored& to) {
+  in_precision(op.sums.dtype == DType::float64, [&](auto zero) { Heads<decltype(zero)>{op}.monitor(to); });
 }
 
 }  // namespace mfwm::cpu

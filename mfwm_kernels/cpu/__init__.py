@@ -41,7 +41,7 @@ def precision(*dtypes: torch.dtype) -> torch.dtype:
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a matrix product takes: bf16 where the machine multiplies it in hardware, fp32 for fp16.
 
-    Without such instructions bf16 products are many times slower than fp32 ones. So are fp16 products almost everywhere,
+    Without such instructions bf16 products are many times slower than fp32 ones. So are fp16 products on most machines,
     and their range is too small for states that are not normed yet.
     """
     if dtype == torch.bfloat16 and not _MULTIPLIES_BF16:
@@ -57,8 +57,3 @@ def _multiplies_bf16() -> bool:
 
 
 _MULTIPLIES_BF16 = _multiplies_bf16()
-
-
-def chunk_of(rows: int, copies: int) -> int:
-    """Rows in a chunk: enough to occupy every thread's matrix product, while `copies` chunks stay well below `rows`."""
-    return max(256, min(512 * torch.get_num_threads(), rows // (4 * copies)))

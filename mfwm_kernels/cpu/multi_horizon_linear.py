@@ -11,6 +11,7 @@ from ..heads import (
     Passes,
     Rows,
     bias_of,
+    chunk_of,
     chunks,
     columns_of,
     heads_of,
@@ -21,7 +22,7 @@ from ..heads import (
 )
 from ..heads import backward as shared_backward
 from ..ops.multi_horizon_linear import Arguments
-from . import chunk_of, kernels, precision, product_dtype, raw
+from . import kernels, precision, product_dtype, raw
 from .action_window_sum import gradients_of_sums, window_sums
 
 
@@ -33,9 +34,11 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     sums = window_sums(window_of(args), hidden.shape[1], computed)
     heads, bias = heads_of(args, computed, dtype), bias_of(args, computed)
     projected = projected_of(args, sums, heads)
-    size = chunk_of(positions * tokens, len(columns))
-    product = torch.empty(min(size, positions * tokens), sum(columns), dtype=dtype)
-    for first, last in chunks(positions * tokens, size):
+    copies = 0 if dtype == hidden.dtype else 1
+    rows_in_all = positions * tokens
+    size = min(rows_in_all, chunk_of(hidden, rows_in_all, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
+    product = torch.empty(size, sum(columns), dtype=dtype)
+    for first, last in chunks(rows_in_all, max(1, size)):
         rows = Rows(rows_of(hidden, first, last), first, tokens, sums)
         torch.mm(rows.hidden.to(dtype), heads.t(), out=product[: last - first])
         to = [rows_of(output, first, last) for output in outputs]
@@ -45,8 +48,10 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     return outputs, []
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return shared_backward(args, wanted, grads, PASSES)
+def backward(
+    args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    return shared_backward(args, wanted, grads, outputs, PASSES)
 
 
 def begin(args: Arguments, rows: Rows) -> tuple[object, ...]:
@@ -60,32 +65,47 @@ def scale(
     args: Arguments,
     rows: Rows,
     upstream: Sequence[Tensor | None],
-    columns: list[int],
+    outputs: Sequence[Tensor],
+    bias: Tensor | None,
     scaled: Tensor,
-    scales: Tensor,
+    shares: Tensor,
     scaled_sums: Tensor | None,
 ) -> None:
-    given = [raw(grad) for grad in upstream]
     kernels.multi_horizon_linear_scale(
-        *begin(args, rows), given, columns, raw(scaled), raw(scales), raw(scaled_sums)
+        *begin(args, rows), [raw(grad) for grad in upstream], [raw(output) for output in outputs], raw(bias),
+        raw(scaled), raw(shares), raw(scaled_sums),
     )  # fmt: skip
 
 
 def combine(
     args: Arguments,
     rows: Rows,
-    states: Sequence[Tensor | None],
-    scales: Tensor,
+    product: Tensor | None,
+    shares: Tensor,
     of_hidden: Tensor | None,
     of_sums: Tensor | None,
-    gram: Tensor | None,
+) -> None:
+    of_windows = None if of_sums is None else of_sums.flatten(0, 1)
+    kernels.multi_horizon_linear_combine(
+        *begin(args, rows), raw(product), raw(shares), raw(of_hidden), raw(of_windows)
+    )  # fmt: skip
+
+
+def monitor(
+    args: Arguments,
+    rows: Rows,
+    states: Sequence[Tensor | None],
+    shares: Tensor,
+    of_hidden: Tensor,
+    of_sums: Tensor | None,
+    gram: Tensor,
 ) -> None:
     weights = [] if args.scale is None else args.scale.tolist()
     of_windows = None if of_sums is None else of_sums.flatten(0, 1)
-    kernels.multi_horizon_linear_combine(
-        *begin(args, rows), [raw(state) for state in states], raw(scales), weights,
+    kernels.multi_horizon_linear_monitor(
+        *begin(args, rows), [raw(state) for state in states], raw(shares), weights,
         raw(of_hidden), raw(of_windows), raw(gram),
     )  # fmt: skip
 
 
-PASSES = Passes(window_sums, gradients_of_sums, scale, combine, product_dtype, chunk_of)
+PASSES = Passes(window_sums, gradients_of_sums, product_dtype, scale, combine, monitor)

@@ -186,6 +186,7 @@ KERNELS = (
     "multi_horizon_linear_forward",
     "multi_horizon_linear_scale",
     "multi_horizon_linear_combine",
+    "multi_horizon_linear_monitor",
     "action_window_sum_backward",
 )
 
@@ -206,6 +207,7 @@ OP = register(
             "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
         },
         backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
+        outputs_in_backward=True,
         mutated_in_backward=("norms", "cosines"),
     )
 )
