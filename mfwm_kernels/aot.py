@@ -45,7 +45,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # A kernel remembers, per device, what it compiled for it.
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -104,7 +105,9 @@ def compile_for(architecture: str, kernel: Any, given: tuple[Any, ...], constant
     from triton.runtime import driver
 
     driver.set_active(_Driver(architecture))
-    return kernel.run(*given, grid=(1,), warmup=True, **constants)
+    compiled = kernel.run(*given, grid=(1,), warmup=True, **constants)
+    assert compiled.metadata.target.arch == int(architecture.removeprefix("sm_"))
+    return compiled
 
 
 def binary(name: str) -> str:

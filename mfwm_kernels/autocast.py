@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 
+def enabled(device: torch.device) -> bool:
+    """Whether autocast is on; there is none for tensors without storage."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def cast(tensor: Any, device: torch.device) -> Any:
     """`tensor` in autocast's dtype where autocast is on for this device; fp64 and non-tensors stay as they are."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
-    if not torch.is_autocast_enabled(device.type):
+    if not enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device.type))
 
@@ -22,4 +27,4 @@ def follow(tensor: Any, leader: Any) -> Any:
     both = isinstance(tensor, Tensor) and isinstance(leader, Tensor)
     if not both or not (tensor.is_floating_point() and leader.is_floating_point()):
         return tensor
-    return tensor.to(leader.dtype) if torch.is_autocast_enabled(leader.device.type) else tensor
+    return tensor.to(leader.dtype) if enabled(leader.device) else tensor

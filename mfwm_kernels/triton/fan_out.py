@@ -29,7 +29,7 @@ from .launch import ceil_div, launch, power_of_2, strides, warps_of
 
 # Elements of a tile; S and the largest cell of S x S tokens, in elements; elements per thread.
 FORWARD = (8192, {4: 16384, 2: 16384, 1: math.inf}, 32)
-BACKWARD = (2048, {4: 4096, 2: 8192, 1: math.inf}, 16)
+BACKWARD = (1024, {4: 2048, 2: 4096, 1: math.inf}, 8)
 # Tokens that a program takes where no block says how many.
 TOKENS = 64
 
