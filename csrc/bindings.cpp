@@ -127,6 +127,18 @@ PYBIND11_MODULE(_native, module) {
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_monitor(op, to);
              });
+  module.def("mtp_combine_norm", [](const py::list& states, py::object joined, double eps, int threads) {
+    const MtpCombine op{arrays_of(states), array_of(joined), eps, threads};
+    py::gil_scoped_release release;
+    cpu::mtp_combine_norm(op);
+  });
+  module.def("mtp_combine_gradient", [](const py::list& states, py::object joined, double eps, int threads,
+                                        const py::list& gradients) {
+    const MtpCombine op{arrays_of(states), array_of(joined), eps, threads};
+    const auto to = arrays_of(gradients);
+    py::gil_scoped_release release;
+    cpu::mtp_combine_gradient(op, to);
+  });
   module.def("video_pyramid", [](py::object video, const Sizes& factors, const Sizes& patch_sizes, double scale,
                                  double shift, const py::list& outputs, int threads) {
     const VideoPyramid op{array_of(video), factors, patch_sizes, scale, shift, arrays_of(outputs), threads};

@@ -98,6 +98,14 @@ struct MultiHorizonLinearMonitored {
   Array gram;                   // [K, K], float64: dot products of the horizons' gradients at hidden; added to
 };
 
+// joined = (states[0] / rms(states[0]), states[1] / rms(states[1])); in the backward the gradient there
+struct MtpCombine {
+  std::vector<Array> states;  // 2 of [R, D]
+  Array joined;               // [R, 2 D]
+  double eps;
+  int threads;
+};
+
 // outputs[i] = avg_pool(scale * video + shift, factors[i])
 struct VideoPyramid {
   Array video;  // [B, T, C, H, W]
@@ -153,6 +161,8 @@ void multi_horizon_linear_forward(const MultiHorizonLinear&, const MultiHorizonL
 void multi_horizon_linear_scale(const MultiHorizonLinear&, const MultiHorizonLinearScaled&);
 void multi_horizon_linear_combine(const MultiHorizonLinear&, const MultiHorizonLinearCombined&);
 void multi_horizon_linear_monitor(const MultiHorizonLinear&, const MultiHorizonLinearMonitored&);
+void mtp_combine_norm(const MtpCombine&);
+void mtp_combine_gradient(const MtpCombine&, const std::vector<Array>& gradients);  // 2 of [R, D], each may be none
 void video_pyramid(const VideoPyramid&);
 MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss&);
 }  // namespace cpu

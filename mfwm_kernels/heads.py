@@ -18,7 +18,7 @@ nothing here is as large as hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +28,7 @@ from .monitor import write_gram
 from .ops.action_window_sum import Arguments as WindowArguments
 from .ops.multi_horizon_linear import OP, Arguments
 from .registry import gradients_by_field
-
-# Bytes of a chunk's temporaries.
-CHUNK_BYTES = 64 * 2**20
+from .rows import chunks, rows_of
 
 
 class Passes(NamedTuple):
@@ -66,26 +64,6 @@ class Rows(NamedTuple):
 def shape_of(hidden: Tensor) -> tuple[int, int]:
     """(positions, tokens per position)."""
     return hidden.shape[0] * hidden.shape[1], math.prod(hidden.shape[2:-1])
-
-
-def chunk_of(hidden: Tensor, rows: int, temporary: int) -> int:
-    """Rows in a chunk that has `temporary` bytes a row: half as large as hidden at most, but no crumbs."""
-    row = hidden.shape[-1] * hidden.element_size()
-    return max(256, min(rows * row // 2, CHUNK_BYTES) // temporary)
-
-
-def chunks(rows: int, size: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, rows, size):
-        yield first, min(first + size, rows)
-
-
-def rows_of(states: Tensor, first: int, last: int) -> Tensor:
-    """Rows first .. last of [..., D]; a copy only where the strides have no other way."""
-    try:
-        return states.view(-1, states.shape[-1])[first:last]
-    except RuntimeError:
-        place = torch.arange(first, last, device=states.device)
-        return states[torch.unravel_index(place, states.shape[:-1])]
 
 
 def window_of(args: Arguments) -> WindowArguments:
@@ -139,7 +117,7 @@ def backward(
     monitored = want["hidden"] and args.norms is not None
     hidden, columns = args.hidden, columns_of(args)
     positions, tokens = shape_of(hidden)
-    count, depth, rows = len(columns), hidden.shape[-1], positions * tokens
+    count, depth = len(columns), hidden.shape[-1]
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
     sums = passes.window_sums(window_of(args), hidden.shape[1], computed)
@@ -158,11 +136,13 @@ def backward(
     gram = zeros(count, count, dtype=torch.float64) if monitored else None
 
     copies = count if monitored else 0 if dtype == hidden.dtype else 2
-    size = min(rows, chunk_of(hidden, rows, (sum(columns) + copies * depth) * dtype.itemsize))
+    wants_any = want["hidden"] or wants_heads or wants_sums
+    pieces = list(chunks(hidden, (sum(columns) + copies * depth) * dtype.itemsize)) if wants_any else []
+    size = pieces[0][1] if pieces else 0
     scaled_all, shares_all = empty(size, sum(columns)), empty(size, count, dtype=computed)
     product_all = empty(size, depth) if want["hidden"] and not monitored and dtype != hidden.dtype else None
     states_all = [empty(size, depth) if monitored and grad is not None else None for grad in grads]
-    for first, last in chunks(rows if want["hidden"] or wants_heads or wants_sums else 0, max(1, size)):
+    for first, last in pieces:
         chunk = Rows(rows_of(hidden, first, last), first, tokens, sums)
         upstream = [None if grad is None else rows_of(grad, first, last) for grad in grads]
         scaled, shares = scaled_all[: last - first], shares_all[: last - first]
@@ -188,8 +168,8 @@ def backward(
 
     per_horizon: list[tuple[Tensor, Tensor, Tensor]] = []
     if scaled_sums is not None:
-        pieces = scaled_sums.to(dtype).split(columns, 1), heads.split(columns), sums.flatten(0, 1).unbind(1)
-        per_horizon = list(zip(*pieces, strict=True))
+        scaled_in_all, windows = scaled_sums.to(dtype).split(columns, 1), sums.flatten(0, 1).unbind(1)
+        per_horizon = list(zip(scaled_in_all, heads.split(columns), windows, strict=True))
     gradients: dict[str, list[Tensor | None]] = {name: [] for name in OP.differentiable}
     gradients["hidden"] = [of_hidden]
     if gram is not None:

@@ -7,38 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..heads import (
-    Passes,
-    Rows,
-    bias_of,
-    chunk_of,
-    chunks,
-    columns_of,
-    heads_of,
-    projected_of,
-    rows_of,
-    shape_of,
-    window_of,
-)
+from ..heads import Passes, Rows, bias_of, columns_of, heads_of, projected_of, shape_of, window_of
 from ..heads import backward as shared_backward
 from ..ops.multi_horizon_linear import Arguments
+from ..rows import chunks, rows_of
 from . import kernels, precision, product_dtype, raw
 from .action_window_sum import gradients_of_sums, window_sums
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
     hidden, columns = args.hidden, columns_of(args)
-    positions, tokens = shape_of(hidden)
+    _, tokens = shape_of(hidden)
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype) for n in columns]
     sums = window_sums(window_of(args), hidden.shape[1], computed)
     heads, bias = heads_of(args, computed, dtype), bias_of(args, computed)
     projected = projected_of(args, sums, heads)
     copies = 0 if dtype == hidden.dtype else 1
-    rows_in_all = positions * tokens
-    size = min(rows_in_all, chunk_of(hidden, rows_in_all, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
-    product = torch.empty(size, sum(columns), dtype=dtype)
-    for first, last in chunks(rows_in_all, max(1, size)):
+    pieces = list(chunks(hidden, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
+    product = torch.empty(pieces[0][1] if pieces else 0, sum(columns), dtype=dtype)
+    for first, last in pieces:
         rows = Rows(rows_of(hidden, first, last), first, tokens, sums)
         torch.mm(rows.hidden.to(dtype), heads.t(), out=product[: last - first])
         to = [rows_of(output, first, last) for output in outputs]
@@ -55,7 +43,7 @@ def backward(
 
 
 def begin(args: Arguments, rows: Rows) -> tuple[object, ...]:
-    """The arguments that all three kernels begin with."""
+    """The arguments that all kernels begin with."""
     norm = args.norm_weight is not None
     return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), rows.first, rows.tokens, norm, args.norm_eps,
             torch.get_num_threads())  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..autocast import cast
-from ..registry import Cost, Op, call, register
+from ..registry import Backend, Cost, Op, call, register
 from .fan_out import rms_norm
 
 ORDERS = ("hidden_first", "embedding_first")
@@ -145,6 +145,8 @@ def _bench(batch: int, rows: int, width: int) -> Any:
     return make
 
 
+KERNELS = ("mtp_combine_norm", "mtp_combine_gradient")
+
 OP = register(
     Op(
         name="mtp_combine",
@@ -163,5 +165,6 @@ OP = register(
             "1x": _bench(16, 16 * 256, 256),
             "wide": _bench(16, 1024, 2048),
         },
+        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
     )
 )

@@ -1,0 +1,28 @@
+"""Rows of a tensor [..., D] in chunks: what surrounds a matrix product needs no temporary as large as its input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes of a chunk's temporaries, at most.
+CHUNK_BYTES = 64 * 2**20
+
+
+def chunks(like: Tensor, temporary: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of chunks of the rows of `like`; their `temporary` bytes a row are at most half of its bytes."""
+    rows, row = like.shape[:-1].numel(), like.shape[-1] * like.element_size()
+    size = max(256, min(rows * row // 2, CHUNK_BYTES) // temporary)
+    for first in range(0, rows, size):
+        yield first, min(first + size, rows)
+
+
+def rows_of(states: Tensor, first: int, last: int) -> Tensor:
+    """Rows first .. last of [..., D]; a copy only where the strides have no other way."""
+    try:
+        return states.view(-1, states.shape[-1])[first:last]
+    except RuntimeError:
+        place = torch.arange(first, last, device=states.device)
+        return states[torch.unravel_index(place, states.shape[:-1])]

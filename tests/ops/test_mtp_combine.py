@@ -1,0 +1,41 @@
+"""What is particular to mtp_combine: weights of a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mfwm_kernels import mtp_combine, use_backend
+from mfwm_kernels.registry import ABSENT, OPS
+
+BACKENDS = ["reference", *(b for b in OPS["mtp_combine"].backends if not ABSENT[b])]
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton" or not torch.cuda.is_available()])
+def test_megatron_layout(backend: str) -> None:
+    """Tensors named and laid out as Megatron's MultiTokenPredictionLayer stores them: the embedding comes first."""
+    width = 24
+    checkpoint = {
+        "eh_proj.weight": torch.randn(width, 2 * width),
+        "enorm.weight": torch.randn(width),
+        "hnorm.weight": torch.randn(width),
+    }
+    hidden, embedding = torch.randn(5, 2, width), torch.randn(5, 2, width)
+    with use_backend(backend):
+        got = mtp_combine(
+            hidden,
+            embedding,
+            checkpoint["eh_proj.weight"],
+            hidden_norm_weight=checkpoint["hnorm.weight"],
+            embedding_norm_weight=checkpoint["enorm.weight"],
+            eps=1e-5,
+            order="embedding_first",
+        )
+    # As Megatron computes it: decoder_input = enorm(embedding), hidden = hnorm(hidden), eh_proj(cat(both)).
+    normed = [
+        F.rms_norm(embedding, (width,), checkpoint["enorm.weight"], 1e-5),
+        F.rms_norm(hidden, (width,), checkpoint["hnorm.weight"], 1e-5),
+    ]
+    want = torch.cat(normed, -1) @ checkpoint["eh_proj.weight"].T
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
