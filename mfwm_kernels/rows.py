@@ -12,7 +12,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def chunks(like: Tensor, temporary: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of chunks of the rows of `like`; their `temporary` bytes a row are at most half of its bytes."""
+    """(first, last) of chunks of the rows of `like`, whose `temporary` bytes a row come to half of `like` at most."""
     rows, row = like.shape[:-1].numel(), like.shape[-1] * like.element_size()
     size = max(256, min(rows * row // 2, CHUNK_BYTES) // temporary)
     for first in range(0, rows, size):

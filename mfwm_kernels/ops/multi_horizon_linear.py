@@ -206,7 +206,7 @@ OP = register(
             "pixels": _bench(32, 24, 32, 1024, (192, 48, 12, 3)),
             "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
         },
-        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
+        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING), "triton": Backend(KERNELS)},
         outputs_in_backward=True,
         mutated_in_backward=("norms", "cosines"),
     )

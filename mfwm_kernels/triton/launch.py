@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..registry import INTERPRETED
+
+# In the interpreter tl.dot of bf16 gives garbage.
+EMULATED = tl.constexpr(INTERPRETED)
 
 # mfwm_kernels.aot sets this to see what would be launched: it is called in place of the launch.
 instead: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
@@ -52,6 +56,20 @@ def warps_of(elements: int, per_thread: int = 32) -> int:
     return max(1, min(16, power_of_2(ceil_div(elements, 32 * per_thread))))
 
 
+def dot_precision() -> str:
+    """What a dot of fp32 may round its factors to: nothing, unless torch allows TF32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a @ b, in fp32."""
+    if EMULATED:
+        return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
 def _mend_interpreter() -> None:
     """Loops with run-time bounds: Triton 3.6 makes an int of an array of one element, which numpy 2.4 refuses."""
     from triton.runtime import interpreter
@@ -72,4 +90,4 @@ def _mend_interpreter() -> None:
 if INTERPRETED:
     _mend_interpreter()
 
-__all__ = ["ceil_div", "launch", "power_of_2", "strides", "triton", "warps_of"]
+__all__ = ["add_product", "ceil_div", "dot_precision", "launch", "power_of_2", "strides", "triton", "warps_of"]

@@ -1,0 +1,352 @@
+"""multi_horizon_linear in Triton: a matrix product that takes the row statistics of all horizons on the way.
+
+forward   A program makes a tile of rows x columns, the heads side by side. While a tile of hidden is in registers it
+          goes into the product and, with each horizon's window sum added, into that horizon's sum of squares. The
+          epilogue adds the actions' part, scales by each row's norm, adds the bias and stores to the outputs it covers.
+          Bytes: hidden once for each block of columns (one, up to 256 columns), the outputs.
+backward  torch's matrix products and three passes, see mfwm_kernels/heads.py. Sums over the tokens of a position are
+          made per program and added afterwards in a fixed order.
+scale     Bytes: hidden, the outputs and their gradients once, P.
+combine   Bytes: hidden and the product once, d hidden.
+monitor   Bytes: hidden and K products once, d hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..heads import Passes, Rows, bias_of, columns_of, heads_of, projected_of, shape_of, window_of
+from ..heads import backward as shared_backward
+from ..ops.multi_horizon_linear import Arguments
+from .action_window_sum import gradients_of_sums, window_sums
+from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
+
+
+@triton.jit
+def multi_horizon_linear_forward(
+    hidden, sums, heads, projected, bias, outputs, firsts, positions, width, tokens, rows, depth, columns,
+    column_blocks, pieces, eps, hidden_strides,
+    COUNT: tl.constexpr, NORM: tl.constexpr, WITHIN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = (program % column_blocks * COLUMNS).to(tl.int32) + tl.arange(0, COLUMNS)
+    in_columns = column < columns
+    if WITHIN:
+        # All rows of the tile are tokens of one position.
+        position = program // column_blocks // pieces
+        token = (program // column_blocks % pieces * ROWS).to(tl.int32) + tl.arange(0, ROWS)
+        in_rows = token < tokens
+        row = position * tokens + token
+    else:
+        row = program // column_blocks * ROWS + tl.arange(0, ROWS)
+        in_rows = row < rows
+        position = row // tokens
+        token = (row % tokens).to(tl.int32)
+    base = position // positions * hidden_strides[0] + position % positions * hidden_strides[1]
+    base = base + (token // width).to(tl.int64) * hidden_strides[2] + (token % width).to(tl.int64) * hidden_strides[3]
+
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = ()
+    for _ in tl.static_range(COUNT):
+        squares = squares + (tl.zeros([ROWS], tl.float32),)
+    for start in range(0, depth, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        in_d = d < depth
+        state = tl.load(hidden + base[:, None] + (d.to(tl.int64) * hidden_strides[4])[None, :],
+                        in_rows[:, None] & in_d[None, :], 0)  # fmt: skip
+        head = tl.load(heads + column[None, :].to(tl.int64) * depth + d[:, None],
+                       in_columns[None, :] & in_d[:, None], 0)  # fmt: skip
+        total = add_product(total, state, head, PRECISION)
+        if NORM:
+            wide = state.to(tl.float32)
+            added_squares = ()
+            for i in tl.static_range(COUNT):
+                if WITHIN:
+                    added = tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
+                else:
+                    added = tl.load(sums + ((position * COUNT + i) * depth)[:, None] + d[None, :],
+                                    in_rows[:, None] & in_d[None, :], 0)  # fmt: skip
+                biased = wide + added
+                added_squares = added_squares + (squares[i] + tl.sum(biased * biased, 1),)
+            squares = added_squares
+
+    if WITHIN:
+        total += tl.load(projected + position * columns + column, in_columns, 0)[None, :]
+    else:
+        total += tl.load(projected + (position * columns)[:, None] + column[None, :],
+                         in_rows[:, None] & in_columns[None, :], 0)  # fmt: skip
+    shift = tl.zeros([COLUMNS], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + column, in_columns, 0)
+    for i in tl.static_range(COUNT):
+        own = (column >= firsts[i]) & (column < firsts[i + 1])
+        out = total
+        if NORM:
+            out = total * tl.rsqrt(squares[i] / depth + eps)[:, None]
+        out += shift[None, :]
+        place = (row * (firsts[i + 1] - firsts[i]))[:, None] + (column - firsts[i])[None, :]
+        tl.store(outputs[i] + place, out.to(outputs[i].dtype.element_ty), in_rows[:, None] & own[None, :])
+
+
+@triton.jit
+def rows_of_program(program, first, last, tokens, pieces, ROWS: tl.constexpr):
+    """The position of a program, its rows in the chunk first .. last, and which of them there are."""
+    position = first // tokens + program // pieces
+    token = program % pieces * ROWS + tl.arange(0, ROWS)
+    row = position * tokens + token
+    return position, row - first, (token < tokens) & (row >= first) & (row < last)
+
+
+@triton.jit
+def load_tile(pointer, row, d, in_rows, in_d, steps):
+    place = (row * steps[0])[:, None] + (d.to(tl.int64) * steps[1])[None, :]
+    return tl.load(pointer + place, in_rows[:, None] & in_d[None, :], 0).to(tl.float32)
+
+
+@triton.jit
+def multi_horizon_linear_scale(
+    hidden, sums, gradients, outputs, bias, scaled, shares, partial, counts, firsts, first, last, tokens, pieces,
+    depth, columns, eps, hidden_strides, gradient_strides, output_strides,
+    COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    position, row, in_rows = rows_of_program(program, first, last, tokens, pieces, ROWS)
+    squares = ()
+    for _ in tl.static_range(COUNT):
+        squares = squares + (tl.zeros([ROWS], tl.float32),)
+    if NORM:
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            in_d = d < depth
+            state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
+            added_squares = ()
+            for i in tl.static_range(COUNT):
+                biased = state + tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
+                added_squares = added_squares + (squares[i] + tl.sum(biased * biased, 1),)
+            squares = added_squares
+    for i in tl.static_range(COUNT):
+        share = tl.zeros([ROWS], tl.float32)
+        scale = tl.full([ROWS], 1.0, tl.float32)
+        if NORM:
+            scale = tl.rsqrt(squares[i] / depth + eps)
+        for start in range(0, counts[i], BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            in_n = n < counts[i]
+            out = tl.zeros([ROWS, BLOCK_N], tl.float32)
+            if gradients[i] is not None:
+                gradient = load_tile(gradients[i], row, n, in_rows, in_n, gradient_strides[i])
+                if NORM:
+                    made = load_tile(outputs[i], row, n, in_rows, in_n, output_strides[i])
+                    if bias is not None:
+                        made -= tl.load(bias + firsts[i] + n, in_n, 0)[None, :]
+                    share += tl.sum(gradient * made, 1)
+                # Rows that are not there may have no finite scale.
+                out = tl.where(in_rows[:, None], gradient * scale[:, None], 0)
+            place = (row * columns)[:, None] + (firsts[i] + n)[None, :]
+            tl.store(scaled + place, out.to(scaled.dtype.element_ty), in_rows[:, None] & in_n[None, :])
+            if partial is not None:
+                tl.store(partial + program * columns + firsts[i] + n, tl.sum(out, 0), in_n)
+        if NORM:
+            tl.store(shares + row * COUNT + i, share * scale * scale / depth, in_rows)
+
+
+@triton.jit
+def multi_horizon_linear_combine(
+    hidden, sums, product, shares, of_hidden, partial, first, last, tokens, pieces, blocks_d, depth,
+    hidden_strides, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    piece = program // blocks_d
+    position, row, in_rows = rows_of_program(piece, first, last, tokens, pieces, ROWS)
+    d = (program % blocks_d * BLOCK_D).to(tl.int32) + tl.arange(0, BLOCK_D)
+    in_d = d < depth
+    mask = in_rows[:, None] & in_d[None, :]
+    place = (row * depth)[:, None] + d[None, :]
+    state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for i in tl.static_range(COUNT):
+        share = tl.load(shares + row * COUNT + i, in_rows, 0)
+        part = share[:, None] * (state + tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :])
+        total += part
+        if partial is not None:
+            tl.store(partial + (piece * COUNT + i) * depth + d, tl.sum(part, 0), in_d)
+    if of_hidden is not None:
+        made = tl.load(product + place, mask, 0).to(tl.float32) - total
+        tl.store(of_hidden + place, made.to(of_hidden.dtype.element_ty), mask)
+
+
+@triton.jit
+def multi_horizon_linear_monitor(
+    hidden, sums, states, shares, scale, of_hidden, partial, gram, first, last, tokens, pieces, blocks_d, depth,
+    hidden_strides, COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    piece = program // blocks_d
+    position, row, in_rows = rows_of_program(piece, first, last, tokens, pieces, ROWS)
+    d = (program % blocks_d * BLOCK_D).to(tl.int32) + tl.arange(0, BLOCK_D)
+    in_d = d < depth
+    mask = in_rows[:, None] & in_d[None, :]
+    place = (row * depth)[:, None] + d[None, :]
+    if NORM:
+        state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    each = ()
+    for i in tl.static_range(COUNT):
+        own = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        if states[i] is not None:
+            own = tl.load(states[i] + place, mask, 0).to(tl.float32)
+            if NORM:
+                share = tl.load(shares + row * COUNT + i, in_rows, 0)
+                added = tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
+                own -= share[:, None] * (state + added)
+        if scale is not None:
+            total += own * tl.load(scale + i)
+        else:
+            total += own
+        if partial is not None:
+            tl.store(partial + (piece * COUNT + i) * depth + d, tl.sum(own, 0), in_d)
+        each = each + (own,)
+        for j in tl.static_range(i + 1):
+            dot = tl.sum(tl.sum(each[j] * own, 1), 0)
+            tl.store(gram + (program * COUNT + i) * COUNT + j, dot)
+            tl.store(gram + (program * COUNT + j) * COUNT + i, dot)
+    tl.store(of_hidden + place, total.to(of_hidden.dtype.element_ty), mask)
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    hidden, columns = on_grid(args.hidden), columns_of(args)
+    positions, tokens = shape_of(args.hidden)
+    depth, total, count = hidden.shape[-1], sum(columns), len(columns)
+    outputs = [torch.empty(*args.hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
+    sums = window_sums(window_of(args), hidden.shape[1], torch.float32)
+    heads, bias = heads_of(args, torch.float32, hidden.dtype), bias_of(args, torch.float32)
+    projected = projected_of(args, sums, heads)
+    half = hidden.element_size() == 2
+    # fp32 products are made of multiplications and additions, in tiles that registers hold.
+    tile_rows, tile_columns, block_d = (64, min(256, max(16, power_of_2(total))), 64) if half else (32, 64, 32)
+    within = tokens >= tile_rows // 2
+    pieces, column_blocks = ceil_div(tokens, tile_rows), ceil_div(total, tile_columns)
+    tiles = positions * pieces if within else ceil_div(positions * tokens, tile_rows)
+    launch(
+        multi_horizon_linear_forward, tiles * column_blocks, hidden.device,
+        hidden, sums, heads, projected, bias, tuple(outputs), firsts_of(columns),
+        hidden.shape[1], hidden.shape[3], tokens, positions * tokens, depth, total, column_blocks, pieces,
+        args.norm_eps, strides(hidden, 5),
+        COUNT=count, NORM=args.norm_weight is not None, WITHIN=within, PRECISION=dot_precision(),
+        ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
+        num_warps=8 if tile_columns >= 128 else 4, num_stages=3,
+    )  # fmt: skip
+    return outputs, []
+
+
+def backward(
+    args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    return shared_backward(args, wanted, grads, outputs, PASSES)
+
+
+def on_grid(states: Tensor) -> Tensor:
+    """[B, T, S, D] -> [B, T, 1, S, D]."""
+    return states.unsqueeze(2) if states.dim() == 4 else states
+
+
+def firsts_of(columns: Sequence[int]) -> tuple[int, ...]:
+    """Where each head begins among all columns, and their number."""
+    return tuple(sum(columns[:i]) for i in range(len(columns) + 1))
+
+
+class Dealt:
+    """How a chunk is dealt out to programs: each takes a piece of one position."""
+
+    def __init__(self, rows: Rows, most: int) -> None:
+        self.last = rows.first + rows.hidden.shape[0]
+        self.begin, end = rows.first // rows.tokens, ceil_div(self.last, rows.tokens)
+        self.rows = min(most, power_of_2(rows.tokens))
+        self.pieces = ceil_div(rows.tokens, self.rows)
+        self.positions = end - self.begin
+        self.programs = self.positions * self.pieces
+
+    def add(self, partial: Tensor | None, sums: Tensor | None, factor: int) -> None:
+        """sums of positions += factor * their programs' parts."""
+        if partial is not None and sums is not None:
+            parts = partial.view(self.positions, self.pieces, -1).sum(1)
+            sums.view(-1, parts.shape[1])[self.begin : self.begin + self.positions].add_(parts, alpha=factor)
+
+
+def scale(
+    args: Arguments,
+    rows: Rows,
+    upstream: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+    bias: Tensor | None,
+    scaled: Tensor,
+    shares: Tensor,
+    scaled_sums: Tensor | None,
+) -> None:
+    columns, (_, depth), device = columns_of(args), rows.hidden.shape, scaled.device
+    dealt = Dealt(rows, 16)
+    partial = None if scaled_sums is None else torch.empty(dealt.programs, sum(columns), device=device)
+    launch(
+        multi_horizon_linear_scale, dealt.programs, device,
+        rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, partial,
+        tuple(columns), firsts_of(columns), rows.first, dealt.last, rows.tokens, dealt.pieces,
+        depth, sum(columns), args.norm_eps,
+        strides(rows.hidden, 2), tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
+        COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=dealt.rows, BLOCK_N=64,
+        BLOCK_D=min(128, power_of_2(depth)), num_warps=4,
+    )  # fmt: skip
+    dealt.add(partial, scaled_sums, 1)
+
+
+def combine(
+    args: Arguments,
+    rows: Rows,
+    product: Tensor | None,
+    shares: Tensor,
+    of_hidden: Tensor | None,
+    of_sums: Tensor | None,
+) -> None:
+    (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
+    dealt, block = Dealt(rows, 64), min(64, power_of_2(depth))
+    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, device=device)
+    blocks = ceil_div(depth, block)
+    launch(
+        multi_horizon_linear_combine, dealt.programs * blocks, device,
+        rows.hidden, rows.sums, product, shares, of_hidden, partial,
+        rows.first, dealt.last, rows.tokens, dealt.pieces, blocks, depth, strides(rows.hidden, 2),
+        COUNT=count, ROWS=dealt.rows, BLOCK_D=block, num_warps=4,
+    )  # fmt: skip
+    dealt.add(partial, of_sums, -1)
+
+
+def monitor(
+    args: Arguments,
+    rows: Rows,
+    states: Sequence[Tensor | None],
+    shares: Tensor,
+    of_hidden: Tensor,
+    of_sums: Tensor | None,
+    gram: Tensor,
+) -> None:
+    (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
+    dealt, block = Dealt(rows, 16), min(64, power_of_2(depth))
+    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, device=device)
+    blocks = ceil_div(depth, block)
+    grams = torch.empty(dealt.programs * blocks, count, count, device=device)
+    launch(
+        multi_horizon_linear_monitor, dealt.programs * blocks, device,
+        rows.hidden, rows.sums, tuple(states), shares, args.scale, of_hidden, partial, grams,
+        rows.first, dealt.last, rows.tokens, dealt.pieces, blocks, depth, strides(rows.hidden, 2),
+        COUNT=count, NORM=args.norm_weight is not None, ROWS=dealt.rows, BLOCK_D=block, num_warps=4,
+    )  # fmt: skip
+    gram += grams.sum(0, dtype=torch.float64)
+    dealt.add(partial, of_sums, 1)
+
+
+PASSES = Passes(window_sums, gradients_of_sums, lambda dtype: dtype, scale, combine, monitor)
