@@ -165,6 +165,9 @@ OP = register(
             "1x": _bench(16, 16 * 256, 256),
             "wide": _bench(16, 1024, 2048),
         },
-        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
+        backends={
+            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "triton": Backend(("mtp_combine_forward", *KERNELS)),
+        },
     )
 )

@@ -40,11 +40,13 @@ def multi_horizon_linear_forward(
     if WITHIN:
         # All rows of the tile are tokens of one position.
         position = program // column_blocks // pieces
-        token = (program // column_blocks % pieces * ROWS).to(tl.int32) + tl.arange(0, ROWS)
+        begin = (program // column_blocks % pieces * ROWS).to(tl.int32)
+        token = begin + tl.arange(0, ROWS)
         in_rows = token < tokens
-        row = position * tokens + token
+        first = position * tokens + begin
     else:
-        row = program // column_blocks * ROWS + tl.arange(0, ROWS)
+        first = program // column_blocks * ROWS
+        row = first + tl.arange(0, ROWS)
         in_rows = row < rows
         position = row // tokens
         token = (row % tokens).to(tl.int32)
@@ -90,8 +92,12 @@ def multi_horizon_linear_forward(
         if NORM:
             out = total * tl.rsqrt(squares[i] / depth + eps)[:, None]
         out += shift[None, :]
-        place = (row * (firsts[i + 1] - firsts[i]))[:, None] + (column - firsts[i])[None, :]
-        tl.store(outputs[i] + place, out.to(outputs[i].dtype.element_ty), in_rows[:, None] & own[None, :])
+        # Offsets within the tile, in 32 bits: registers for 64 would spill.
+        count = firsts[i + 1] - firsts[i]
+        place = (tl.arange(0, ROWS) * count)[:, None] + (column - firsts[i])[None, :]
+        tl.store(
+            outputs[i] + first * count + place, out.to(outputs[i].dtype.element_ty), in_rows[:, None] & own[None, :]
+        )
 
 
 @triton.jit
@@ -229,7 +235,9 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     projected = projected_of(args, sums, heads)
     half = hidden.element_size() == 2
     # fp32 products are made of multiplications and additions, in tiles that registers hold.
-    tile_rows, tile_columns, block_d = (64, min(256, max(16, power_of_2(total))), 64) if half else (32, 64, 32)
+    tile_rows, tile_columns = (64, min(256, max(16, power_of_2(total)))) if half else (32, 64)
+    # Three stages of both tiles fit the shared memory of every GPU from sm_80 on.
+    block_d = 64 if half and tile_columns <= 128 else 32
     within = tokens >= tile_rows // 2
     pieces, column_blocks = ceil_div(tokens, tile_rows), ceil_div(total, tile_columns)
     tiles = positions * pieces if within else ceil_div(positions * tokens, tile_rows)

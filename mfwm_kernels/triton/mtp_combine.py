@@ -1,0 +1,165 @@
+"""mtp_combine in Triton: two matrix products in one tile, row statistics taken from the tiles that are multiplied.
+
+forward   A program makes a tile of rows x columns with two loops, one for each state. Both norms are row factors, so
+          they are applied to the two products, not to the states. Bytes: both states once for each block of columns.
+backward  torch's matrix products and two passes over rows, see mfwm_kernels/join.py.
+norm      Bytes: both states once, the normed states.
+gradient  Bytes: both states and the gradients at the normed ones once, the gradients of the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..join import Passes, norms_of, ordered
+from ..join import backward as shared_backward
+from ..ops.mtp_combine import Arguments
+from ..rows import chunks, flat, rows_of
+from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
+
+
+@triton.jit
+def mtp_combine_forward(
+    states, weight, out, rows, depth, columns, column_blocks, eps, state_strides,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    first = program // column_blocks * ROWS
+    row = first + tl.arange(0, ROWS)
+    column = (program % column_blocks * COLUMNS).to(tl.int32) + tl.arange(0, COLUMNS)
+    in_rows, in_columns = row < rows, column < columns
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for half in tl.static_range(2):
+        product = tl.zeros([ROWS, COLUMNS], tl.float32)
+        squares = tl.zeros([ROWS], tl.float32)
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            in_d = d < depth
+            place = (row * state_strides[half][0])[:, None] + (d.to(tl.int64) * state_strides[half][1])[None, :]
+            state = tl.load(states[half] + place, in_rows[:, None] & in_d[None, :], 0)
+            place = (column.to(tl.int64) * (2 * depth))[None, :] + (half * depth + d)[:, None]
+            factor = tl.load(weight + place, in_columns[None, :] & in_d[:, None], 0)
+            product = add_product(product, state, factor, PRECISION)
+            wide = state.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+        total += product * tl.rsqrt(squares / depth + eps)[:, None]
+    place = (tl.arange(0, ROWS) * columns)[:, None] + column[None, :]
+    tl.store(out + first * columns + place, total.to(out.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def load_tile(pointer, row, d, in_rows, in_d, row_step, step):
+    place = (row * row_step)[:, None] + (d.to(tl.int64) * step)[None, :]
+    return tl.load(pointer + place, in_rows[:, None] & in_d[None, :], 0).to(tl.float32)
+
+
+@triton.jit
+def mtp_combine_norm(
+    states, joined, rows, depth, eps, state_strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < rows
+    for half in tl.static_range(2):
+        squares = tl.zeros([ROWS], tl.float32)
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            state = load_tile(states[half], row, d, in_rows, d < depth, state_strides[half][0], state_strides[half][1])
+            squares += tl.sum(state * state, 1)
+        scale = tl.rsqrt(squares / depth + eps)
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            state = load_tile(states[half], row, d, in_rows, d < depth, state_strides[half][0], state_strides[half][1])
+            place = (row * (2 * depth))[:, None] + (half * depth + d)[None, :]
+            normed = (state * scale[:, None]).to(joined.dtype.element_ty)
+            tl.store(joined + place, normed, in_rows[:, None] & (d < depth)[None, :])
+
+
+@triton.jit
+def mtp_combine_gradient(
+    states, joined, gradients, rows, depth, eps, state_strides, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = row < rows
+    for half in tl.static_range(2):
+        if gradients[half] is not None:
+            squares = tl.zeros([ROWS], tl.float32)
+            dots = tl.zeros([ROWS], tl.float32)
+            for start in range(0, depth, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                in_d = d < depth
+                state = load_tile(states[half], row, d, in_rows, in_d, state_strides[half][0], state_strides[half][1])
+                gradient = load_tile(joined + half * depth, row, d, in_rows, in_d, 2 * depth, 1)
+                squares += tl.sum(state * state, 1)
+                dots += tl.sum(state * gradient, 1)
+            scale = tl.rsqrt(squares / depth + eps)
+            along = dots * scale * scale / depth
+            for start in range(0, depth, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                in_d = d < depth
+                state = load_tile(states[half], row, d, in_rows, in_d, state_strides[half][0], state_strides[half][1])
+                gradient = load_tile(joined + half * depth, row, d, in_rows, in_d, 2 * depth, 1)
+                made = (gradient - state * along[:, None]) * scale[:, None]
+                place = (row * depth)[:, None] + d[None, :]
+                mask = in_rows[:, None] & in_d[None, :]
+                tl.store(gradients[half] + place, made.to(gradients[half].dtype.element_ty), mask)
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    hidden, (columns, depth) = args.hidden, args.weight.shape
+    weight = (args.weight.float() * norms_of(args, torch.float32)).to(hidden.dtype).contiguous()
+    out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
+    half = hidden.element_size() == 2
+    tile_rows, tile_columns = (128, min(128, max(16, power_of_2(columns)))) if half else (32, 64)
+    # States whose strides do not make rows are copied, a chunk at a time.
+    copies = sum(flat(state) is None for state in (hidden, args.embedding))
+    for first, last in chunks(hidden, copies * hidden.shape[-1] * hidden.element_size()):
+        states = [rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)]
+        column_blocks = ceil_div(columns, tile_columns)
+        launch(
+            mtp_combine_forward, ceil_div(last - first, tile_rows) * column_blocks, hidden.device,
+            tuple(states), weight, rows_of(out, first, last), last - first, depth // 2, columns, column_blocks,
+            args.eps, tuple(strides(state, 2) for state in states),
+            PRECISION=dot_precision(), ROWS=tile_rows, COLUMNS=tile_columns,
+            BLOCK_D=min(32, max(16, power_of_2(depth // 2))), num_warps=8 if half else 4, num_stages=3,
+        )  # fmt: skip
+    return [out], []
+
+
+def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    (grad,) = grads
+    assert grad is not None
+    return shared_backward(args, wanted, grad, PASSES)
+
+
+def tile_of(depth: int) -> tuple[int, int]:
+    """(ROWS, BLOCK_D) of 2048 elements."""
+    block = min(512, power_of_2(depth))
+    return max(1, 2048 // block), block
+
+
+def norm(states: Sequence[Tensor], joined: Tensor, eps: float) -> None:
+    rows, depth = states[0].shape
+    tile_rows, block = tile_of(depth)
+    launch(
+        mtp_combine_norm, ceil_div(rows, tile_rows), joined.device,
+        tuple(states), joined, rows, depth, eps, tuple(strides(state, 2) for state in states),
+        ROWS=tile_rows, BLOCK_D=block, num_warps=4,
+    )  # fmt: skip
+
+
+def gradient(states: Sequence[Tensor], joined: Tensor, eps: float, to: Sequence[Tensor | None]) -> None:
+    rows, depth = states[0].shape
+    tile_rows, block = tile_of(depth)
+    launch(
+        mtp_combine_gradient, ceil_div(rows, tile_rows), joined.device,
+        tuple(states), joined, tuple(to), rows, depth, eps, tuple(strides(state, 2) for state in states),
+        ROWS=tile_rows, BLOCK_D=block, num_warps=4,
+    )  # fmt: skip
+
+
+PASSES = Passes(lambda dtype: dtype, norm, gradient)
