@@ -1,0 +1,111 @@
+"""What is particular to multi_horizon_linear: chunks of rows, the gradient monitor, and no temporary as large as hidden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mfwm_kernels import GradMonitor, Horizons, multi_horizon_linear, rows, use_backend
+from mfwm_kernels.check import relative_error
+from mfwm_kernels.registry import ABSENT, OPS
+
+KERNELS = [b for b in OPS["multi_horizon_linear"].backends if not ABSENT[b]]
+KERNELS = [b for b in KERNELS if b != "triton" or not torch.cuda.is_available()]
+HORIZONS = Horizons((1, 2, 4), (1, 1, 1))
+
+
+def call_of(dtype: torch.dtype, *tokens: int, width: int = 16) -> dict[str, Any]:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype).requires_grad_()
+
+    return {
+        "hidden": normal(2, 3, *tokens, width),
+        "actions": normal(2, 4, width),
+        "weights": [normal(n, width) for n in (7, 3, 1)],
+        "horizons": HORIZONS,
+        "biases": [normal(n) for n in (7, 3, 1)],
+        "norm_weight": normal(width),
+    }
+
+
+def leaves_of(kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(kwargs) if isinstance(t, torch.Tensor)]
+
+
+def gradients_of(backend: str, kwargs: dict[str, Any], upstream: list[torch.Tensor]) -> list[torch.Tensor]:
+    with use_backend(backend):
+        outputs = multi_horizon_linear(**kwargs)
+    pairs = [(output, gradient) for output, gradient in zip(outputs, upstream, strict=True) if gradient is not None]
+    made, given = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(made, leaves_of(kwargs), given, allow_unused=True)
+    filled = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves_of(kwargs), gradients, strict=True)]
+    return [*(output.detach() for output in outputs), *filled]
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_chunks_that_cut_positions(backend: str, monitored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
+    kwargs = call_of(torch.float32, 10, 15)
+    upstream = [torch.randn(2, 3, 10, 15, n) for n in (7, 3, 1)]
+    want = gradients_of("reference", kwargs, upstream)
+    if monitored:
+        kwargs["grad_monitor"] = GradMonitor(3)
+    got = gradients_of(backend, kwargs, upstream)
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("absent", [None, 1])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("scale", [None, [0.5, 2.0, -1.0]])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_grad_monitor(backend: str, scale: list[float] | None, norm: bool, absent: int | None) -> None:
+    kwargs = call_of(torch.float32, 5)
+    if not norm:
+        kwargs["norm_weight"] = None
+    upstream = [None if i == absent else torch.randn(2, 3, 5, n) for i, n in enumerate((7, 3, 1))]
+    monitors = [GradMonitor(3, scale), GradMonitor(3, scale)]
+    results = [
+        gradients_of(b, {**kwargs, "grad_monitor": monitor}, upstream)
+        for b, monitor in zip(("reference", backend), monitors, strict=True)
+    ]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(results[1], results[0], strict=True))
+    torch.testing.assert_close(monitors[1].norms, monitors[0].norms, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(monitors[1].cosines, monitors[0].cosines, rtol=1e-4, atol=1e-5)
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of every storage that an op returns a tensor of, by address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.bytes[storage.data_ptr()] = max(storage.nbytes(), self.bytes.get(storage.data_ptr(), 0))
+        return out
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_temporary_as_large_as_hidden(dtype: torch.dtype, monitored: bool) -> None:
+    kwargs = call_of(dtype, 30, 30, width=64)
+    upstream = [torch.randn(2, 3, 30, 30, n).to(dtype) for n in (7, 3, 1)]
+    if monitored:
+        kwargs["grad_monitor"] = GradMonitor(3)
+    with Storages() as seen, use_backend("cpu"):
+        outputs = multi_horizon_linear(**kwargs)
+        gradients = torch.autograd.grad(outputs, leaves_of(kwargs), upstream)
+    hidden = kwargs["hidden"]
+    # Views of hidden and of its gradient are no temporaries.
+    for tensor in (hidden, *gradients):
+        seen.bytes.pop(tensor.untyped_storage().data_ptr(), None)
+    assert 0 < max(seen.bytes.values()) <= hidden.numel() * hidden.element_size() // 2
