@@ -74,19 +74,18 @@ def columns_of(args: Arguments) -> list[int]:
     return [weight.shape[0] for weight in args.weights]
 
 
-def norms_of(args: Arguments, dtype: torch.dtype) -> list[Tensor] | None:
-    """The K norm weights."""
-    if args.norm_weight is None:
-        return None
-    return list(args.norm_weight.to(dtype).expand(len(args.offsets), -1))
+def norms_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
+    """The norm weight of each of all heads' rows: [D], or [sum N_i, D] where horizons differ."""
+    if args.norm_weight is None or args.norm_weight.dim() == 1:
+        return None if args.norm_weight is None else args.norm_weight.to(dtype)
+    pairs = zip(args.norm_weight.to(dtype), columns_of(args), strict=True)
+    return torch.cat([norm.expand(n, -1) for norm, n in pairs])
 
 
-def heads_of(args: Arguments, computed: torch.dtype, dtype: torch.dtype) -> Tensor:
+def heads_of(args: Arguments, dtype: torch.dtype) -> Tensor:
     """[sum N_i, D]: the heads with their norm weights multiplied in, one below the other."""
-    norms = norms_of(args, computed)
-    if norms is None:
-        return torch.cat(args.weights).to(dtype)
-    return torch.cat([w.to(computed) * g for w, g in zip(args.weights, norms, strict=True)]).to(dtype)
+    norms, heads = norms_of(args, dtype), torch.cat(args.weights).to(dtype)
+    return heads if norms is None else heads * norms
 
 
 def bias_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
@@ -121,7 +120,7 @@ def backward(
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
     sums = passes.window_sums(window_of(args), hidden.shape[1], computed)
-    heads, bias = heads_of(args, computed, dtype), bias_of(args, computed)
+    heads, bias = heads_of(args, dtype), bias_of(args, computed)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
@@ -186,14 +185,14 @@ def backward(
         for of_head, (p, _, a) in zip(of_heads.split(columns), per_horizon, strict=True):
             of_head += p.t() @ a.to(dtype)
         norms = norms_of(args, computed)
-        for i, of_head in enumerate(of_heads.split(columns)):
-            if want["weights"][i]:
-                gradients["weights"].append((of_head if norms is None else of_head * norms[i]).to(hidden.dtype))
+        of_weights = (of_heads if norms is None else of_heads * norms).to(hidden.dtype).split(columns)
+        gradients["weights"] = [w if wants else None for w, wants in zip(of_weights, want["weights"], strict=True)]
         if want["norm_weight"]:
             assert args.norm_weight is not None
-            pairs = zip(args.weights, of_heads.split(columns), strict=True)
-            of_norm = torch.stack([(weight * of_head).sum(0) for weight, of_head in pairs])
-            gradients["norm_weight"] = [(of_norm.sum(0) if args.norm_weight.dim() == 1 else of_norm).to(hidden.dtype)]
+            products = torch.cat(args.weights) * of_heads
+            parts = [products] if args.norm_weight.dim() == 1 else products.split(columns)
+            of_norm = torch.stack([part.sum(0) for part in parts]).view(args.norm_weight.shape)
+            gradients["norm_weight"] = [of_norm.to(hidden.dtype)]
     for wants, b, grad in zip(want["biases"], args.biases, grads, strict=False):
         if wants:
             gradients["biases"].append(torch.zeros_like(b) if grad is None else grad.sum(tuple(range(grad.dim() - 1))))

@@ -21,7 +21,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype) for n in columns]
     sums = window_sums(window_of(args), hidden.shape[1], computed)
-    heads, bias = heads_of(args, computed, dtype), bias_of(args, computed)
+    heads, bias = heads_of(args, dtype), bias_of(args, computed)
     projected = projected_of(args, sums, heads)
     copies = 0 if dtype == hidden.dtype else 1
     pieces = list(chunks(hidden, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))

@@ -231,7 +231,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     depth, total, count = hidden.shape[-1], sum(columns), len(columns)
     outputs = [torch.empty(*args.hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
     sums = window_sums(window_of(args), hidden.shape[1], torch.float32)
-    heads, bias = heads_of(args, torch.float32, hidden.dtype), bias_of(args, torch.float32)
+    heads, bias = heads_of(args, hidden.dtype), bias_of(args, torch.float32)
     projected = projected_of(args, sums, heads)
     half = hidden.element_size() == 2
     # fp32 products are made of multiplications and additions, in tiles that registers hold.

@@ -1,4 +1,4 @@
-"""What is particular to multi_horizon_linear: chunks of rows, the gradient monitor, and no temporary as large as hidden."""
+"""What is particular to multi_horizon_linear: chunks of rows, the monitor, and no temporary as large as hidden."""
 
 from __future__ import annotations
 
