@@ -21,14 +21,21 @@ constexpr size_t most_shared_bytes = 48 << 10;
 struct Frames {
   void* data;
   DType dtype;
-  int patch;     // 0: images
-  bool vectors;  // what a lane holds of a row lies together and aligned
+  int patch, shift;  // 0: images; log2 where patch is a power of 2, else -1
+  bool vectors;      // what a lane holds of a row lies together and aligned
   int64_t batch, time, channel, row, column;
   int64_t patch_row, patch_column;
 
-  __device__ int64_t row_offset(int y) const { return patch ? y / patch * patch_row + y % patch * row : y * row; }
+  __device__ int token_of(int place) const { return shift >= 0 ? place >> shift : place / patch; }
+  __device__ int64_t row_offset(int y) const {
+    if (!patch) return y * row;
+    const int token = token_of(y);
+    return token * patch_row + (y - token * patch) * row;
+  }
   __device__ int64_t column_offset(int x) const {
-    return patch ? x / patch * patch_column + x % patch * column : x * column;
+    if (!patch) return x * column;
+    const int token = token_of(x);
+    return token * patch_column + (x - token * patch) * column;
   }
   __device__ int64_t offset(int64_t b, int64_t t, int c, int y, int x) const {
     return b * batch + t * time + c * channel + row_offset(y) + column_offset(x);
@@ -56,7 +63,7 @@ struct Numbers {  // fp32 or fp64
 
 struct Parameters {
   Horizon horizons[most_horizons];
-  Pair pairs[most_pairs];
+  Pair pairs[most_pairs];        // by the far side's level, so that the near side is averaged step by step
   uint8_t order[most_horizons];  // by level, then as given: a pair's near side comes before its far side
   int count, pair_count, slots;
   Frames video;
@@ -232,7 +239,7 @@ struct Meeting {
 
 constexpr int cell = 8, held = 16, cells_of_block = threads / 4;
 
-__device__ __forceinline__ int elements_at(int level) { return level == 0 ? held : cell >> level; }
+__host__ __device__ __forceinline__ int elements_at(int level) { return level == 0 ? held : cell >> level; }
 
 // What a lane holds of a frame at a level: from row y and column x, a bit for each element that exists.
 struct Region {
@@ -324,7 +331,7 @@ __device__ __forceinline__ void store_vector(const float* from, T* to) {
 template <class Run>
 __device__ __forceinline__ void walk(const Frames& frames, int x, int columns, const Run& run) {
   int64_t offset = frames.column_offset(x);
-  int inside = frames.patch ? x % frames.patch : 0;
+  int inside = frames.patch ? x - frames.token_of(x) * frames.patch : 0;
 #pragma unroll
   for (int k = 0; k < cell; ++k) {
     if (k >= columns) break;
@@ -431,7 +438,7 @@ struct Stored<__half> {
 };
 
 template <class T>
-__global__ void __launch_bounds__(threads) patch_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant__ Parameters p) {
   Kept kept(p);
   const int terms = p.count + p.pair_count;
   for (unsigned program = blockIdx.x; program < p.programs; program += gridDim.x) {
@@ -444,62 +451,52 @@ __global__ void __launch_bounds__(threads) patch_kernel(const __grid_constant__ 
       const int i = p.order[at];
       const Horizon& h = p.horizons[i];
       if (!meeting.is_active(i)) continue;
-      const Region region = place.at(h);
-      const int elements = elements_at(h.level);
-      float gradient[held] = {};
-      if (meeting.counts(i)) {
-        float prediction[held];
-        load_prediction<T>(prediction, p, h, place, meeting);
-        average(target, target_level, h.level);
-        target_level = h.level;
+      float gradient[held] = {}, prediction[held];
+      int level = h.level;
+      // Horizon i against the frame (q = -1), then the far sides of its pairs against horizon i.
+      for (int q = -1; q < p.pair_count && meeting.counts(i); ++q) {
+        if (q >= 0 && (p.pairs[q].near != i || !meeting.counts(p.pairs[q].far))) continue;
+        const Horizon& far = p.horizons[q < 0 ? i : p.pairs[q].far];
+        const int term = q < 0 ? i : p.count + q, elements = elements_at(far.level);
+        float apart[held];
+        load_prediction<T>(apart, p, far, place, meeting);
+        if (q < 0) {
+          average(target, target_level, h.level);
+          target_level = h.level;
 #pragma unroll
-        for (int k = 0; k < held; ++k) gradient[k] = prediction[k] - target[k];
-        kept.sum(i) += losses_and_slopes(gradient, elements, place.speaks(h.level) ? region.exists : 0, p);
-        const float coefficient = kept.coefficients[i];
+          for (int k = 0; k < held; ++k) prediction[k] = apart[k], apart[k] -= target[k];
+        } else {
+          average(prediction, level, far.level);
+          level = far.level;
 #pragma unroll
-        for (int k = 0; k < held; ++k) gradient[k] *= coefficient;
-        if (h.slot >= 0) {
+          for (int k = 0; k < held; ++k) apart[k] -= prediction[k];
+        }
+        const unsigned summed = place.speaks(far.level) ? place.at(far).exists : 0;
+        kept.sum(term) += losses_and_slopes(apart, elements, summed, p);
+        const float weight = kept.coefficients[term];
+        if (far.slot >= 0) {
 #pragma unroll
           for (int k = 0; k < held; ++k) {
             if (k >= elements) break;
-            float& slot = kept.sum(terms + h.slot + k);
-            gradient[k] += slot;
-            slot = 0;
+            float& slot = kept.sum(terms + far.slot + k);
+            if (q < 0) gradient[k] = slot;
+            slot = q < 0 ? 0 : slot + weight * apart[k];
           }
         }
-        for (int q = 0; q < p.pair_count; ++q) {
-          if (p.pairs[q].near != i || !meeting.counts(p.pairs[q].far)) continue;
-          const Horizon& far = p.horizons[p.pairs[q].far];
-          const int far_elements = elements_at(far.level);
-          float apart[held], near[held];
-          load_prediction<T>(apart, p, far, place, meeting);
+        if (q < 0) {
 #pragma unroll
-          for (int k = 0; k < held; ++k) near[k] = prediction[k];
-          average(near, h.level, far.level);
+          for (int k = 0; k < held; ++k) gradient[k] += weight * apart[k];
+        } else if (p.near_learns) {
+          repeat(apart, far.level, h.level);
+          const float share = weight / static_cast<float>(1 << 2 * (far.level - h.level));
 #pragma unroll
-          for (int k = 0; k < held; ++k) apart[k] -= near[k];
-          const unsigned summed = place.speaks(far.level) ? place.at(far).exists : 0;
-          kept.sum(p.count + q) += losses_and_slopes(apart, far_elements, summed, p);
-          const float weight = kept.coefficients[p.count + q];
-          if (far.slot >= 0) {
-#pragma unroll
-            for (int k = 0; k < held; ++k) {
-              if (k >= far_elements) break;
-              kept.sum(terms + far.slot + k) += weight * apart[k];
-            }
-          }
-          if (p.near_learns) {
-            repeat(apart, far.level, h.level);
-            const float share = weight / static_cast<float>(1 << 2 * (far.level - h.level));
-#pragma unroll
-            for (int k = 0; k < held; ++k) gradient[k] -= share * apart[k];
-          }
+          for (int k = 0; k < held; ++k) gradient[k] -= share * apart[k];
         }
       }
       const Frames& to = h.gradient;
       if (to.data && place.speaks(h.level))
-        store_region<typename Stored<T>::type>(gradient, to, meeting.b * to.batch + (meeting.m - h.offset) * to.time + place.c * to.channel,
-                        region);
+        store_region<typename Stored<T>::type>(
+            gradient, to, meeting.b * to.batch + (meeting.m - h.offset) * to.time + place.c * to.channel, place.at(h));
     }
   }
   kept.write_sums(p);
@@ -532,18 +529,18 @@ __device__ __forceinline__ float prediction_at(const Parameters& p, const Horizo
   return p.residual ? made + frame_at(p, meeting.b, n, c, y, x, h.factor) : made;
 }
 
-__global__ void __launch_bounds__(threads) gather_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constant__ Parameters p) {
   Kept kept(p);
   for (unsigned program = blockIdx.x; program < p.programs; program += gridDim.x) {
     const Meeting meeting(p, program);
     for (int i = 0; i < p.count; ++i) {
       const Horizon& h = p.horizons[i];
       if (!meeting.is_active(i)) continue;
-      const int64_t elements = int64_t(p.channels) * h.height * h.width, share = (elements + p.tiles - 1) / p.tiles;
-      const int64_t end = min(elements, (meeting.tile + 1) * share);
-      for (int64_t e = meeting.tile * share + threadIdx.x; e < end; e += threads) {
-        const int x = static_cast<int>(e % h.width), y = static_cast<int>(e / h.width % h.height);
-        const int c = static_cast<int>(e / h.width / h.height);
+      // No frame has 2^31 elements, the launcher sees to it; unsigned for the sums that go beyond.
+      const unsigned elements = p.channels * h.height * h.width, share = (elements + p.tiles - 1) / p.tiles;
+      const unsigned first = min(elements, meeting.tile * share), end = min(elements, first + share);
+      for (unsigned e = first + threadIdx.x; e < end; e += threads) {
+        const int row = e / h.width, x = e - row * h.width, c = row / h.height, y = row - c * h.height;
         float gradient = 0;
         if (meeting.counts(i)) {
           const float prediction = prediction_at(p, h, meeting, c, y, x);
@@ -698,8 +695,10 @@ int64_t bytes_of(DType dtype) {
 
 Frames frames_of(const Array& array, int64_t patch, int64_t channels, int64_t width, int level) {
   const int64_t* s = array.stride;
-  Frames frames{array.data, array.dtype, static_cast<int>(patch), false, s[0], s[1], s[2], s[3], s[4], 0, 0};
+  Frames frames{array.data, array.dtype, static_cast<int>(patch), -1, false, s[0], s[1], s[2], s[3], s[4], 0, 0};
   if (patch) {
+    for (int shift = 0; shift < 31; ++shift)
+      if (patch == int64_t(1) << shift) frames.shift = shift;
     frames.channel = s[3];
     frames.column = channels * s[3];
     frames.row = patch * frames.column;
@@ -772,10 +771,11 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
     Horizon& far = p.horizons[p.pairs[q].far];
     if (far.slot >= 0 || !far.gradient.data || !p.far_learns) continue;
     far.slot = p.slots;
-    p.slots += far.level == 0 ? held : cell >> far.level;
+    p.slots += elements_at(far.level);
   }
-  std::stable_sort(p.order, p.order + p.count,
-                   [&](int i, int j) { return p.horizons[i].level < p.horizons[j].level; });
+  const auto finer = [&](int i, int j) { return p.horizons[i].level < p.horizons[j].level; };
+  std::stable_sort(p.order, p.order + p.count, finer);
+  std::stable_sort(p.pairs, p.pairs + p.pair_count, [&](Pair a, Pair b) { return finer(a.far, b.far); });
 
   if (device.term_counts)
     launch("multi_horizon_loss: counts", count_kernel, terms, threads, warps * sizeof(int64_t), stream, p,
@@ -797,10 +797,11 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
     p.slots = 0;
     tiles = (int64_t(p.channels) * p.height * p.width + threads * held - 1) / (threads * held);
   }
-  const int64_t programs = p.positions == 0 ? 0 : p.batch * p.moments * tiles;
-  if (tiles * cells_of_block >= int64_t(1) << 31 || programs >= int64_t(1) << 31)
-    throw std::invalid_argument("multi_horizon_loss: the call has " + std::to_string(programs) +
-                                " tiles, the cuda backend takes fewer than 2**31");
+  const int64_t programs = p.positions == 0 ? 0 : p.batch * p.moments * tiles, most = int64_t(1) << 31;
+  if (size[2] * size[3] * size[4] >= most || programs >= most)
+    throw std::invalid_argument("multi_horizon_loss: a frame of video must have fewer than 2**31 elements, all frames "
+                                "fewer than 2**31 tiles; they have " + std::to_string(size[2] * size[3] * size[4]) +
+                                " and " + std::to_string(programs));
   p.tiles = static_cast<int>(tiles);
   p.programs = static_cast<unsigned>(programs);
   const int64_t blocks = std::min(programs, device.partial.size[1]);
