@@ -80,4 +80,43 @@ __device__ __forceinline__ void store(void* data, DType dtype, int64_t offset, C
   }
 }
 
+inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::uint8 ? 1 : dtype == DType::float32 ? 4 : dtype == DType::float64 ? 8 : 2;
+}
+
+__device__ __forceinline__ float to_float(uint8_t value) { return value; }
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ void assign(float& to, float value) { to = value; }
+__device__ __forceinline__ void assign(__nv_bfloat16& to, float value) { to = __float2bfloat16(value); }
+__device__ __forceinline__ void assign(__half& to, float value) { to = __float2half(value); }
+
+// Together in memory, and aligned so.
+template <class T, int size>
+struct alignas(size * sizeof(T) < 16 ? size * sizeof(T) : 16) Vector {
+  T values[size];
+};
+
+template <class T, int size>
+__device__ __forceinline__ void load_vector(float* to, const T* from) {
+  const auto vector = *reinterpret_cast<const Vector<T, size>*>(from);
+#pragma unroll
+  for (int k = 0; k < size; ++k) to[k] = to_float(vector.values[k]);
+}
+
+template <class T, int size>
+__device__ __forceinline__ void store_vector(const float* from, T* to) {
+  Vector<T, size> vector;
+#pragma unroll
+  for (int k = 0; k < size; ++k) assign(vector.values[k], from[k]);
+  *reinterpret_cast<Vector<T, size>*>(to) = vector;
+}
+
+template <class V>
+__device__ __forceinline__ V warp_sum(V value) {
+  for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(~0u, value, bits);
+  return value;
+}
+
 }  // namespace mfwm::cuda

@@ -61,11 +61,13 @@ def made(suffix: str, parts: list[Path], command: list[str]) -> Path:
 
 def compile_module(sources: Path) -> Path:
     """The module of `sources`, a csrc folder."""
-    headers = sorted([*sources.glob("*.h"), *sources.glob("cuda/*.cuh"), *HERE.glob("*.h")], key=lambda path: path.name)
+    headers = sorted([*sources.glob("*.h"), *HERE.glob("*.h")], key=lambda path: path.name)
+    cuda_headers = sorted(sources.glob("cuda/*.cuh"), key=lambda path: path.name)
 
     def compiled(source: Path) -> Path:
-        options = [*TRAPS, "-x", "c++"] if source.suffix == ".cu" else []
-        return made(".o", [source, *headers], ["g++", *FLAGS, *options, "-c"])
+        if source.suffix == ".cu":
+            return made(".o", [source, *headers, *cuda_headers], ["g++", *FLAGS, *TRAPS, "-x", "c++", "-c"])
+        return made(".o", [source, *headers], ["g++", *FLAGS, "-c"])
 
     units = [sources / "bindings.cpp", *sorted(sources.glob("cuda/*.cu")), HERE / "emulator.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

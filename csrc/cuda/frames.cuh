@@ -1,0 +1,178 @@
+// Frames in image or token layout, and patches of them in registers: what the lanes of a warp hold, and averages of it.
+#pragma once
+
+#include <algorithm>
+
+#include "common.cuh"
+
+namespace mfwm::cuda {
+
+// A cell is 8 x 8 pixels of a channel, and four lanes of a warp share it, two rows each:
+//
+//   level   factor   a lane holds    lanes that hold the same
+//   0       1        2 rows of 8     1
+//   1       2        4               1
+//   2       4        2               2
+//   3       8        1               4
+//
+// Averages stay inside a lane, or come from the lanes with the other rows. Lanes that hold the same compute the same,
+// and the first of them speaks for all.
+
+constexpr int cell = 8, held = 16;
+
+__host__ __device__ __forceinline__ int elements_at(int level) { return level == 0 ? held : cell >> level; }
+
+// What a lane holds of a frame at a level: from row y and column x, a bit for each element that exists.
+struct Region {
+  int level, y, x;
+  unsigned exists;
+};
+
+// Frames [b, t, c, y, x] as images, or cut into tokens with features in (row, column, channel) order.
+struct Frames {
+  void* data;
+  DType dtype;
+  int patch, shift;  // 0: images; log2 where patch is a power of 2, else -1
+  bool vectors;      // what a lane holds of a row lies together and aligned
+  int64_t batch, time, channel, row, column;
+  int64_t patch_row, patch_column;
+
+  __device__ int token_of(int place) const { return shift >= 0 ? place >> shift : place / patch; }
+  __device__ int64_t row_offset(int y) const {
+    if (!patch) return y * row;
+    const int token = token_of(y);
+    return token * patch_row + (y - token * patch) * row;
+  }
+  __device__ int64_t column_offset(int x) const {
+    if (!patch) return x * column;
+    const int token = token_of(x);
+    return token * patch_column + (x - token * patch) * column;
+  }
+  __device__ int64_t offset(int64_t b, int64_t t, int c, int y, int x) const {
+    return b * batch + t * time + c * channel + row_offset(y) + column_offset(x);
+  }
+};
+
+inline Frames frames_of(const Array& array, int64_t patch, int64_t channels, int64_t width, int level) {
+  const int64_t* s = array.stride;
+  Frames frames{array.data, array.dtype, static_cast<int>(patch), -1, false, s[0], s[1], s[2], s[3], s[4], 0, 0};
+  if (patch) {
+    for (int shift = 0; shift < 31; ++shift)
+      if (patch == int64_t(1) << shift) frames.shift = shift;
+    frames.channel = s[3];
+    frames.column = channels * s[3];
+    frames.row = patch * frames.column;
+    frames.patch_column = s[2];
+    frames.patch_row = width / patch * s[2];
+    return frames;
+  }
+  const int64_t bytes = bytes_of(array.dtype), together = std::min<int64_t>(16, (cell >> std::min(level, 3)) * bytes);
+  frames.vectors = s[4] == 1 && reinterpret_cast<uintptr_t>(array.data) % together == 0;
+  for (int axis = 0; axis < 4; ++axis)
+    frames.vectors = frames.vectors && (array.size[axis] == 1 || s[axis] * bytes % together == 0);
+  return frames;
+}
+
+// Averages of averages: what a lane holds at level `from` becomes what it holds at the coarser level `to`.
+__device__ __forceinline__ void average(float (&v)[held], int from, int to) {
+  if (from < 1 && to >= 1) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = 0.25f * (v[2 * k] + v[2 * k + 1] + v[cell + 2 * k] + v[cell + 2 * k + 1]);
+  }
+  if (from < 2 && to >= 2) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float pair = v[2 * k] + v[2 * k + 1];
+      v[k] = 0.25f * (pair + __shfl_xor_sync(~0u, pair, 8));
+    }
+  }
+  if (from < 3 && to >= 3) {
+    const float pair = v[0] + v[1];
+    v[0] = 0.25f * (pair + __shfl_xor_sync(~0u, pair, 16));
+  }
+}
+
+// Each value as often as it has elements at the finer level `to`.
+__device__ __forceinline__ void repeat(float (&v)[held], int from, int to) {
+  if (from >= 3 && to < 3) v[1] = v[0];
+  if (from >= 2 && to < 2) {
+    v[3] = v[2] = v[1];
+    v[1] = v[0];
+  }
+  if (from >= 1 && to < 1) {
+#pragma unroll
+    for (int k = cell - 1; k >= 0; --k) v[k] = v[cell + k] = v[k / 2];
+  }
+}
+
+// run(k, offset) for the elements of a row from column x on.
+template <class Run>
+__device__ __forceinline__ void walk(const Frames& frames, int x, int columns, const Run& run) {
+  int64_t offset = frames.column_offset(x);
+  int inside = frames.patch ? x - frames.token_of(x) * frames.patch : 0;
+#pragma unroll
+  for (int k = 0; k < cell; ++k) {
+    if (k >= columns) break;
+    run(k, offset);
+    offset += frames.column;
+    if (++inside == frames.patch) {
+      inside = 0;
+      offset += frames.patch_column - frames.patch * frames.column;
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void load_region(float (&v)[held], const Frames& frames, int64_t start, const Region& region) {
+  const int columns = cell >> region.level;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    if (row > 0 && region.level > 0) break;
+    const unsigned exists = region.exists >> (cell * row), all = (1u << columns) - 1;
+    const T* from = static_cast<const T*>(frames.data) + start + frames.row_offset(region.y + row);
+    float* to = v + cell * row;
+    if (frames.vectors && (exists & all) == all) {
+      from += region.x;
+      if (region.level == 0)
+        load_vector<T, 8>(to, from);
+      else if (region.level == 1)
+        load_vector<T, 4>(to, from);
+      else if (region.level == 2)
+        load_vector<T, 2>(to, from);
+      else
+        load_vector<T, 1>(to, from);
+    } else {
+      walk(frames, region.x, columns, [&](int k, int64_t at) { to[k] = exists >> k & 1 ? to_float(from[at]) : 0.f; });
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_region(const float (&v)[held], const Frames& frames, int64_t start,
+                                             const Region& region) {
+  const int columns = cell >> region.level;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    if (row > 0 && region.level > 0) break;
+    const unsigned exists = region.exists >> (cell * row), all = (1u << columns) - 1;
+    T* to = static_cast<T*>(frames.data) + start + frames.row_offset(region.y + row);
+    const float* from = v + cell * row;
+    if (frames.vectors && (exists & all) == all) {
+      to += region.x;
+      if (region.level == 0)
+        store_vector<T, 8>(from, to);
+      else if (region.level == 1)
+        store_vector<T, 4>(from, to);
+      else if (region.level == 2)
+        store_vector<T, 2>(from, to);
+      else
+        store_vector<T, 1>(from, to);
+    } else {
+      walk(frames, region.x, columns, [&](int k, int64_t at) {
+        if (exists >> k & 1) assign(to[at], from[k]);
+      });
+    }
+  }
+}
+
+}  // namespace mfwm::cuda

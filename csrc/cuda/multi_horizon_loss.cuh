@@ -1,0 +1,179 @@
+// What the kernels of multi_horizon_loss take, and what they share: losses, counts, sums, and which horizons meet.
+#pragma once
+
+#include "frames.cuh"
+
+namespace mfwm::cuda {
+
+constexpr int most_horizons = 16, most_pairs = most_horizons * (most_horizons - 1) / 2;
+constexpr int threads = 128, warps = threads / 32;
+
+struct Horizon {
+  Frames pred, gradient;  // gradient.data is null where it is not wanted
+  int64_t offset;
+  int factor, height, width;
+  int level;  // factor = 2^level in patch_kernel
+  int slot;   // where the slopes of its pairs are kept for it; -1: nowhere
+};
+
+struct Pair {
+  uint8_t near, far;
+};
+
+struct Numbers {  // fp32 or fp64
+  const void* data;
+  DType dtype;
+  int64_t step[2];
+  __device__ float at(int i, int j) const { return load<float>(data, dtype, i * step[0] + j * step[1]); }
+};
+
+struct Parameters {
+  Horizon horizons[most_horizons];
+  Pair pairs[most_pairs];        // by the far side's level, so that the near side is averaged step by step
+  uint8_t order[most_horizons];  // by level, then as given: a pair's near side comes before its far side
+  int count, pair_count, slots;
+  Frames video;
+  Array segment_ids;
+  Numbers weights, pair_weights;
+  int64_t batch, frames, positions, first_moment, moments;
+  int channels, height, width, cells_y, cells_x, tiles;
+  unsigned programs;
+  bool channels_fastest, residual, near_learns, far_learns;
+  LossKind kind;
+  float scale, shift, delta, eps;
+  const int64_t* term_counts;  // null: every position that has a frame counts
+  float* partial;              // [terms, blocks]
+};
+static_assert(sizeof(Parameters) <= 4096, "what a kernel takes");
+
+// The loss of `d`; d becomes its derivative.
+template <LossKind kind>
+__device__ __forceinline__ float loss_of(float& d, float delta, float eps) {
+  const float given = d, size = fabsf(d);
+  if constexpr (kind == LossKind::mse) {
+    d = 2 * given;
+    return given * given;
+  } else if constexpr (kind == LossKind::l1) {
+    d = given > 0 ? 1.f : given < 0 ? -1.f : given;  // 0, or NaN
+    return size;
+  } else if constexpr (kind == LossKind::huber) {
+    d = given > delta ? delta : given < -delta ? -delta : given;
+    return size > delta ? delta * (size - 0.5f * delta) : 0.5f * given * given;
+  } else {
+    const float root = sqrtf(given * given + eps * eps);
+    d = given / root;
+    return root;
+  }
+}
+
+// The sum of the losses of the elements of `d` in `summed`; the first `count` of d become derivatives.
+template <LossKind kind, int size>
+__device__ __forceinline__ float losses_of(float (&d)[size], int count, unsigned summed, const Parameters& p) {
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < size; ++k) {
+    if (k >= count) break;
+    const float loss = loss_of<kind>(d[k], p.delta, p.eps);
+    if (summed >> k & 1) sum += loss;
+  }
+  return sum;
+}
+
+template <int size>
+__device__ __forceinline__ float losses_and_slopes(float (&d)[size], int count, unsigned summed, const Parameters& p) {
+  switch (p.kind) {
+    case LossKind::mse: return losses_of<LossKind::mse>(d, count, summed, p);
+    case LossKind::l1: return losses_of<LossKind::l1>(d, count, summed, p);
+    case LossKind::huber: return losses_of<LossKind::huber>(d, count, summed, p);
+    default: return losses_of<LossKind::charbonnier>(d, count, summed, p);
+  }
+}
+
+__device__ __forceinline__ int64_t segment_at(const Array& segments, int64_t b, int64_t t) {
+  const int64_t at = b * segments.stride[0] + t * segments.stride[1];
+  return segments.dtype == DType::int32 ? static_cast<const int32_t*>(segments.data)[at]
+                                        : static_cast<const int64_t*>(segments.data)[at];
+}
+
+// The far side of a pair stands at n, its near side `apart` later; a horizon is a pair with itself.
+struct Span {
+  int far;
+  int64_t apart, elements;
+};
+
+__device__ __forceinline__ Span span_of(const Parameters& p, int term) {
+  const Pair pair = term < p.count ? Pair{static_cast<uint8_t>(term), static_cast<uint8_t>(term)} : p.pairs[term - p.count];
+  const Horizon& far = p.horizons[pair.far];
+  return {pair.far, far.offset - p.horizons[pair.near].offset, int64_t(p.channels) * far.height * far.width};
+}
+
+__device__ __forceinline__ int64_t count_of(const Parameters& p, int term) {
+  if (p.term_counts) return p.term_counts[term];
+  const Span span = span_of(p, term);
+  const int64_t inside = min(p.positions - span.apart, p.frames - p.horizons[span.far].offset);
+  return inside > 0 ? p.batch * inside * span.elements : 0;
+}
+
+__device__ __forceinline__ float inverse_count(const Parameters& p, int term) {
+  const int64_t count = count_of(p, term);
+  return count > 0 ? 1.f / static_cast<float>(count) : 0.f;
+}
+
+__device__ __forceinline__ float weight_of(const Parameters& p, int term) {
+  if (term < p.count) return p.weights.at(term, 0);
+  const Pair pair = p.pairs[term - p.count];
+  return p.pair_weights.at(pair.near, pair.far);
+}
+
+// What a block keeps in shared memory: the terms' coefficients in the gradient, and columns of each thread's own (the
+// sums of the terms, then the slots), which need no barrier.
+struct Kept {
+  float* coefficients;
+  float* column;
+
+  __device__ explicit Kept(const Parameters& p) : coefficients(dynamic_shared<float>()) {
+    const int terms = p.count + p.pair_count;
+    column = coefficients + terms + threadIdx.x;
+    for (int term = threadIdx.x; term < terms; term += threads)
+      coefficients[term] = weight_of(p, term) * inverse_count(p, term);
+    for (int k = 0; k < terms + p.slots; ++k) column[k * threads] = 0;
+    __syncthreads();
+  }
+  __device__ float& sum(int term) { return column[term * threads]; }
+
+  __device__ void write_sums(const Parameters& p) {
+    const int lane = threadIdx.x % 32, terms = p.count + p.pair_count;
+    __syncthreads();
+    for (int term = threadIdx.x / 32; term < terms; term += warps) {
+      float sum = 0;
+      for (int k = lane; k < threads; k += 32) sum += coefficients[terms + term * threads + k];
+      sum = warp_sum(sum);
+      if (lane == 0) p.partial[int64_t(term) * gridDim.x + blockIdx.x] = sum;
+    }
+  }
+};
+
+// A tile of frame m of clip b, and a bit per horizon: it has a position that predicts m (active), and it counts.
+struct Meeting {
+  int64_t b, m;
+  int tile;
+  unsigned active = 0, counted = 0;
+
+  __device__ Meeting(const Parameters& p, unsigned program) {
+    tile = static_cast<int>(program % static_cast<unsigned>(p.tiles));
+    const unsigned moment = program / static_cast<unsigned>(p.tiles), moments = static_cast<unsigned>(p.moments);
+    b = moment / moments;
+    m = p.first_moment + moment % moments;
+    for (int i = 0; i < p.count; ++i) {
+      const int64_t n = m - p.horizons[i].offset;
+      if (n < 0 || n >= p.positions) continue;
+      active |= 1u << i;
+      if (m < p.frames && (p.segment_ids.rank < 0 || segment_at(p.segment_ids, b, n) == segment_at(p.segment_ids, b, m)))
+        counted |= 1u << i;
+    }
+  }
+  __device__ bool is_active(int i) const { return active >> i & 1; }
+  __device__ bool counts(int i) const { return counted >> i & 1; }
+};
+
+}  // namespace mfwm::cuda
