@@ -19,7 +19,7 @@ from mfwm_kernels import Horizons, multi_horizon_loss
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
 from mfwm_kernels.ops.multi_horizon_loss import KINDS
 from mfwm_kernels.ops.video_pyramid import output_shape
-from mfwm_kernels.registry import OPS, use_backend
+from mfwm_kernels.registry import OPS, BackendError, use_backend
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -135,6 +135,19 @@ def test_no_gradient_wanted_and_an_upstream_gradient_of_1() -> None:
         without = multi_horizon_loss(**kwargs)
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(with_gradients), tensors_of(without), strict=True))
     assert all(torch.equal(2 * a, b) for a, b in zip(gradients_of_1, gradients_of_2, strict=True))
+
+
+def test_calls_that_it_does_not_serve_are_refused() -> None:
+    kwargs, _ = random_loss(3)
+    many = Horizons(tuple(range(17)), (1,) * 17)
+    frames = torch.zeros(1, 2, 1, 2, 2)
+    with emulated_cuda(Fences("start")), use_backend("cuda"):
+        with pytest.raises(BackendError, match="not float64"):
+            multi_horizon_loss(**doubled(kwargs))
+        with pytest.raises(BackendError, match="video is float64"):
+            multi_horizon_loss([frames], frames.double(), Horizons.next_frame())
+        with pytest.raises(BackendError, match="16 horizons, these are 17"):
+            multi_horizon_loss([frames] * 17, frames, many)
 
 
 # name: (op, file, what stands there, what stands there instead, what is seen)

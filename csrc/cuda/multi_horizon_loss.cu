@@ -315,12 +315,13 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
   p.shift = static_cast<float>(op.shift);
   p.delta = static_cast<float>(op.delta);
   p.eps = static_cast<float>(op.eps);
-  p.near_learns = op.detach != Detach::near;
-  p.far_learns = op.detach != Detach::far;
+  bool by_patches = true, any_gradient = false;
+  for (const Array& gradient : op.gradients) any_gradient = any_gradient || gradient;
+  p.near_learns = any_gradient && op.detach != Detach::near;
+  p.far_learns = any_gradient && op.detach != Detach::far;
   p.partial = static_cast<float*>(device.partial.data);
   p.term_counts = static_cast<const int64_t*>(device.term_counts.data);
 
-  bool by_patches = true, any_gradient = false;
   for (int i = 0; i < p.count; ++i) {
     Horizon& h = p.horizons[i];
     h.factor = static_cast<int>(op.factors[i]);
@@ -332,7 +333,6 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
     const int64_t patch = op.patch_sizes.empty() ? 0 : op.patch_sizes[i];
     h.pred = frames_of(op.preds[i], patch, p.channels, h.width, h.level);
     if (op.gradients[i]) h.gradient = frames_of(op.gradients[i], patch, p.channels, h.width, h.level);
-    any_gradient = any_gradient || op.gradients[i];
     h.slot = -1;
     p.order[i] = static_cast<uint8_t>(i);
   }
