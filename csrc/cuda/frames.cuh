@@ -22,6 +22,18 @@ constexpr int cell = 8, held = 16;
 
 __host__ __device__ __forceinline__ int elements_at(int level) { return level == 0 ? held : cell >> level; }
 
+// body(k) for the `count` elements of a level, by few branches and with k known to the compiler.
+template <class Body>
+__device__ __forceinline__ void for_elements(int count, const Body& body) {
+  body(0);
+  if (count > 1) body(1);
+  if (count > 2) body(2), body(3);
+  if (count > 4) {
+#pragma unroll
+    for (int k = 4; k < held; ++k) body(k);
+  }
+}
+
 // What a lane holds of a frame at a level: from row y and column x, a bit for each element that exists.
 struct Region {
   int level, y, x;
@@ -123,7 +135,8 @@ __device__ __forceinline__ void walk(const Frames& frames, int x, int columns, c
 }
 
 template <class T>
-__device__ __forceinline__ void load_region(float (&v)[held], const Frames& frames, int64_t start, const Region& region) {
+__device__ __forceinline__ void load_region(float (&v)[held], const Frames& frames, int64_t start,
+                                            const Region& region) {
   const int columns = cell >> region.level;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

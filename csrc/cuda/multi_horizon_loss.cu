@@ -84,7 +84,8 @@ struct Stored<__half> {
   using type = float;
 };
 
-// Four blocks a multiprocessor leave 128 registers, enough for all that a thread holds; left to itself the compiler spills.
+// Four blocks a multiprocessor leave a thread 128 registers, enough for what it holds; without the 4 the compiler takes
+// fewer and spills.
 template <class T>
 __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant__ Parameters p) {
   Kept kept(p);
@@ -111,34 +112,34 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
         if (q < 0) {
           average(target, target_level, h.level);
           target_level = h.level;
-#pragma unroll
-          for (int k = 0; k < held; ++k) prediction[k] = apart[k], apart[k] -= target[k];
+          for_elements(elements, [&](int k) { prediction[k] = apart[k], apart[k] -= target[k]; });
         } else {
           average(prediction, level, far.level);
           level = far.level;
-#pragma unroll
-          for (int k = 0; k < held; ++k) apart[k] -= prediction[k];
+          for_elements(elements, [&](int k) { apart[k] -= prediction[k]; });
         }
         const unsigned summed = place.speaks(far.level) ? place.at(far).exists : 0;
-        kept.sum(term) += losses_and_slopes(apart, elements, summed, p);
+        kept.sum(term) += with_kind(p.kind, [&](auto kind) {
+          float sum = 0;
+          for_elements(elements, [&](int k) {
+            const float loss = loss_of<decltype(kind)::value>(apart[k], p.delta, p.eps);
+            if (summed >> k & 1) sum += loss;
+          });
+          return sum;
+        });
         const float weight = kept.coefficients[term];
-        if (far.slot >= 0) {
-#pragma unroll
-          for (int k = 0; k < held; ++k) {
-            if (k >= elements) break;
+        if (far.slot >= 0)
+          for_elements(elements, [&](int k) {
             float& slot = kept.sum(terms + far.slot + k);
             if (q < 0) gradient[k] = slot;
             slot = q < 0 ? 0 : slot + weight * apart[k];
-          }
-        }
+          });
         if (q < 0) {
-#pragma unroll
-          for (int k = 0; k < held; ++k) gradient[k] += weight * apart[k];
+          for_elements(elements, [&](int k) { gradient[k] += weight * apart[k]; });
         } else if (p.near_learns) {
           repeat(apart, far.level, h.level);
           const float share = weight / static_cast<float>(1 << 2 * (far.level - h.level));
-#pragma unroll
-          for (int k = 0; k < held; ++k) gradient[k] -= share * apart[k];
+          for_elements(elements_at(h.level), [&](int k) { gradient[k] -= share * apart[k]; });
         }
       }
       const Frames& to = h.gradient;
@@ -170,8 +171,8 @@ __device__ __forceinline__ float frame_at(const Parameters& p, int64_t b, int64_
   });
 }
 
-__device__ __forceinline__ float prediction_at(const Parameters& p, const Horizon& h, const Meeting& meeting, int c, int y,
-                                               int x) {
+__device__ __forceinline__ float prediction_at(const Parameters& p, const Horizon& h, const Meeting& meeting, int c,
+                                               int y, int x) {
   const int64_t n = meeting.m - h.offset;
   const float made = load<float>(h.pred.data, h.pred.dtype, h.pred.offset(meeting.b, n, c, y, x));
   return p.residual ? made + frame_at(p, meeting.b, n, c, y, x, h.factor) : made;
@@ -192,9 +193,12 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
         float gradient = 0;
         if (meeting.counts(i)) {
           const float prediction = prediction_at(p, h, meeting, c, y, x);
-          float d[1] = {prediction - frame_at(p, meeting.b, meeting.m, c, y, x, h.factor)};
-          kept.sum(i) += losses_and_slopes(d, 1, 1, p);
-          gradient = kept.coefficients[i] * d[0];
+          float d = prediction - frame_at(p, meeting.b, meeting.m, c, y, x, h.factor);
+          const auto loss_of_d = [&] {
+            return with_kind(p.kind, [&](auto kind) { return loss_of<decltype(kind)::value>(d, p.delta, p.eps); });
+          };
+          kept.sum(i) += loss_of_d();
+          gradient = kept.coefficients[i] * d;
           for (int q = 0; q < p.pair_count; ++q) {
             const Pair pair = p.pairs[q];
             const bool is_far = pair.far == i, learns = is_far ? p.far_learns : p.near_learns;
@@ -202,13 +206,13 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
             if (!meeting.counts(pair.near) || !meeting.counts(pair.far)) continue;
             const Horizon &near = p.horizons[pair.near], &far = p.horizons[pair.far];
             const int ratio = far.factor / near.factor, far_y = is_far ? y : y / ratio, far_x = is_far ? x : x / ratio;
-            d[0] = is_far ? prediction : prediction_at(p, far, meeting, c, far_y, far_x);
-            d[0] -= mean_of_box(far_y, far_x, ratio, [&](int row, int column) {
+            d = is_far ? prediction : prediction_at(p, far, meeting, c, far_y, far_x);
+            d -= mean_of_box(far_y, far_x, ratio, [&](int row, int column) {
               return prediction_at(p, near, meeting, c, row, column);
             });
-            const float loss = losses_and_slopes(d, 1, 1, p), weight = kept.coefficients[p.count + q];
+            const float loss = loss_of_d(), weight = kept.coefficients[p.count + q];
             if (is_far) kept.sum(p.count + q) += loss;
-            if (learns) gradient += is_far ? weight * d[0] : -weight * d[0] / (static_cast<float>(ratio) * ratio);
+            if (learns) gradient += is_far ? weight * d : -weight * d / (static_cast<float>(ratio) * ratio);
           }
         }
         if (h.gradient.data)

@@ -1,6 +1,8 @@
 // What the kernels of multi_horizon_loss take, and what they share: losses, counts, sums, and which horizons meet.
 #pragma once
 
+#include <type_traits>
+
 #include "frames.cuh"
 
 namespace mfwm::cuda {
@@ -66,26 +68,14 @@ __device__ __forceinline__ float loss_of(float& d, float delta, float eps) {
   }
 }
 
-// The sum of the losses of the elements of `d` in `summed`; the first `count` of d become derivatives.
-template <LossKind kind, int size>
-__device__ __forceinline__ float losses_of(float (&d)[size], int count, unsigned summed, const Parameters& p) {
-  float sum = 0;
-#pragma unroll
-  for (int k = 0; k < size; ++k) {
-    if (k >= count) break;
-    const float loss = loss_of<kind>(d[k], p.delta, p.eps);
-    if (summed >> k & 1) sum += loss;
-  }
-  return sum;
-}
-
-template <int size>
-__device__ __forceinline__ float losses_and_slopes(float (&d)[size], int count, unsigned summed, const Parameters& p) {
-  switch (p.kind) {
-    case LossKind::mse: return losses_of<LossKind::mse>(d, count, summed, p);
-    case LossKind::l1: return losses_of<LossKind::l1>(d, count, summed, p);
-    case LossKind::huber: return losses_of<LossKind::huber>(d, count, summed, p);
-    default: return losses_of<LossKind::charbonnier>(d, count, summed, p);
+// body(kind), with the kind as a constant.
+template <class Body>
+__device__ __forceinline__ float with_kind(LossKind kind, const Body& body) {
+  switch (kind) {
+    case LossKind::mse: return body(std::integral_constant<LossKind, LossKind::mse>{});
+    case LossKind::l1: return body(std::integral_constant<LossKind, LossKind::l1>{});
+    case LossKind::huber: return body(std::integral_constant<LossKind, LossKind::huber>{});
+    default: return body(std::integral_constant<LossKind, LossKind::charbonnier>{});
   }
 }
 
@@ -102,7 +92,8 @@ struct Span {
 };
 
 __device__ __forceinline__ Span span_of(const Parameters& p, int term) {
-  const Pair pair = term < p.count ? Pair{static_cast<uint8_t>(term), static_cast<uint8_t>(term)} : p.pairs[term - p.count];
+  const auto itself = static_cast<uint8_t>(term);
+  const Pair pair = term < p.count ? Pair{itself, itself} : p.pairs[term - p.count];
   const Horizon& far = p.horizons[pair.far];
   return {pair.far, far.offset - p.horizons[pair.near].offset, int64_t(p.channels) * far.height * far.width};
 }
@@ -168,7 +159,8 @@ struct Meeting {
       const int64_t n = m - p.horizons[i].offset;
       if (n < 0 || n >= p.positions) continue;
       active |= 1u << i;
-      if (m < p.frames && (p.segment_ids.rank < 0 || segment_at(p.segment_ids, b, n) == segment_at(p.segment_ids, b, m)))
+      if (m >= p.frames) continue;
+      if (p.segment_ids.rank < 0 || segment_at(p.segment_ids, b, n) == segment_at(p.segment_ids, b, m))
         counted |= 1u << i;
     }
   }
