@@ -3,6 +3,8 @@
 // in shared memory, pixels are read from global memory for each output.
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "common.cuh"
 
@@ -14,7 +16,7 @@ constexpr int threads = 256;
 
 struct Output {
   Array array;
-  int64_t factor, patch;  // patch 0: image layout
+  int factor, patch;  // patch 0: image layout
 };
 
 struct Parameters {
@@ -22,40 +24,43 @@ struct Parameters {
   Output outputs[most_outputs];
   int count;
   double scale, shift;
-  int64_t tile_height, tile_width, tiles_y, tiles_x, tiles;
+  int tile_height, tile_width, tiles_y, tiles_x;
+  unsigned tiles;
 };
 
-__device__ __forceinline__ int64_t offset_of(const Output& output, int64_t channels, int64_t width, int64_t b, int64_t t,
-                                             int64_t c, int64_t y, int64_t x) {
+__device__ __forceinline__ int64_t offset_of(const Output& output, int channels, int width, int64_t b, int64_t t, int c,
+                                             int y, int x) {
   const int64_t* s = output.array.stride;
   if (output.patch == 0) return b * s[0] + t * s[1] + c * s[2] + y * s[3] + x * s[4];
-  const int64_t patch = output.patch, token = (y / patch) * (width / patch) + x / patch;
-  const int64_t feature = ((y % patch) * patch + x % patch) * channels + c;
+  const int patch = output.patch, feature = ((y % patch) * patch + x % patch) * channels + c;
+  const int64_t token = int64_t(y / patch) * (width / patch) + x / patch;
   return b * s[0] + t * s[1] + token * s[2] + feature * s[3];
 }
 
 // Left to itself the compiler takes fewer registers and spills.
 template <class C, bool in_shared>
-__global__ void __launch_bounds__(threads, 4) pyramid_kernel(const Parameters p) {
+__global__ void __launch_bounds__(threads, 4) pyramid_kernel(const __grid_constant__ Parameters p) {
   C* tile = dynamic_shared<C>();
   const C scale = static_cast<C>(p.scale), shift = static_cast<C>(p.shift);
-  const int64_t frames = p.video.size[1], channels = p.video.size[2], height = p.video.size[3], width = p.video.size[4];
+  const int frames = static_cast<int>(p.video.size[1]), channels = static_cast<int>(p.video.size[2]);
+  const int height = static_cast<int>(p.video.size[3]), width = static_cast<int>(p.video.size[4]);
   const int64_t* s = p.video.stride;
-  for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-    const int64_t left = index % p.tiles_x * p.tile_width, top = index / p.tiles_x % p.tiles_y * p.tile_height;
-    const int64_t c = index / (p.tiles_x * p.tiles_y) % channels, frame = index / (p.tiles_x * p.tiles_y * channels);
+  for (unsigned index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    const int left = static_cast<int>(index % p.tiles_x) * p.tile_width;
+    const int top = static_cast<int>(index / p.tiles_x % p.tiles_y) * p.tile_height;
+    const unsigned plane = index / p.tiles_x / p.tiles_y, frame = plane / channels;
+    const int c = static_cast<int>(plane % channels);
     const int64_t b = frame / frames, t = frame % frames;
-    const int rows = static_cast<int>(min(p.tile_height, height - top));
-    const int columns = static_cast<int>(min(p.tile_width, width - left));
+    const int rows = min(p.tile_height, height - top), columns = min(p.tile_width, width - left);
     const int64_t start = b * s[0] + t * s[1] + c * s[2] + top * s[3] + left * s[4];
     if (in_shared) {
       for (int k = threadIdx.x; k < rows * columns; k += threads)
-        tile[k] = load<C>(p.video.data, p.video.dtype, start + (k / columns) * s[3] + (k % columns) * s[4]) * scale + shift;
+        tile[k] = load<C>(p.video.data, p.video.dtype, start + int64_t(k / columns) * s[3] + (k % columns) * s[4]) * scale + shift;
       __syncthreads();
     }
     for (int i = 0; i < p.count; ++i) {
       const Output& output = p.outputs[i];
-      const int factor = static_cast<int>(output.factor), out_columns = columns / factor;
+      const int factor = output.factor, out_columns = columns / factor;
       const int out_elements = (rows / factor) * out_columns;
       for (int k = threadIdx.x; k < out_elements; k += threads) {
         const int y = k / out_columns, x = k % out_columns;
@@ -85,21 +90,27 @@ void run(const VideoPyramid& op, cudaStream_t stream) {
   p.video = op.video;
   p.scale = op.scale;
   p.shift = op.shift;
-  p.tile_width = std::min(size[4], fits ? std::max(step, 128 / step * step) : step);
-  p.tile_width = fits && p.tile_width * step > most_elements ? step : p.tile_width;
-  p.tile_height = std::min(size[3], fits ? std::max(step, most_elements / p.tile_width / step * step) : step);
-  p.tiles_y = (size[3] + p.tile_height - 1) / p.tile_height;
-  p.tiles_x = (size[4] + p.tile_width - 1) / p.tile_width;
-  p.tiles = size[0] * size[1] * size[2] * p.tiles_y * p.tiles_x;
-  if (p.tiles == 0) return;
-  const int64_t blocks = std::min<int64_t>(p.tiles, (int64_t(1) << 31) - 1);
-  const size_t shared = fits ? static_cast<size_t>(p.tile_width * p.tile_height) * sizeof(C) : 0;
+  int64_t tile_width = std::min(size[4], fits ? std::max(step, 128 / step * step) : step);
+  if (fits && tile_width * step > most_elements) tile_width = step;
+  const int64_t tile_height = std::min(size[3], fits ? std::max(step, most_elements / tile_width / step * step) : step);
+  const int64_t tiles_y = (size[3] + tile_height - 1) / tile_height, tiles_x = (size[4] + tile_width - 1) / tile_width;
+  const int64_t tiles = size[0] * size[1] * size[2] * tiles_y * tiles_x;
+  if (tiles == 0) return;
+  if (tiles >= int64_t(1) << 31)
+    throw std::invalid_argument("video_pyramid: the call has " + std::to_string(tiles) +
+                                " tiles, the cuda backend takes fewer than 2**31");
+  p.tile_height = static_cast<int>(tile_height);
+  p.tile_width = static_cast<int>(tile_width);
+  p.tiles_y = static_cast<int>(tiles_y);
+  p.tiles_x = static_cast<int>(tiles_x);
+  p.tiles = static_cast<unsigned>(tiles);
+  const size_t shared = fits ? static_cast<size_t>(tile_width * tile_height) * sizeof(C) : 0;
   for (size_t first = 0; first < op.outputs.size(); first += most_outputs) {
     p.count = static_cast<int>(std::min<size_t>(most_outputs, op.outputs.size() - first));
     for (int i = 0; i < p.count; ++i)
-      p.outputs[i] = {op.outputs[first + i], op.factors[first + i],
-                      op.patch_sizes.empty() ? 0 : op.patch_sizes[first + i]};
-    launch("video_pyramid", fits ? pyramid_kernel<C, true> : pyramid_kernel<C, false>, blocks, threads, shared, stream, p);
+      p.outputs[i] = {op.outputs[first + i], static_cast<int>(op.factors[first + i]),
+                      op.patch_sizes.empty() ? 0 : static_cast<int>(op.patch_sizes[first + i])};
+    launch("video_pyramid", fits ? pyramid_kernel<C, true> : pyramid_kernel<C, false>, tiles, threads, shared, stream, p);
   }
 }
 
