@@ -46,12 +46,23 @@ struct Heads {
     return row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
   }
 
-  MFWM_INLINE C scale_of(const C* __restrict h, const C* __restrict add) const {
-    const C squares = sum_of<C>(depth, [=](int64_t d) __attribute__((always_inline)) {
-      const C value = h[d] + add[d];
-      return value * value;
-    });
-    return C(1) / std::sqrt(squares / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
+  // scales[i] = r_i of every horizon. Four at a time: their sums wait for themselves, not for each other.
+  MFWM_INLINE void scales_of(const C* h, int64_t position, C* scales) const {
+    for (int64_t i = 0; i < horizons; i += 4) {
+      const int64_t last = horizons - 1;
+      const C *a = window_sum(position, i), *b = window_sum(position, std::min(i + 1, last)),
+              *c = window_sum(position, std::min(i + 2, last)), *e = window_sum(position, std::min(i + 3, last));
+      C squares[4] = {0, 0, 0, 0};
+      for (int64_t d = 0; d < depth; ++d) {
+        const C x = h[d] + a[d], y = h[d] + b[d], z = h[d] + c[d], w = h[d] + e[d];
+        squares[0] += x * x;
+        squares[1] += y * y;
+        squares[2] += z * z;
+        squares[3] += w * w;
+      }
+      for (int64_t k = i; k < std::min(i + 4, horizons); ++k)
+        scales[k] = C(1) / std::sqrt(squares[k - i] / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
+    }
   }
 
   std::vector<Unit> units() const {
@@ -91,17 +102,17 @@ struct Heads {
 
   MFWM_SIMD void forward_rows(const MultiHorizonLinearOutputs& to, const Unit& unit, C* scratch) const {
     const int64_t columns = to.product.size[1];
-    C *token = scratch, *__restrict out = scratch + row;
+    C *token = scratch, *scales = scratch + row, *__restrict out = scales + padded<C>(horizons);
     const C* __restrict add = static_cast<const C*>(to.projected.data) + unit.position * columns;
     const C* bias = static_cast<const C*>(to.bias.data);
     for (int64_t r = unit.begin; r < unit.end; ++r) {
-      const C* h = op.norm ? hidden(token, r) : nullptr;
+      if (op.norm) scales_of(hidden(token, r), unit.position, scales);
       load_row(out, to.product.data, to.product.dtype, r * to.product.stride[0], to.product.stride[1], columns);
       int64_t first = 0;
       for (int64_t i = 0; i < horizons; ++i) {
         const Array& output = to.outputs[i];
         const int64_t last = first + output.size[1];
-        const C scale = op.norm ? scale_of(h, window_sum(unit.position, i)) : C(1);
+        const C scale = op.norm ? scales[i] : C(1);
         for (int64_t n = first; n < last; ++n) out[n] = (out[n] + add[n]) * scale;
         if (bias)
           for (int64_t n = first; n < last; ++n) out[n] += bias[n];
@@ -113,7 +124,7 @@ struct Heads {
 
   void forward(const MultiHorizonLinearOutputs& to) const {
     const std::vector<Unit> all = units();
-    const int64_t size = row + padded<C>(to.product.size[1]);
+    const int64_t size = row + padded<C>(horizons) + padded<C>(to.product.size[1]);
     parallel_for<C>(op.threads, static_cast<int64_t>(all.size()), size,
                     [&](int64_t u, C* scratch) { forward_rows(to, all[u], scratch); });
   }
@@ -123,11 +134,12 @@ struct Heads {
 
   MFWM_SIMD void scale_rows(const MultiHorizonLinearScaled& to, const Unit& unit, C* scratch, C* sums) const {
     const int64_t columns = to.scaled.size[1];
-    C *token = scratch, *out = scratch + row, *made = out + padded<C>(columns);
+    C *token = scratch, *scales = scratch + row, *out = scales + padded<C>(horizons),
+      *__restrict made = out + padded<C>(columns);
     const C* bias = static_cast<const C*>(to.bias.data);
     C* shares = static_cast<C*>(to.shares.data) + unit.begin * horizons;
     for (int64_t r = unit.begin; r < unit.end; ++r, shares += horizons) {
-      const C* h = op.norm ? hidden(token, r) : nullptr;
+      if (op.norm) scales_of(hidden(token, r), unit.position, scales);
       int64_t first = 0;
       for (int64_t i = 0; i < horizons; ++i) {
         const Array &gradient = to.gradients[i], &output = to.outputs[i];
@@ -140,8 +152,10 @@ struct Heads {
           load_row(own, gradient.data, gradient.dtype, r * gradient.stride[0], gradient.stride[1], count);
           if (op.norm) {
             load_row(made, output.data, output.dtype, r * output.stride[0], output.stride[1], count);
-            for (int64_t n = 0; n < count; ++n) product += own[n] * (made[n] - (bias ? bias[first + n] : C(0)));
-            const C scale = scale_of(h, window_sum(unit.position, i));
+            if (bias)
+              for (int64_t n = 0; n < count; ++n) made[n] -= bias[first + n];
+            for (int64_t n = 0; n < count; ++n) product += own[n] * made[n];
+            const C scale = scales[i];
             shares[i] = product * scale * scale / static_cast<C>(depth);
             for (int64_t n = 0; n < count; ++n) own[n] *= scale;
           }
@@ -157,7 +171,7 @@ struct Heads {
   void scale(const MultiHorizonLinearScaled& to) const {
     const int64_t columns = to.scaled.size[1];
     const auto body = [&](int64_t, const Unit& unit, C* scratch, C* sums) { scale_rows(to, unit, scratch, sums); };
-    by_position(row + 2 * padded<C>(columns), to.sums, columns, body);
+    by_position(row + padded<C>(horizons) + 2 * padded<C>(columns), to.sums, columns, body);
   }
 
   // ---- With G_i = scaled_i W_i, d x_i = G_i - shares_i x_i; d h = sum of d x_i, d a_i = sum of d x_i over tokens.
