@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "lanes.h"
 
 // Baseline, AVX2 and AVX-512 copies of a function side by side; the loader takes the one for the machine.
 // It needs ifunc (glibc) and a compiler that knows the level names. -DMFWM_BASELINE leaves the baseline alone.
@@ -24,8 +25,6 @@
 #else
 #define MFWM_SIMD
 #endif
-// Pieces of such functions must be inlined: a copy for each level exists only of the function that bears the macro.
-#define MFWM_INLINE inline __attribute__((always_inline))
 
 namespace mfwm::cpu {
 
@@ -63,11 +62,9 @@ struct Rows {
 // to = scale * from + shift, row after row
 void load_rows(float* to, const void* from, DType dtype, const Rows& rows, float scale, float shift);
 void load_rows(double* to, const void* from, DType dtype, const Rows& rows, double scale, double shift);
-// The inverse of load_rows without scale and shift. With `stream`, rows of unit stride are written past the caches,
-// where the machine can: they are in memory after finish_streaming().
-void store_rows(const float* from, void* to, DType dtype, const Rows& rows, bool stream = false);
-void store_rows(const double* from, void* to, DType dtype, const Rows& rows, bool stream = false);
-void finish_streaming();
+// The inverse, without scale and shift.
+void store_rows(const float* from, void* to, DType dtype, const Rows& rows);
+void store_rows(const double* from, void* to, DType dtype, const Rows& rows);
 
 template <class C>
 MFWM_INLINE bool is_plain(const Array& array, int64_t stride) {
@@ -129,37 +126,6 @@ class Scratch {
 
  private:
   C* data_;
-};
-
-// A cache line of C as one value. A vector type, because what the compiler makes of loops over pairs varies: each SIMD
-// level takes as many registers for it as it needs. Unaligned, and it may alias C.
-template <class C>
-struct Lanes {
-  static constexpr int64_t count = 64 / sizeof(C);
-  typedef C type __attribute__((vector_size(64)));
-  typedef C stored __attribute__((vector_size(64), aligned(sizeof(C)), may_alias));
-
-  static MFWM_INLINE type load(const C* from) { return *reinterpret_cast<const stored*>(from); }
-  static MFWM_INLINE void store(const type& lanes, C* to) { *reinterpret_cast<stored*>(to) = lanes; }
-  // The elements at even, or odd, places of two neighbours.
-  template <int odd>
-  static MFWM_INLINE type every_other(const type& a, const type& b) {
-    if constexpr (count == 16)
-      return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6, odd + 8, odd + 10, odd + 12, odd + 14,
-                                     odd + 16, odd + 18, odd + 20, odd + 22, odd + 24, odd + 26, odd + 28, odd + 30);
-    else
-      return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6, odd + 8, odd + 10, odd + 12, odd + 14);
-  }
-  // Each element of the lower, or upper, half twice.
-  template <int upper>
-  static MFWM_INLINE type doubled(const type& a) {
-    constexpr int k = upper * count / 2;
-    if constexpr (count == 16)
-      return __builtin_shufflevector(a, a, k, k, k + 1, k + 1, k + 2, k + 2, k + 3, k + 3, k + 4, k + 4, k + 5, k + 5,
-                                     k + 6, k + 6, k + 7, k + 7);
-    else
-      return __builtin_shufflevector(a, a, k, k, k + 1, k + 1, k + 2, k + 2, k + 3, k + 3);
-  }
 };
 
 // A whole number of cache lines, in elements.

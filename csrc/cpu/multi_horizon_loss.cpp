@@ -14,30 +14,36 @@ struct Curve {
   C coefficient, delta, eps;
 };
 
-// The loss of d, and in `slope` its derivative.
-template <LossKind kind, class C>
-MFWM_INLINE C loss_of(C d, const Curve<C>& curve, C& slope) {
+MFWM_INLINE float square_root(float x) { return std::sqrt(x); }
+MFWM_INLINE double square_root(double x) { return std::sqrt(x); }
+template <class X>
+MFWM_INLINE X square_root(const X& x) {
+  using C = std::decay_t<decltype(x[0])>;
+  alignas(64) C root[Lanes<C>::count];
+  Lanes<C>::store(x, root);
+  for (C& each : root) each = std::sqrt(each);
+  return Lanes<C>::load(root);
+}
+
+// The loss of d, and in `slope` its derivative. X is C or its Lanes.
+template <LossKind kind, class X, class C>
+MFWM_INLINE X loss_of(const X& d, const Curve<C>& curve, X& slope) {
+  const X zero{};
   if constexpr (kind == LossKind::mse) {
-    slope = 2 * d;
+    slope = d + d;
     return d * d;
   } else if constexpr (kind == LossKind::l1) {
-    slope = d > 0 ? C(1) : d < 0 ? C(-1) : d;  // 0, or NaN
-    return std::abs(d);
+    slope = d > zero ? zero + C(1) : d < zero ? zero - C(1) : d;  // 0, or NaN
+    return d < zero ? -d : d;
   } else if constexpr (kind == LossKind::huber) {
-    slope = d > curve.delta ? curve.delta : d < -curve.delta ? -curve.delta : d;
-    const C size = std::abs(d);
-    return size > curve.delta ? curve.delta * (size - curve.delta / 2) : d * d / 2;
+    const X delta = zero + curve.delta, size = d < zero ? -d : d;
+    slope = d > delta ? delta : d < -delta ? -delta : d;
+    return size > delta ? delta * (size - delta * C(0.5)) : d * d * C(0.5);
   } else {
-    const C root = std::sqrt(d * d + curve.eps * curve.eps);
+    const X root = square_root(d * d + curve.eps * curve.eps);
     slope = d / root;
     return root;
   }
-}
-
-// Asks for a row that is needed in the next tile. Tiles are too short for the hardware to see them coming.
-template <class C>
-MFWM_INLINE void prefetch(const C* row, int64_t count) {
-  for (int64_t k = 0; k < count; k += 64 / static_cast<int64_t>(sizeof(C))) __builtin_prefetch(row + k);
 }
 
 // What a gradient consists of besides the slope of the loss: weight * tile, each element repeated over ratio x ratio.
@@ -48,60 +54,127 @@ struct Addition {
   C weight = 1;
 };
 
-template <LossKind kind, bool with_gradient, bool with_addition, class C>
-MFWM_INLINE C loss_row(const C* __restrict pred, const C* __restrict target, const C* __restrict addition,
-                       C* __restrict gradient, int64_t count, const Curve<C>& curve) {
-  C sum = 0;
-  for (int64_t x = 0; x < count; ++x) {
-    C slope;
-    sum += loss_of<kind>(pred[x] - target[x], curve, slope);
-    if constexpr (with_gradient) gradient[x] = curve.coefficient * slope + (with_addition ? addition[x] : C(0));
+// P and G are C or bf16. With `stream`, gradients are written past the caches. Sums of float lanes stay short: a tile
+// adds a few hundred elements to each.
+template <LossKind kind, bool with_gradient, int ratio, class C, class P, class G>
+MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> gradient, const Addition<C>& addition,
+                             const Curve<C>& curve, bool fetch, bool stream) {
+  using L = Lanes<C>;
+  constexpr int64_t lanes = L::count;
+  Tile<const C> added = addition.tile;
+  // Asks for what the next tile reads. Tiles are too short for the hardware to see it coming.
+  const int64_t next = fetch ? target.rows * pred.pitch : 0;
+  if (ratio < 2 && pred.is_dense() && target.is_dense() && gradient.is_dense() && added.is_dense()) {
+    pred = pred.joined(), target = target.joined(), gradient = gradient.joined(), added = added.joined();
   }
-  return sum;
-}
-
-template <LossKind kind, bool with_gradient, int ratio, class C>
-MFWM_INLINE double loss_tile(const Tile<const C>& pred, const Tile<const C>& target, const Tile<C>& gradient,
-                             const Addition<C>& addition, const Curve<C>& curve, bool fetch, C* __restrict scratch) {
-  constexpr bool adds = ratio > 0;
-  const int64_t rows = target.rows, columns = target.columns, next = rows * pred.pitch;
-  double total = 0;
-  if (ratio < 2 && pred.is_dense() && target.is_dense() && gradient.is_dense() && addition.tile.is_dense()) {
-    // One long row, in pieces of a length that float sums bear.
-    constexpr int64_t piece = 512;
-    for (int64_t k = 0; k < rows * columns; k += piece) {
-      const int64_t count = std::min(piece, rows * columns - k);
-      if (fetch) prefetch(pred.data + next + k, count);
-      total += static_cast<double>(loss_row<kind, with_gradient, adds>(
-          pred.data + k, target.data + k, adds ? addition.tile.data + k : nullptr,
-          with_gradient ? gradient.data + k : nullptr, count, curve));
+  typename L::type sums[2] = {};
+  C rest = 0;
+  const auto piece = [&](const P* p, const C* t, G* g, const typename L::type& add, int which)
+                         __attribute__((always_inline)) {
+    typename L::type slope;
+    sums[which] += loss_of<kind>(L::load(p) - L::load(t), curve, slope);
+    if constexpr (with_gradient) {
+      if (stream)
+        L::stream(slope * curve.coefficient + add, g);
+      else
+        L::store(slope * curve.coefficient + add, g);
     }
-    return total;
+    __builtin_prefetch(p + next);
+  };
+  const auto element = [&](const P* p, const C* t, G* g, C add) __attribute__((always_inline)) {
+    C slope;
+    rest += loss_of<kind>(widen(*p) - *t, curve, slope);
+    if constexpr (with_gradient) narrow(slope * curve.coefficient + add, *g);
+  };
+  const int64_t columns = target.columns;
+  if constexpr (ratio == 2) {
+    for (int64_t y = 0; y < target.rows; y += 2) {
+      const P* p = pred.row(y);
+      const C *t = target.row(y), *a = added.row(y / 2);
+      G* g = gradient.row(y);
+      int64_t x = 0;
+      for (; x + 2 * lanes <= columns; x += 2 * lanes) {
+        const auto add = L::load(a + x / 2) * addition.weight;
+        const auto left = L::template doubled<0>(add), right = L::template doubled<1>(add);
+        piece(p + x, t + x, g + x, left, 0);
+        piece(p + x + lanes, t + x + lanes, g + x + lanes, right, 1);
+        piece(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, left, 0);
+        piece(p + pred.pitch + x + lanes, t + target.pitch + x + lanes, g + gradient.pitch + x + lanes, right, 1);
+      }
+      for (; x < columns; ++x) {
+        const C add = a[x / 2] * addition.weight;
+        element(p + x, t + x, g + x, add);
+        element(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, add);
+      }
+    }
+  } else {
+    for (int64_t y = 0; y < target.rows; ++y) {
+      const P* p = pred.row(y);
+      const C *t = target.row(y), *a = ratio ? added.row(y) : nullptr;
+      G* g = with_gradient ? gradient.row(y) : nullptr;
+      int64_t x = 0;
+      for (; x + lanes <= columns; x += lanes)
+        piece(p + x, t + x, g + x, ratio ? L::load(a + x) : typename L::type{}, 0);
+      for (; x < columns; ++x) element(p + x, t + x, g + x, ratio ? a[x] : C(0));
+    }
   }
-  for (int64_t y = 0; y < rows; ++y) {
-    if (fetch) prefetch(pred.row(y) + next, columns);
-    const C* a = adds ? addition.tile.row(ratio == 2 ? y / 2 : y) : nullptr;
-    if (ratio == 2 && y % 2 == 0)
-      for (int64_t x = 0; x < columns / 2; ++x) scratch[2 * x] = scratch[2 * x + 1] = a[x] * addition.weight;
-    total += static_cast<double>(
-        loss_row<kind, with_gradient, adds>(pred.row(y), target.row(y), ratio == 2 ? scratch : a,
-                                            with_gradient ? gradient.row(y) : nullptr, columns, curve));
-  }
+  double total = static_cast<double>(rest);
+  const typename L::type sum = sums[0] + sums[1];
+  for (int64_t k = 0; k < lanes; ++k) total += static_cast<double>(sum[k]);
   return total;
 }
 
-// Sum of the losses of pred - target; coefficient * slope + addition goes to `gradient` where it has data. `scratch`
-// holds a row.
+// A tile of C, or of bf16 where `is_half`, in scratch or in a tensor.
 template <class C>
-MFWM_SIMD double loss_and_gradient(LossKind kind, const Tile<const C>& pred, const Tile<const C>& target,
-                                   const Tile<C>& gradient, const Addition<C>& addition, const Curve<C>& curve,
-                                   bool fetch, C* scratch) {
+struct AnyTile {
+  void* data = nullptr;
+  int64_t pitch = 0, rows = 0, columns = 0;
+  bool is_half = false;
+
+  AnyTile() = default;
+  AnyTile(const Tile<C>& tile) : data(tile.data), pitch(tile.pitch), rows(tile.rows), columns(tile.columns) {}
+  // A tile of the shape of `like` in a plain image.
+  AnyTile(const Array& array, int64_t offset, const Tile<C>& like)
+      : data(static_cast<char*>(array.data) + offset * size_of(array.dtype)),
+        pitch(array.stride[3]),
+        rows(like.rows),
+        columns(like.columns),
+        is_half(array.dtype == DType::bfloat16) {}
+
+  template <class S>
+  MFWM_INLINE Tile<S> as() const {
+    return {static_cast<S*>(data), pitch, rows, columns};
+  }
+  // body(tile) with its elements' type.
+  template <class Body>
+  MFWM_INLINE auto visit(const Body& body) const {
+    if constexpr (std::is_same_v<C, float>)
+      if (is_half) return body(as<bfloat16>());
+    return body(as<C>());
+  }
+  // Whole lanes of it lie on multiples of 16 bytes.
+  bool is_aligned() const {
+    const int64_t bytes = is_half ? 2 : sizeof(C);
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch * bytes % 16 == 0;
+  }
+};
+
+// Sum of the losses of pred - target; coefficient * slope + addition goes to `gradient` where it has data.
+template <class C>
+MFWM_SIMD double loss_and_gradient(LossKind kind, const AnyTile<C>& pred, const Tile<const C>& target,
+                                   const AnyTile<C>& gradient, const Addition<C>& addition, const Curve<C>& curve,
+                                   bool fetch, bool stream) {
   const auto with = [&](auto tag) __attribute__((always_inline)) {
     constexpr LossKind k = decltype(tag)::value;
-    if (!gradient.data) return loss_tile<k, false, 0>(pred, target, gradient, {}, curve, fetch, scratch);
-    if (addition.ratio == 0) return loss_tile<k, true, 0>(pred, target, gradient, {}, curve, fetch, scratch);
-    if (addition.ratio == 1) return loss_tile<k, true, 1>(pred, target, gradient, addition, curve, fetch, scratch);
-    return loss_tile<k, true, 2>(pred, target, gradient, addition, curve, fetch, scratch);
+    return pred.visit([&](const auto& p) __attribute__((always_inline)) {
+      const auto from = read_only(p);
+      if (!gradient.data) return loss_tile<k, false, 0>(from, target, Tile<C>{}, {}, curve, fetch, false);
+      return gradient.visit([&](const auto& g) __attribute__((always_inline)) {
+        if (addition.ratio == 0) return loss_tile<k, true, 0>(from, target, g, {}, curve, fetch, stream);
+        if (addition.ratio == 1) return loss_tile<k, true, 1>(from, target, g, addition, curve, fetch, stream);
+        return loss_tile<k, true, 2>(from, target, g, addition, curve, fetch, stream);
+      });
+    });
   };
   switch (kind) {
     case LossKind::mse: return with(std::integral_constant<LossKind, LossKind::mse>{});
@@ -109,11 +182,6 @@ MFWM_SIMD double loss_and_gradient(LossKind kind, const Tile<const C>& pred, con
     case LossKind::huber: return with(std::integral_constant<LossKind, LossKind::huber>{});
     default: return with(std::integral_constant<LossKind, LossKind::charbonnier>{});
   }
-}
-
-template <class C>
-MFWM_INLINE Tile<const C> read_only(const Tile<C>& tile) {
-  return {tile.data, tile.pitch, tile.rows, tile.columns};
 }
 
 struct Pair {
@@ -125,8 +193,7 @@ struct Pair {
 template <class C>
 struct Meeting {
   std::vector<char> counted;
-  std::vector<Tile<const C>> pred;
-  std::vector<Tile<C>> gradient;
+  std::vector<AnyTile<C>> pred, gradient;
   std::vector<Addition<C>> addition;  // what the pairs add to the gradient
   std::vector<Tile<const C>> average_of;
   std::vector<char> has_gradient;
@@ -212,7 +279,7 @@ struct Loss {
       pred_at.push_back(reads_in_place(i) ? 0 : take(op.factors[i]));
       gradient_at.push_back(writes_in_place(i) ? 0 : take(op.factors[i]));
       for (const Level& level : near_chain[i]) {
-        near_at[i].push_back(level.factor == op.factors[i] ? -1 : take(level.factor));
+        near_at[i].push_back(take(level.factor));
         near_gradient_at[i].push_back(take(level.factor));
       }
     }
@@ -224,8 +291,13 @@ struct Loss {
     if (finest > 0) difference_at = take(finest);
   }
 
-  bool reads_in_place(int i) const { return !op.residual && preds[i].template is_plain_image<C>(); }
-  bool writes_in_place(int i) const { return !streams && gradients[i].template is_plain_image<C>(); }
+  // Elements are of C or, where that is float, of bf16, and lie side by side.
+  bool is_readable(const Frames& frames) const {
+    return frames.is_plain_image() && (frames.array.dtype == dtype_of<C> ||
+                                       (frames.array.dtype == DType::bfloat16 && std::is_same_v<C, float>));
+  }
+  bool reads_in_place(int i) const { return !op.residual && is_readable(preds[i]); }
+  bool writes_in_place(int i) const { return is_readable(gradients[i]); }
 
   // Horizon i has a position that predicts frame m.
   bool active(int i, int64_t m) const { return m >= op.offsets[i] && m - op.offsets[i] < positions; }
@@ -271,18 +343,16 @@ struct Loss {
       const Level& level = chain[l];
       if (level.factor == 1) continue;
       const Tile<C> from = level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor);
-      average(from, tile_at(scratch, at[l], place, level.factor), level.ratio, scratch + spare);
+      average(read_only(from), tile_at(scratch, at[l], place, level.factor), level.ratio, scratch + spare);
     }
   }
 
   // Horizon i's prediction of the frame: where it lies if it can be read there, else a copy in scratch.
-  MFWM_SIMD Tile<const C> prediction(int i, const Place& place, C* scratch) const {
+  MFWM_SIMD AnyTile<C> prediction(int i, const Place& place, C* scratch) const {
     const Frames& pred = preds[i];
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
     const Tile<C> copy = tile_at(scratch, pred_at[i], place, factor);
-    if (reads_in_place(i))
-      return {static_cast<const C*>(pred.array.data) + pred.image_offset(place.b, n, place.c, y, x),
-              pred.array.stride[3], copy.rows, copy.columns};
+    if (reads_in_place(i)) return {pred.array, pred.image_offset(place.b, n, place.c, y, x), copy};
     pred.load(copy.data, place.b, n, place.c, y, x, copy.rows, copy.columns);
     if (op.residual) {
       make_pyramid(n, place, scratch, other_level_at, level_of[i]);
@@ -292,30 +362,23 @@ struct Loss {
         for (int64_t k = 0; k < copy.columns; ++k) to[k] += add[k];
       }
     }
-    return read_only(copy);
+    return copy;
   }
 
-  // Where horizon i's gradient is made: in place if it can be, in scratch if it must be converted or streamed, nowhere
-  // if it is not wanted.
-  MFWM_INLINE Tile<C> gradient_tile(int i, const Place& place, C* scratch) const {
+  // Where horizon i's gradient is made: in place if it can be, else in scratch, nowhere if it is not wanted.
+  MFWM_INLINE AnyTile<C> gradient_tile(int i, const Place& place, C* scratch) const {
     const Frames& gradient = gradients[i];
-    const int64_t factor = op.factors[i];
     if (!gradient.array) return {};
-    Tile<C> tile = tile_at(scratch, gradient_at[i], place, factor);
-    if (writes_in_place(i)) {
-      const int64_t n = place.m - op.offsets[i];
-      tile.data = static_cast<C*>(gradient.array.data) +
-                  gradient.image_offset(place.b, n, place.c, place.y / factor, place.x / factor);
-      tile.pitch = gradient.array.stride[3];
-    }
-    return tile;
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
+    const Tile<C> made = tile_at(scratch, gradient_at[i], place, factor);
+    if (writes_in_place(i)) return {gradient.array, gradient.image_offset(place.b, n, place.c, y, x), made};
+    return made;
   }
 
-  MFWM_INLINE void store_gradient(int i, const Place& place, const Tile<C>& tile) const {
-    const Frames& gradient = gradients[i];
-    const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
+  MFWM_INLINE void store_gradient(int i, const Place& place, const AnyTile<C>& tile) const {
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
     if (tile.data && !writes_in_place(i))
-      gradient.store(tile.data, place.b, n, place.c, place.y / factor, place.x / factor, tile.rows, tile.columns, streams);
+      gradients[i].store(static_cast<const C*>(tile.data), place.b, n, place.c, y, x, tile.rows, tile.columns);
   }
 
   // What the pairs add to horizon i's gradient as a tile of its own size.
@@ -332,22 +395,24 @@ struct Loss {
   // The consistency pairs whose near side is horizon `near`.
   MFWM_SIMD void agree(int near, const Place& place, Meeting<C>& here, double* sums, C* scratch) const {
     const std::vector<Level>& levels = near_chain[near];
-    const std::vector<Tile<const C>>& pred = here.pred;
-    const std::vector<Tile<C>>& gradient = here.gradient;
+    const std::vector<AnyTile<C>>&pred = here.pred, &gradient = here.gradient;
     std::vector<Tile<const C>>& average_of = here.average_of;
     std::vector<char>& has_gradient = here.has_gradient;
     const int depth = static_cast<int>(levels.size());
     std::fill(has_gradient.begin(), has_gradient.end(), 0);
-    const Tile<const C>& p = pred[near];
     for (int l = 0; l < depth; ++l) {
       const Level& level = levels[l];
-      const Tile<const C> from = level.parent < 0 ? p : average_of[level.parent];
-      if (level.ratio == 1) {
-        average_of[l] = from;
+      if (level.parent < 0 && level.ratio == 1 && !pred[near].is_half) {
+        average_of[l] = pred[near].template as<const C>();
         continue;
       }
       const Tile<C> to = tile_at(scratch, near_at[near][l], place, level.factor);
-      average(Tile<C>{const_cast<C*>(from.data), from.pitch, from.rows, from.columns}, to, level.ratio, scratch + spare);
+      if (level.parent < 0)
+        pred[near].visit([&](const auto& from) __attribute__((always_inline)) {
+          average(read_only(from), to, level.ratio, scratch + spare);
+        });
+      else
+        average(average_of[level.parent], to, level.ratio, scratch + spare);
       average_of[l] = read_only(to);
     }
     for (size_t k = 0; k < pairs.size(); ++k) {
@@ -360,7 +425,7 @@ struct Loss {
       if (near_learns || far_learns)
         difference = tile_at(scratch, first ? addition_at[pair.far] : difference_at, place, op.factors[pair.far]);
       sums[count + k] += loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, {},
-                                              curve_of(count + k), false, scratch + spare);
+                                              curve_of(count + k), false, false);
       if (near_learns) {
         const Tile<C> level = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
         if (has_gradient[pair.level])
@@ -410,14 +475,17 @@ struct Loss {
       if (here.counted[i] && !near_chain[i].empty()) agree(i, place, here, sums, scratch);
     for (int i = 0; i < count; ++i) {
       if (!active(i, place.m)) continue;
-      const Tile<C>& gradient = here.gradient[i];
+      const AnyTile<C>& gradient = here.gradient[i];
       if (here.counted[i]) {
         const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
         sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, here.addition[i],
-                                        curve_of(i), reads_in_place(i), scratch + spare);
+                                        curve_of(i), reads_in_place(i),
+                                        streams && writes_in_place(i) && gradient.is_aligned());
       } else if (gradient.data) {
-        for (int64_t r = 0; r < gradient.rows; ++r)
-          std::fill(gradient.row(r), gradient.row(r) + gradient.columns, C(0));
+        gradient.visit([&](const auto& tile) {
+          for (int64_t r = 0; r < tile.rows; ++r)
+            std::memset(static_cast<void*>(tile.row(r)), 0, tile.columns * sizeof(*tile.data));
+        });
       }
       store_gradient(i, place, gradient);
     }

@@ -13,10 +13,7 @@ struct Frames {
   int64_t patch = 0;  // 0: images
   int64_t channels = 1, height = 1, width = 1;
 
-  template <class C>
-  bool is_plain_image() const {
-    return patch == 0 && is_plain<C>(array, array.stride[4]);
-  }
+  bool is_plain_image() const { return patch == 0 && array.stride[4] == 1; }
   int64_t image_offset(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x) const {
     const int64_t* s = array.stride;
     return b * s[0] + t * s[1] + c * s[2] + y * s[3] + x * s[4];
@@ -49,10 +46,8 @@ struct Frames {
       });
   }
   template <class C>
-  void store(const C* from, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns,
-             bool stream = false) const {
-    if (patch == 0)
-      return store_rows(from, array.data, array.dtype, image_rows(b, t, c, y, x, rows, columns), stream);
+  void store(const C* from, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
+    if (patch == 0) return store_rows(from, array.data, array.dtype, image_rows(b, t, c, y, x, rows, columns));
     for (int64_t r = 0; r < rows; ++r)
       token_runs(b, t, c, y + r, x, columns, [&](int64_t first, const Rows& run) {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
@@ -72,6 +67,8 @@ struct Tile {
   int64_t pitch = 0, rows = 0, columns = 0;
   MFWM_INLINE C* row(int64_t y) const { return data + y * pitch; }
   MFWM_INLINE bool is_dense() const { return pitch == columns; }
+  // Of a dense tile: one long row.
+  MFWM_INLINE Tile joined() const { return {data, rows * columns, 1, rows * columns}; }
 };
 
 // One step of a chain: this factor is averaged from an earlier, finer one.
@@ -117,9 +114,9 @@ MFWM_INLINE void sum_runs(C* __restrict row, C* __restrict other, int64_t count,
   }
 }
 
-// to = averages of 2 x 2 elements. The rows are added first: pairs within a row cost shuffles.
-template <class C>
-MFWM_INLINE void average_pairs(const C* __restrict above, const C* __restrict below, C* __restrict to, int64_t count) {
+// to = averages of 2 x 2 elements. The rows are added first: pairs within a row cost shuffles. S is C or bf16.
+template <class C, class S>
+MFWM_INLINE void average_pairs(const S* __restrict above, const S* __restrict below, C* __restrict to, int64_t count) {
   using L = Lanes<C>;
   int64_t x = 0;
   for (; x + L::count <= count; x += L::count) {
@@ -127,12 +124,13 @@ MFWM_INLINE void average_pairs(const C* __restrict above, const C* __restrict be
     const auto right = L::load(above + 2 * x + L::count) + L::load(below + 2 * x + L::count);
     L::store((L::template every_other<0>(left, right) + L::template every_other<1>(left, right)) * C(0.25), to + x);
   }
-  for (; x < count; ++x) to[x] = ((above[2 * x] + below[2 * x]) + (above[2 * x + 1] + below[2 * x + 1])) * C(0.25);
+  const auto column = [&](int64_t k) __attribute__((always_inline)) { return widen(above[k]) + widen(below[k]); };
+  for (; x < count; ++x) to[x] = (column(2 * x) + column(2 * x + 1)) * C(0.25);
 }
 
 // to = box average of `from` over ratio x ratio elements; `scratch` holds two rows of `from`.
-template <class C>
-MFWM_INLINE void average(const Tile<C>& from, const Tile<C>& to, int64_t ratio, C* scratch) {
+template <class C, class S>
+MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t ratio, C* scratch) {
   const C scale = C(1) / static_cast<C>(ratio * ratio);
   for (int64_t y = 0; y < to.rows; ++y) {
     C* __restrict out = to.row(y);
@@ -141,11 +139,11 @@ MFWM_INLINE void average(const Tile<C>& from, const Tile<C>& to, int64_t ratio, 
       continue;
     }
     C *__restrict sums = scratch, *__restrict other = scratch + padded<C>(from.columns);
-    const C* __restrict first = from.row(y * ratio);
-    for (int64_t x = 0; x < from.columns; ++x) sums[x] = first[x];
+    const S* __restrict first = from.row(y * ratio);
+    for (int64_t x = 0; x < from.columns; ++x) sums[x] = widen(first[x]);
     for (int64_t dy = 1; dy < ratio; ++dy) {
-      const C* __restrict next = from.row(y * ratio + dy);
-      for (int64_t x = 0; x < from.columns; ++x) sums[x] += next[x];
+      const S* __restrict next = from.row(y * ratio + dy);
+      for (int64_t x = 0; x < from.columns; ++x) sums[x] += widen(next[x]);
     }
     sum_runs<C>(sums, other, from.columns, ratio, scale, out);
   }
@@ -172,6 +170,11 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
       for (int64_t x = 0; x < to.columns; ++x) out[x] += scratch[x];
     }
   }
+}
+
+template <class C>
+MFWM_INLINE Tile<const C> read_only(const Tile<C>& tile) {
+  return {tile.data, tile.pitch, tile.rows, tile.columns};
 }
 
 // How frames are cut into tiles: a tile's rows and columns are multiples of every factor, and a tile of a few thousand

@@ -2,40 +2,19 @@
 //
 // bf16 and fp16 are converted with integer operations, which every SIMD level vectorises: _Float16 calls a library
 // function per element at the baseline.
-#include <cstring>
-
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
 #include "common.h"
 
 namespace mfwm::cpu {
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
 struct float16 {
   uint16_t bits;
 };
 
-MFWM_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-MFWM_INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
+using cpu::narrow;
+using cpu::widen;
 
 MFWM_INLINE float widen(uint8_t value) { return static_cast<float>(value); }
-MFWM_INLINE float widen(float value) { return value; }
-MFWM_INLINE double widen(double value) { return value; }
-MFWM_INLINE float widen(bfloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 MFWM_INLINE float widen(float16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu, sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   // Exponent 15 -> 127, and once more for inf and NaN; a subnormal is its integer times 2^-24.
@@ -44,15 +23,8 @@ MFWM_INLINE float widen(float16 value) {
   return as_float(sign | (magnitude < 0x0400u ? subnormal : rebiased));
 }
 
-MFWM_INLINE void narrow(float value, float& to) { to = value; }
 MFWM_INLINE void narrow(double value, float& to) { to = static_cast<float>(value); }
 MFWM_INLINE void narrow(float value, double& to) { to = value; }
-MFWM_INLINE void narrow(double value, double& to) { to = value; }
-MFWM_INLINE void narrow(float value, bfloat16& to) {
-  const uint32_t bits = as_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 MFWM_INLINE void narrow(float value, float16& to) {
   const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffffu;
   // Adding 0.5 lines the last bit of a subnormal fp16 up with the last bit of the sum.
@@ -64,9 +36,6 @@ MFWM_INLINE void narrow(float value, float16& to) {
 }
 MFWM_INLINE void narrow(double value, bfloat16& to) { narrow(static_cast<float>(value), to); }
 MFWM_INLINE void narrow(double value, float16& to) { narrow(static_cast<float>(value), to); }
-
-// How many elements are rounded in one go before they are written past the caches.
-constexpr int64_t piece = 512;
 
 struct Identity {
   template <class C>
@@ -123,44 +92,15 @@ MFWM_INLINE void load(C* to, const void* from, DType dtype, const Rows& where, c
   });
 }
 
-// Copies bytes past the caches in whole 16-byte pieces.
-MFWM_INLINE void stream_bytes(const char* from, char* to, int64_t count) {
-#ifdef __SSE2__
-  const int64_t head = std::min<int64_t>(count, -reinterpret_cast<uintptr_t>(to) % 16);
-  std::memcpy(to, from, head);
-  from += head, to += head, count -= head;
-  for (; count >= 16; from += 16, to += 16, count -= 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#endif
-  std::memcpy(to, from, count);
-}
-
-template <class C, class S>
-MFWM_INLINE void stream_as(const C* from, S* to, int64_t count) {
-  if constexpr (std::is_same_v<C, S>) {
-    stream_bytes(reinterpret_cast<const char*>(from), reinterpret_cast<char*>(to), count * sizeof(S));
-  } else {
-    alignas(64) S rounded[piece];
-    for (int64_t k = 0; k < count; k += piece) {
-      const int64_t length = std::min(piece, count - k);
-      store_as(from + k, rounded, 1, length);
-      stream_bytes(reinterpret_cast<const char*>(rounded), reinterpret_cast<char*>(to + k), length * sizeof(S));
-    }
-  }
-}
-
 template <class C>
-MFWM_INLINE void store(const C* from, void* to, DType dtype, const Rows& where, bool stream) {
+MFWM_INLINE void store(const C* from, void* to, DType dtype, const Rows& where) {
   const Rows rows = where.joined();
   with_type(dtype, [&](auto zero) __attribute__((always_inline)) {
     using S = decltype(zero);
     if constexpr (!std::is_same_v<S, uint8_t>) {
       S* at = static_cast<S*>(to) + rows.offset;
       for (int64_t r = 0; r < rows.rows; ++r)
-        if (stream && rows.stride == 1)
-          stream_as(from + r * rows.count, at + r * rows.row_stride, rows.count);
-        else
-          store_as(from + r * rows.count, at + r * rows.row_stride, rows.stride, rows.count);
+        store_as(from + r * rows.count, at + r * rows.row_stride, rows.stride, rows.count);
     }
   });
 }
@@ -174,10 +114,10 @@ MFWM_SIMD void load_row(double* to, const void* from, DType dtype, int64_t offse
   load(to, from, dtype, Rows{offset, 0, stride, 1, count}, Identity{});
 }
 MFWM_SIMD void store_row(const float* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count) {
-  store(from, to, dtype, Rows{offset, 0, stride, 1, count}, false);
+  store(from, to, dtype, Rows{offset, 0, stride, 1, count});
 }
 MFWM_SIMD void store_row(const double* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count) {
-  store(from, to, dtype, Rows{offset, 0, stride, 1, count}, false);
+  store(from, to, dtype, Rows{offset, 0, stride, 1, count});
 }
 MFWM_SIMD void load_rows(float* to, const void* from, DType dtype, const Rows& rows, float scale, float shift) {
   load(to, from, dtype, rows, Scaling<float>{scale, shift});
@@ -185,17 +125,11 @@ MFWM_SIMD void load_rows(float* to, const void* from, DType dtype, const Rows& r
 MFWM_SIMD void load_rows(double* to, const void* from, DType dtype, const Rows& rows, double scale, double shift) {
   load(to, from, dtype, rows, Scaling<double>{scale, shift});
 }
-MFWM_SIMD void store_rows(const float* from, void* to, DType dtype, const Rows& rows, bool stream) {
-  store(from, to, dtype, rows, stream);
+MFWM_SIMD void store_rows(const float* from, void* to, DType dtype, const Rows& rows) {
+  store(from, to, dtype, rows);
 }
-MFWM_SIMD void store_rows(const double* from, void* to, DType dtype, const Rows& rows, bool stream) {
-  store(from, to, dtype, rows, stream);
-}
-
-void finish_streaming() {
-#ifdef __SSE2__
-  _mm_sfence();
-#endif
+MFWM_SIMD void store_rows(const double* from, void* to, DType dtype, const Rows& rows) {
+  store(from, to, dtype, rows);
 }
 
 }  // namespace mfwm::cpu

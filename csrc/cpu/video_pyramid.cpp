@@ -42,7 +42,8 @@ struct Pyramid {
       const Level& level = chain[l];
       const Tile<C> out = level_tile(l, rows, columns, base, scratch);
       if (level.factor > 1)
-        average(level.parent < 0 ? base : level_tile(level.parent, rows, columns, base, scratch), out, level.ratio, spare);
+        average(read_only(level.parent < 0 ? base : level_tile(level.parent, rows, columns, base, scratch)), out,
+                level.ratio, spare);
       for (size_t i = 0; i < outputs.size(); ++i)
         if (op.factors[i] == level.factor)
           outputs[i].store(out.data, b, t, c, y / level.factor, x / level.factor, out.rows, out.columns);
