@@ -27,7 +27,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .arguments import names
@@ -324,6 +323,7 @@ class _Kernel(torch.autograd.Function):
     def forward(ctx: Any, op: Op, backend: str, args: Any, wanted: list[bool], *leaves: Tensor) -> tuple[Tensor, ...]:
         outputs, extras = load(op, backend).forward(args, wanted)
         ctx.op, ctx.backend, ctx.wanted, ctx.extras = op, backend, wanted, extras
+        ctx.dtypes = [leaf.dtype for leaf, want in zip(leaves, wanted, strict=True) if want]
         ctx.save_for_backward(*keep(ctx, op, args), *(outputs if op.outputs_in_backward else ()))
         ctx.set_materialize_grads(False)
         if op.gradients_in_forward:
@@ -336,20 +336,24 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
-        args, outputs = kept(ctx, op, ctx.saved_tensors)
+        tensors = ctx.saved_tensors
         module = load(op, ctx.backend)
         if op.gradients_in_forward:
             # The first backward scales the stored gradients in place and lets go of them; another one makes them again.
             extras, ctx.extras = ctx.extras, None
             if extras is None:
-                extras = module.forward(args, wanted)[1]
+                extras = module.forward(kept(ctx, op, tensors)[0], wanted)[1]
             assert grads[0] is not None
             scaled = getattr(module, "scale", scale_in_place)(extras, grads[0])
-            leaves = [leaf for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
-            gradients = [gradient.to(leaf.dtype) for leaf, gradient in zip(leaves, scaled, strict=True)]
+            gradients = [gradient.to(dtype) for dtype, gradient in zip(ctx.dtypes, scaled, strict=True)]
         else:
+            args, outputs = kept(ctx, op, tensors)
             gradients = module.backward(args, wanted, list(grads), *([outputs] if op.outputs_in_backward else []))
         return (None, None, None, None, *spread(wanted, gradients))
+
+
+# Stands for a tensor that autograd saves.
+_SAVED = object()
 
 
 def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
@@ -359,17 +363,30 @@ def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
     on ctx: it may be written again.
     """
     written = [getattr(args, name) for name in op.mutated_in_backward]
-    flat, ctx.structure = pytree.tree_flatten(tuple(args))
-    ctx.saved = [isinstance(value, Tensor) and not any(value is w for w in written) for value in flat]
-    ctx.rest = [None if saved else value for saved, value in zip(ctx.saved, flat, strict=True)]
-    return [value for saved, value in zip(ctx.saved, flat, strict=True) if saved]
+    tensors: list[Tensor] = []
+
+    def put(value: Any) -> Any:
+        if isinstance(value, list):
+            return [put(entry) for entry in value]
+        if not isinstance(value, Tensor) or any(value is w for w in written):
+            return value
+        tensors.append(value)
+        return _SAVED
+
+    ctx.rest = [put(value) for value in args]
+    return tensors
 
 
 def kept(ctx: Any, op: Op, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
     """The flat arguments again, and what was saved after them."""
     rest = iter(tensors)
-    flat = [next(rest) if saved else value for saved, value in zip(ctx.saved, ctx.rest, strict=True)]
-    return op.arguments(*pytree.tree_unflatten(flat, ctx.structure)), list(rest)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, list):
+            return [take(entry) for entry in value]
+        return next(rest) if value is _SAVED else value
+
+    return op.arguments(*map(take, ctx.rest)), list(rest)
 
 
 def stored_dtype(leaf: Tensor) -> torch.dtype:
