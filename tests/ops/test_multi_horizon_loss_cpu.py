@@ -1,0 +1,125 @@
+"""What is particular to multi_horizon_loss on the CPU: tiles, lanes, rows in place and gradients past the caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfwm_kernels import Horizons, multi_horizon_loss, use_backend
+from mfwm_kernels.registry import ABSENT
+
+pytestmark = pytest.mark.skipif(bool(ABSENT["cpu"]), reason="no compiled module")
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 2e-2}
+CASCADE = Horizons((1, 2, 4), (1, 2, 4))
+ALL_PAIRS = [[0, 0.5, 0.25], [0, 0, 1.5], [0, 0, 0]]
+
+
+def inputs(
+    batch: int, time: int, channels: int, height: int, width: int, horizons: Horizons, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    preds = [torch.randn(batch, time, channels, height // f, width // f).to(dtype) for f in horizons.factors]
+    return preds, torch.randint(0, 256, (batch, time, channels, height, width), dtype=torch.uint8)
+
+
+def gradients(backend: str, preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any) -> list[Tensor]:
+    """The total, the losses, the agreement, then the gradients."""
+    leaves = [pred.detach().requires_grad_() for pred in preds]
+    with use_backend(backend):
+        loss = multi_horizon_loss(leaves, video, horizons, **options)
+        return [loss.total, loss.per_horizon, loss.consistency, *torch.autograd.grad(loss.total, leaves)]
+
+
+def check(preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any) -> None:
+    found = gradients("cpu", preds, video, horizons, **options)
+    exact = gradients("reference", [pred.double() for pred in preds], video, horizons, **options)
+    for k, (value, right) in enumerate(zip(found, exact, strict=True)):
+        value, right = value.detach().double(), right.detach()
+        error = float((value - right).norm() / right.norm().clamp_min(1e-12))
+        assert error <= TOLERANCE[preds[0].dtype], f"value {k}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["mse", "l1", "huber", "charbonnier"])
+@pytest.mark.parametrize("size", [(8, 4), (12, 36), (8, 68), (20, 132)])
+def test_widths_that_no_number_of_lanes_fills(size: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    preds, video = inputs(2, 6, 1, *size, CASCADE, dtype)
+    check(preds, video, CASCADE, kind=kind, consistency_weights=[0, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("detach", [None, "near", "far"])
+@pytest.mark.parametrize(
+    "horizons",
+    [
+        CASCADE,  # the second is far to the first and near to the third
+        Horizons((1, 2, 4), (1, 4, 4)),  # two pairs at one level, four times smaller
+        Horizons((1, 2, 4), (2, 2, 4)),  # a pair of one size
+        Horizons((0, 1, 1), (1, 3, 6)),
+        Horizons((1, 2, 9), (1, 2, 4)),  # longer than the clip
+    ],
+)
+def test_pairs(horizons: Horizons, detach: str | None, dtype: torch.dtype) -> None:
+    preds, video = inputs(2, 6, 3, 24, 36, horizons, dtype)
+    for residual in (False, True):
+        check(preds, video, horizons, consistency_weights=ALL_PAIRS, detach=detach, residual=residual)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_strides(dtype: torch.dtype) -> None:
+    preds, video = inputs(1, 6, 3, 16, 36, CASCADE, dtype)
+    options: dict[str, Any] = {"consistency_weights": [0, 0.5, 0.25]}
+    channels_last = video.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    check(preds, channels_last, CASCADE, **options)
+    check([pred.transpose(-1, -2).contiguous().transpose(-1, -2) for pred in preds], video, CASCADE, **options)
+    # Rows in place that neither touch nor start on a cache line.
+    check([torch.nn.functional.pad(pred, (3, 2))[..., 3:-2] for pred in preds], video, CASCADE, **options)
+    check([pred[:, :1].expand_as(pred) for pred in preds], video, CASCADE, **options)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_latents(patch: int) -> None:
+    horizons = Horizons((1, 2, 4), (1, 2, 2))
+    _, pixels = inputs(2, 6, 16, 16, 16, horizons, torch.bfloat16)
+    video = (pixels / 64).bfloat16()
+    preds = [torch.randn(2, 6, (16 // f // patch) ** 2, patch * patch * 16).bfloat16() for f in horizons.factors]
+    check(preds, video, horizons, patch_sizes=(patch,) * 3, consistency_weights=[0, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_larger_than_the_caches(dtype: torch.dtype) -> None:
+    """They are written past the caches, but for the smallest: its rows of 33 do not start on multiples of 16 bytes."""
+    horizons = Horizons.cascade(4)
+    preds, video = inputs(1, 34, 3, 264, 264, horizons, dtype)
+    assert sum(pred.numel() * pred.element_size() for pred in preds) > 16 << 20
+    check(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1])
+
+
+def test_only_the_gradients_asked_for() -> None:
+    preds, video = inputs(2, 6, 3, 16, 24, CASCADE, torch.float32)
+    options: dict[str, Any] = {"consistency_weights": ALL_PAIRS}
+    every = gradients("cpu", preds, video, CASCADE, **options)
+    with use_backend("cpu"):
+        assert torch.equal(multi_horizon_loss(preds, video, CASCADE, **options).total, every[0])
+        for i in range(3):
+            leaves = [pred.detach().requires_grad_(k == i) for k, pred in enumerate(preds)]
+            multi_horizon_loss(leaves, video, CASCADE, **options).total.backward()
+            assert [leaf.grad is not None for leaf in leaves] == [k == i for k in range(3)]
+            assert torch.equal(leaves[i].grad, every[3 + i])  # type: ignore[arg-type]
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    preds, video = inputs(2, 6, 3, 64, 72, CASCADE, torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(gradients("cpu", preds, video, CASCADE, consistency_weights=ALL_PAIRS))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
