@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..join import Passes, norms_of, ordered
-from ..join import backward as shared_backward
 from ..ops.mtp_combine import Arguments
-from ..rows import chunks, rows_of
+from ..products.mtp_combine import Passes, norms_of, ordered
+from ..products.mtp_combine import backward as shared_backward
+from ..products.rows import chunks, rows_of
 from . import kernels, precision, product_dtype, raw
 
 

@@ -7,10 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..heads import Passes, Rows, bias_of, columns_of, heads_of, projected_of, shape_of, window_of
-from ..heads import backward as shared_backward
 from ..ops.multi_horizon_linear import Arguments
-from ..rows import chunks, rows_of
+from ..products.multi_horizon_linear import (
+    Passes,
+    Rows,
+    bias_of,
+    columns_of,
+    heads_of,
+    projected_of,
+    shape_of,
+    window_of,
+)
+from ..products.multi_horizon_linear import backward as shared_backward
+from ..products.rows import chunks, rows_of
 from . import kernels, precision, product_dtype, raw
 from .action_window_sum import gradients_of_sums, window_sums
 

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..join import Passes, norms_of, ordered
-from ..join import backward as shared_backward
 from ..ops.mtp_combine import Arguments
-from ..rows import chunks, flat, rows_of
+from ..products.mtp_combine import Passes, norms_of, ordered
+from ..products.mtp_combine import backward as shared_backward
+from ..products.rows import chunks, flat, rows_of
 from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
 
 

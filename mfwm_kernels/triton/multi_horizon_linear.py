@@ -4,7 +4,7 @@ forward   A program makes a tile of rows x columns, the heads side by side. Whil
           goes into the product and, with each horizon's window sum added, into that horizon's sum of squares. The
           epilogue adds the actions' part, scales by each row's norm, adds the bias and stores to the outputs it covers.
           Bytes: hidden once for each block of columns (one, up to 256 columns), the outputs.
-backward  torch's matrix products and three passes, see mfwm_kernels/heads.py. Sums over the tokens of a position are
+backward  torch's matrix products and three passes, see products/multi_horizon_linear.py. Sums over the tokens of a position are
           made per program and added afterwards in a fixed order.
 scale     Bytes: hidden, the outputs and their gradients once, P.
 combine   Bytes: hidden and the product once, d hidden.
@@ -20,9 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..heads import Passes, Rows, bias_of, columns_of, heads_of, projected_of, shape_of, window_of
-from ..heads import backward as shared_backward
 from ..ops.multi_horizon_linear import Arguments
+from ..products.multi_horizon_linear import (
+    Passes,
+    Rows,
+    bias_of,
+    columns_of,
+    heads_of,
+    projected_of,
+    shape_of,
+    window_of,
+)
+from ..products.multi_horizon_linear import backward as shared_backward
 from .action_window_sum import gradients_of_sums, window_sums
 from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
 

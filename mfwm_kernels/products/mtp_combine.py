@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.mtp_combine import OP, Arguments
-from .registry import gradients_by_field
+from ..ops.mtp_combine import OP, Arguments
+from ..registry import gradients_by_field
 from .rows import chunks, rows_of
 
 

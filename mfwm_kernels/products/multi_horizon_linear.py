@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .monitor import write_gram
-from .ops.action_window_sum import Arguments as WindowArguments
-from .ops.multi_horizon_linear import OP, Arguments
-from .registry import gradients_by_field
+from ..monitor import write_gram
+from ..ops.action_window_sum import Arguments as WindowArguments
+from ..ops.multi_horizon_linear import OP, Arguments
+from ..registry import gradients_by_field
 from .rows import chunks, rows_of
 
 
