@@ -62,7 +62,8 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
   using L = Lanes<C>;
   constexpr int64_t lanes = L::count;
   Tile<const C> added = addition.tile;
-  // Asks for what the next tile reads. Tiles are too short for the hardware to see it coming.
+  // Asks for what the next tile reads, since a tile is too short for the hardware to see it coming. Into the second-level
+  // cache: the first is full of this tile.
   const int64_t next = fetch ? target.rows * pred.pitch : 0;
   if (ratio < 2 && pred.is_dense() && target.is_dense() && gradient.is_dense() && added.is_dense()) {
     pred = pred.joined(), target = target.joined(), gradient = gradient.joined(), added = added.joined();
@@ -79,7 +80,7 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
       else
         L::store(slope * curve.coefficient + add, g);
     }
-    __builtin_prefetch(p + next);
+    __builtin_prefetch(p + next, 0, 2);
   };
   const auto element = [&](const P* p, const C* t, G* g, C add) __attribute__((always_inline)) {
     C slope;
@@ -339,6 +340,7 @@ struct Loss {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
     const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1);
     video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
+    video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
     for (int l = 0; l <= coarsest; ++l) {
       const Level& level = chain[l];
       if (level.factor == 1) continue;

@@ -53,6 +53,14 @@ struct Frames {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
       });
   }
+  // Asks for a rectangle of a plain image, taken to be dense, that is read soon. Inlined: a call of a function that only
+  // asks for memory is left out by the compiler.
+  MFWM_INLINE void prefetch(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
+    if (!is_plain_image()) return;
+    const int64_t bytes = size_of(array.dtype);
+    const char* first = static_cast<const char*>(array.data) + image_offset(b, t, c, y, x) * bytes;
+    for (int64_t k = 0; k < rows * columns * bytes; k += 64) __builtin_prefetch(first + k, 0, 2);
+  }
 
  private:
   Rows image_rows(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
@@ -179,13 +187,13 @@ MFWM_INLINE Tile<const C> read_only(const Tile<C>& tile) {
 
 // How frames are cut into tiles: a tile's rows and columns are multiples of every factor, and a tile of a few thousand
 // elements and its pyramid stay in the first-level cache. `chunks` groups of tile rows make a frame; they depend on the
-// shapes alone.
+// shapes alone. As few of them as keep the threads busy: what is asked for in advance is the next tile of the chunk.
 struct Tiling {
   int64_t rows, columns, height, width, chunks, chunk_rows;
 
   Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t element_bytes)
       : height(height_), width(width_) {
-    const int64_t wanted_elements = 16384 / element_bytes, most_elements = wanted_elements / 2, wanted_units = 256;
+    const int64_t wanted_elements = 16384 / element_bytes, most_elements = wanted_elements / 2, wanted_units = 128;
     int64_t step = 1;
     for (int64_t factor : factors) step = std::lcm(step, factor);
     columns = std::min(width, std::max(step, most_elements / step / step * step));
