@@ -4,8 +4,8 @@ forward   A program makes a tile of rows x columns, the heads side by side. Whil
           goes into the product and, with each horizon's window sum added, into that horizon's sum of squares. The
           epilogue adds the actions' part, scales by each row's norm, adds the bias and stores to the outputs it covers.
           Bytes: hidden once for each block of columns (one, up to 256 columns), the outputs.
-backward  torch's matrix products and three passes, see products/multi_horizon_linear.py. Sums over the tokens of a position are
-          made per program and added afterwards in a fixed order.
+backward  torch's matrix products and three passes, see products/multi_horizon_linear.py. Sums over the tokens of a
+          position are made per program and added afterwards in a fixed order.
 scale     Bytes: hidden, the outputs and their gradients once, P.
 combine   Bytes: hidden and the product once, d hidden.
 monitor   Bytes: hidden and K products once, d hidden.
