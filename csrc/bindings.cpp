@@ -127,6 +127,28 @@ PYBIND11_MODULE(_native, module) {
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_monitor(op, to);
              });
+  module.def("multi_horizon_linear_cross_entropy",
+             [](py::object logits, py::object targets, py::object losses, py::object hits, double label_smoothing,
+                double z_loss, double softcap, double scale, bool gradients, int threads) {
+               const MultiHorizonLinearCrossEntropy op{
+                   array_of(logits), array_of(targets), array_of(losses), array_of(hits), label_smoothing, z_loss,
+                   softcap,          scale,             gradients,        threads};
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_cross_entropy(op);
+             });
+  module.def("multi_horizon_linear_consistency",
+             [](py::object near, py::object far, py::object losses, int64_t groups, double softcap, double scale,
+                bool near_gradients, bool far_gradients, int threads) {
+               const MultiHorizonLinearConsistency op{array_of(near), array_of(far),  array_of(losses), groups, softcap,
+                                                      scale,          near_gradients, far_gradients,    threads};
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_consistency(op);
+             });
+  module.def("multi_horizon_linear_add", [](py::object sum, py::object term, int threads) {
+    const Array to = array_of(sum), from = array_of(term);
+    py::gil_scoped_release release;
+    cpu::multi_horizon_linear_add(to, from, threads);
+  });
   module.def("mtp_combine_norm", [](const py::list& states, py::object joined, double eps, int threads) {
     const MtpCombine op{arrays_of(states), array_of(joined), eps, threads};
     py::gil_scoped_release release;

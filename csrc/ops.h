@@ -106,6 +106,30 @@ struct MtpCombine {
   int threads;
 };
 
+// A chunk of rows of one horizon of multi_horizon_linear_cross_entropy, whose matrix products are torch's. Gradients of
+// the loss times `scale` are written over the logits. "Precision" is float32, float64 for float64 logits.
+struct MultiHorizonLinearCrossEntropy {
+  Array logits;   // [R, F * V], rows of unit stride
+  Array targets;  // [R, F, M] int32, contiguous: the ids that a cell covers; negative ones are left out
+  Array losses;   // [R], contiguous, precision
+  Array hits;     // [R] int32, contiguous, or none: how many of the F ids are predicted
+  double label_smoothing, z_loss, softcap;  // softcap 0: none
+  double scale;
+  bool gradients;
+  int threads;
+};
+
+// Cross-entropy of each far row under the mean of the distributions of its near rows.
+struct MultiHorizonLinearConsistency {
+  Array near;    // [C * S, F * V], the S rows of a cell one after the other; rows of unit stride, as of `far`
+  Array far;     // [C, F * V]
+  Array losses;  // [C], contiguous, precision
+  int64_t groups;  // F
+  double softcap, scale;
+  bool near_gradients, far_gradients;
+  int threads;
+};
+
 // outputs[i] = avg_pool(scale * video + shift, factors[i])
 struct VideoPyramid {
   Array video;  // [B, T, C, H, W]
@@ -161,6 +185,10 @@ void multi_horizon_linear_forward(const MultiHorizonLinear&, const MultiHorizonL
 void multi_horizon_linear_scale(const MultiHorizonLinear&, const MultiHorizonLinearScaled&);
 void multi_horizon_linear_combine(const MultiHorizonLinear&, const MultiHorizonLinearCombined&);
 void multi_horizon_linear_monitor(const MultiHorizonLinear&, const MultiHorizonLinearMonitored&);
+void multi_horizon_linear_cross_entropy(const MultiHorizonLinearCrossEntropy&);
+void multi_horizon_linear_consistency(const MultiHorizonLinearConsistency&);
+// sum += term, both [N, D]; `sum` is float32 and contiguous.
+void multi_horizon_linear_add(const Array& sum, const Array& term, int threads);
 void mtp_combine_norm(const MtpCombine&);
 void mtp_combine_gradient(const MtpCombine&, const std::vector<Array>& gradients);  // 2 of [R, D], each may be none
 void video_pyramid(const VideoPyramid&);

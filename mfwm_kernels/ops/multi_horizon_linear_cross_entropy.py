@@ -19,7 +19,7 @@ from ..autocast import cast
 from ..horizons import Horizons, check_horizons, counts_at
 from ..ids import checked_ids, raise_pending
 from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, refuse_late
-from ..registry import Cost, Op, call, register
+from ..registry import Backend, Cost, Op, call, register
 
 
 class Arguments(NamedTuple):
@@ -363,6 +363,8 @@ def _bench(
     return make
 
 
+KERNELS = ("multi_horizon_linear_cross_entropy", "multi_horizon_linear_consistency")
+
 OP = register(
     Op(
         name="multi_horizon_linear_cross_entropy",
@@ -383,6 +385,7 @@ OP = register(
             "wide": _bench(16, 4, 16, 262144, 2048),
             "wide-near": _bench(16, 4, 16, 262144, 2048, horizons=Horizons.next_frame()),
         },
+        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
         gradients_in_forward=True,
     )
 )

@@ -29,8 +29,14 @@ def flat(states: Tensor) -> Tensor | None:
 
 def rows_of(states: Tensor, first: int, last: int) -> Tensor:
     """Rows first .. last of [..., D]; a copy only where the strides have no other way."""
+    return rows_at(states, slice(first, last))
+
+
+def rows_at(states: Tensor, place: slice | Tensor) -> Tensor:
+    """Rows of [..., D] by their numbers; of a slice a copy only where the strides have no other way."""
     rows = flat(states)
     if rows is not None:
-        return rows[first:last]
-    place = torch.arange(first, last, device=states.device)
+        return rows[place]
+    if isinstance(place, slice):
+        place = torch.arange(place.start, place.stop, device=states.device)
     return states[torch.unravel_index(place, states.shape[:-1])]

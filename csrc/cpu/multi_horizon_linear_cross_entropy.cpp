@@ -1,0 +1,268 @@
+// What surrounds the matrix products of multi_horizon_linear_cross_entropy on the CPU: a chunk of rows of logits to losses
+// and, in their place, the gradients of the logits. A row is converted once and worked on in cache.
+#include <cmath>
+#include <limits>
+
+#include "common.h"
+
+namespace mfwm::cpu {
+namespace {
+
+// Rows of a unit of work.
+constexpr int64_t unit_rows = 8;
+
+// exp(x) for x <= 0, without branches. In base 2, with one constant for the conversion: its rounding costs |x| 2^-24 of
+// exp(x), which beside the row's largest, exp(0), is nothing. NaN stays NaN.
+MFWM_INLINE float exp_of(float x) {
+  float y = x * 1.44269504088896341f;
+  y = y < -126.0f ? -126.0f : y;
+  const int32_t whole = static_cast<int32_t>(y - 0.5f);
+  const float f = y - static_cast<float>(whole);
+  // 2^f on [-1/2, 1/2], relative error 2^-27 before rounding.
+  float p = 1.535336188319500e-4f;
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  return as_float(as_bits(p) + (static_cast<uint32_t>(whole) << 23));
+}
+MFWM_INLINE double exp_of(double x) { return std::exp(x); }
+
+// tanh(x): an odd polynomial near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
+MFWM_INLINE float tanh_of(float x) {
+  const float size = std::fabs(x), square = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const float small = x + x * square * p;
+  const float e = exp_of(-2 * size), large = std::copysign((1 - e) / (1 + e), x);
+  // Chosen by bits: of ?: the compiler makes a branch.
+  const uint32_t is_small = -static_cast<uint32_t>(size < 0.625f);
+  return as_float((as_bits(small) & is_small) | (as_bits(large) & ~is_small));
+}
+MFWM_INLINE double tanh_of(double x) { return std::tanh(x); }
+
+// The largest of whole cache lines.
+template <class C>
+MFWM_INLINE C largest_of(const C* from, int64_t count) {
+  using L = Lanes<C>;
+  typename L::type most = L::load(from);
+  for (int64_t k = L::count; k < count; k += L::count) {
+    const typename L::type next = L::load(from + k);
+    most = next > most ? next : most;
+  }
+  C result = most[0];
+  for (int64_t k = 1; k < L::count; ++k) result = std::max<C>(result, most[k]);
+  return result;
+}
+
+// Sums of many floats: in C over a piece, then in double.
+template <class C, class Term>
+MFWM_INLINE double long_sum(int64_t count, const Term& term) {
+  constexpr int64_t piece = 2048;
+  double total = 0;
+  for (int64_t first = 0; first < count; first += piece) {
+    const auto shifted = [=](int64_t k) __attribute__((always_inline)) { return term(first + k); };
+    total += static_cast<double>(sum_of<C>(std::min(piece, count - first), shifted));
+  }
+  return total;
+}
+
+// One softmax: `logits` (softcapped), `powers` = exp(logits - largest), their sum and the log of the sum of exp(logits).
+template <class C>
+struct Softmax {
+  C *logits, *powers;
+  C largest = 0, sum = 1, normaliser = 0;
+};
+
+template <class C>
+struct Rowwise {
+  int64_t vocabulary, row = padded<C>(vocabulary);
+  C softcap;
+
+  MFWM_INLINE void load(Softmax<C>& to, const Array& from, int64_t r, int64_t group) const {
+    C* __restrict z = to.logits;
+    C* __restrict e = to.powers;
+    const int64_t offset = r * from.stride[0] + group * vocabulary;
+    load_row(z, from.data, from.dtype, offset, 1, vocabulary);
+    if (softcap > 0) {
+      const C cap = softcap, inverse = 1 / softcap;
+      for (int64_t k = 0; k < vocabulary; ++k) z[k] = cap * tanh_of(z[k] * inverse);
+    }
+    std::fill(z + vocabulary, z + row, std::numeric_limits<C>::lowest());
+    const C most = largest_of<C>(z, row);
+    for (int64_t k = 0; k < vocabulary; ++k) e[k] = exp_of(z[k] - most);
+    const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return e[k]; });
+    to.largest = most;
+    to.sum = static_cast<C>(sum);
+    to.normaliser = most + static_cast<C>(std::log(sum));
+  }
+
+  // How a softcapped logit follows the logit.
+  MFWM_INLINE C slope(C z) const { return softcap > 0 ? 1 - (z / softcap) * (z / softcap) : C(1); }
+
+  // The gradient at softcapped logits z -> at the logits, written over them.
+  MFWM_INLINE void store(C* __restrict gradient, const C* __restrict z, const Array& to, int64_t r, int64_t group) const {
+    if (softcap > 0) {
+      const C inverse = 1 / softcap;
+      for (int64_t k = 0; k < vocabulary; ++k) gradient[k] *= 1 - (z[k] * inverse) * (z[k] * inverse);
+    }
+    store_row(gradient, to.data, to.dtype, r * to.stride[0] + group * vocabulary, 1, vocabulary);
+  }
+};
+
+// ---- Cross-entropy with pooled ids
+
+template <class C>
+struct CrossEntropy {
+  const MultiHorizonLinearCrossEntropy& op;
+  const int64_t groups = op.targets.size[1], ids = op.targets.size[2];
+  const Rowwise<C> rowwise{op.logits.size[1] / groups, padded<C>(op.logits.size[1] / groups), static_cast<C>(op.softcap)};
+
+  // The smallest of the most frequent ids.
+  MFWM_INLINE int32_t most_frequent(const int32_t* cell) const {
+    int32_t best = -1;
+    int64_t most = 0;
+    for (int64_t j = 0; j < ids; ++j) {
+      if (cell[j] < 0) continue;
+      const int64_t times = std::count(cell, cell + ids, cell[j]);
+      if (times > most || (times == most && cell[j] < best)) best = cell[j], most = times;
+    }
+    return best;
+  }
+
+  MFWM_SIMD void rows(int64_t begin, int64_t end, C* scratch) const {
+    const int64_t vocabulary = rowwise.vocabulary;
+    const C smooth = static_cast<C>(op.label_smoothing), z_loss = static_cast<C>(op.z_loss);
+    Softmax<C> made{scratch, scratch + rowwise.row};
+    for (int64_t r = begin; r < end; ++r) {
+      const int32_t* cell = static_cast<const int32_t*>(op.targets.data) + r * groups * ids;
+      C loss = 0;
+      int32_t hits = 0;
+      for (int64_t group = 0; group < groups; ++group, cell += ids) {
+        int64_t kept = 0;
+        for (int64_t j = 0; j < ids; ++j) kept += cell[j] >= 0;
+        C* __restrict e = made.powers;
+        const C* __restrict z = made.logits;
+        if (kept == 0) {
+          std::fill(e, e + vocabulary, C(0));
+          if (op.gradients) rowwise.store(e, e, op.logits, r, group);
+          continue;
+        }
+        rowwise.load(made, op.logits, r, group);
+        const C each = 1 / static_cast<C>(kept), log_sum = made.normaliser;
+        C hit = 0;
+        for (int64_t j = 0; j < ids; ++j)
+          if (cell[j] >= 0) hit += z[cell[j]];
+        loss += (1 - smooth) * (log_sum - hit * each) + z_loss * log_sum * log_sum;
+        if (smooth > 0) {
+          const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return z[k]; });
+          loss += smooth * (log_sum - static_cast<C>(sum / static_cast<double>(vocabulary)));
+        }
+        if (op.hits) {
+          const int32_t wanted = most_frequent(cell);
+          hits += z[wanted] == made.largest && std::find(z, z + wanted, made.largest) == z + wanted;
+        }
+        if (op.gradients) {
+          const C scale = static_cast<C>(op.scale);
+          const C factor = scale * (1 + 2 * z_loss * log_sum) / made.sum, shift = scale * smooth / static_cast<C>(vocabulary);
+          for (int64_t k = 0; k < vocabulary; ++k) e[k] = e[k] * factor - shift;
+          for (int64_t j = 0; j < ids; ++j)
+            if (cell[j] >= 0) e[cell[j]] -= scale * (1 - smooth) * each;
+          rowwise.store(e, z, op.logits, r, group);
+        }
+      }
+      static_cast<C*>(op.losses.data)[r] = loss;
+      if (op.hits) static_cast<int32_t*>(op.hits.data)[r] = hits;
+    }
+  }
+
+  void run() const {
+    const int64_t count = op.logits.size[0];
+    parallel_for<C>(op.threads, (count + unit_rows - 1) / unit_rows, 2 * rowwise.row, [&](int64_t unit, C* scratch) {
+      rows(unit * unit_rows, std::min(count, (unit + 1) * unit_rows), scratch);
+    });
+  }
+};
+
+// ---- Cross-entropy of far cells under the mean of near distributions
+
+template <class C>
+struct Consistency {
+  const MultiHorizonLinearConsistency& op;
+  const int64_t cells = op.far.size[0], covered = op.near.size[0] / std::max<int64_t>(cells, 1);
+  const Rowwise<C> rowwise{op.far.size[1] / op.groups, padded<C>(op.far.size[1] / op.groups), static_cast<C>(op.softcap)};
+
+  MFWM_SIMD void cell(int64_t c, C* scratch) const {
+    const int64_t vocabulary = rowwise.vocabulary, row = rowwise.row;
+    Softmax<C> far{scratch, scratch + row}, near{scratch + 2 * row, scratch + 3 * row};
+    C* __restrict teacher = scratch + 4 * row;
+    const C scale = static_cast<C>(op.scale), each = 1 / static_cast<C>(covered);
+    double loss = 0;
+    for (int64_t group = 0; group < op.groups; ++group) {
+      rowwise.load(far, op.far, c, group);
+      std::fill(teacher, teacher + vocabulary, C(0));
+      for (int64_t s = 0; s < covered; ++s) {
+        rowwise.load(near, op.near, c * covered + s, group);
+        const C share = each / near.sum;
+        const C* __restrict e = near.powers;
+        for (int64_t k = 0; k < vocabulary; ++k) teacher[k] += e[k] * share;
+      }
+      const C* __restrict z = far.logits;
+      const C log_sum = far.normaliser;
+      loss += long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return teacher[k] * (log_sum - z[k]); });
+      // With g the gradient at the teacher, -log q: at a near logit p (g - <p, g>) / covered.
+      for (int64_t s = 0; op.near_gradients && s < covered; ++s) {
+        rowwise.load(near, op.near, c * covered + s, group);
+        C* __restrict e = near.powers;
+        const double sum =
+            long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return e[k] * (log_sum - z[k]); });
+        const C share = scale * each / near.sum, mean = static_cast<C>(sum) / near.sum;
+        for (int64_t k = 0; k < vocabulary; ++k) e[k] = share * e[k] * (log_sum - z[k] - mean);
+        rowwise.store(e, near.logits, op.near, c * covered + s, group);
+      }
+      if (op.far_gradients) {
+        C* __restrict e = far.powers;
+        const C factor = 1 / far.sum;
+        for (int64_t k = 0; k < vocabulary; ++k) e[k] = scale * (e[k] * factor - teacher[k]);
+        rowwise.store(e, z, op.far, c, group);
+      }
+    }
+    static_cast<C*>(op.losses.data)[c] = static_cast<C>(loss);
+  }
+
+  void run() const {
+    parallel_for<C>(op.threads, cells, 5 * rowwise.row, [&](int64_t c, C* scratch) { cell(c, scratch); });
+  }
+};
+
+// ---- sum += term
+
+template <class C>
+MFWM_SIMD void add_row(const Array& sum, const Array& term, int64_t r, C* __restrict scratch) {
+  const int64_t count = sum.size[1];
+  load_row(scratch, term.data, term.dtype, r * term.stride[0], term.stride[1], count);
+  C* __restrict to = static_cast<C*>(sum.data) + r * count;
+  for (int64_t k = 0; k < count; ++k) to[k] += scratch[k];
+}
+
+}  // namespace
+
+void multi_horizon_linear_add(const Array& sum, const Array& term, int threads) {
+  parallel_for<float>(threads, sum.size[0], sum.size[1],
+                      [&](int64_t r, float* scratch) { add_row(sum, term, r, scratch); });
+}
+
+void multi_horizon_linear_cross_entropy(const MultiHorizonLinearCrossEntropy& op) {
+  in_precision(op.logits.dtype == DType::float64, [&](auto zero) { CrossEntropy<decltype(zero)>{op}.run(); });
+}
+
+void multi_horizon_linear_consistency(const MultiHorizonLinearConsistency& op) {
+  in_precision(op.far.dtype == DType::float64, [&](auto zero) { Consistency<decltype(zero)>{op}.run(); });
+}
+
+}  // namespace mfwm::cpu

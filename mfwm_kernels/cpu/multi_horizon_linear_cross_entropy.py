@@ -1,0 +1,52 @@
+"""multi_horizon_linear_cross_entropy on the CPU: torch's matrix products, and a pass over each chunk of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..logits import Passes
+from ..logits import forward as shared_forward
+from ..ops.multi_horizon_linear_cross_entropy import Arguments
+from . import kernels, product_dtype, raw
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    return shared_forward(args, wanted, PASSES)
+
+
+def add(total: Tensor, product: Tensor) -> None:
+    kernels.multi_horizon_linear_add(raw(total), raw(product), torch.get_num_threads())
+
+
+def cross_entropy(
+    args: Arguments, logits: Tensor, ids: Tensor, scale: Tensor, losses: Tensor, hits: Tensor | None, learns: bool
+) -> None:
+    kernels.multi_horizon_linear_cross_entropy(
+        raw(logits), raw(ids), raw(losses), raw(hits), args.label_smoothing, args.z_loss, args.softcap,
+        scale.item(), learns, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def consistency(
+    args: Arguments,
+    near: Tensor,
+    far: Tensor,
+    counted: Tensor | None,
+    scale: Tensor,
+    losses: Tensor,
+    learns_near: bool,
+    learns_far: bool,
+) -> None:
+    assert counted is None
+    kernels.multi_horizon_linear_consistency(
+        raw(near), raw(far), raw(losses), args.factored, args.softcap,
+        scale.item(), learns_near, learns_far, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+PASSES = Passes(CHUNK_BYTES, product_dtype, True, add, cross_entropy, consistency)

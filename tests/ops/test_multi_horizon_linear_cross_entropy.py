@@ -1,0 +1,228 @@
+"""What is particular to multi_horizon_linear_cross_entropy: dense targets, chunks, what does not count, ids, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+
+from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backend
+from mfwm_kernels.check import relative_error
+from mfwm_kernels.registry import ABSENT, OPS
+
+KERNELS = [b for b in OPS["multi_horizon_linear_cross_entropy"].backends if not ABSENT[b]]
+BACKENDS = ["reference", *KERNELS]
+DEVICES = {b: torch.device("cuda" if torch.cuda.is_available() and b == "triton" else "cpu") for b in BACKENDS}
+CASCADE = Horizons.cascade(3)
+
+
+def call_of(backend: str, horizons: Horizons = CASCADE, batch: int = 2, vocabulary: int = 37, **changes: Any) -> Any:
+    """Random rows for 5 positions of 4 x 8 tokens."""
+    device = DEVICES[backend]
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    return {
+        "inputs": [torch.randn(batch, 5, 4 // f, 8 // f, 6, device=device, dtype=dtype) for f in horizons.factors],
+        "weight": torch.randn(vocabulary, 6, device=device, dtype=dtype),
+        "tokens": torch.randint(0, vocabulary, (batch, 6, 4, 8), device=device),
+        "horizons": horizons,
+        **changes,
+    }
+
+
+def tolerance(backend: str) -> float:
+    return 1e-5 if backend == "triton" else 1e-12
+
+
+def results(backend: str, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """(HorizonLoss, gradients of inputs and weights)."""
+    kwargs = {**kwargs, "inputs": [states.detach().requires_grad_() for states in kwargs["inputs"]]}
+    weight = kwargs["weight"]
+    kwargs["weight"] = (
+        weight.detach().requires_grad_()
+        if isinstance(weight, Tensor)
+        else [entry.detach().requires_grad_() for entry in weight]
+    )
+    with use_backend(backend):
+        loss = multi_horizon_linear_cross_entropy(**kwargs)
+    leaves = [t for t in tree_leaves((kwargs["inputs"], kwargs["weight"])) if isinstance(t, Tensor)]
+    return loss, list(torch.autograd.grad(loss.total, leaves))
+
+
+def assert_same(got: Any, want: Any, least: float) -> None:
+    for place, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
+        if isinstance(a, Tensor):
+            assert relative_error(a, b) <= least, f"{place}: {relative_error(a, b):.2e}"
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_dense_cross_entropy(backend: str, shared: bool) -> None:
+    kwargs = call_of(backend, label_smoothing=0.1)
+    if not shared:
+        kwargs["weight"] = [torch.randn_like(kwargs["weight"]) for _ in range(3)]
+    loss, gradients = results(backend, kwargs)
+
+    inputs = [states.requires_grad_() for states in kwargs["inputs"]]
+    heads = [kwargs["weight"]] * 3 if shared else kwargs["weight"]
+    leaves = [*inputs, *([kwargs["weight"]] if shared else heads)]
+    one_hot = F.one_hot(kwargs["tokens"], 37).to(inputs[0].dtype)
+    total = inputs[0].new_zeros(())
+    for states, head, offset, factor in zip(inputs, heads, CASCADE.offsets, CASCADE.factors, strict=True):
+        logits = F.linear(states[:, : 6 - offset], head.requires_grad_()).flatten(0, 3)
+        frames = one_hot[:, offset : offset + states.shape[1]].permute(0, 1, 4, 2, 3).flatten(0, 1)
+        cells = F.avg_pool2d(frames, factor).permute(0, 2, 3, 1).flatten(0, 2)
+        total = total + F.cross_entropy(logits, cells, label_smoothing=0.1)
+    assert relative_error(loss.total, total) < tolerance(backend)
+    assert_same(gradients, list(torch.autograd.grad(total, leaves)), tolerance(backend))
+
+
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_any_chunk_size(backend: str, options: str) -> None:
+    kwargs = call_of(backend, return_accuracy=True)
+    if options == "all":
+        kwargs["tokens"] = kwargs["tokens"][:, :5]
+        kwargs["tokens"][0, :, :2, 3:] = -100
+        kwargs |= {"consistency_weights": [0, 0.5, 2], "detach": None, "softcap": 3.0, "z_loss": 0.01}
+    want = results("reference", kwargs)
+    for chunk_size in (1, 7, 64, 10**6):
+        assert_same(results(backend, {**kwargs, "chunk_size": chunk_size}), want, tolerance(backend))
+
+
+@pytest.mark.parametrize("detach", [None, "near", "far"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_consistency(backend: str, detach: str | None) -> None:
+    """Factors (1, 2, 4), two episodes in a clip, softcapped; alone, without weight on the cross-entropies."""
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1], [2, 2, 2, 2, 2, 2]], device=DEVICES[backend])
+    kwargs = call_of(backend, detach=detach, segment_ids=segments, softcap=2.0, weights=[0, 0, 0])
+    kwargs["consistency_weights"] = [0, 0.5, 2]
+    want = results("reference", kwargs)
+    assert want[0].consistency[1:].all()
+    assert_same(results(backend, kwargs), want, tolerance(backend))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_clip_does_not_depend_on_the_others(backend: str) -> None:
+    kwargs = call_of(backend, batch=3)
+    _, together = results(backend, kwargs)
+    for clip in range(3):
+        part = {
+            "inputs": [states[clip : clip + 1] for states in kwargs["inputs"]],
+            "tokens": kwargs["tokens"][clip : clip + 1],
+        }
+        _, alone = results(backend, {**kwargs, **part})
+        for i in range(3):
+            assert relative_error(together[i][clip] * 3, alone[i][0]) <= tolerance(backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_horizon_of_which_nothing_counts(backend: str) -> None:
+    """Tokens of frames 4 and 5 are all that the far horizon is asked for."""
+    kwargs = call_of(backend)
+    kwargs["tokens"][:, 4:] = -100
+    loss, gradients = results(backend, kwargs)
+    assert loss.counts.tolist() == [2 * 3 * 32, 2 * 2 * 8, 0]
+    assert loss.per_horizon[2] == 0 and loss.total.isfinite()
+    assert not gradients[2].any()
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in (gradients[0], gradients[1], gradients[3]))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_rows_past_the_end_may_be_nan(backend: str) -> None:
+    kwargs = call_of(backend)
+    want = results(backend, kwargs)
+    kwargs["inputs"][1][:, 4:] = float("nan")
+    kwargs["inputs"][2][:, 2:] = float("inf")
+    assert_same(results(backend, kwargs), want, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accuracy(backend: str) -> None:
+    """Cells of 2 x 2 ids, logits are the inputs; the smallest of the most frequent ids is asked for, and predicted."""
+    device = DEVICES[backend]
+    tokens = torch.tensor([[3, 3, 0, 2], [0, 2, 2, 0], [-100, 1, -100, -100], [-100, -100, -100, -100]], device=device)
+    # The most frequent are 3, then 0 (as often as 2), then 1, and none.
+    logits = torch.zeros(1, 1, 2, 2, 4, device=device)
+    logits[0, 0, 0, 0, 3] = 1  # right
+    logits[0, 0, 0, 1, 0] = logits[0, 0, 0, 1, 2] = 1  # right: the first of two largest
+    logits[0, 0, 1, 0, 0] = logits[0, 0, 1, 0, 1] = 1  # wrong for the same reason
+    with use_backend(backend):
+        loss = multi_horizon_linear_cross_entropy(
+            [logits], torch.eye(4, device=device), tokens[None, None], Horizons((0,), (2,)), return_accuracy=True
+        )
+    assert loss.counts.tolist() == [3]
+    assert loss.accuracy is not None
+    assert abs(loss.accuracy.item() - 2 / 3) < 1e-6
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if DEVICES[b].type == "cpu"])
+@pytest.mark.parametrize("value", [37, -1, 2**31 - 1])
+def test_an_id_out_of_range_is_named(backend: str, value: int) -> None:
+    kwargs = call_of(backend)
+    kwargs["tokens"] = kwargs["tokens"].int()
+    kwargs["tokens"][1, 5, 2, 7] = value
+    message = rf"tokens must be in \[0, 37\) or ignore_index = -100; tokens\[1, 5, 2, 7\] = {value}"
+    with use_backend(backend), pytest.raises(ValueError, match=message):
+        multi_horizon_linear_cross_entropy(**kwargs)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_large_logits(backend: str) -> None:
+    """Softmaxes of logits that exp cannot take, and far below the largest."""
+    kwargs = call_of(backend)
+    kwargs["weight"] *= 300
+    want, got = results("reference", kwargs), results(backend, kwargs)
+    assert want[0].total.isfinite()
+    assert_same(got, want, tolerance(backend))
+
+
+def peak_memory(kwargs: dict[str, Any]) -> int:
+    """Bytes allocated at once in a forward and a backward, gradients included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        results("cpu", kwargs)
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    now = most = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="needs the compiled module")
+def test_memory_does_not_grow_with_the_logits() -> None:
+    def call(time: int) -> Any:
+        shapes = [(1, time, 16 // f, 16 // f, 8) for f in CASCADE.factors]
+        return {
+            "inputs": [torch.randn(shape).bfloat16() for shape in shapes],
+            "weight": torch.randn(16384, 8).bfloat16(),
+            "tokens": torch.randint(0, 16384, (1, time + 4, 16, 16)),
+            "horizons": CASCADE,
+            "chunk_size": 64,
+        }
+
+    # Chunk, then gradients of the weight: in fp32, a product, and as given.
+    fixed = 16384 * (64 * 2 + 8 * (4 + 2 + 2))
+    short, long = peak_memory(call(2)), peak_memory(call(16))
+    logits = 16 * (256 + 64 + 16) * 16384 * 4
+    assert fixed * 0.9 < short < long < fixed + 2**20 < logits // 32
+
+
+@pytest.mark.skipif("cpu" not in KERNELS, reason="needs the compiled module")
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000, 5000])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_vocabularies_of_any_size_in_fp32(size: int, softcap: float | None) -> None:
+    """Exponentials and hyperbolic tangents are the kernel's own in fp32."""
+    kwargs = call_of("cpu", vocabulary=size, softcap=softcap, return_accuracy=True)
+    want = results("reference", kwargs)
+    kwargs["inputs"] = [states.float() for states in kwargs["inputs"]]
+    kwargs["weight"] = kwargs["weight"].float()
+    loss, gradients = results("cpu", kwargs)
+    assert relative_error(loss.total, want[0].total) < 1e-6 or size == 1
+    # With one id there is nothing to learn.
+    assert all(relative_error(a, b) < 5e-6 or size == 1 for a, b in zip(gradients, want[1], strict=True))
