@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..logits import Passes
-from ..logits import forward as shared_forward
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
+from ..products.multi_horizon_linear_cross_entropy import Passes
+from ..products.multi_horizon_linear_cross_entropy import forward as shared_forward
 from . import kernels, product_dtype, raw
 
 CHUNK_BYTES = 64 * 2**20

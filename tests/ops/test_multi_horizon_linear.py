@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mfwm_kernels import GradMonitor, Horizons, multi_horizon_linear, rows, use_backend
+from mfwm_kernels import GradMonitor, Horizons, multi_horizon_linear, use_backend
 from mfwm_kernels.check import relative_error
+from mfwm_kernels.products import rows
 from mfwm_kernels.registry import ABSENT, OPS
 
 KERNELS = [b for b in OPS["multi_horizon_linear"].backends if not ABSENT[b]]

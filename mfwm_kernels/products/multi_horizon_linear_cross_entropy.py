@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .horizons import counts_at
-from .ids import checked_ids
-from .ops.multi_horizon_linear_cross_entropy import OP, Arguments
-from .registry import gradients_by_field, stored_dtype
+from ..horizons import counts_at
+from ..ids import checked_ids
+from ..ops.multi_horizon_linear_cross_entropy import OP, Arguments
+from ..registry import gradients_by_field, stored_dtype
 from .rows import rows_at
 
 
