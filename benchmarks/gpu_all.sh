@@ -2,8 +2,9 @@
 # Proves everything on a GPU within nine minutes and without network:  benchmarks/gpu_all.sh OUT_DIR
 #
 # Leaves in OUT_DIR, the most telling first, so that a run that is cut off still leaves the checks:
-#   build.log check.{json,log} tests.log ops.log sanitizer.log results.json bench.log aot.json summary.txt
-# Needs Python with torch, Triton, numpy, pytest, pybind11, cmake, ninja and nvcc on the PATH. Builds in build/gpu.
+#   summary.txt build.log check.json check.log tests.log results.json bench.log sanitizer.log ops.log
+# Needs Python with torch, Triton, numpy, pytest and pybind11, and cmake, ninja and nvcc on the PATH. Builds in build/gpu,
+# for the GPU that is there (or for ARCH=90, to try the script without one).
 set -uo pipefail
 
 out=${1:?usage: benchmarks/gpu_all.sh OUT_DIR}
@@ -11,7 +12,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
-python=${PYTHON:-python3}
+export python=${PYTHON:-python3}
 started=$SECONDS
 deadline=${DEADLINE:-540}
 failed=0
@@ -35,25 +36,25 @@ stage() {
 }
 
 build() {
-  local major
-  major=$($python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') &&
-    cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DMFWM_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$major" \
-      -DPython_EXECUTABLE="$(command -v "$python")" \
-      -Dpybind11_DIR="$($python -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
-      -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/mfwm_kernels" &&
+  local arch=${ARCH:-$($python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
+  cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DMFWM_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$arch" \
+    -DPython_EXECUTABLE="$(command -v "$python")" \
+    -Dpybind11_DIR="$($python -c 'import pybind11; print(pybind11.get_cmake_dir())')" \
+    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/mfwm_kernels" &&
     cmake --build build/gpu &&
     $python -m mfwm_kernels.info
 }
+export -f build
 
 : >"$out/summary.txt"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$out/summary.txt"
-if ! stage build 150 build; then
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | tee -a "$out/summary.txt"
+if ! stage build 150 bash -c build; then
   tail -30 "$out/build.log"
   exit 1
 fi
 stage check 110 $python -m mfwm_kernels.check --json "$out/check.json"
 grep -E "^FAIL|passed" "$out/check.log" | tail -40
-stage tests 90 $python -m pytest -q -m gpu tests
+stage tests 90 $python -m pytest -q tests/test_gpu.py
 tail -15 "$out/tests.log"
 stage bench "$(($(left) - 100))" $python -m benchmarks --budget 0.3 --dtype bf16 --out "$out/results.json" \
   --stop-after "$(($(left) - 130))"
@@ -63,7 +64,7 @@ if command -v compute-sanitizer >/dev/null; then
     $python -m pytest -q -x tests/test_ops.py -k "cuda and test_values_and_gradients and float32"
   tail -5 "$out/sanitizer.log"
 fi
-stage ops "$(left)" $python -m pytest -q tests/test_ops.py
+stage ops "$(left)" $python -m pytest -q tests/test_ops.py tests/ops
 tail -15 "$out/ops.log"
 cat "$out/summary.txt"
 exit $failed
