@@ -128,11 +128,11 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_monitor(op, to);
              });
   module.def("multi_horizon_linear_cross_entropy",
-             [](py::object logits, py::object targets, py::object losses, py::object hits, double label_smoothing,
+             [](py::object logits, py::object ids, py::object losses, py::object hits, double label_smoothing,
                 double z_loss, double softcap, double scale, bool gradients, int threads) {
                const MultiHorizonLinearCrossEntropy op{
-                   array_of(logits), array_of(targets), array_of(losses), array_of(hits), label_smoothing, z_loss,
-                   softcap,          scale,             gradients,        threads};
+                   array_of(logits), array_of(ids), array_of(losses), array_of(hits), label_smoothing,
+                   z_loss,           softcap,       scale,            gradients,      threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_cross_entropy(op);
              });

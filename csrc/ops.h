@@ -109,10 +109,10 @@ struct MtpCombine {
 // A chunk of rows of one horizon of multi_horizon_linear_cross_entropy, whose matrix products are torch's. Gradients of
 // the loss times `scale` are written over the logits. "Precision" is float32, float64 for float64 logits.
 struct MultiHorizonLinearCrossEntropy {
-  Array logits;   // [R, F * V], rows of unit stride
-  Array targets;  // [R, F, M] int32, contiguous: the ids that a cell covers; negative ones are left out
-  Array losses;   // [R], contiguous, precision
-  Array hits;     // [R] int32, contiguous, or none: how many of the F ids are predicted
+  Array logits;                             // [R, V], of unit stride
+  Array ids;                                // [R, M] int32, contiguous: what a cell covers; negative ones are left out
+  Array losses;                             // [R], contiguous, precision
+  Array hits;                               // [R] int32, contiguous, or none: 1 where the most frequent id is predicted
   double label_smoothing, z_loss, softcap;  // softcap 0: none
   double scale;
   bool gradients;
@@ -121,9 +121,9 @@ struct MultiHorizonLinearCrossEntropy {
 
 // Cross-entropy of each far row under the mean of the distributions of its near rows.
 struct MultiHorizonLinearConsistency {
-  Array near;    // [C * S, F * V], the S rows of a cell one after the other; rows of unit stride, as of `far`
-  Array far;     // [C, F * V]
-  Array losses;  // [C], contiguous, precision
+  Array near;      // [C * S, F * V], the S rows of a cell one after the other; of unit stride, as `far` is
+  Array far;       // [C, F * V]
+  Array losses;    // [C, F], contiguous, precision
   int64_t groups;  // F
   double softcap, scale;
   bool near_gradients, far_gradients;

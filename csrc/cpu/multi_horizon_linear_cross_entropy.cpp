@@ -81,7 +81,7 @@ struct Softmax {
 
 template <class C>
 struct Rowwise {
-  int64_t vocabulary, row = padded<C>(vocabulary);
+  int64_t vocabulary, row;  // the latter in whole cache lines
   C softcap;
 
   MFWM_INLINE void load(Softmax<C>& to, const Array& from, int64_t r, int64_t group) const {
@@ -102,9 +102,6 @@ struct Rowwise {
     to.normaliser = most + static_cast<C>(std::log(sum));
   }
 
-  // How a softcapped logit follows the logit.
-  MFWM_INLINE C slope(C z) const { return softcap > 0 ? 1 - (z / softcap) * (z / softcap) : C(1); }
-
   // The gradient at softcapped logits z -> at the logits, written over them.
   MFWM_INLINE void store(C* __restrict gradient, const C* __restrict z, const Array& to, int64_t r, int64_t group) const {
     if (softcap > 0) {
@@ -120,8 +117,8 @@ struct Rowwise {
 template <class C>
 struct CrossEntropy {
   const MultiHorizonLinearCrossEntropy& op;
-  const int64_t groups = op.targets.size[1], ids = op.targets.size[2];
-  const Rowwise<C> rowwise{op.logits.size[1] / groups, padded<C>(op.logits.size[1] / groups), static_cast<C>(op.softcap)};
+  const int64_t vocabulary = op.logits.size[1], ids = op.ids.size[1];
+  const Rowwise<C> rowwise{vocabulary, padded<C>(vocabulary), static_cast<C>(op.softcap)};
 
   // The smallest of the most frequent ids.
   MFWM_INLINE int32_t most_frequent(const int32_t* cell) const {
@@ -136,48 +133,45 @@ struct CrossEntropy {
   }
 
   MFWM_SIMD void rows(int64_t begin, int64_t end, C* scratch) const {
-    const int64_t vocabulary = rowwise.vocabulary;
     const C smooth = static_cast<C>(op.label_smoothing), z_loss = static_cast<C>(op.z_loss);
     Softmax<C> made{scratch, scratch + rowwise.row};
+    C* __restrict e = made.powers;
+    const C* __restrict z = made.logits;
     for (int64_t r = begin; r < end; ++r) {
-      const int32_t* cell = static_cast<const int32_t*>(op.targets.data) + r * groups * ids;
-      C loss = 0;
-      int32_t hits = 0;
-      for (int64_t group = 0; group < groups; ++group, cell += ids) {
-        int64_t kept = 0;
-        for (int64_t j = 0; j < ids; ++j) kept += cell[j] >= 0;
-        C* __restrict e = made.powers;
-        const C* __restrict z = made.logits;
-        if (kept == 0) {
-          std::fill(e, e + vocabulary, C(0));
-          if (op.gradients) rowwise.store(e, e, op.logits, r, group);
-          continue;
-        }
-        rowwise.load(made, op.logits, r, group);
-        const C each = 1 / static_cast<C>(kept), log_sum = made.normaliser;
-        C hit = 0;
-        for (int64_t j = 0; j < ids; ++j)
-          if (cell[j] >= 0) hit += z[cell[j]];
-        loss += (1 - smooth) * (log_sum - hit * each) + z_loss * log_sum * log_sum;
-        if (smooth > 0) {
-          const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return z[k]; });
-          loss += smooth * (log_sum - static_cast<C>(sum / static_cast<double>(vocabulary)));
-        }
-        if (op.hits) {
-          const int32_t wanted = most_frequent(cell);
-          hits += z[wanted] == made.largest && std::find(z, z + wanted, made.largest) == z + wanted;
-        }
-        if (op.gradients) {
-          const C scale = static_cast<C>(op.scale);
-          const C factor = scale * (1 + 2 * z_loss * log_sum) / made.sum, shift = scale * smooth / static_cast<C>(vocabulary);
-          for (int64_t k = 0; k < vocabulary; ++k) e[k] = e[k] * factor - shift;
-          for (int64_t j = 0; j < ids; ++j)
-            if (cell[j] >= 0) e[cell[j]] -= scale * (1 - smooth) * each;
-          rowwise.store(e, z, op.logits, r, group);
-        }
+      const int32_t* cell = static_cast<const int32_t*>(op.ids.data) + r * ids;
+      C& loss = static_cast<C*>(op.losses.data)[r];
+      int32_t* hit = op.hits ? static_cast<int32_t*>(op.hits.data) + r : nullptr;
+      int64_t kept = 0;
+      for (int64_t j = 0; j < ids; ++j) kept += cell[j] >= 0;
+      if (kept == 0) {
+        loss = 0;
+        if (hit) *hit = 0;
+        std::fill(e, e + vocabulary, C(0));
+        if (op.gradients) rowwise.store(e, e, op.logits, r, 0);
+        continue;
       }
-      static_cast<C*>(op.losses.data)[r] = loss;
-      if (op.hits) static_cast<int32_t*>(op.hits.data)[r] = hits;
+      rowwise.load(made, op.logits, r, 0);
+      const C each = 1 / static_cast<C>(kept), log_sum = made.normaliser;
+      C sum_of_asked = 0;
+      for (int64_t j = 0; j < ids; ++j)
+        if (cell[j] >= 0) sum_of_asked += z[cell[j]];
+      loss = (1 - smooth) * (log_sum - sum_of_asked * each) + z_loss * log_sum * log_sum;
+      if (smooth > 0) {
+        const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return z[k]; });
+        loss += smooth * (log_sum - static_cast<C>(sum / static_cast<double>(vocabulary)));
+      }
+      if (hit) {
+        const int32_t asked = most_frequent(cell);
+        *hit = z[asked] == made.largest && std::find(z, z + asked, made.largest) == z + asked;
+      }
+      if (op.gradients) {
+        const C scale = static_cast<C>(op.scale), factor = scale * (1 + 2 * z_loss * log_sum) / made.sum;
+        const C shift = scale * smooth / static_cast<C>(vocabulary);
+        for (int64_t k = 0; k < vocabulary; ++k) e[k] = e[k] * factor - shift;
+        for (int64_t j = 0; j < ids; ++j)
+          if (cell[j] >= 0) e[cell[j]] -= scale * (1 - smooth) * each;
+        rowwise.store(e, z, op.logits, r, 0);
+      }
     }
   }
 
@@ -202,7 +196,6 @@ struct Consistency {
     Softmax<C> far{scratch, scratch + row}, near{scratch + 2 * row, scratch + 3 * row};
     C* __restrict teacher = scratch + 4 * row;
     const C scale = static_cast<C>(op.scale), each = 1 / static_cast<C>(covered);
-    double loss = 0;
     for (int64_t group = 0; group < op.groups; ++group) {
       rowwise.load(far, op.far, c, group);
       std::fill(teacher, teacher + vocabulary, C(0));
@@ -214,7 +207,9 @@ struct Consistency {
       }
       const C* __restrict z = far.logits;
       const C log_sum = far.normaliser;
-      loss += long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return teacher[k] * (log_sum - z[k]); });
+      const double loss = long_sum<C>(
+          vocabulary, [=](int64_t k) __attribute__((always_inline)) { return teacher[k] * (log_sum - z[k]); });
+      static_cast<C*>(op.losses.data)[c * op.groups + group] = static_cast<C>(loss);
       // With g the gradient at the teacher, -log q: at a near logit p (g - <p, g>) / covered.
       for (int64_t s = 0; op.near_gradients && s < covered; ++s) {
         rowwise.load(near, op.near, c * covered + s, group);
@@ -232,7 +227,6 @@ struct Consistency {
         rowwise.store(e, z, op.far, c, group);
       }
     }
-    static_cast<C*>(op.losses.data)[c] = static_cast<C>(loss);
   }
 
   void run() const {

@@ -385,7 +385,10 @@ OP = register(
             "wide": _bench(16, 4, 16, 262144, 2048),
             "wide-near": _bench(16, 4, 16, 262144, 2048, horizons=Horizons.next_frame()),
         },
-        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING)},
+        backends={
+            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "triton": Backend((*KERNELS, "multi_horizon_linear_normalisers")),
+        },
         gradients_in_forward=True,
     )
 )

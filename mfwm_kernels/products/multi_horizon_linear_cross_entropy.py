@@ -32,9 +32,10 @@ class Passes(NamedTuple):
                            the device, only those stay out whose frame is past the end
     add(total, product)    total += product; total is fp32, the product bf16
     cross_entropy(args, logits, ids, scale, losses, hits, learns)
-        losses and hits of rows [R, F * V]; if `learns`, the logits become their gradients times `scale`
+        losses and hits [R * F] of logits [R * F, V] asked for ids [R * F, f * f]; if `learns`, the logits become their
+        gradients times `scale`
     consistency(args, near, far, counted, scale, losses, learns_near, learns_far)
-        losses of far rows [C, F * V] under near rows [C * S, F * V]; the same. Rows where `counted` is False give zeros
+        losses [C, F] of far logits [C, F * V] under near ones [C * S, F * V]; the same. Zeros where `counted` is False
     """
 
     chunk_bytes: int
@@ -69,23 +70,27 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
     device, count, computed = args.tokens.device, len(args.inputs), heads.computed
     ids = kept_ids(args)
 
-    def empty(number: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(number, dtype=dtype, device=device)
+    def empty(*shape: int, dtype: torch.dtype = computed) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
     means, counts, accuracies = [], [], []
     for i in range(count):
         targets = targets_of(args, ids, i, passes.drops)
         scale = args.weights[i].to(computed) / targets.cells.clamp_min(1)
-        losses = empty(targets.ids.shape[0], computed)
-        hits = empty(targets.ids.shape[0], torch.int32) if args.return_accuracy else None
+        terms = targets.ids.shape[:2]
+        losses, hits = empty(*terms), empty(*terms, dtype=torch.int32) if args.return_accuracy else None
         learns = heads.learn_from(i)
         heads.begin(i, targets.rows)
         for first in range(0, losses.shape[0], heads.size):
             part = slice(first, min(first + heads.size, losses.shape[0]))
             rows = part if targets.rows is None else targets.rows[part]
             states, logits = heads.logits(i, rows, 0)
-            hit = None if hits is None else hits[part]
-            passes.cross_entropy(args, logits, targets.ids[part], scale, losses[part], hit, learns)
+            flat_logits, its_ids = (
+                logits.unflatten(1, (args.factored, -1)).flatten(0, 1),
+                targets.ids[part].flatten(0, 1),
+            )
+            its_hits = None if hits is None else hits[part].flatten()
+            passes.cross_entropy(args, flat_logits, its_ids, scale, losses[part].flatten(), its_hits, learns)
             if learns:
                 heads.learn(i, rows, states, logits, added=False)
         means.append(mean_of(losses, targets.cells))
@@ -100,7 +105,7 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
         assert args.consistency_weights is not None
         pair = pair_of(args, i, j, passes.drops)
         scale = args.consistency_weights[j].to(computed) / pair.cells.clamp_min(1)
-        losses = empty(pair.far.shape[0], computed)
+        losses = empty(pair.far.shape[0], args.factored)
         learns_near = args.detach != "near" and heads.learn_from(i)
         learns_far = args.detach != "far" and heads.learn_from(j)
         size = max(1, heads.size // (1 + pair.near.shape[1]))

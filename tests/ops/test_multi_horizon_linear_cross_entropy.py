@@ -171,6 +171,18 @@ def test_an_id_out_of_range_is_named(backend: str, value: int) -> None:
         multi_horizon_linear_cross_entropy(**kwargs)
 
 
+@pytest.mark.skipif("triton" not in KERNELS, reason="needs Triton")
+def test_rows_too_long_for_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mfwm_kernels.triton import multi_horizon_linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "LONGEST", 16)
+    monkeypatch.setattr(module, "LOOPED", 16)
+    kwargs = call_of("triton", softcap=3.0, z_loss=0.01, label_smoothing=0.1, return_accuracy=True, detach=None)
+    kwargs["tokens"][0, :, :2, 3:] = -100
+    kwargs["consistency_weights"] = [0, 0.5, 2]
+    assert_same(results("triton", kwargs), results("reference", kwargs), 1e-5)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_large_logits(backend: str) -> None:
     """Softmaxes of logits that exp cannot take, and far below the largest."""
