@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..logits import Passes
-from ..logits import forward as shared_forward
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
+from ..products.multi_horizon_linear_cross_entropy import Passes
+from ..products.multi_horizon_linear_cross_entropy import forward as shared_forward
 from .launch import ceil_div, launch, power_of_2
 from .multi_horizon_loss import scale as scale
 
