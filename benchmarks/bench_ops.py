@@ -147,10 +147,8 @@ def measure(op: Op, size: str, dtype_name: str, device: torch.device, budget: fl
             for call in calls:
                 call()
             ready.append(Contender(name, calls))
-        except torch.cuda.OutOfMemoryError:
-            rows[name]["status"] = "out of memory"
         except Exception as error:  # A rival that fails is a row of the table, not the end of the benchmark.
-            rows[name]["status"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            rows[name]["status"] = failure(error)
         release(device)
     times = interleaved(ready, device, budget)
     roof = rates(times, device)
@@ -170,6 +168,12 @@ def measure(op: Op, size: str, dtype_name: str, device: torch.device, budget: fl
                 matmul_tflop_per_s=roof["flops_per_s"] / 1e12,
             )
         yield row
+
+
+def failure(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {str(error)[:200]}"
 
 
 def figures(timing: Timing) -> dict[str, Any]:

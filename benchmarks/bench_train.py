@@ -31,7 +31,7 @@ from torch import Tensor
 from mfwm_kernels import HorizonLoss, Horizons
 
 from . import rivals
-from .bench_ops import figures, release
+from .bench_ops import failure, figures, release
 from .measure import Contender, interleaved
 
 CONTENDERS = ("eager", "torch.compile", "mfwm", "mfwm + torch.compile")
@@ -170,10 +170,8 @@ def measure(size: str, device: torch.device, budget: float) -> Iterator[dict[str
                 step()
                 memory[f"{name}, {task}"] = peak_bytes(step, device)
                 ready.append(Contender(f"{name}, {task}", [step]))
-        except torch.cuda.OutOfMemoryError:
-            rows[name]["status"] = "out of memory"
         except Exception as error:  # A contender that fails is a row of the table, not the end of the benchmark.
-            rows[name]["status"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            rows[name]["status"] = failure(error)
         release(device)
     # Each contender as many steps as the others, whatever they cost.
     times = interleaved(ready, device, 4 * budget, graphs=False)

@@ -100,6 +100,15 @@ def refuse_late(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[t
     return loss._replace(total=total)
 
 
+def gradients_of_weights(
+    weights: Tensor, consistency_weights: Tensor | None, wanted: Sequence[bool], means: Tensor, agreement: Tensor
+) -> list[Tensor]:
+    """The wanted gradients of the two: the total is linear in them, so these are the means that they weigh."""
+    pairs = [(weights, means), (consistency_weights, agreement)]
+    present = [(weight, mean) for weight, mean in pairs if weight is not None]
+    return [mean.to(weight.dtype, copy=True) for (weight, mean), want in zip(present, wanted, strict=True) if want]
+
+
 def place_of(pair: tuple[int, int], shape: Sequence[int]) -> tuple[int, ...]:
     """Where a pair stands in the consistency weights."""
     return pair if len(shape) == 2 else pair[1:]

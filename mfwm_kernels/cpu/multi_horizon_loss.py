@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..losses import DETACH, place_of
+from ..losses import DETACH, gradients_of_weights, place_of
 from ..ops.multi_horizon_loss import KINDS, Arguments
 from ..registry import stored_dtype
 from . import kernels, precision, raw
@@ -56,9 +56,5 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         mean_counts,
     ]
     extras = [gradient for gradient in gradients if gradient is not None]
-    # The total is linear in the weights: their gradients are the means that they weigh.
-    if wanted[count]:
-        extras.append(horizon_means.to(args.weights.dtype, copy=True))
-    if args.consistency_weights is not None and wanted[count + 1]:
-        extras.append(means.to(args.consistency_weights.dtype, copy=True))
+    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], horizon_means, means)
     return outputs, extras

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import raw
-from ..losses import DETACH
+from ..losses import DETACH, gradients_of_weights
 from ..ops.multi_horizon_loss import KINDS, Arguments
 from ..registry import stored_dtype
 from . import launch
@@ -39,11 +39,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         raw(torch.empty(terms, BLOCKS, device=device)), [raw(output) for output in outputs],
     )  # fmt: skip
     extras = [gradient for gradient in gradients if gradient is not None]
-    # The total is linear in the weights: their gradients are the means that they weigh.
-    if wanted[count]:
-        extras.append(means.to(args.weights.dtype, copy=True))
-    if args.consistency_weights is not None and wanted[count + 1]:
-        extras.append(agreement.to(args.consistency_weights.dtype, copy=True))
+    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], means, agreement)
     return outputs, extras
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..horizons import counts_at
 from ..ids import checked_ids
+from ..losses import gradients_of_weights
 from ..ops.multi_horizon_linear_cross_entropy import OP, Arguments
 from ..registry import gradients_by_field, stored_dtype
 from .rows import rows_at
@@ -125,13 +126,10 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
     per_horizon = torch.stack(means)
     total = (args.weights.to(computed) * per_horizon).sum()
     extras = heads.gradients()
-    # The total is linear in the weights: their gradients are the means that they weigh.
-    if heads.want["weights"]:
-        extras.append(per_horizon.to(args.weights.dtype, copy=True))
     if args.consistency_weights is not None:
         total = total + torch.where(agreement_counts > 0, args.consistency_weights.to(computed) * agreement, 0).sum()
-        if heads.want["consistency_weights"]:
-            extras.append(agreement.to(args.consistency_weights.dtype, copy=True))
+    rest = wanted[count + len(args.weight) :]
+    extras += gradients_of_weights(args.weights, args.consistency_weights, rest, per_horizon, agreement)
     outputs = [total, per_horizon, torch.stack(counts), agreement, agreement_counts]
     return [*outputs, torch.stack(accuracies)] if args.return_accuracy else outputs, extras
 

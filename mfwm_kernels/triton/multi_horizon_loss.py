@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..losses import place_of
+from ..losses import gradients_of_weights, place_of
 from ..ops.multi_horizon_loss import Arguments
 from ..registry import stored_dtype
 from .frames import (
@@ -323,11 +323,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(agreement.numel()), num_warps=1,
     )  # fmt: skip
     extras = [g.to(stored_dtype(pred)) for g, pred in zip(gradients, args.preds, strict=True) if g is not None]
-    # The total is linear in the weights: their gradients are the means that they weigh.
-    if wanted[count]:
-        extras.append(means.to(args.weights.dtype, copy=True))
-    if args.consistency_weights is not None and wanted[count + 1]:
-        extras.append(agreement.to(args.consistency_weights.dtype, copy=True))
+    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], means, agreement)
     return [total, means, counts_out, agreement, agreement_counts], extras
 
 
