@@ -2,8 +2,9 @@
 
     python -m benchmarks --only train
 
-Both steps are forward, backward and AdamW under bf16 autocast. The multi-frame one has K = 4 horizons with actions,
-cascade, consistency and one block per far horizon on its pooled grid. Four ways to run each:
+Both steps are forward, backward and AdamW, under bf16 autocast except on a CPU without bf16 products. The multi-frame
+one has K = 4 horizons with actions, cascade, consistency and one block per far horizon on its pooled grid.
+Four ways to run each:
 
     eager                 the ops written out in PyTorch (rivals.py)
     torch.compile         the same, the whole model compiled
@@ -29,6 +30,7 @@ from mfwm.model import WorldModel, WorldModelConfig
 from torch import Tensor
 
 from mfwm_kernels import HorizonLoss, Horizons
+from mfwm_kernels.cpu import product_dtype
 
 from . import rivals
 from .bench_ops import failure, figures, release
@@ -49,9 +51,11 @@ def _heads(factors: tuple[int, ...], patches: tuple[int, ...]) -> HeadsConfig:
     )
 
 
+CPU_MODEL = WorldModelConfig(width=256, layers=6, heads=_heads((1, 2, 4, 8), (8, 8, 4, 2)))
 # Size -> (clips in a batch, model).
 SIZES: dict[str, tuple[int, WorldModelConfig]] = {
-    "cpu": (8, WorldModelConfig(width=192, layers=4, heads=_heads((1, 2, 4, 8), (8, 8, 4, 2)))),
+    "cpu": (8, CPU_MODEL),
+    "cpu-32": (32, CPU_MODEL),
     "genie": (
         36,
         WorldModelConfig(patch=4, width=512, layers=12, head_width=64, heads=_heads((1, 2, 4, 4), (4, 4, 4, 4))),
@@ -71,7 +75,12 @@ SIZES: dict[str, tuple[int, WorldModelConfig]] = {
 
 
 def sizes_of(device: torch.device) -> list[str]:
-    return [size for size in SIZES if (size == "cpu") == (device.type == "cpu")]
+    """Those that run unasked."""
+    return ["cpu"] if device.type == "cpu" else ["genie", "pixels"]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    return product_dtype(torch.bfloat16) if device.type == "cpu" else torch.bfloat16
 
 
 def next_frame(config: WorldModelConfig) -> WorldModelConfig:
@@ -144,9 +153,11 @@ def step_of(contender: str, config: WorldModelConfig, batch: int, device: torch.
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model, dynamic=False) if "torch.compile" in contender else model
     plain = not contender.startswith("mfwm")
+    dtype = autocast_dtype(device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def step() -> None:
-        with written_out() if plain else contextlib.nullcontext(), torch.autocast(device.type, torch.bfloat16):
+        with written_out() if plain else contextlib.nullcontext(), autocast:
             loss = forward(video, actions).total
         loss.backward()
         optimiser.step()
@@ -162,7 +173,8 @@ def measure(size: str, device: torch.device, budget: float) -> Iterator[dict[str
     memory: dict[str, int] = {}
     torch._dynamo.reset()
     for name in CONTENDERS:
-        rows[name] = {"size": size, "batch": batch, "contender": name}
+        dtype = str(autocast_dtype(device)).removeprefix("torch.")
+        rows[name] = {"size": size, "batch": batch, "dtype": dtype, "contender": name}
         try:
             for task, its_config in (("next frame", next_frame(config)), ("multi-frame", config)):
                 step = step_of(name, its_config, batch, device)

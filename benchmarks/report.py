@@ -90,7 +90,7 @@ def short_table(results: dict[str, Any]) -> str:
 def train_table(results: dict[str, Any]) -> str:
     lines = []
     for row in results["train"]:
-        head = [row["size"], row["contender"]]
+        head = [f"{row['size']}, {row['dtype']}", row["contender"]]
         if row["status"] != "ok":
             lines.append([*head, row["status"], "", "", "", ""])
             continue

@@ -12,6 +12,7 @@ import torch
 
 from . import __version__, registry
 from .arguments import names
+from .cpu import product_dtype
 
 
 def environment() -> dict[str, Any]:
@@ -29,6 +30,8 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "cpu": cpu_name(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cpu_multiplies_bf16": product_dtype(torch.bfloat16) == torch.bfloat16,
         "threads": torch.get_num_threads(),
         "forced_backend": None if registry._forced == "auto" else registry._forced,
     }
