@@ -102,7 +102,7 @@ def largest_error(op: Op, backend: str, dtype: torch.dtype, device: torch.device
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """Median time of `work` over as many runs as fit the budget, at least three; of one run if that alone exceeds it."""
+    """Median time of `work` over as many runs as fit the budget, at least three; or one if that alone exceeds it."""
 
     def once() -> float:
         if device.type == "cuda":
