@@ -1,6 +1,8 @@
-// fan_out on the CPU. A tile of L x L tokens, L the least common multiple of the pools, is read once; coarser cells are
-// sums of finer ones, made while the tokens pass.
+// fan_out on the CPU. A tile is L tokens high, L the least common multiple of the pools. It is read once; coarser cells
+// are sums of finer ones, made while the tokens pass. Backward, gradients go the other way: a coarse cell's first, then
+// those of the cells that it is made of, two neighbours at a time.
 #include <cmath>
+#include <utility>
 
 #include "pyramid.h"
 
@@ -19,8 +21,8 @@ inline int64_t smallest_prime(int64_t number) {
 }
 
 template <class C>
-MFWM_INLINE void add_scaled(C* __restrict to, const C* __restrict from, C scale, int64_t count) {
-  for (int64_t d = 0; d < count; ++d) to[d] += from[d] * scale;
+MFWM_INLINE void add_row(C* __restrict to, const C* __restrict from, int64_t count) {
+  for (int64_t d = 0; d < count; ++d) to[d] += from[d];
 }
 
 template <class C>
@@ -38,9 +40,12 @@ struct Fan {
                 width = op.hidden.size[3], depth = op.hidden.size[4];
   const int64_t row = padded<C>(depth);
   int64_t side = 1;  // L
+  int64_t span = 1;  // the width of a tile: L or 2 L, even where it can be
   std::vector<Level> chain;
   std::vector<int> level_of;  // horizon -> level
   std::vector<C> norm_weight;
+  // Arrays larger than the caches are written past them.
+  const bool streams = batch * positions * height * width * depth * size_of(op.hidden.dtype) > int64_t(8) << 20;
   // A position's tiles are cut into groups, so that few positions still occupy many threads. Shapes alone decide.
   int64_t tiles, groups;
 
@@ -54,7 +59,8 @@ struct Fan {
       side = std::lcm(side, pool);
       level_of.push_back(index_of(chain, pool));
     }
-    tiles = (height / side) * (width / side);
+    span = side % 2 && width / side % 2 == 0 ? 2 * side : side;
+    tiles = (height / side) * (width / span);
     const int64_t all = std::max<int64_t>(batch * positions, 1);
     groups = std::min(tiles, std::max<int64_t>(1, (64 + all - 1) / all));
     norm_weight.resize(op.norm_weight ? horizons * depth : 0);
@@ -68,20 +74,55 @@ struct Fan {
   };
   template <class Body>
   MFWM_INLINE void tiles_of(int64_t position, int64_t group, const Body& body) const {
-    const int64_t columns = width / side;
+    const int64_t columns = width / span;
     for (int64_t tile = group * tiles / groups; tile < (group + 1) * tiles / groups; ++tile)
-      body(Place{position / positions, position % positions, tile / columns * side, tile % columns * side});
+      body(Place{position / positions, position % positions, tile / columns * side, tile % columns * span});
   }
 
-  int64_t cells(size_t l) const { return (side / chain[l].factor) * (side / chain[l].factor); }
+  int64_t columns(size_t l) const { return span / chain[l].factor; }
+  int64_t cells(size_t l) const { return side / chain[l].factor * columns(l); }
 
   MFWM_INLINE const C* token(C* scratch, const Place& place, int64_t y, int64_t x) const {
     const int64_t offset = cell_offset(op.hidden, place.b, place.n, place.y + y, place.x + x);
     return row_of(scratch, op.hidden, offset, op.hidden.stride[4], depth);
   }
+  // Cell y, x of the tile at one of `factor` tokens a side.
+  MFWM_INLINE int64_t cell_in(const Array& array, const Place& place, int64_t factor, int64_t y, int64_t x) const {
+    return cell_offset(array, place.b, place.n, place.y / factor + y, place.x / factor + x);
+  }
   MFWM_INLINE const C* window_sum(const Place& place, int i) const {
     const int64_t position = place.b * positions + place.n;
     return static_cast<const C*>(op.sums.data) + (position * horizons + i) * depth;
+  }
+  MFWM_INLINE void put(const C* from, const Array& array, int64_t offset) const {
+    if (streams && array.stride[4] == 1)
+      stream_row(from, array.data, array.dtype, offset, depth);
+    else
+      store_row(from, array.data, array.dtype, offset, array.stride[4], depth);
+  }
+
+  // 1 / rms of a state, and <weighted, state>: state = sum * mean + add is not kept, it is made again where it is needed.
+  struct Statistics {
+    C scale, product;
+  };
+  template <bool product>
+  MFWM_INLINE Statistics statistics(const C* __restrict sum, C mean, const C* __restrict add,
+                                    const C* __restrict weight, const C* __restrict upstream) const {
+    C squares[2] = {0, 0}, products[2] = {0, 0};
+    const int64_t half = depth / 2;
+    const auto visit = [&](int side_by_side, int64_t d) __attribute__((always_inline)) {
+      const C value = sum[d] * mean + add[d];
+      squares[side_by_side] += value * value;
+      if constexpr (product) products[side_by_side] += upstream[d] * weight[d] * value;
+    };
+    // In one sum each addition waits for the last; two halves go on side by side.
+    for (int64_t d = 0; d < half; ++d) {
+      visit(0, d);
+      visit(1, half + d);
+    }
+    if (depth % 2) visit(0, depth - 1);
+    const C rms = std::sqrt((squares[0] + squares[1]) / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
+    return {C(1) / rms, products[0] + products[1]};
   }
 
   // Sums over the cells of every level but the first, in `sums` (per level, cells by rows); done(level, y, x, row) is
@@ -89,7 +130,7 @@ struct Fan {
   template <class Done>
   MFWM_INLINE void pool(const Place& place, C* token_scratch, C* sums, const Done& done) const {
     for (int64_t y = 0; y < side; ++y)
-      for (int64_t x = 0; x < side; ++x) {
+      for (int64_t x = 0; x < span; ++x) {
         const C* tokens = token(token_scratch, place, y, x);
         C* level_sums = sums;
         for (size_t l = 0; l < chain.size(); ++l) {
@@ -98,13 +139,13 @@ struct Fan {
             level_sums += cells(l) * row;
             continue;
           }
-          const C* complete = l == 0 ? tokens : level_sums + ((y / p) * (side / p) + x / p) * row;
+          const C* complete = l == 0 ? tokens : level_sums + (y / p * columns(l) + x / p) * row;
           done(l, y / p, x / p, complete);
           C* child_sums = sums;
           for (size_t child = 1; child < chain.size(); ++child) {
             if (chain[child].parent == static_cast<int>(l)) {
               const int64_t q = chain[child].factor;
-              C* __restrict to = child_sums + ((y / q) * (side / q) + x / q) * row;
+              C* __restrict to = child_sums + (y / q * columns(child) + x / q) * row;
               // The first part of a cell is its top left one.
               if (y - y % p == y - y % q && x - x % p == x - x % q && y % q < p && x % q < p)
                 std::copy(complete, complete + depth, to);
@@ -134,20 +175,14 @@ struct Fan {
       for (int i = 0; i < horizons; ++i) {
         if (level_of[i] != static_cast<int>(l)) continue;
         const C *__restrict add = window_sum(place, i), *__restrict from = sum;
-        C squares = 0;
-        for (int64_t d = 0; d < depth; ++d) {
-          const C value = from[d] * mean + add[d];
-          state[d] = value;
-          squares += value * value;
-        }
-        if (!norm_weight.empty()) {
+        if (norm_weight.empty()) {
+          for (int64_t d = 0; d < depth; ++d) state[d] = from[d] * mean + add[d];
+        } else {
           const C* __restrict weight = &norm_weight[i * depth];
-          const C r = C(1) / std::sqrt(squares / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
-          for (int64_t d = 0; d < depth; ++d) state[d] *= r * weight[d];
+          const C r = statistics<false>(from, mean, add, weight, nullptr).scale;
+          for (int64_t d = 0; d < depth; ++d) state[d] = (from[d] * mean + add[d]) * (r * weight[d]);
         }
-        const Array& out = op.outputs[i];
-        const int64_t offset = cell_offset(out, place.b, place.n, place.y / p + y, place.x / p + x);
-        store_row(state, out.data, out.dtype, offset, out.stride[4], depth);
+        put(state, op.outputs[i], cell_in(op.outputs[i], place, p, y, x));
       }
     });
   }
@@ -155,114 +190,180 @@ struct Fan {
   void forward() const {
     parallel_for<C>(op.threads, batch * positions * groups, row + pool_scratch(), [&](int64_t unit, C* scratch) {
       tiles_of(unit / groups, unit % groups, [&](const Place& place) { forward_tile(place, scratch); });
+      if (streams) finish_streaming();
     });
   }
 
   // ---- backward
 
-  struct Backward {
+  // Where things lie in a thread's scratch, in elements. What is of a cell is there twice, for two neighbours.
+  struct Plan {
     const FanOutGradients& gradients;
-    std::vector<int64_t> state_at;  // horizon -> its gradients at its own cells, in scratch
-    int64_t pooled_at = 0, size = 0;
     bool norms, gram;
+    int64_t upstream_at = 0, token_at = 0, made_at = 0, zeros_at = 0, pooled_at = 0, size = 0;
+    int64_t window_at = 0, weight_at = 0;  // horizon -> gradients of its window sum and of its norm's weights
+    std::vector<int64_t> totals_at{};      // level -> gradients at the sums of its cells
+    std::vector<int64_t> own_at{};         // horizon -> gradients at its states, kept for the Gram matrix
   };
 
-  Backward plan(const FanOutGradients& gradients) const {
-    Backward plan{gradients, {}, 0, 0, !norm_weight.empty(), bool(gradients.gram)};
-    plan.size = 4 * row;
-    plan.pooled_at = plan.size;
-    plan.size += pool_scratch();
-    for (int i = 0; i < horizons; ++i) {
-      plan.state_at.push_back(plan.size);
-      plan.size += cells(level_of[i]) * row;
-    }
+  Plan plan(const FanOutGradients& gradients) const {
+    Plan plan{gradients, !norm_weight.empty(), bool(gradients.gram)};
+    const auto take = [&](int64_t rows) { return std::exchange(plan.size, plan.size + rows * row); };
+    plan.upstream_at = take(2);
+    plan.token_at = take(2);
+    plan.made_at = take(2);
+    plan.zeros_at = take(1);
+    plan.window_at = take(horizons);
+    plan.weight_at = take(horizons);
+    plan.pooled_at = take(pool_scratch() / row);
+    for (size_t l = 0; l < chain.size(); ++l) plan.totals_at.push_back(take(l == 0 ? 0 : cells(l)));
+    for (int i = 0; i < horizons; ++i) plan.own_at.push_back(take(plan.gram ? cells(level_of[i]) : 0));
     return plan;
   }
 
-  // The gradient at one state, before it is spread over the tokens of its cell:
+  // One cell, or two neighbours: the sum over each, the gradient that each has from coarser cells and other horizons,
+  // and where its gradient goes (it may be the same place).
+  template <int count>
+  struct Cells {
+    const C *sum[count], *base[count];
+    C* to[count];
+  };
+
+  // Adds the gradients of horizon i's states at these cells, and to those of its window sum and its norm's weights:
   //   d state = r (g w) - state r^3 / D <g w, state>,  d weight = g state r
-  MFWM_INLINE void state_gradient(int i, const Place& place, int64_t y, int64_t x, const C* __restrict sum,
-                                  C* __restrict to, C* scratch, double* weight_gradient, C* window_gradient) const {
+  template <int count, bool keep>
+  MFWM_INLINE void add_states(const Plan& plan, int i, const Place& place, int64_t y, int64_t x, const Cells<count>& cells,
+                              C* scratch) const {
     const Array& g = op.outputs[i];
-    const int64_t p = op.pool[i], offset = cell_offset(g, place.b, place.n, place.y / p + y, place.x / p + x);
-    const C* __restrict upstream = row_of(scratch, g, offset, g.stride[4], depth);
-    if (norm_weight.empty()) {
-      for (int64_t d = 0; d < depth; ++d) to[d] = upstream[d];
-    } else {
-      C* __restrict state = scratch + row;
-      const C *__restrict add = window_sum(place, i), *__restrict weight = &norm_weight[i * depth];
-      const C mean = C(1) / static_cast<C>(p * p);
-      C squares = 0, product = 0;
-      for (int64_t d = 0; d < depth; ++d) {
-        const C value = sum[d] * mean + add[d];
-        state[d] = value;
-        squares += value * value;
-        product += upstream[d] * weight[d] * value;
-      }
-      const C r = C(1) / std::sqrt(squares / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
-      const C along = product * r * r * r / static_cast<C>(depth);
-      for (int64_t d = 0; d < depth; ++d) to[d] = upstream[d] * weight[d] * r - state[d] * along;
-      if (weight_gradient) {
-        double* __restrict into = weight_gradient + i * depth;
-        for (int64_t d = 0; d < depth; ++d) into[d] += static_cast<double>(upstream[d] * state[d] * r);
-      }
+    const int64_t p = op.pool[i];
+    const C share = static_cast<C>((plan.gradients.scale.empty() ? 1.0 : plan.gradients.scale[i]) / (p * p));
+    const C* upstream[count];
+    C* own[count];
+    for (int c = 0; c < count; ++c) {
+      upstream[c] = row_of(scratch + plan.upstream_at + c * row, g, cell_in(g, place, p, y, x + c), g.stride[4], depth);
+      own[c] = scratch + plan.own_at[i] + (y * (span / p) + x + c) * row;
     }
-    if (window_gradient) {
-      C* __restrict into = window_gradient + i * depth;
-      for (int64_t d = 0; d < depth; ++d) into[d] += to[d];
+    C *window = scratch + plan.window_at + i * row, *weight_gradient = scratch + plan.weight_at + i * row;
+    if (!plan.norms) {
+#pragma GCC ivdep
+      for (int64_t d = 0; d < depth; ++d) {
+        C all = 0;
+        for (int c = 0; c < count; ++c) {
+          const C made = upstream[c][d];
+          cells.to[c][d] = cells.base[c][d] + share * made;
+          if constexpr (keep) own[c][d] = made;
+          all += made;
+        }
+        window[d] += all;
+      }
+      return;
+    }
+    const C *add = window_sum(place, i), *weight = &norm_weight[i * depth], mean = C(1) / static_cast<C>(p * p);
+    C r[count], along[count];
+    for (int c = 0; c < count; ++c) {
+      const auto [scale, product] = statistics<true>(cells.sum[c], mean, add, weight, upstream[c]);
+      r[c] = scale;
+      along[c] = product * scale * scale * scale / static_cast<C>(depth);
+    }
+#pragma GCC ivdep
+    for (int64_t d = 0; d < depth; ++d) {
+      C all = 0, of_weight = 0;
+      for (int c = 0; c < count; ++c) {
+        const C state = cells.sum[c][d] * mean + add[d], scaled = upstream[c][d] * r[c];
+        const C made = scaled * weight[d] - state * along[c];
+        cells.to[c][d] = cells.base[c][d] + share * made;
+        if constexpr (keep) own[c][d] = made;
+        all += made;
+        of_weight += scaled * state;
+      }
+      window[d] += all;
+      weight_gradient[d] += of_weight;
     }
   }
 
-  MFWM_SIMD void backward_tile(const Backward& plan, const Place& place, C* scratch, C* window_gradient,
-                               double* weight_gradient, double* gram) const {
-    const auto at = [&](size_t l, int64_t y, int64_t x, const C* sum) __attribute__((always_inline)) {
-      const int64_t columns = side / chain[l].factor;
-      for (int i = 0; i < horizons; ++i)
-        if (level_of[i] == static_cast<int>(l) && op.outputs[i])
-          state_gradient(i, place, y, x, sum, scratch + plan.state_at[i] + (y * columns + x) * row, scratch,
-                         weight_gradient, window_gradient);
-    };
-    if (plan.norms) {
-      pool(place, scratch + plan.pooled_at, scratch + plan.pooled_at + row, at);
-    } else {
-      // Without a norm the states themselves are not needed.
-      for (size_t l = 0; l < chain.size(); ++l)
-        for (int64_t y = 0; y < side / chain[l].factor; ++y)
-          for (int64_t x = 0; x < side / chain[l].factor; ++x) at(l, y, x, nullptr);
-    }
-    const Array& hidden = plan.gradients.hidden;
-    for (int64_t y = 0; hidden && y < side; ++y)
-      for (int64_t x = 0; x < side; ++x) {
-        C* total = scratch;
-        std::fill(total, total + depth, C(0));
-        for (int i = 0; i < horizons; ++i) {
-          if (!op.outputs[i]) continue;
-          const int64_t p = op.pool[i];
-          const C share = static_cast<C>((plan.gradients.scale.empty() ? 1.0 : plan.gradients.scale[i]) / (p * p));
-          add_scaled(total, scratch + plan.state_at[i] + ((y / p) * (side / p) + x / p) * row, share, depth);
+  // The gradients at the sums over cells x, x + 1 .. of row y of level l: of the states made of them, and of the coarser
+  // cells that they are parts of. Each lies in `to` or, where nothing is added, at its base.
+  template <int count>
+  MFWM_INLINE Cells<count> gradients_of(const Plan& plan, size_t l, const Place& place, int64_t y, int64_t x,
+                                        Cells<count> cells, C* scratch) const {
+    for (int c = 0; c < count; ++c) {
+      const C* zeros = scratch + plan.zeros_at;
+      cells.base[c] = zeros;
+      for (size_t coarse = l + 1; coarse < chain.size(); ++coarse) {
+        if (chain[coarse].parent != static_cast<int>(l)) continue;
+        const int64_t q = chain[coarse].ratio;
+        const C* total = scratch + plan.totals_at[coarse] + (y / q * columns(coarse) + (x + c) / q) * row;
+        if (cells.base[c] == zeros) {
+          cells.base[c] = total;
+        } else {
+#pragma GCC ivdep
+          for (int64_t d = 0; d < depth; ++d) cells.to[c][d] = cells.base[c][d] + total[d];
+          cells.base[c] = cells.to[c];
         }
-        const int64_t offset = cell_offset(hidden, place.b, place.n, place.y + y, place.x + x);
-        store_row(total, hidden.data, hidden.dtype, offset, hidden.stride[4], depth);
       }
+    }
+    for (int i = 0; i < horizons; ++i) {
+      if (level_of[i] != static_cast<int>(l) || !op.outputs[i]) continue;
+      if (plan.gram)
+        add_states<count, true>(plan, i, place, y, x, cells, scratch);
+      else
+        add_states<count, false>(plan, i, place, y, x, cells, scratch);
+      for (int c = 0; c < count; ++c) cells.base[c] = cells.to[c];
+    }
+    return cells;
+  }
+
+  template <int count>
+  MFWM_INLINE void backward_cells(const Plan& plan, size_t l, const Place& place, const C* sums, C* scratch) const {
+    Cells<count> cells{};
+    for (int64_t y = 0; y < side / chain[l].factor; ++y)
+      for (int64_t x = 0; x < columns(l); x += count) {
+        for (int c = 0; c < count; ++c) {
+          const int64_t cell = (y * columns(l) + x + c) * row;
+          cells.to[c] = scratch + (l > 0 ? plan.totals_at[l] + cell : plan.made_at + c * row);
+          if (!plan.norms) continue;  // The states themselves are not needed.
+          cells.sum[c] = l > 0 ? sums + cell : token(scratch + plan.token_at + c * row, place, y, x + c);
+        }
+        const Cells<count> made = gradients_of(plan, l, place, y, x, cells, scratch);
+        for (int c = 0; c < count; ++c) {
+          const Array& hidden = plan.gradients.hidden;
+          if (l > 0 && made.base[c] != made.to[c]) std::copy(made.base[c], made.base[c] + depth, made.to[c]);
+          if (l == 0 && hidden) put(made.base[c], hidden, cell_in(hidden, place, 1, y, x + c));
+        }
+      }
+  }
+
+  MFWM_SIMD void backward_tile(const Plan& plan, const Place& place, C* scratch, double* gram) const {
+    C* sums = scratch + plan.pooled_at + row;
+    if (plan.norms)
+      pool(place, scratch + plan.pooled_at, sums, [](size_t, int64_t, int64_t, const C*) __attribute__((always_inline)) {});
+    sums += pool_scratch() - row;
+    for (size_t l = chain.size(); l-- > 0;) {
+      if (l > 0) sums -= cells(l) * row;
+      if (columns(l) % 2 == 0)
+        backward_cells<2>(plan, l, place, sums, scratch);
+      else
+        backward_cells<1>(plan, l, place, sums, scratch);
+    }
     if (plan.gram) add_gram(plan, scratch, gram);
   }
 
   // <g_i, g_j> over the tile's tokens: each pair of cells that overlap, times the tokens in the overlap.
-  MFWM_INLINE void add_gram(const Backward& plan, C* scratch, double* gram) const {
+  MFWM_INLINE void add_gram(const Plan& plan, C* scratch, double* gram) const {
     for (int i = 0; i < horizons; ++i)
       for (int j = 0; j < horizons; ++j) {
         const int64_t p = op.pool[i], q = op.pool[j];
         if (!op.outputs[i] || !op.outputs[j] || p > q || (p == q && j < i)) continue;
         double sum = 0;
         for (int64_t y = 0; y < side / p; ++y)
-          for (int64_t x = 0; x < side / p; ++x)
+          for (int64_t x = 0; x < span / p; ++x)
             for (int64_t v = y * p / q; v <= (y * p + p - 1) / q; ++v)
               for (int64_t u = x * p / q; u <= (x * p + p - 1) / q; ++u) {
                 const int64_t rows = std::min(y * p + p, v * q + q) - std::max(y * p, v * q);
                 const int64_t columns = std::min(x * p + p, u * q + q) - std::max(x * p, u * q);
                 sum += static_cast<double>(rows * columns) *
-                       static_cast<double>(dot(scratch + plan.state_at[i] + (y * (side / p) + x) * row,
-                                               scratch + plan.state_at[j] + (v * (side / q) + u) * row, depth));
+                       static_cast<double>(dot(scratch + plan.own_at[i] + (y * (span / p) + x) * row,
+                                               scratch + plan.own_at[j] + (v * (span / q) + u) * row, depth));
               }
         sum /= static_cast<double>(p * p * q * q);
         gram[i * horizons + j] += sum;
@@ -271,21 +372,29 @@ struct Fan {
   }
 
   void backward(const FanOutGradients& gradients) const {
-    const Backward scratch_plan = plan(gradients);
+    const Plan scratch_plan = plan(gradients);
     const int64_t all = batch * positions, units = all * groups, slab = horizons * depth;
     // Sums over tokens: per position and group for the window sums, per slot for the rest. A slot is a fixed range of
     // units taken in order, and slots are added in order.
     const int64_t slots = std::min<int64_t>(units, 256);
-    std::vector<C> window(gradients.sums ? units * slab : 0, C(0));
+    std::vector<C> window(gradients.sums ? units * slab : 0);
     std::vector<double> weight(gradients.norm_weight ? slots * slab : 0, 0.0);
     std::vector<double> gram(gradients.gram ? slots * horizons * horizons : 0, 0.0);
     parallel_for<C>(op.threads, slots, scratch_plan.size, [&](int64_t slot, C* scratch) {
-      for (int64_t unit = slot * units / slots; unit < (slot + 1) * units / slots; ++unit)
+      C *windows = scratch + scratch_plan.window_at, *weights = scratch + scratch_plan.weight_at;
+      std::fill(scratch + scratch_plan.zeros_at, scratch + scratch_plan.zeros_at + row, C(0));
+      for (int64_t unit = slot * units / slots; unit < (slot + 1) * units / slots; ++unit) {
+        std::fill(windows, windows + horizons * row, C(0));
+        std::fill(weights, weights + horizons * row, C(0));
         tiles_of(unit / groups, unit % groups, [&](const Place& place) {
-          backward_tile(scratch_plan, place, scratch, window.empty() ? nullptr : &window[unit * slab],
-                        weight.empty() ? nullptr : &weight[slot * slab],
-                        gram.empty() ? nullptr : &gram[slot * horizons * horizons]);
+          backward_tile(scratch_plan, place, scratch, gram.empty() ? nullptr : &gram[slot * horizons * horizons]);
         });
+        for (int i = 0; i < horizons; ++i) {
+          if (!window.empty()) std::copy_n(windows + i * row, depth, &window[unit * slab + i * depth]);
+          for (int64_t d = 0; !weight.empty() && d < depth; ++d) weight[slot * slab + i * depth + d] += weights[i * row + d];
+        }
+      }
+      if (streams) finish_streaming();
     });
     if (gradients.sums) add_groups(window, static_cast<C*>(gradients.sums.data), slab);
     if (gradients.norm_weight) add_slots(weight, static_cast<double*>(gradients.norm_weight.data), slab);

@@ -88,14 +88,17 @@ struct Lanes {
  private:
   typedef C Stored __attribute__((vector_size(64), aligned(sizeof(C)), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(64)));
+  typedef int32_t Ints __attribute__((vector_size(64)));
   typedef long long Words __attribute__((vector_size(64)));
   typedef long long HalfWords __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 
+  // In sums and shifts alone: of a comparison GCC makes one comparison per element where 64 bytes are two registers.
   static MFWM_INLINE Halves rounded(const type& lanes) {
     const Bits bits = reinterpret_cast<Bits>(lanes);
-    const Bits nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = Bits{} + 0x7fc0u;
-    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : nearest, Halves);
+    const Bits nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits is_nan = reinterpret_cast<Bits>(reinterpret_cast<Ints>(0x7f800000u - (bits & 0x7fffffffu)) >> 31);
+    return __builtin_convertvector((nearest & ~is_nan) | (is_nan & 0x7fc0u), Halves);
   }
 
   template <class Words, int words>
