@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mfwm_kernels import Horizons
+from mfwm_kernels.cpu import product_dtype
 
 from .data import ClipSampler, Replay, split_levels
 from .heads import HeadsConfig
@@ -35,7 +36,8 @@ class TrainingConfig:
     lr: peak learning rate, after `warmup` steps; it then falls along a cosine to a tenth.
     weight_decay: of matrices; vectors and embeddings have none.
     clip_norm: the largest gradient norm that is not scaled down.
-    dtype: of autocast, "bfloat16" or "float32".
+    dtype: of autocast, "bfloat16" or "float32"; "auto" is bfloat16 except on a CPU that does not multiply it in
+        hardware, where it would be tens of times slower than float32.
     seed: of weights and batches.
     held_out: the share of levels kept for validation, never trained on.
     checkpoint_every: steps between checkpoints; one is also written at the end.
@@ -49,21 +51,28 @@ class TrainingConfig:
     warmup: int = 50
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     seed: int = 0
     held_out: float = 0.1
     checkpoint_every: int = 100
     model: WorldModelConfig = field(default_factory=WorldModelConfig)
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'auto', 'bfloat16' or 'float32', got {self.dtype!r}")
         shortest = max(5, 1 + min(self.model.heads.horizons.offsets))
         if self.clip < shortest:
             raise ValueError(f"clip must be >= {shortest} (four frames to see and one to roll out), got {self.clip}")
         for name in ("steps", "batch", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What a `dtype` of the config means on this device."""
+    if name == "auto":
+        return product_dtype(torch.bfloat16) if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_after: int | None = None) -> WorldModel:
@@ -88,14 +97,14 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
     log = Log(out / "log.jsonl", first)
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not progress, dynamic_ncols=True)
-    autocast_dtype = getattr(torch, config.dtype)
+    dtype = autocast_dtype(config.dtype, device)
     model.train()
     began = time.perf_counter()
     for step, clips in zip(range(first, last), sampler.batches(first, last), strict=True):
         clips = {name: value.to(device) for name, value in clips.items()}
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, step)
-        with torch.autocast(device.type, autocast_dtype, enabled=config.dtype != "float32"):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(clips["video"], clips["actions"], clips["segment_ids"])
         optimiser.zero_grad(set_to_none=True)
         loss.total.backward()
