@@ -2,109 +2,347 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
+from mfwm.blocks import SpaceTimeBlock, rotate, time_mask
+from mfwm.upsampler import patchify, unpatchify
+from torch import Tensor, nn
 
 from mfwm_kernels import GradMonitor, Horizons, video_pyramid
 
 HORIZONS = Horizons((1, 2, 4), (1, 2, 4))
+TOKENS: dict[str, Any] = {"output": "tokens", "vocabulary": 7}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "blocks": {"blocks": (0, 1, 2), "patch_sizes": (4, 4, 2)},
+    "narrow blocks": {"blocks": (0, 1, 2), "patch_sizes": (4, 4, 2), "mlp_ratios": (4, 2, 1)},
+    "blocks on inputs": {"blocks": (0, 1, 2), "patch_sizes": (4, 4, 2), "attend": "inputs"},
     "tap": {"tap": 1, "blocks": (0, 0, 1)},
     "gated": {"lag_gate": True},
     "no norm, equal start": {"norm": False, "residual": False},
     "consistency": {"consistency": (0.0, 0.3, 0.3), "detach": None, "weights": (1.0, 0.5, 0.25)},
+    "consistency of any two": {"consistency": ((0.0, 0.3, 0.0), (0.0, 0.0, 0.3), (0.0,) * 3), "detach": "far"},
     "no actions": {"conditioning": "none"},
+    "frames": {"conditioning": "frames", "blocks": (0, 1, 1), "patch_sizes": (4, 4, 2)},
+    "frames, no blocks, tap": {"conditioning": "frames", "tap": 1},
+    "all full size": {"horizons": Horizons((1, 2, 4), (1, 1, 1))},
+    "far ones small": {"horizons": Horizons.low_res((1, 2, 4), 2)},
+    "one offset at many sizes": {"horizons": Horizons.multi_resolution({1: (1, 2, 4), 2: (2,), 4: (4,)})},
+    "frames at many sizes": {
+        "horizons": Horizons.multi_resolution({1: (1, 2, 4), 2: (2,), 4: (4,)}),
+        "patch_sizes": (4, 4, 2, 4, 2),
+        "conditioning": "frames",
+    },
+    "upsampler": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8},
+    "upsampler, tap": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8, "tap": 1, "residual": False},
+    "latents": {"output": "latents"},
+    "tokens": {**TOKENS, "consistency": (0.0, 0.1, 0.1)},
+    "tokens, shared head": {**TOKENS, "shared_head": True, "blocks": (0, 1, 1)},
+    "tokens of three ids": {**TOKENS, "ids": 3, "blocks": (0, 1, 1), "attend": "inputs"},
+    "tokens, tokenised": {**TOKENS, "token_targets": "tokenised"},
+    "tokens, frames": {**TOKENS, "conditioning": "frames"},
 }
+options_of_all = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-def build(**options: Any) -> WorldModel:
-    heads = HeadsConfig(horizons=HORIZONS, **options)
-    actions = 0 if options.get("conditioning") == "none" else 5
-    config = WorldModelConfig((3, 16, 16), 4, 32, 2, 16, context=6, actions=actions, heads=heads)
+def build(*, ids: int = 1, trunk: dict[str, Any] | None = None, **options: Any) -> WorldModel:
+    heads = HeadsConfig(**{"horizons": HORIZONS, **options})
+    tokens = heads.output == "tokens"
+    config = WorldModelConfig(
+        (ids, 8, 8) if tokens else (3, 16, 16),
+        1 if tokens else 4,
+        32,
+        2,
+        16,
+        context=6,
+        **{"actions": 0 if heads.conditioning == "none" else 5, **(trunk or {})},
+        heads=heads,
+    )
     model = WorldModel(config)
     # Heads that start at zero predict nothing that could leak.
     for head in model.heads.heads:
-        torch.nn.init.normal_(head.weight, std=0.1)  # type: ignore[arg-type]
+        if isinstance(head, nn.Linear):
+            nn.init.normal_(head.weight, std=0.1)
+    if model.heads.upsampler is not None:
+        nn.init.normal_(model.heads.upsampler.give.weight, std=0.1)
     return model
 
 
-def clip(frames: int = 6) -> dict[str, torch.Tensor]:
-    return {
-        "video": torch.randint(0, 256, (2, frames, 3, 16, 16), dtype=torch.uint8),
-        "actions": torch.randint(0, 5, (2, frames)),
-    }
+def clip(frames: int = 6, model: WorldModel | None = None) -> dict[str, Any]:
+    """Random video and actions of the model's kind."""
+    actions = torch.randint(0, 5, (2, frames))
+    heads = HeadsConfig() if model is None else model.config.heads
+    if model is not None and model.tokens:
+        video = torch.randint(0, heads.vocabulary, (2, frames, *model.frame_shape))
+    elif heads.output == "latents":
+        video = 3 * torch.randn(2, frames, 3, 16, 16)
+    else:
+        video = torch.randint(0, 256, (2, frames, 3, 16, 16), dtype=torch.uint8)
+    return {"video": video, "actions": None if model is not None and model.action is None else actions}
 
 
-def inputs(model: WorldModel, clips: dict[str, torch.Tensor]) -> dict[str, Any]:
-    return clips if model.action is not None else {**clips, "actions": None}
+def targets(model: WorldModel, clips: dict[str, Any]) -> dict[str, Any]:
+    """The clips with what else the loss of the model needs."""
+    if model.config.heads.token_targets == "pooled":
+        return clips
+    frames = clips["video"].shape[1]
+    low = {f: torch.randint(0, 7, (2, frames, 8 // f, 8 // f)) for f in (2, 4)}
+    return {**clips, "low_tokens": low}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def other(video: Tensor) -> Tensor:
+    return 255 - video if video.dtype == torch.uint8 else -video if video.is_floating_point() else (video + 3) % 7
+
+
+@options_of_all
 def test_causality(options: dict[str, Any]) -> None:
-    model, clips = build(**options).eval(), clip()
-    before = model.predict(**inputs(model, clips))
-    changed_at = 3
-    other_video = clips["video"].clone()
-    other_video[:, changed_at] = 255 - other_video[:, changed_at]
-    after = model.predict(**inputs(model, {**clips, "video": other_video}))
-    for old, new in zip(before, after, strict=True):
-        assert torch.equal(old[:, :changed_at], new[:, :changed_at])
-        assert not torch.equal(old[:, changed_at], new[:, changed_at])
+    model = build(**options).eval()
+    clips, changed_at = clip(model=model), 3
+    frames_ahead = model.config.heads.conditioning == "frames"
+    offsets = model.config.heads.horizons.offsets
+    before = model.predict(**clips)
+    video = clips["video"].clone()
+    video[:, changed_at] = other(video[:, changed_at])
+    after = model.predict(**{**clips, "video": video})
+    for offset, old, new in zip(offsets, before, after, strict=True):
+        for n in range(6):
+            sees = n >= changed_at or (frames_ahead and n + offset > changed_at)
+            if n <= changed_at:
+                assert torch.equal(old[:, n], new[:, n]) != sees, f"offset {offset}, position {n}"
     if model.action is None:
         return
     other_actions = clips["actions"].clone()
     other_actions[:, changed_at] = (other_actions[:, changed_at] + 1) % 5
     after = model.predict(**{**clips, "actions": other_actions})
-    for offset, old, new in zip(HORIZONS.offsets, before, after, strict=True):
+    for offset, old, new in zip(offsets, before, after, strict=True):
         for n in range(6):
             sees = n >= changed_at or n + offset > changed_at
             assert torch.equal(old[:, n], new[:, n]) != sees, f"offset {offset}, position {n}"
 
 
-def test_segments_do_not_mix() -> None:
-    """Nothing before an episode's first frame reaches its predictions, nor does an action after its last."""
-    model, clips = build(blocks=(0, 1, 1), patch_sizes=(4, 4, 2)).eval(), clip()
+def gradients(model: WorldModel, clips: dict[str, Any], of: Callable[[tuple[Tensor, ...]], Tensor]) -> list[Tensor]:
+    """[B, V] norms of a prediction's gradients with respect to every frame, every action seen, every action to come."""
+    leaves: list[Tensor] = []
+
+    def leaf(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    watched = [part for part in (model.embed, model.action, model.window_action) if part is not None]
+    hooks = [part.register_forward_hook(leaf) for part in watched]
+    prediction = of(model.outputs(**clips))
+    for hook in hooks:
+        hook.remove()
+    found = torch.autograd.grad((prediction * torch.randn_like(prediction)).sum(), leaves, allow_unused=True)
+    pairs = zip(leaves, found, strict=True)
+    return [(torch.zeros_like(x) if g is None else g).flatten(2).norm(dim=-1) for x, g in pairs]
+
+
+@options_of_all
+def test_causality_by_gradient(options: dict[str, Any]) -> None:
+    """Prediction k at n depends on frames <= n and actions < n + k; where real frames are given, on frames < n + k."""
+    model = build(**options)
+    clips, heads = clip(9, model), model.config.heads
+    for i, offset in enumerate(heads.horizons.offsets):
+        if i < model.heads.first:
+            continue  # the upsampler's inputs are detached: test_causality compares its values
+        for n in (0, 2, 5):
+            frames, *actions = gradients(model, clips, lambda outputs, i=i, n=n: outputs[i][:, n])  # type: ignore[misc]
+            last = n + offset - 1 if heads.conditioning == "frames" else n
+            assert (frames[:, : last + 1] > 0).all() and (frames[:, last + 1 :] == 0).all(), f"offset {offset}, {n}"
+            if actions:
+                assert (actions[0][:, : last + 1] > 0).all() and (actions[0][:, last + 1 :] == 0).all()
+            if len(actions) == 2:
+                # Blocks on states read the windows of all positions <= n.
+                first = 1 if heads.attend == "states" and len(model.heads.blocks[i]) else n + 1  # type: ignore[arg-type]
+                window = (torch.arange(9) >= first) & (torch.arange(9) < n + offset) & (offset > 1)
+                assert ((actions[1] > 0) == window).all(), f"offset {offset}, position {n}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": (0, 1, 1), "patch_sizes": (4, 4, 2)},
+        {"blocks": (0, 1, 2), "patch_sizes": (4, 4, 2), "attend": "inputs"},
+        {"conditioning": "frames"},
+        TOKENS,
+    ],
+    ids=["blocks", "blocks on inputs", "frames", "tokens"],
+)
+def test_segments_do_not_mix(options: dict[str, Any]) -> None:
+    """Nothing before an episode's first frame reaches its predictions, nor anything after its last."""
+    model = build(**options).eval()
+    clips = clip(model=model)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2)
     before = model.predict(**clips, segment_ids=segments)
-    video, actions = clips["video"].clone(), clips["actions"].clone()
-    video[:, :3] = 255 - video[:, :3]
-    actions[:, :3] = (actions[:, :3] + 1) % 5
-    after = model.predict(video, actions, segments)
-    for old, new in zip(before, after, strict=True):
-        assert torch.equal(old[:, 3:], new[:, 3:])
-    actions = clips["actions"].clone()
-    actions[:, 3:] = (actions[:, 3:] + 1) % 5
-    after = model.predict(clips["video"], actions, segments)
-    for old, new in zip(before, after, strict=True):
-        assert torch.equal(old[:, :3], new[:, :3])
+    for changed in (slice(0, 3), slice(3, 6)):
+        video, actions = clips["video"].clone(), clips["actions"].clone()
+        video[:, changed] = other(video[:, changed])
+        actions[:, changed] = (actions[:, changed] + 1) % 5
+        after = model.predict(video, actions, segments)
+        kept = slice(3, 6) if changed.start == 0 else slice(0, 3)
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal(old[:, kept], new[:, kept]) and not torch.equal(old[:, changed], new[:, changed])
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@options_of_all
 def test_every_parameter_learns(options: dict[str, Any]) -> None:
     model = build(**options)
-    clips = clip(10)
-    loss = model(**inputs(model, clips), segment_ids=torch.zeros(2, 10, dtype=torch.int64))
+    clips = targets(model, clip(10, model))
+    loss = model(**clips, segment_ids=torch.zeros(2, 10, dtype=torch.int64))
     assert loss.per_horizon.isfinite().all() and (loss.counts > 0).all()
     loss.total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, name
 
 
+@options_of_all
+def test_the_loss_falls(options: dict[str, Any]) -> None:
+    """Of every horizon, on one batch of frames that stand still."""
+    torch.manual_seed(0)
+    model = build(**options)
+    clips = clip(9, model)
+    clips["video"][:, 1:] = clips["video"][:, :1]
+    if model.tokens:
+        # Of one id each: the cross-entropy of a mix of ids cannot fall below the entropy of the mix.
+        clips["video"][:] = clips["video"][:, :, :1, :1]
+    clips = targets(model, clips)
+    if "low_tokens" in clips:
+        clips["low_tokens"] = {f: ids[:, :1, :1, :1].expand_as(ids) for f, ids in clips["low_tokens"].items()}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(**clips)
+        losses.append(loss.per_horizon)
+        optimiser.zero_grad()
+        loss.total.backward()
+        optimiser.step()
+    assert (losses[-1] < 0.8 * losses[0]).all(), (losses[0], losses[-1])
+
+
 def test_options_tell_apart() -> None:
     """Each option changes the predictions of a model with the same seed, or its loss."""
-    clips = clip(10)
     losses = {}
     for name, options in OPTIONS.items():
         torch.manual_seed(3)
         model = build(**options)
-        losses[name] = model(**inputs(model, clips)).total.item()
+        torch.manual_seed(4)
+        losses[name] = model(**targets(model, clip(10, model))).total.item()
     losses.pop("gated")  # gates start at 1: a plain sum
     assert len(set(losses.values())) == len(losses), losses
+
+
+def test_appending_is_the_block_over_each_longer_sequence() -> None:
+    torch.manual_seed(0)
+    block = SpaceTimeBlock(32, 16, rotary=True)
+    seen, x = torch.randn(2, 5, 3, 32), torch.randn(2, 5, 3, 32)
+    segments = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
+    appended = block.append(x, seen, time_mask(segments, 5))
+    for clip_, n in ((0, 0), (0, 3), (1, 1), (1, 4)):
+        first = int((segments[clip_] == segments[clip_, n]).nonzero()[0])
+        sequence = torch.cat([seen[clip_, first : n + 1], x[clip_, n : n + 1]])
+        torch.testing.assert_close(block(sequence[None], None)[0, -1], appended[clip_, n])
+
+
+def test_blocks_on_inputs_see_one_conditioned_state_each() -> None:
+    """Position n reads the hidden state of n alone, and the inputs of frames <= n; on states, hidden states <= n."""
+    read = {}
+    for attend in ("states", "inputs"):
+        heads = MultiFrameHeads(
+            32, 4, HeadsConfig(Horizons((2,), (1,)), blocks=(2,), attend=attend, residual=False)  # type: ignore[arg-type]
+        )  # fmt: skip
+        hidden, inputs = (torch.randn(1, 5, 2, 2, 32, requires_grad=True) for _ in range(2))
+        (patches,) = heads.outputs(hidden, torch.randn(1, 5, 32), torch.zeros(1, 5, 3, 8, 8), inputs=inputs)
+        found = torch.autograd.grad(patches[:, 3].square().sum(), (hidden, inputs), allow_unused=True)
+        read[attend] = [() if g is None else tuple((g.flatten(2).norm(dim=-1) > 0)[0].tolist()) for g in found]
+    upto_3 = (True, True, True, True, False)
+    assert read == {"states": [upto_3, ()], "inputs": [(False, False, False, True, False), upto_3]}
+
+
+def test_frames_chain_is_joins_and_blocks_one_after_another() -> None:
+    """s_1 = hidden; s_2 = block(join_1(s_1, frame n + 1)); s_4 = block(join_3(join_2(s_2, n + 2), n + 3))."""
+    torch.manual_seed(0)
+    heads = MultiFrameHeads(
+        32, 4, HeadsConfig(Horizons((1, 2, 4), (1, 1, 1)), blocks=(0, 1, 1), conditioning="frames", residual=False)
+    )
+    hidden, inputs = torch.randn(2, 3, 2, 2, 32), torch.randn(2, 6, 2, 2, 32)
+    outputs = heads.outputs(hidden, None, torch.zeros(2, 3, 3, 8, 8), inputs=inputs)
+    joined = heads.joins[0](hidden, inputs[:, 1:4])
+    second = heads.blocks[1][0](joined.flatten(2, 3), None).view_as(hidden)  # type: ignore[index]
+    joined = heads.joins[2](heads.joins[1](second, inputs[:, 2:5]), inputs[:, 3:6])
+    fourth = heads.blocks[2][0](joined.flatten(2, 3), None)  # type: ignore[index]
+    torch.testing.assert_close(outputs[1], heads.heads[1](heads.last_norms[1](second.flatten(2, 3))))
+    torch.testing.assert_close(outputs[2], heads.heads[2](heads.last_norms[2](fourth)))
+
+
+def test_patches_and_back() -> None:
+    images = torch.randn(2, 3, 4, 8, 12)
+    assert torch.equal(unpatchify(patchify(images, 4), 4, 4, 8, 12), images)
+    (patches,) = video_pyramid(images, (1,), patch_sizes=(4,))
+    assert torch.equal(patchify(images, 4), patches)
+
+
+def test_upsampler_is_trained_on_top() -> None:
+    """Its loss moves it alone: the hidden state learns from the small targets."""
+    model = build(horizons=Horizons((1, 1, 2), (1, 2, 2)), upsampler=8, weights=(1.0, 0.0, 0.0))
+    model(**clip(10)).total.backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.norm() > 0}
+    assert moved == {name for name, _ in model.named_parameters() if name.startswith("heads.upsampler")}
+
+
+def test_tokenised_targets_are_read_from_the_small_frames() -> None:
+    model = build(**TOKENS, token_targets="tokenised", weights=(1.0, 0.5, 2.0))
+    clips = targets(model, clip(8, model))
+    loss = model(**clips)
+    logits = model.predict(**clip_only(clips))
+    expected = []
+    for offset, factor, z in zip(*(HORIZONS.offsets, HORIZONS.factors), logits, strict=True):
+        ids = clips["video"] if factor == 1 else clips["low_tokens"][factor]
+        end = min(6, 8 - offset)
+        expected.append(nn.functional.cross_entropy(z[:, :end].flatten(0, 3), ids[:, offset : offset + end].flatten()))
+    torch.testing.assert_close(loss.per_horizon, torch.stack(expected), check_dtype=False)
+    assert loss.total.item() == pytest.approx(expected[0].item() + 0.5 * expected[1].item() + 2 * expected[2].item())
+    with pytest.raises(ValueError, match=r"low_tokens must have the ids of factor 2, got factors \[4\]"):
+        model(**{**clips, "low_tokens": {4: clips["low_tokens"][4]}})
+
+
+def clip_only(clips: dict[str, Any]) -> dict[str, Any]:
+    return {name: clips[name] for name in ("video", "actions")}
+
+
+def test_latents_have_no_bounds() -> None:
+    model = build(output="latents")
+    clips = clip(model=model)
+    assert max(prediction.abs().max() for prediction in model.predict(**clips)) > 1
+    assert max(prediction.abs().max() for prediction in build().predict(**clips)) == 1
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    gradients_of = {}
+    clips = clip(10)
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = build(trunk={"recompute": recompute}, blocks=(0, 1, 1))
+        model(**clips).total.backward()
+        gradients_of[recompute] = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(gradients_of[True], gradients_of[False])
+
+
+def test_rotary_positions_tell_the_order_of_frames() -> None:
+    """One block without them gives the last frame the same whatever order the others came in."""
+    assert build(trunk={"positions": "rope"}).time is None
+    x = torch.randn(2, 6, 4, 32)
+    for rotary in (False, True):
+        block = SpaceTimeBlock(32, 16, rotary=rotary)
+        swapped = block(x[:, [1, 0, 2, 3, 4, 5]], None)[:, -1]
+        assert torch.allclose(swapped, block(x, None)[:, -1], atol=1e-5) != rotary
+    q, k = torch.randn(2, 1, 3, 16)
+    scores = rotate(q, 0) @ rotate(k, 0).mT
+    torch.testing.assert_close(rotate(q, 5) @ rotate(k, 5).mT, scores)
 
 
 def test_untrained_model_keeps_the_last_frame() -> None:
@@ -148,8 +386,45 @@ def test_continuous_actions_and_the_monitor() -> None:
         ({"patch": 7}, "patch = 7 does not divide the frame 64 x 64"),
         ({"width": 100}, "head_width must divide width = 100"),
         ({"actions": 0}, r'heads\.conditioning must be "none"'),
+        (
+            {"frame": (1, 4, 4), "patch": 4, "heads": HeadsConfig(**TOKENS)},
+            "patch must be 1 for frames of tokens, got 4",
+        ),
+        ({"width": 96, "head_width": 3, "positions": "rope"}, "head_width must be even for rotary positions, got 3"),
     ],
 )
 def test_configs_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WorldModelConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": (0, 1)}, r"blocks must have one entry per horizon, 4; got \(0, 1\)"),
+        ({"mlp_ratios": (4, 4, 0, 1)}, r"mlp_ratios must be >= 1, got \(4, 4, 0, 1\)"),
+        ({"attend": "inputs"}, 'blocks must be given with attend "inputs"'),
+        ({"lag_gate": True, "conditioning": "frames"}, "lag_gate needs conditioning \"actions\", got 'frames'"),
+        ({"output": "tokens"}, 'vocabulary must be above 0 for output "tokens" and 0 for others, got 0'),
+        ({**TOKENS, "patch_sizes": (1, 1, 1, 1)}, 'patch_sizes must be None for output "tokens"'),
+        ({**TOKENS, "consistency": ((0.0,) * 4,) * 4}, r"consistency of tokens must be \[K\]"),
+        ({"shared_head": True}, "shared_head and token_targets need output \"tokens\", got 'pixels'"),
+        ({"upsampler": 8}, "upsampler needs pixels or latents, and a horizon 0 of the offset of horizon 1"),
+    ],
+)
+def test_heads_configs_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadsConfig(**options)
+
+
+def test_heads_want_what_their_options_read() -> None:
+    hidden, video = torch.randn(1, 3, 2, 2, 32), torch.zeros(1, 3, 3, 8, 8)
+    heads = MultiFrameHeads(32, 4, HeadsConfig(Horizons((1, 2), (1, 1)), conditioning="frames"))
+    with pytest.raises(ValueError, match=r"inputs must be embeddings \[B, V, H, W, D\]"):
+        heads(hidden, None, video)
+    with pytest.raises(ValueError, match=r"inputs must have hidden's shape \[1, 3, 2, 2, 32\], or more frames"):
+        heads(hidden, None, video, inputs=hidden[:, :2])
+    with pytest.raises(ValueError, match='grad_monitor must be None with conditioning "frames"'):
+        heads(hidden, None, video, inputs=hidden, grad_monitor=GradMonitor(2))
+    with pytest.raises(ValueError, match='actions must be None with conditioning "frames"'):
+        heads(hidden, torch.randn(1, 3, 32), video, inputs=hidden)

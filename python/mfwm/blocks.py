@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfwm_kernels import mtp_combine
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, computed in fp32, in the dtype of x."""
@@ -20,30 +22,79 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of a frame ("space") or over the frames at a token ("time").
+    """Projections of multi-head self-attention.
 
     Queries, keys and values have a matrix each: their outputs are then contiguous, and the head split of either axis is
     a view that scaled_dot_product_attention takes without a copy.
     """
 
-    def __init__(self, width: int, head_width: int, axis: str):
+    def __init__(self, width: int, head_width: int):
         super().__init__()
-        self.axis, self.head_width = axis, head_width
+        self.head_width = head_width
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
-        B, T, S, D = x_BTSD.shape
-        if self.axis == "space":
-            shape, mask, causal = (B * T, S, -1, self.head_width), None, False
-        else:
-            # Tokens and heads share one dimension, so that one mask per clip broadcasts over both.
-            shape, mask, causal = (B, T, -1, self.head_width), mask_B1TT, mask_B1TT is None
+    def join(self, mixed: Tensor, like_BTSD: Tensor) -> Tensor:
+        return self.out(mixed.transpose(1, 2).reshape(like_BTSD.shape))
+
+
+class SpaceAttention(Attention):
+    """Attention over the tokens of a frame."""
+
+    def forward(self, x_BTSD: Tensor) -> Tensor:
+        B, T, S, _ = x_BTSD.shape
+        shape = (B * T, S, -1, self.head_width)
         q, k, v = (layer(x_BTSD).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
-        mixed = attend(q, k, v, mask, causal)
-        return self.out(mixed.transpose(1, 2).reshape(B, T, S, D))
+        return self.join(attend(q, k, v, None, causal=False), x_BTSD)
+
+
+class TimeAttention(Attention):
+    """Attention over the frames at a token, of position n to positions <= n.
+
+    rotary: rotate queries and keys by their position (RoPE, arXiv 2104.09864), so that attention knows how far back a
+    frame lies.
+    """
+
+    def __init__(self, width: int, head_width: int, rotary: bool = False):
+        super().__init__(width, head_width)
+        self.rotary = rotary
+
+    def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+        q = self._split(self.query, x_BTSD, first=0)
+        k, v = self._keys_values(x_BTSD, first=0)
+        return self.join(attend(q, k, v, mask_B1TT, causal=mask_B1TT is None), x_BTSD)
+
+    def append(self, x_BTSD: Tensor, seen_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+        """Position n of x attends to positions <= n of `seen` and to itself, as if it stood after them."""
+        T = x_BTSD.shape[1]
+        q = self._split(self.query, x_BTSD, first=1)
+        pairs = zip(self._keys_values(seen_BTSD, first=0), self._keys_values(x_BTSD, first=1), strict=True)
+        k, v = (torch.cat(pair, dim=2) for pair in pairs)
+        causal = torch.ones(T, T, dtype=torch.bool, device=x_BTSD.device).tril()
+        earlier = causal[None, None] if mask_B1TT is None else mask_B1TT
+        itself = torch.eye(T, dtype=torch.bool, device=x_BTSD.device).expand_as(earlier)
+        return self.join(attend(q, k, v, torch.cat([earlier, itself], dim=-1), causal=False), x_BTSD)
+
+    def _split(self, layer: nn.Module, x_BTSD: Tensor, first: int) -> Tensor:
+        """[B, S * heads, T, head_width]: tokens and heads share one dimension, so one mask per clip broadcasts."""
+        B, T = x_BTSD.shape[:2]
+        parts = layer(x_BTSD).view(B, T, -1, self.head_width).transpose(1, 2)
+        return rotate(parts, first) if self.rotary and layer is not self.value else parts
+
+    def _keys_values(self, x_BTSD: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        return self._split(self.key, x_BTSD, first), self._split(self.value, x_BTSD, first)
+
+
+def rotate(x: Tensor, first: int) -> Tensor:
+    """RoPE: pair (j, j + d/2) of x [..., T, d] turned by (first + t) * 10000^(-2j/d), in fp32."""
+    T, d = x.shape[-2:]
+    frequency = 10_000.0 ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
+    angle = torch.arange(first, first + T, device=x.device, dtype=torch.float32)[:, None] * frequency
+    a, b = x.float().chunk(2, dim=-1)
+    turned = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -69,18 +120,52 @@ class SpaceTimeBlock(nn.Module):
     Position n attends to positions <= n of its own segment, so what it gives depends on nothing later.
     """
 
-    def __init__(self, width: int, head_width: int, mlp_ratio: int = 4):
+    def __init__(self, width: int, head_width: int, mlp_ratio: int = 4, rotary: bool = False):
         super().__init__()
-        self.space_norm, self.space = RMSNorm(width), Attention(width, head_width, "space")
-        self.time_norm, self.time = RMSNorm(width), Attention(width, head_width, "time")
+        self.space_norm, self.space = RMSNorm(width), SpaceAttention(width, head_width)
+        self.time_norm, self.time = RMSNorm(width), TimeAttention(width, head_width, rotary)
         self.mlp_norm = RMSNorm(width)
         self.up = nn.Linear(width, mlp_ratio * width, bias=False)
         self.down = nn.Linear(mlp_ratio * width, width, bias=False)
 
     def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
-        x_BTSD = x_BTSD + self.space(self.space_norm(x_BTSD), None)
+        x_BTSD = self._mix_space(x_BTSD)
         x_BTSD = x_BTSD + self.time(self.time_norm(x_BTSD), mask_B1TT)
+        return self._transform(x_BTSD)
+
+    def append(self, x_BTSD: Tensor, seen_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+        """The last element of the block over the sequence seen[:, 0], .., seen[:, n], x[:, n], for all n at once.
+
+        What the others become does not depend on x: forward(seen) gives it, for a block that follows.
+        """
+        x_BTSD, seen_BTSD = self._mix_space(x_BTSD), self._mix_space(seen_BTSD)
+        x_BTSD = x_BTSD + self.time.append(self.time_norm(x_BTSD), self.time_norm(seen_BTSD), mask_B1TT)
+        return self._transform(x_BTSD)
+
+    def _mix_space(self, x_BTSD: Tensor) -> Tensor:
+        return x_BTSD + self.space(self.space_norm(x_BTSD))
+
+    def _transform(self, x_BTSD: Tensor) -> Tensor:
         return x_BTSD + self.down(F.gelu(self.up(self.mlp_norm(x_BTSD)), approximate="tanh"))
+
+
+class Join(nn.Module):
+    """Hidden state and frame embedding joined into one: the step of DeepSeek-V3's multi-token prediction."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, 2 * width) * (2 * width) ** -0.5)
+        self.hidden_norm_weight = nn.Parameter(torch.ones(width))
+        self.embedding_norm_weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        return mtp_combine(
+            hidden,
+            embedding,
+            self.weight,
+            hidden_norm_weight=self.hidden_norm_weight,
+            embedding_norm_weight=self.embedding_norm_weight,
+        )
 
 
 def time_mask(segment_ids: Tensor | None, positions: int) -> Tensor | None:
@@ -102,6 +187,13 @@ def initialise(module: nn.Module, depth: int) -> None:
             nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def pool_grid(x_BTHWD: Tensor, pool: int) -> Tensor:
+    """Means of pool x pool tokens."""
+    if pool == 1:
+        return x_BTHWD
+    return x_BTHWD.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).mean(dim=(3, 5))
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

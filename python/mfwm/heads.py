@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,71 +14,15 @@ from mfwm_kernels import (
     Horizons,
     fan_out,
     multi_horizon_linear,
+    multi_horizon_linear_cross_entropy,
     multi_horizon_loss,
     video_pyramid,
 )
+from mfwm_kernels.horizons import counts_at
 
-from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise, time_mask
-
-
-@dataclass(frozen=True)
-class HeadsConfig:
-    """What is predicted from a position, and how.
-
-    horizons: offsets in frames and factors by which the targets are smaller.
-    patch_sizes: side of the output patch of each horizon, in pixels of its target. Horizon i then works on the token
-        grid pooled by patch_sizes[i] * factors[i] / patch_size. None: patch_size / factor, which pools nothing
-        (1 where the factor exceeds the patch).
-    blocks: transformer blocks of each horizon, on its pooled grid; None gives none. They attend to the conditioned
-        states of positions <= n. Without blocks the actions in between only shift what a linear head reads.
-    conditioning: "actions" adds the sum of the actions in between to the hidden state; "none" is for plain video.
-    lag_gate: a learned gate per horizon, lag and channel on those actions; a plain sum forgets their order.
-    norm: RMSNorm of the conditioned states, with a weight per horizon, and after the blocks.
-    residual: predict the change against the last frame seen, from heads that start at zero: the untrained model
-        copies that frame.
-    weights: of the horizons in the loss; None weighs them equally, and far losses, which are larger, then crowd out
-        the near one early in training.
-    consistency: weight of the agreement of each far prediction with the later near one (entry 0 is unused).
-    detach: which side of that agreement gets no gradient; None lets both learn.
-    tap: the trunk layers below the hidden state that the far horizons share, counted from the input; the remaining
-        layers serve the near horizon alone. None: all horizons read the trunk's output.
-    """
-
-    horizons: Horizons = field(default_factory=lambda: Horizons.cascade(4))
-    patch_sizes: tuple[int, ...] | None = None
-    blocks: tuple[int, ...] | None = None
-    conditioning: Literal["actions", "none"] = "actions"
-    lag_gate: bool = False
-    norm: bool = True
-    residual: bool = True
-    weights: tuple[float, ...] | None = None
-    consistency: tuple[float, ...] | None = None
-    detach: Literal["near", "far"] | None = "near"
-    tap: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("patch_sizes", "blocks", "weights", "consistency"):
-            value = getattr(self, name)
-            if value is not None and len(value) != len(self.horizons):
-                raise ValueError(f"{name} must have one entry per horizon, {len(self.horizons)}; got {value}")
-        if self.blocks is not None and min(self.blocks) < 0:
-            raise ValueError(f"blocks must be >= 0, got {self.blocks}")
-        if self.patch_sizes is not None and min(self.patch_sizes) < 1:
-            raise ValueError(f"patch_sizes must be >= 1, got {self.patch_sizes}")
-
-    def layout(self, patch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Output patch and token pooling of every horizon, over a trunk whose tokens are patch_size pixels wide."""
-        factors = self.horizons.factors
-        patches = self.patch_sizes or tuple(max(1, patch_size // factor) for factor in factors)
-        pools = []
-        for i, (patch, factor) in enumerate(zip(patches, factors, strict=True)):
-            if patch * factor % patch_size:
-                raise ValueError(
-                    f"patch_sizes[{i}] * factors[{i}] = {patch} * {factor} must be a multiple of the trunk's "
-                    f"patch_size, {patch_size}"
-                )
-            pools.append(patch * factor // patch_size)
-        return patches, tuple(pools)
+from .blocks import Join, RMSNorm, SpaceTimeBlock, compute_dtype, initialise, pool_grid, time_mask
+from .heads_config import HeadsConfig
+from .upsampler import Upsampler, patchify, unpatchify
 
 
 class MultiFrameHeads(nn.Module):
@@ -91,14 +34,19 @@ class MultiFrameHeads(nn.Module):
         pred_i  = linear_i(blocks_i(state_i))          patches of frame n + k at 1/f of its size
         loss    = sum_i weights_i * mse(pred_i + frame n at 1/f, frame n + k at 1/f) + consistency
 
+    or, for tokens, the cross-entropy of linear_i's logits against the ids of frame n + k, pooled by f. With
+    conditioning "frames", state_i is that of an earlier horizon, after its blocks, joined with the real frames from
+    there to n + k - 1 (mtp_combine), on the grid of horizon i.
     Where no horizon has blocks or pools, all K linear heads run as one multi_horizon_linear.
 
     Args:
         width: D, the width of the hidden state and of the action embeddings.
-        patch_size: side of a token in pixels: frames are H * patch_size by W * patch_size.
+        patch_size: side of a token in pixels: frames are H * patch_size by W * patch_size. 1 for tokens.
         config: the options.
-        channels: of the frames.
+        channels: of the frames; for tokens, ids per token (a vocabulary in that many factors).
         head_width: of the attention in the horizons' blocks; it divides width.
+        rotary: whether these blocks rotate queries and keys by their position in time. They always do with attend
+            "inputs", which come without a time.
     """
 
     def __init__(
@@ -109,6 +57,7 @@ class MultiFrameHeads(nn.Module):
         *,
         channels: int = 3,
         head_width: int = 32,
+        rotary: bool = False,
     ):
         super().__init__()
         if width % head_width:
@@ -116,26 +65,50 @@ class MultiFrameHeads(nn.Module):
         self.config = config = config or HeadsConfig()
         self.channels, self.patch_size = channels, patch_size
         self.patches, self.pools = config.layout(patch_size)
+        self.tokens, self.residual = config.output == "tokens", config.residual and config.output != "tokens"
         count = len(config.horizons)
-        blocks = config.blocks or (0,) * count
+        # The upsampler makes horizon 0, which then has no branch; the nearest branch stands first.
+        self.first = 0 if config.upsampler is None else 1
+        blocks, ratios = config.blocks or (0,) * count, config.mlp_ratios or (4,) * count
+        rotary = rotary or config.attend == "inputs"
         self.blocks = nn.ModuleList(
-            nn.ModuleList(SpaceTimeBlock(width, head_width) for _ in range(depth)) for depth in blocks
+            nn.ModuleList(SpaceTimeBlock(width, head_width, ratio, rotary) for _ in range(depth))
+            for depth, ratio in zip(blocks, ratios, strict=True)
         )
         for stack in self.blocks:
             initialise(stack, depth=max(blocks))
-        # The blocks' residual stream is unnormed; without blocks fan_out's norm stands right before the head.
-        self.last_norms = nn.ModuleList(RMSNorm(width) if depth and config.norm else nn.Identity() for depth in blocks)
-        self.heads = nn.ModuleList(nn.Linear(width, patch * patch * channels) for patch in self.patches)
-        for head in self.heads:
-            assert isinstance(head, nn.Linear)
-            nn.init.zeros_(head.bias)
-            if config.residual:
-                nn.init.zeros_(head.weight)
+        # The stream out of blocks and joins is unnormed; else fan_out's norm stands right before the head.
+        chained = config.conditioning == "frames"
+        self.last_norms = nn.ModuleList(
+            RMSNorm(width) if (depth or chained) and config.norm and i >= self.first else nn.Identity()
+            for i, depth in enumerate(blocks)
+        )
+        self.heads = nn.ModuleList()
+        for i, patch in enumerate(self.patches):
+            if i < self.first:
+                self.heads.append(nn.Identity())
+            elif self.tokens:
+                shared = config.shared_head and i > 0
+                self.heads.append(
+                    self.heads[0] if shared else nn.Linear(width, channels * config.vocabulary, bias=False)
+                )
             else:
-                nn.init.normal_(head.weight, std=width**-0.5)
-        self.norm_weight = nn.Parameter(torch.ones(count, width)) if config.norm else None
+                self.heads.append(nn.Linear(width, patch * patch * channels))
+        for head in self.heads:
+            if isinstance(head, nn.Linear):
+                if head.bias is not None:
+                    nn.init.zeros_(head.bias)
+                if self.residual:
+                    nn.init.zeros_(head.weight)
+                else:
+                    nn.init.normal_(head.weight, std=width**-0.5)
+        self.norm_weight = nn.Parameter(torch.ones(count, width)) if config.norm and not chained else None
         longest = max(1, *config.horizons.offsets)
         self.lag_weight = nn.Parameter(torch.ones(count, longest, width)) if config.lag_gate else None
+        self.joins = nn.ModuleList(Join(width) for _ in range(longest - 1) if chained)
+        self.upsampler = None
+        if config.upsampler is not None:
+            self.upsampler = Upsampler(channels, config.horizons.factors[1], config.upsampler)
 
     def forward(
         self,
@@ -143,28 +116,63 @@ class MultiFrameHeads(nn.Module):
         actions: Tensor | None,
         video: Tensor,
         *,
+        inputs: Tensor | None = None,
         near_hidden: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        low_tokens: Mapping[int, Tensor] | None = None,
         grad_monitor: GradMonitor | None = None,
     ) -> HorizonLoss:
         """The loss of all horizons.
 
         Args:
             hidden: [B, T, H, W, D]. Position n has seen frames and actions <= n.
-            actions: [B, V, D] embeddings of the action taken at each frame; None with conditioning "none".
-            video: [B, V, C, H * patch_size, W * patch_size], uint8 or floating in [-1, 1], V >= T.
+            actions: [B, V, D] embeddings of the action taken at each frame; None without conditioning "actions".
+            video: [B, V, C, H * patch_size, W * patch_size], V >= T: pixels as uint8 or floating in [-1, 1], or
+                floating latents. Tokens: ids [B, V, H, W], or [B, V, H, W, C] where a token has C of them.
+            inputs: [B, V, H, W, D], each frame's embedding with that of its action, for conditioning "frames"; at least
+                T frames of it for attend "inputs".
             near_hidden: the hidden state of the near horizon, where it is not the one that the far ones share.
             segment_ids: [B, V], the episode of each frame: predictions across an end are not counted.
-            grad_monitor: for the horizons that share `hidden`: K of them, K - 1 where near_hidden is given.
+            low_tokens: by factor, the ids [B, V, H / factor, W / factor] of the smaller frames, for tokenised targets.
+            grad_monitor: for the horizons that share `hidden`: K of them, without the near one where near_hidden is
+                given, and without horizon 0 where the upsampler makes it.
         """
-        preds = self.patch_predictions(hidden, actions, near_hidden, segment_ids, grad_monitor)
-        return self.loss(preds, video, segment_ids=segment_ids)
+        outputs = self.outputs(
+            hidden,
+            actions,
+            video,
+            inputs=inputs,
+            near_hidden=near_hidden,
+            segment_ids=segment_ids,
+            grad_monitor=grad_monitor,
+        )
+        return self.loss(outputs, video, segment_ids=segment_ids, low_tokens=low_tokens)
 
-    def loss(self, preds: Sequence[Tensor], video: Tensor, *, segment_ids: Tensor | None = None) -> HorizonLoss:
-        """The loss of patch predictions, as forward gives it."""
+    def loss(
+        self,
+        outputs: Sequence[Tensor],
+        video: Tensor,
+        *,
+        segment_ids: Tensor | None = None,
+        low_tokens: Mapping[int, Tensor] | None = None,
+    ) -> HorizonLoss:
+        """The loss of what `outputs` gave, as forward gives it."""
         config = self.config
+        if config.token_targets == "tokenised":
+            return self._tokenised_loss(outputs, video, segment_ids, low_tokens or {})
+        if self.tokens:
+            return multi_horizon_linear_cross_entropy(
+                outputs,
+                self._token_weights(),
+                video,
+                config.horizons,
+                weights=config.weights,
+                segment_ids=segment_ids,
+                consistency_weights=config.consistency,  # type: ignore[arg-type]
+                detach=config.detach,
+            )
         return multi_horizon_loss(
-            preds,
+            outputs,
             video,
             config.horizons,
             weights=config.weights,
@@ -175,90 +183,169 @@ class MultiFrameHeads(nn.Module):
             segment_ids=segment_ids,
         )
 
+    def _token_weights(self) -> list[Tensor] | Tensor:
+        weights: list[Tensor] = [head.weight for head in self.heads]  # type: ignore[misc]
+        return weights[0] if self.config.shared_head else weights
+
+    def _tokenised_loss(
+        self, outputs: Sequence[Tensor], tokens: Tensor, segment_ids: Tensor | None, low_tokens: Mapping[int, Tensor]
+    ) -> HorizonLoss:
+        """Horizons of one factor share their ids, and a call."""
+        offsets, factors = self.config.horizons.offsets, self.config.horizons.factors
+        weights = self.config.weights or (1.0,) * len(offsets)
+        parts: list[HorizonLoss] = []
+        order: list[int] = []
+        for factor in sorted(set(factors)):
+            if factor != 1 and factor not in low_tokens:
+                raise ValueError(f"low_tokens must have the ids of factor {factor}, got factors {sorted(low_tokens)}")
+            chosen = [i for i, f in enumerate(factors) if f == factor]
+            heads = self._token_weights()
+            part = multi_horizon_linear_cross_entropy(
+                [outputs[i] for i in chosen],
+                heads if isinstance(heads, Tensor) else [heads[i] for i in chosen],
+                tokens if factor == 1 else low_tokens[factor],
+                Horizons(tuple(offsets[i] for i in chosen), (1,) * len(chosen)),
+                weights=[weights[i] for i in chosen],
+                segment_ids=segment_ids,
+            )
+            parts.append(part)
+            order += chosen
+        back = [order.index(i) for i in range(len(order))]
+        total = torch.stack([part.total for part in parts]).sum()
+        fields = (torch.cat([part[f] for part in parts])[back] for f in range(1, 5))  # type: ignore[misc]
+        return HorizonLoss(total, *fields)
+
     def predict(
         self,
         hidden: Tensor,
         actions: Tensor | None,
         video: Tensor,
         *,
+        inputs: Tensor | None = None,
         near_hidden: Tensor | None = None,
         segment_ids: Tensor | None = None,
         near_only: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The predicted frames [B, T, C, height / f_i, width / f_i] of every horizon, fp32, clamped to [-1, 1].
+        """What every horizon predicts, in fp32.
 
+        Frames [B, T, C, height / f_i, width / f_i], pixels clamped to [-1, 1]; for tokens, logits
+        [B, T, H / f_i, W / f_i, vocabulary], or [..., C, vocabulary] where a token has C ids.
         near_only gives the near horizon alone, which is what a closed-loop rollout feeds back.
         """
-        preds = self.patch_predictions(hidden, actions, near_hidden, segment_ids, near_only=near_only)
+        outputs = self.outputs(
+            hidden,
+            actions,
+            video,
+            inputs=inputs,
+            near_hidden=near_hidden,
+            segment_ids=segment_ids,
+            near_only=near_only,
+        )
+        if self.tokens:
+            logits = [head(state).float() for head, state in zip(self.heads, outputs, strict=False)]
+            if self.channels == 1:
+                return tuple(logits)
+            return tuple(z.unflatten(-1, (self.channels, self.config.vocabulary)) for z in logits)
         positions, (height, width) = hidden.shape[1], video.shape[-2:]
-        factors = self.config.horizons.factors[: len(preds)]
+        factors = self.config.horizons.factors[: len(outputs)]
         frames = [
-            unpatchify(pred.float(), patch, self.channels, height // factor, width // factor)
-            for pred, patch, factor in zip(preds, self.patches, factors, strict=False)
+            unpatchify(patches.float(), patch, self.channels, height // factor, width // factor)
+            for patches, patch, factor in zip(outputs, self.patches, factors, strict=False)
         ]
-        if self.config.residual:
+        if self.residual:
             seen = video_pyramid(video[:, :positions], factors, dtype=torch.float32)
             frames = [frame + last for frame, last in zip(frames, seen, strict=True)]
-        return tuple(frame.clamp(-1, 1) for frame in frames)
+        return tuple(frame.clamp(-1, 1) if self.config.output == "pixels" else frame for frame in frames)
 
-    def patch_predictions(
+    def outputs(
         self,
         hidden: Tensor,
         actions: Tensor | None,
+        video: Tensor,
+        *,
+        inputs: Tensor | None = None,
         near_hidden: Tensor | None = None,
         segment_ids: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
-        *,
         near_only: bool = False,
     ) -> tuple[Tensor, ...]:
-        """What the heads give: [B, T, S_i, P_i] patches per horizon, of the change where config.residual."""
-        if (self.config.conditioning == "actions") != (actions is not None):
-            wanted = "embeddings [B, V, D]" if actions is None else "None"
-            raise ValueError(f'actions must be {wanted} with conditioning "{self.config.conditioning}"')
-        dtype = compute_dtype(hidden)
-        hidden = hidden.to(dtype)
-        if actions is None:
-            actions = hidden.new_zeros(hidden.shape[0], hidden.shape[1], hidden.shape[-1])
-            segments = None
-        else:
-            actions, segments = actions.to(dtype), segment_ids
-        count = len(self.config.horizons)
-        groups: list[tuple[Tensor, int, int, GradMonitor | None]]
-        if near_only:
-            groups = [(hidden if near_hidden is None else near_hidden.to(dtype), 0, 1, None)]
-        elif near_hidden is None:
-            groups = [(hidden, 0, count, grad_monitor)]
-        else:
-            groups = [(near_hidden.to(dtype), 0, 1, None)]
-            if count > 1:
-                groups.append((hidden, 1, count, grad_monitor))
-        preds: list[Tensor] = []
-        for state, first, end, monitor in groups:
-            preds += self._project(state, actions, range(first, end), segments, segment_ids, monitor)
-        return tuple(preds)
+        """What the loss reads of every horizon.
 
-    def _project(
+        Patches [B, T, S_i, P_i], of the change where config.residual; for tokens, the states
+        [B, T, H / f_i, W / f_i, D] that logits are a linear map of.
+        """
+        self._check(hidden, actions, inputs, grad_monitor)
+        dtype = compute_dtype(hidden)
+        hidden, inputs = hidden.to(dtype), None if inputs is None else inputs.to(dtype)
+        count, near = len(self.config.horizons), range(self.first, self.first + 1)
+        near_state = hidden if near_hidden is None else near_hidden.to(dtype)
+        groups: list[tuple[Tensor, range, GradMonitor | None]]
+        if near_only:
+            groups = [(near_state, near, None)]
+        elif near_hidden is None:
+            groups = [(hidden, range(self.first, count), grad_monitor)]
+        else:
+            groups = [(near_state, near, None), (hidden, range(near.stop, count), grad_monitor)]
+        outputs: list[Tensor] = []
+        for state, chosen, monitor in groups:
+            if chosen:
+                outputs += self._branches(state, actions, inputs, chosen, segment_ids, monitor)
+        if self.upsampler is not None:
+            outputs = [self._upsample(outputs[0], video[:, : hidden.shape[1]])] + ([] if near_only else outputs)
+        return tuple(outputs)
+
+    def _check(
+        self, hidden: Tensor, actions: Tensor | None, inputs: Tensor | None, grad_monitor: GradMonitor | None
+    ) -> None:
+        config = self.config
+        if (config.conditioning == "actions") != (actions is not None):
+            wanted = "embeddings [B, V, D]" if actions is None else "None"
+            raise ValueError(f'actions must be {wanted} with conditioning "{config.conditioning}"')
+        if config.conditioning == "frames" or config.attend == "inputs":
+            if inputs is None:
+                raise ValueError(
+                    f'inputs must be embeddings [B, V, H, W, D] with conditioning "{config.conditioning}" and attend '
+                    f'"{config.attend}"'
+                )
+            if inputs.shape[1] < hidden.shape[1] or inputs.shape[2:] != hidden.shape[2:]:
+                raise ValueError(
+                    f"inputs must have hidden's shape {list(hidden.shape)}, or more frames; got {list(inputs.shape)}"
+                )
+        if config.conditioning == "frames" and grad_monitor is not None:
+            raise ValueError(
+                'grad_monitor must be None with conditioning "frames": far horizons reach the hidden state through '
+                "nearer ones"
+            )
+
+    def _branches(
         self,
         hidden: Tensor,
-        actions: Tensor,
+        actions: Tensor | None,
+        inputs: Tensor | None,
         chosen: range,
-        action_segments: Tensor | None,
         segment_ids: Tensor | None,
         grad_monitor: GradMonitor | None,
     ) -> list[Tensor]:
-        """Patches of the horizons `chosen`, which share `hidden`."""
+        """The outputs of the horizons `chosen`, which share `hidden`."""
+        if self.config.conditioning == "frames":
+            assert inputs is not None
+            states = self._chained(hidden, inputs, chosen, segment_ids)
+            return [self._read(i, state) for i, state in zip(chosen, states, strict=True)]
         part = slice(chosen.start, chosen.stop)
         offsets, factors = self.config.horizons.offsets[part], self.config.horizons.factors[part]
         horizons = Horizons(offsets, factors)
         conditioning: dict[str, Any] = {
             "norm_weight": None if self.norm_weight is None else self.norm_weight[part].to(hidden.dtype),
             "lag_weight": None if self.lag_weight is None else self._lag_weight(part, offsets).to(hidden.dtype),
-            "segment_ids": action_segments,
+            "segment_ids": None if actions is None else segment_ids,
             "grad_monitor": grad_monitor,
         }
+        if actions is None:
+            actions = hidden.new_zeros(hidden.shape[0], hidden.shape[1], hidden.shape[-1])
+        actions = actions.to(hidden.dtype)
         heads = [self.heads[i] for i in chosen]
-        if all(self.pools[i] == 1 and not self.blocks[i] for i in chosen):
-            outputs = multi_horizon_linear(
+        if not self.tokens and all(self.pools[i] == 1 and not self.blocks[i] for i in chosen):
+            patches = multi_horizon_linear(
                 hidden,
                 actions,
                 [head.weight for head in heads],  # type: ignore[misc]
@@ -266,24 +353,66 @@ class MultiFrameHeads(nn.Module):
                 biases=[head.bias for head in heads],  # type: ignore[misc]
                 **conditioning,
             )
-            return [out.flatten(2, 3) for out in outputs]
-        states = fan_out(hidden, actions, horizons, pool=self.pools[part], **conditioning)
+            return [out.flatten(2, 3) for out in patches]
+        conditioned = fan_out(hidden, actions, horizons, pool=self.pools[part], **conditioning)
         mask = time_mask(segment_ids, hidden.shape[1])
-        preds = []
-        for i, state in zip(chosen, states, strict=True):
-            x_BTSD = state.flatten(2, 3)
-            for block in self.blocks[i]:  # type: ignore[attr-defined]
-                x_BTSD = block(x_BTSD, mask)
-            preds.append(self.heads[i](self.last_norms[i](x_BTSD)))
-        return preds
+        pairs = zip(chosen, conditioned, strict=True)
+        return [self._read(i, self._transform(i, state, inputs, mask)) for i, state in pairs]
 
     def _lag_weight(self, part: slice, offsets: tuple[int, ...]) -> Tensor:
         assert self.lag_weight is not None
         return self.lag_weight[part, : max(1, *offsets)]
 
+    def _transform(self, i: int, state_BTHWD: Tensor, inputs: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Horizon i's blocks on its grid."""
+        x_BTSD = state_BTHWD.flatten(2, 3)
+        seen_BTSD = None
+        if self.config.attend == "inputs":
+            assert inputs is not None
+            seen_BTSD = pool_grid(inputs[:, : x_BTSD.shape[1]], self.pools[i]).flatten(2, 3)
+        stack: Any = self.blocks[i]
+        for depth, block in enumerate(stack):
+            if seen_BTSD is None:
+                x_BTSD = block(x_BTSD, mask)
+            else:
+                if depth:
+                    seen_BTSD = stack[depth - 1](seen_BTSD, mask)
+                x_BTSD = block.append(x_BTSD, seen_BTSD, mask)
+        return x_BTSD.view(state_BTHWD.shape)
 
-def unpatchify(patches: Tensor, patch: int, channels: int, height: int, width: int) -> Tensor:
-    """[B, T, S, patch * patch * C], features in (row, column, channel) order, to images [B, T, C, height, width]."""
-    B, T = patches.shape[:2]
-    grid = patches.view(B, T, height // patch, width // patch, patch, patch, channels)
-    return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, T, channels, height, width)
+    def _chained(self, hidden: Tensor, inputs: Tensor, chosen: range, segment_ids: Tensor | None) -> list[Tensor]:
+        """The states of conditioning "frames": horizon i goes on from the last earlier one whose grid it can pool."""
+        offsets, pools = self.config.horizons.offsets, self.pools
+        mask = time_mask(segment_ids, hidden.shape[1])
+        states: dict[int, Tensor] = {}
+        for i in chosen:
+            state, pool, first = hidden, pools[i], 1
+            for j in states:
+                if pools[i] % pools[j] == 0:
+                    state, pool, first = states[j], pools[i] // pools[j], max(1, offsets[j])
+            state = pool_grid(state, pool)
+            smaller = pool_grid(inputs, pools[i])
+            for lag in range(first, offsets[i]):
+                state = self.joins[lag - 1](state, later(smaller, lag, hidden.shape[1], segment_ids))
+            states[i] = self._transform(i, state, inputs, mask)
+        return list(states.values())
+
+    def _read(self, i: int, state_BTHWD: Tensor) -> Tensor:
+        normed = self.last_norms[i](state_BTHWD)
+        return normed if self.tokens else self.heads[i](normed).flatten(2, 3)
+
+    def _upsample(self, patches: Tensor, video: Tensor) -> Tensor:
+        """Patches of horizon 0 from those of horizon 1 and the last frame seen."""
+        assert self.upsampler is not None
+        factor, (height, width) = self.config.horizons.factors[1], video.shape[-2:]
+        small = unpatchify(patches.detach(), self.patches[1], self.channels, height // factor, width // factor)
+        (seen,) = video_pyramid(video, (1,), dtype=small.dtype)
+        return patchify(self.upsampler(small, seen), self.patches[0])
+
+
+def later(x_BVHWD: Tensor, lag: int, positions: int, segment_ids: Tensor | None) -> Tensor:
+    """[B, T, H, W, D]: at n what x has at n + lag; zero past its end and in another segment than n."""
+    B, V = x_BVHWD.shape[:2]
+    there = counts_at(lag, positions, V, None if segment_ids is None else segment_ids[:, :V], B, x_BVHWD.device)
+    index = (torch.arange(positions, device=x_BVHWD.device) + lag).clamp_max(V - 1)
+    return x_BVHWD[:, index] * there[:, :, None, None, None]

@@ -1,0 +1,128 @@
+"""HeadsConfig: what is predicted from a position, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mfwm_kernels import Horizons
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """What is predicted from a position, and how.
+
+    horizons: offsets in frames and factors by which the targets are smaller. Every target at full size, all far ones
+        small (Horizons.low_res), the cascade, one offset at several factors (Horizons.multi_resolution): all of them
+        are horizons.
+    patch_sizes: side of the output patch of each horizon, in pixels of its target. Horizon i then works on the token
+        grid pooled by patch_sizes[i] * factors[i] / patch_size. None: patch_size / factor, which pools nothing
+        (1 where the factor exceeds the patch).
+    blocks: transformer blocks of each horizon, on its pooled grid; None gives none. Without blocks the actions in
+        between only shift what a linear head reads.
+    mlp_ratios: width of the MLP in each horizon's blocks, over the model's width; None: 4.
+    attend: what position n of those blocks attends to in time: the conditioned "states" of positions <= n, or the
+        trunk's action-conditioned "inputs" of frames <= n with the conditioned state of n appended to them.
+    conditioning: what a far horizon is told of the time in between. "actions" adds the sum of the actions in between
+        to the hidden state. "frames" gives it the real frames and actions in between, joined one after another as in
+        DeepSeek-V3's multi-token prediction: a training signal for the trunk, and no forecast. "none" is for plain
+        video.
+    lag_gate: a learned gate per horizon, lag and channel on those actions; a plain sum forgets their order.
+    norm: RMSNorm of the conditioned states, with a weight per horizon, and after the blocks.
+    residual: predict the change against the last frame seen, from heads that start at zero: the untrained model
+        copies that frame. Tokens have none.
+    upsampler: channels of a convolutional upsampler that makes horizon 0, at full size, from the prediction of
+        horizon 1, the same frame at a lower size; the hidden state then learns from small targets alone.
+    output: "pixels" in [-1, 1], "latents", which have no bounds, or "tokens".
+    vocabulary: of tokens.
+    token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the smaller
+        frame, tokenised on its own.
+    shared_head: one matrix from states to tokens for all horizons.
+    weights: of the horizons in the loss; None weighs them equally, and far losses, which are larger, then crowd out
+        the near one early in training.
+    consistency: weight of the agreement of each far prediction with the later near one (entry 0 is unused), or, as
+        K rows of K, of any horizon j with a nearer one i at [i][j].
+    detach: which side of that agreement gets no gradient; None lets both learn.
+    tap: the trunk layers below the hidden state that the far horizons share, counted from the input; the remaining
+        layers serve the near horizon alone. None: all horizons read the trunk's output.
+    """
+
+    horizons: Horizons = field(default_factory=lambda: Horizons.cascade(4))
+    patch_sizes: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    mlp_ratios: tuple[int, ...] | None = None
+    attend: Literal["states", "inputs"] = "states"
+    conditioning: Literal["actions", "frames", "none"] = "actions"
+    lag_gate: bool = False
+    norm: bool = True
+    residual: bool = True
+    upsampler: int | None = None
+    output: Literal["pixels", "latents", "tokens"] = "pixels"
+    vocabulary: int = 0
+    token_targets: Literal["pooled", "tokenised"] = "pooled"
+    shared_head: bool = False
+    weights: tuple[float, ...] | None = None
+    consistency: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
+    detach: Literal["near", "far"] | None = "near"
+    tap: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.consistency is not None:
+            rows = tuple(tuple(row) if isinstance(row, list | tuple) else row for row in self.consistency)
+            object.__setattr__(self, "consistency", rows)
+        for name in ("patch_sizes", "blocks", "mlp_ratios", "weights", "consistency"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.horizons):
+                raise ValueError(f"{name} must have one entry per horizon, {len(self.horizons)}; got {value}")
+        for name, least in (("blocks", 0), ("patch_sizes", 1), ("mlp_ratios", 1)):
+            value = getattr(self, name)
+            if value is not None and min(value) < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        self._check_output()
+        if self.attend == "inputs" and not any(self.blocks or ()):
+            raise ValueError('blocks must be given with attend "inputs": it says what they attend to')
+        if self.lag_gate and self.conditioning != "actions":
+            raise ValueError(f'lag_gate needs conditioning "actions", got {self.conditioning!r}')
+
+    def _check_output(self) -> None:
+        if (self.output == "tokens") != (self.vocabulary > 0):
+            raise ValueError(
+                f'vocabulary must be above 0 for output "tokens" and 0 for others, got {self.vocabulary} for '
+                f"{self.output!r}"
+            )
+        if self.output == "tokens":
+            if self.patch_sizes is not None:
+                raise ValueError(f'patch_sizes must be None for output "tokens", got {self.patch_sizes}')
+            pairs = any(isinstance(row, tuple) for row in self.consistency or ())
+            if pairs or (self.consistency is not None and self.token_targets == "tokenised"):
+                raise ValueError(
+                    "consistency of tokens must be [K], with pooled targets: cells tokenised on their own are not "
+                    f"those of the near horizon; got {self.consistency}"
+                )
+        elif self.shared_head or self.token_targets != "pooled":
+            raise ValueError(f'shared_head and token_targets need output "tokens", got {self.output!r}')
+        if self.upsampler is not None:
+            offsets, factors = self.horizons.offsets[:2], self.horizons.factors[:2]
+            if self.output == "tokens" or len(offsets) < 2 or offsets[0] != offsets[1] or factors[0] != 1:
+                raise ValueError(
+                    "upsampler needs pixels or latents, and a horizon 0 of the offset of horizon 1 and factor 1; got "
+                    f"{self.output!r}, {self.horizons}"
+                )
+            if self.blocks is not None and self.blocks[0]:
+                raise ValueError(f"blocks[0] must be 0 where the upsampler makes horizon 0, got {self.blocks[0]}")
+
+    def layout(self, patch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Output patch and token pooling of every horizon, over a trunk whose tokens are patch_size pixels wide."""
+        factors = self.horizons.factors
+        if self.output == "tokens":
+            return (1,) * len(factors), factors
+        patches = self.patch_sizes or tuple(max(1, patch_size // factor) for factor in factors)
+        pools = []
+        for i, (patch, factor) in enumerate(zip(patches, factors, strict=True)):
+            if patch * factor % patch_size:
+                raise ValueError(
+                    f"patch_sizes[{i}] * factors[{i}] = {patch} * {factor} must be a multiple of the trunk's "
+                    f"patch_size, {patch_size}"
+                )
+            pools.append(patch * factor // patch_size)
+        return patches, tuple(pools)
