@@ -20,6 +20,7 @@ from mfwm_kernels import (
 )
 from mfwm_kernels.horizons import counts_at
 
+from .balance import GradientNorms, Uncertainty, surgery_scale
 from .blocks import Join, RMSNorm, SpaceTimeBlock, compute_dtype, initialise, pool_grid, time_mask
 from .heads_config import HeadsConfig
 from .upsampler import Upsampler, patchify, unpatchify
@@ -109,6 +110,9 @@ class MultiFrameHeads(nn.Module):
         self.upsampler = None
         if config.upsampler is not None:
             self.upsampler = Upsampler(channels, config.horizons.factors[1], config.upsampler)
+        weights = config.weights or (1.0,) * count
+        self.uncertainty = Uncertainty(weights) if config.weighting == "uncertainty" else None
+        self.norms = GradientNorms(weights[-config.sharing :]) if config.weighting == "gradients" else None
 
     def forward(
         self,
@@ -135,18 +139,43 @@ class MultiFrameHeads(nn.Module):
             segment_ids: [B, V], the episode of each frame: predictions across an end are not counted.
             low_tokens: by factor, the ids [B, V, H / factor, W / factor] of the smaller frames, for tokenised targets.
             grad_monitor: for the horizons that share `hidden`: K of them, without the near one where near_hidden is
-                given, and without horizon 0 where the upsampler makes it.
+                given, and without horizon 0 where the upsampler makes it. Its scale is set here where the config has
+                gradients balanced or surgery.
         """
-        outputs = self.outputs(
-            hidden,
-            actions,
-            video,
-            inputs=inputs,
-            near_hidden=near_hidden,
-            segment_ids=segment_ids,
-            grad_monitor=grad_monitor,
-        )
-        return self.loss(outputs, video, segment_ids=segment_ids, low_tokens=low_tokens)
+
+        def loss_of(
+            hidden: Tensor, actions: Tensor | None, near_hidden: Tensor | None, monitor: GradMonitor | None
+        ) -> HorizonLoss:
+            outputs = self.outputs(
+                hidden,
+                actions,
+                video,
+                inputs=inputs,
+                near_hidden=near_hidden,
+                segment_ids=segment_ids,
+                grad_monitor=monitor,
+            )
+            return self.loss(outputs, video, segment_ids=segment_ids, low_tokens=low_tokens)
+
+        if torch.is_grad_enabled() and (self.norms is not None or self.config.surgery):
+            if grad_monitor is None:
+                grad_monitor = GradMonitor(self.config.sharing, device=hidden.device)
+            if self.norms is not None:
+                self.norms.watch(grad_monitor)
+            if self.config.surgery:
+                probe, asked = hidden.detach().requires_grad_(), GradMonitor(self.config.sharing, device=hidden.device)
+                near = None if near_hidden is None else near_hidden.detach()
+                torch.autograd.grad(loss_of(probe, actions, near, asked).total, probe)
+                self._operate(asked, grad_monitor)
+        return loss_of(hidden, actions, near_hidden, grad_monitor)
+
+    def _operate(self, asked: GradMonitor, monitor: GradMonitor) -> None:
+        """Surgery on the gradients that `asked` saw, each as large as balancing makes it, in a random order."""
+        scale = torch.ones_like(asked.norms) if self.norms is None or monitor.scale is None else monitor.scale
+        lengths = asked.norms * scale
+        gram = asked.cosines * lengths[:, None] * lengths
+        orders = [torch.randperm(len(lengths)).tolist() for _ in lengths]
+        monitor.scale = scale * surgery_scale(gram, orders)
 
     def loss(
         self,
@@ -157,16 +186,29 @@ class MultiFrameHeads(nn.Module):
         low_tokens: Mapping[int, Tensor] | None = None,
     ) -> HorizonLoss:
         """The loss of what `outputs` gave, as forward gives it."""
+        if self.uncertainty is None:
+            return self._weighted_loss(outputs, video, segment_ids, low_tokens or {}, self.config.weights)
+        loss = self._weighted_loss(outputs, video, segment_ids, low_tokens or {}, self.uncertainty.weights())
+        return loss._replace(total=loss.total + self.uncertainty.cost(loss.counts))
+
+    def _weighted_loss(
+        self,
+        outputs: Sequence[Tensor],
+        video: Tensor,
+        segment_ids: Tensor | None,
+        low_tokens: Mapping[int, Tensor],
+        weights: Tensor | Sequence[float] | None,
+    ) -> HorizonLoss:
         config = self.config
         if config.token_targets == "tokenised":
-            return self._tokenised_loss(outputs, video, segment_ids, low_tokens or {})
+            return self._tokenised_loss(outputs, video, segment_ids, low_tokens, weights)
         if self.tokens:
             return multi_horizon_linear_cross_entropy(
                 outputs,
                 self._token_weights(),
                 video,
                 config.horizons,
-                weights=config.weights,
+                weights=weights,
                 segment_ids=segment_ids,
                 consistency_weights=config.consistency,  # type: ignore[arg-type]
                 detach=config.detach,
@@ -175,7 +217,7 @@ class MultiFrameHeads(nn.Module):
             outputs,
             video,
             config.horizons,
-            weights=config.weights,
+            weights=weights,
             consistency_weights=config.consistency,
             detach=config.detach,
             patch_sizes=self.patches,
@@ -188,11 +230,15 @@ class MultiFrameHeads(nn.Module):
         return weights[0] if self.config.shared_head else weights
 
     def _tokenised_loss(
-        self, outputs: Sequence[Tensor], tokens: Tensor, segment_ids: Tensor | None, low_tokens: Mapping[int, Tensor]
+        self,
+        outputs: Sequence[Tensor],
+        tokens: Tensor,
+        segment_ids: Tensor | None,
+        low_tokens: Mapping[int, Tensor],
+        weights: Tensor | Sequence[float] | None,
     ) -> HorizonLoss:
         """Horizons of one factor share their ids, and a call."""
         offsets, factors = self.config.horizons.offsets, self.config.horizons.factors
-        weights = self.config.weights or (1.0,) * len(offsets)
         parts: list[HorizonLoss] = []
         order: list[int] = []
         for factor in sorted(set(factors)):
@@ -205,7 +251,7 @@ class MultiFrameHeads(nn.Module):
                 heads if isinstance(heads, Tensor) else [heads[i] for i in chosen],
                 tokens if factor == 1 else low_tokens[factor],
                 Horizons(tuple(offsets[i] for i in chosen), (1,) * len(chosen)),
-                weights=[weights[i] for i in chosen],
+                weights=weights[chosen] if isinstance(weights, Tensor) else weights and [weights[i] for i in chosen],
                 segment_ids=segment_ids,
             )
             parts.append(part)

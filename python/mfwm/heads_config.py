@@ -40,6 +40,10 @@ class HeadsConfig:
     shared_head: one matrix from states to tokens for all horizons.
     weights: of the horizons in the loss; None weighs them equally, and far losses, which are larger, then crowd out
         the near one early in training.
+    weighting: "fixed": `weights` as they are. "uncertainty": times exp(-s_i), s_i learned (Uncertainty). "gradients":
+        they are the shares of the gradient into the shared hidden state (GradientNorms).
+    surgery: where two horizons' gradients into the shared hidden state point apart, each loses its part along the other
+        (PCGrad). Costs a second forward and backward of the heads.
     consistency: weight of the agreement of each far prediction with the later near one (entry 0 is unused), or, as
         K rows of K, of any horizon j with a nearer one i at [i][j].
     detach: which side of that agreement gets no gradient; None lets both learn.
@@ -62,6 +66,8 @@ class HeadsConfig:
     token_targets: Literal["pooled", "tokenised"] = "pooled"
     shared_head: bool = False
     weights: tuple[float, ...] | None = None
+    weighting: Literal["fixed", "uncertainty", "gradients"] = "fixed"
+    surgery: bool = False
     consistency: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
     detach: Literal["near", "far"] | None = "near"
     tap: int | None = None
@@ -83,6 +89,23 @@ class HeadsConfig:
             raise ValueError('blocks must be given with attend "inputs": it says what they attend to')
         if self.lag_gate and self.conditioning != "actions":
             raise ValueError(f'lag_gate needs conditioning "actions", got {self.conditioning!r}')
+
+        if self.weighting == "gradients" or self.surgery:
+            if self.conditioning == "frames":
+                raise ValueError(
+                    'weighting "gradients" and surgery need horizons that reach the hidden state on their own, not '
+                    'conditioning "frames"'
+                )
+            if self.sharing < 2:
+                raise ValueError(
+                    f'weighting "gradients" and surgery need two horizons on one hidden state, got {self.sharing} of '
+                    f"{self.horizons}"
+                )
+
+    @property
+    def sharing(self) -> int:
+        """How many horizons branch from the shared hidden state: the last ones."""
+        return len(self.horizons) - (self.upsampler is not None) - (self.tap is not None)
 
     def _check_output(self) -> None:
         if (self.output == "tokens") != (self.vocabulary > 0):
