@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from mfwm import HeadsConfig, WorldModelConfig
-from mfwm.data import ReplayWriter
+from mfwm.checkpoints import Checkpoints
 from mfwm.evaluation import evaluate
 from mfwm.report import write_report
 from mfwm.training import TrainingConfig, load_model, read_log, train
+from small_run import moving_squares, small_config
 
 from mfwm_kernels import Horizons
-
-
-def moving_squares(path: Path) -> None:
-    """Episodes of a bright square that goes where the action says."""
-    rng = np.random.default_rng(0)
-    writer = ReplayWriter(path, 16, 16, actions=4, env="squares")
-    steps = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])
-    for level in range(12):
-        place, img = rng.integers(4, 12, 2), []
-        actions = rng.integers(0, 4, 30).repeat(2)[:40]
-        for action in actions:
-            frame = np.full((16, 16, 3), 20 * (level % 3), np.uint8)
-            frame[place[0] - 2 : place[0] + 2, place[1] - 2 : place[1] + 2] = 200
-            img.append(frame)
-            place = np.clip(place + steps[action], 2, 14)
-        writer.append(np.stack(img), actions, level)
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainingConfig:
     moving_squares(tmp_path / "data")
-    heads = HeadsConfig(
-        Horizons((1, 2, 4), (1, 2, 4)),
-        patch_sizes=(4, 4, 2),
-        blocks=(0, 1, 1),
-        weights=(1.0, 0.5, 0.25),
-        consistency=(0.0, 0.1, 0.1),
-    )
-    model = WorldModelConfig((3, 16, 16), 4, 32, 2, 16, context=8, actions=4, heads=heads)
-    return TrainingConfig(
-        str(tmp_path / "data"), steps=20, batch=4, clip=12, warmup=5, dtype="float32", held_out=0.2,
-        checkpoint_every=5, model=model,
-    )  # fmt: skip
+    return small_config(tmp_path / "data")
 
 
 # Of a run of this test in fp32 on two threads. Other CPUs sum in another order, and 20 steps of Adam amplify that: a
@@ -73,6 +51,53 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: TrainingConfig, tmp_p
         assert torch.equal(a, b), name
     logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "parts")]
     assert [[row["step"], row["loss"]] for row in logs[0]] == [[row["step"], row["loss"]] for row in logs[1]]
+
+
+@pytest.mark.parametrize(("signal", "kills"), [("KILL", os.environ.get("MFWM_KILLS", "6")), ("TERM", "2")])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, signal: str, kills: str) -> None:
+    script = Path(__file__).with_name("killed_run.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "--signal", signal, "--kills", kills], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kills} x SIG{signal}" in done.stdout
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file grows past `size` bytes: the write fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(config: TrainingConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=4)
+    whole = train(config, tmp_path / "whole", progress=False)
+    train(config, tmp_path / "run", progress=False, stop_after=2)
+    with (
+        disk_of(200_000),
+        pytest.raises(OSError, match=r"of step 3 could not be written .*; the one of step 2 is whole"),
+    ):
+        train(config, tmp_path / "run", progress=False, stop_after=3)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["00000002"]
+    resumed = train(config, tmp_path / "run", progress=False)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_newest_checkpoints_stay_and_a_damaged_one_is_refused(config: TrainingConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=4, checkpoint_every=1, keep=2)
+    train(config, tmp_path / "run", progress=False, stop_after=3)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.steps() == [2, 3]
+    shard = next(checkpoints.path(3).glob("*.distcp"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"00000003 cannot be read .*; delete it to go on from step 2"):
+        train(config, tmp_path / "run", progress=False)
 
 
 def test_a_run_keeps_its_config(config: TrainingConfig, tmp_path: Path) -> None:

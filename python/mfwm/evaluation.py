@@ -20,9 +20,10 @@ from tqdm import tqdm
 from mfwm_kernels import Horizons, __version__, video_pyramid
 from mfwm_kernels.info import cpu_name
 
+from .checkpoints import write_atomically
 from .data import Clips, Replay, split_levels
 from .model import WorldModel, parameters_of
-from .training import load_model, read_log, write_atomically
+from .training import load_model, read_log
 
 PEAK = 2.0
 # Genie measures controllability after this many closed-loop steps.

@@ -1,6 +1,7 @@
-"""mfwm train: a run directory with config.json, log.jsonl and checkpoint.pt; killed or not, it goes on where it was.
+"""mfwm train: a run directory with config.json, log.jsonl and checkpoints/; killed or not, it goes on where it was.
 
-The batch of a step depends on (seed, step) alone, so a resumed run equals an uninterrupted one.
+The batch of a step depends on (seed, step) alone: the step is the position in the data, and a resumed run equals an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -8,18 +9,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 from mfwm_kernels import Horizons
 from mfwm_kernels.cpu import product_dtype
 
+from .checkpoints import Checkpoints, write_atomically
 from .data import ClipSampler, Replay, split_levels
 from .heads import HeadsConfig
 from .model import WorldModel, WorldModelConfig
@@ -41,6 +47,7 @@ class TrainingConfig:
     seed: of weights and batches.
     held_out: the share of levels kept for validation, never trained on.
     checkpoint_every: steps between checkpoints; one is also written at the end.
+    keep: the number of checkpoints that stay, the newest.
     """
 
     data: str
@@ -55,6 +62,7 @@ class TrainingConfig:
     seed: int = 0
     held_out: float = 0.1
     checkpoint_every: int = 100
+    keep: int = 2
     model: WorldModelConfig = field(default_factory=WorldModelConfig)
 
     def __post_init__(self) -> None:
@@ -63,7 +71,7 @@ class TrainingConfig:
         shortest = max(5, 1 + min(self.model.heads.horizons.offsets))
         if self.clip < shortest:
             raise ValueError(f"clip must be >= {shortest} (four frames to see and one to roll out), got {self.clip}")
-        for name in ("steps", "batch", "checkpoint_every"):
+        for name in ("steps", "batch", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
 
@@ -77,6 +85,8 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_after: int | None = None) -> WorldModel:
     """Train in `out`, or go on where a run with the same config stopped. Returns the model.
+
+    SIGTERM saves a checkpoint after the step in progress, and SystemExit follows.
 
     stop_after: leave off after this step, as a killed run would with its checkpoint just written.
     """
@@ -93,47 +103,63 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
     training, _ = split_levels(replay, config.held_out, seed=config.seed)
     sampler = ClipSampler(replay, config.clip, config.batch, seed=config.seed, episodes=training)
 
-    first = load_checkpoint(out / "checkpoint.pt", model, optimiser)
+    checkpoints = Checkpoints(out / "checkpoints", config.keep)
+    first = resume(checkpoints, model, optimiser)
     log = Log(out / "log.jsonl", first)
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", disable=not progress, dynamic_ncols=True)
     dtype = autocast_dtype(config.dtype, device)
     model.train()
     began = time.perf_counter()
-    for step, clips in zip(range(first, last), sampler.batches(first, last), strict=True):
-        clips = {name: value.to(device) for name, value in clips.items()}
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config, step)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(clips["video"], clips["actions"], clips["segment_ids"])
-        optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"step {step}: the gradient norm is {norm.item()}; the loss {loss.total.item()}, "
-                f"per horizon {loss.per_horizon.tolist()}"
-            )
-        optimiser.step()
-        # From the end of one step to the end of the next, so that waiting for data counts.
-        seconds, began = time.perf_counter() - began, time.perf_counter()
-        row = {
-            "step": step,
-            "loss": loss.total.item(),
-            "per_horizon": loss.per_horizon.tolist(),
-            "consistency": loss.consistency.tolist(),
-            "gradient_norm": norm.item(),
-            "lr": learning_rate(config, step),
-            "frames_per_second": config.batch * min(config.clip, config.model.context) / seconds,
-        }
-        log.write(row)
-        bar.set_postfix(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}", refresh=False)
-        bar.update()
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == last:
-            save_checkpoint(out / "checkpoint.pt", model, optimiser, step + 1)
-    bar.close()
-    log.close()
+    with closing(log), bar, sigterm_noticed() as terminated:
+        for step, clips in zip(range(first, last), sampler.batches(first, last), strict=True):
+            clips = {name: value.to(device) for name, value in clips.items()}
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, step)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(clips["video"], clips["actions"], clips["segment_ids"])
+            optimiser.zero_grad(set_to_none=True)
+            loss.total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"step {step}: the gradient norm is {norm.item()}; the loss {loss.total.item()}, "
+                    f"per horizon {loss.per_horizon.tolist()}"
+                )
+            optimiser.step()
+            # From the end of one step to the end of the next, so that waiting for data counts.
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            row = {
+                "step": step,
+                "loss": loss.total.item(),
+                "per_horizon": loss.per_horizon.tolist(),
+                "consistency": loss.consistency.tolist(),
+                "gradient_norm": norm.item(),
+                "lr": learning_rate(config, step),
+                "frames_per_second": config.batch * min(config.clip, config.model.context) / seconds,
+            }
+            log.write(row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}", refresh=False)
+            bar.update()
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == last or terminated.is_set():
+                checkpoints.save(training_state(model, optimiser, step + 1), step + 1)
+            if terminated.is_set():
+                raise SystemExit(128 + signal.SIGTERM)
     return model
+
+
+@contextmanager
+def sigterm_noticed() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; Python lets only the main thread handle signals, others leave them as they are."""
+    noticed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noticed
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -189,41 +215,26 @@ def as_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Whole or not at all: written beside, flushed to the disk, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def training_state(model: WorldModel, optimiser: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """All that the steps after `step` depend on."""
+    weights, moments = get_state_dict(model, optimiser)
+    state = {"model": weights, "optimiser": moments, "step": torch.tensor(step), "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
 
 
-def save_checkpoint(path: Path, model: WorldModel, optimiser: torch.optim.Optimizer, step: int) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def load_checkpoint(path: Path, model: WorldModel, optimiser: torch.optim.Optimizer | None = None) -> int:
-    """The step to go on from; 0 where there is no checkpoint."""
-    if not path.exists():
+def resume(checkpoints: Checkpoints, model: WorldModel, optimiser: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint and return the step to go on from; 0 where there is none."""
+    latest = checkpoints.latest()
+    if latest is None:
         return 0
-    device = next(model.parameters()).device
-    state = torch.load(path, map_location=device, weights_only=True)
-    model.load_state_dict(state["model"])
-    if optimiser is not None:
-        optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"].cpu())
+    state = training_state(model, optimiser, 0)
+    checkpoints.load(state, latest)
+    set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"])
     return int(state["step"])
 
 
@@ -258,7 +269,9 @@ def load_model(run: Path) -> tuple[WorldModel, TrainingConfig, int]:
     """The trained model of a run, its config and the step it stands at."""
     config = load_config(run)
     model = WorldModel(config.model)
-    step = load_checkpoint(Path(run) / "checkpoint.pt", model)
-    if step == 0:
-        raise FileNotFoundError(f"{run} holds no checkpoint.pt: train first")
+    checkpoints = Checkpoints(Path(run) / "checkpoints")
+    step = checkpoints.latest()
+    if step is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint: train first")
+    checkpoints.load({"model": model.state_dict()}, step)
     return model.eval(), config, step
