@@ -96,9 +96,16 @@ def written_out() -> Iterator[None]:
     """The model's ops as plain PyTorch, with the options that this benchmark uses."""
 
     def fan_out(
-        hidden: Tensor, actions: Tensor, horizons: Horizons, *, pool: Any, norm_weight: Tensor, **rest: Any
+        hidden: Tensor,
+        actions: Tensor,
+        horizons: Horizons,
+        *,
+        pool: Any,
+        norm_weight: Tensor,
+        window_start: int = 1,
+        **rest: Any,
     ) -> tuple[Tensor, ...]:
-        assert all(value is None for value in rest.values())
+        assert window_start == 1 and all(value is None for value in rest.values())
         return tuple(
             rivals.fan_out(hidden, actions, Horizons((offset,), (1,)), norm_weight[i], (pool[i],))[0]
             for i, offset in enumerate(horizons.offsets)
@@ -112,9 +119,10 @@ def written_out() -> Iterator[None]:
         *,
         biases: Sequence[Tensor],
         norm_weight: Tensor,
+        window_start: int,
         **rest: Any,
     ) -> tuple[Tensor, ...]:
-        assert all(value is None for value in rest.values())
+        assert window_start == 1 and all(value is None for value in rest.values())
         states = fan_out(hidden, actions, horizons, pool=(1,) * len(weights), norm_weight=norm_weight)
         return tuple(torch.nn.functional.linear(s, w, b) for s, w, b in zip(states, weights, biases, strict=True))
 
