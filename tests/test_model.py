@@ -444,7 +444,7 @@ def test_untrained_model_keeps_the_last_frame() -> None:
 
 def test_rollout_feeds_back_its_own_frames() -> None:
     model, clips = build().eval(), clip(12)
-    rolled = model.rollout(clips["video"][:, :4], clips["actions"], 8)
+    rolled = model.rollout(clips["video"][:, :4], clips["actions"], 8, keep=6)
     (frames,) = video_pyramid(clips["video"][:, :4], (1,))
     for step in range(8):
         start = max(0, frames.shape[1] - model.config.context)

@@ -50,6 +50,25 @@ class SpaceAttention(Attention):
         return self.join(attend(q, k, v, None, causal=False), x_BTSD)
 
 
+class TimeCache:
+    """Keys and values of one layer for the frames so far, in room for `context` of them."""
+
+    def __init__(self, context: int):
+        self.context, self.length = context, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of new frames [B, S * heads, t, head_width]; returns those of all frames."""
+        if self.keys is None or self.values is None:
+            room = (*keys.shape[:2], self.context, keys.shape[3])
+            self.keys, self.values = keys.new_empty(room), values.new_empty(room)
+        first, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, first : self.length] = keys
+        self.values[:, :, first : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
 class TimeAttention(Attention):
     """Attention over the frames at a token, of position n to positions <= n.
 
@@ -61,9 +80,14 @@ class TimeAttention(Attention):
         super().__init__(width, head_width)
         self.rotary = rotary
 
-    def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
-        q = self._split(self.query, x_BTSD, first=0)
-        k, v = self._keys_values(x_BTSD, first=0)
+    def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None, cache: TimeCache | None = None) -> Tensor:
+        """With a cache, x has the frames after those in it; they attend to both."""
+        first = 0 if cache is None else cache.length
+        q = self._split(self.query, x_BTSD, first)
+        k, v = self._keys_values(x_BTSD, first)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            mask_B1TT = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(first)[None, None]
         return self.join(attend(q, k, v, mask_B1TT, causal=mask_B1TT is None), x_BTSD)
 
     def append(self, x_BTSD: Tensor, seen_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
@@ -128,9 +152,9 @@ class SpaceTimeBlock(nn.Module):
         self.up = nn.Linear(width, mlp_ratio * width, bias=False)
         self.down = nn.Linear(mlp_ratio * width, width, bias=False)
 
-    def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+    def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None, cache: TimeCache | None = None) -> Tensor:
         x_BTSD = self._mix_space(x_BTSD)
-        x_BTSD = x_BTSD + self.time(self.time_norm(x_BTSD), mask_B1TT)
+        x_BTSD = x_BTSD + self.time(self.time_norm(x_BTSD), mask_B1TT, cache)
         return self._transform(x_BTSD)
 
     def append(self, x_BTSD: Tensor, seen_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:

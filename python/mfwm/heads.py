@@ -48,6 +48,7 @@ class MultiFrameHeads(nn.Module):
         head_width: of the attention in the horizons' blocks; it divides width.
         rotary: whether these blocks rotate queries and keys by their position in time. They always do with attend
             "inputs", which come without a time.
+        window_start: 1, or 0 where the hidden state of n has not seen action n, which then is the first in between.
     """
 
     def __init__(
@@ -59,12 +60,13 @@ class MultiFrameHeads(nn.Module):
         channels: int = 3,
         head_width: int = 32,
         rotary: bool = False,
+        window_start: int = 1,
     ):
         super().__init__()
         if width % head_width:
             raise ValueError(f"head_width must divide width = {width}, got {head_width}")
         self.config = config = config or HeadsConfig()
-        self.channels, self.patch_size = channels, patch_size
+        self.channels, self.patch_size, self.window_start = channels, patch_size, window_start
         self.patches, self.pools = config.layout(patch_size)
         self.tokens, self.residual = config.output == "tokens", config.residual and config.output != "tokens"
         count = len(config.horizons)
@@ -124,6 +126,7 @@ class MultiFrameHeads(nn.Module):
         near_hidden: Tensor | None = None,
         segment_ids: Tensor | None = None,
         low_tokens: Mapping[int, Tensor] | None = None,
+        token_mask: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
     ) -> HorizonLoss:
         """The loss of all horizons.
@@ -138,6 +141,7 @@ class MultiFrameHeads(nn.Module):
             near_hidden: the hidden state of the near horizon, where it is not the one that the far ones share.
             segment_ids: [B, V], the episode of each frame: predictions across an end are not counted.
             low_tokens: by factor, the ids [B, V, H / factor, W / factor] of the smaller frames, for tokenised targets.
+            token_mask: [B, V, H, W] bool, the tokens that the hidden state has not seen: at offset 0 they alone count.
             grad_monitor: for the horizons that share `hidden`: K of them, without the near one where near_hidden is
                 given, and without horizon 0 where the upsampler makes it. Its scale is set here where the config has
                 gradients balanced or surgery.
@@ -155,7 +159,7 @@ class MultiFrameHeads(nn.Module):
                 segment_ids=segment_ids,
                 grad_monitor=monitor,
             )
-            return self.loss(outputs, video, segment_ids=segment_ids, low_tokens=low_tokens)
+            return self.loss(outputs, video, segment_ids=segment_ids, low_tokens=low_tokens, token_mask=token_mask)
 
         if torch.is_grad_enabled() and (self.norms is not None or self.config.surgery):
             if grad_monitor is None:
@@ -184,46 +188,40 @@ class MultiFrameHeads(nn.Module):
         *,
         segment_ids: Tensor | None = None,
         low_tokens: Mapping[int, Tensor] | None = None,
+        token_mask: Tensor | None = None,
     ) -> HorizonLoss:
         """The loss of what `outputs` gave, as forward gives it."""
-        if self.uncertainty is None:
-            return self._weighted_loss(outputs, video, segment_ids, low_tokens or {}, self.config.weights)
-        loss = self._weighted_loss(outputs, video, segment_ids, low_tokens or {}, self.uncertainty.weights())
-        return loss._replace(total=loss.total + self.uncertainty.cost(loss.counts))
-
-    def _weighted_loss(
-        self,
-        outputs: Sequence[Tensor],
-        video: Tensor,
-        segment_ids: Tensor | None,
-        low_tokens: Mapping[int, Tensor],
-        weights: Tensor | Sequence[float] | None,
-    ) -> HorizonLoss:
         config = self.config
+        weights = config.weights if self.uncertainty is None else self.uncertainty.weights()
         if config.token_targets == "tokenised":
-            return self._tokenised_loss(outputs, video, segment_ids, low_tokens, weights)
-        if self.tokens:
-            return multi_horizon_linear_cross_entropy(
+            loss = self._tokenised_loss(outputs, video, segment_ids, low_tokens or {}, token_mask, weights)
+        elif self.tokens:
+            loss = multi_horizon_linear_cross_entropy(
                 outputs,
                 self._token_weights(),
                 video,
                 config.horizons,
                 weights=weights,
                 segment_ids=segment_ids,
+                token_mask=token_mask,
                 consistency_weights=config.consistency,  # type: ignore[arg-type]
                 detach=config.detach,
             )
-        return multi_horizon_loss(
-            outputs,
-            video,
-            config.horizons,
-            weights=weights,
-            consistency_weights=config.consistency,
-            detach=config.detach,
-            patch_sizes=self.patches,
-            residual=config.residual,
-            segment_ids=segment_ids,
-        )
+        else:
+            loss = multi_horizon_loss(
+                outputs,
+                video,
+                config.horizons,
+                weights=weights,
+                consistency_weights=config.consistency,
+                detach=config.detach,
+                patch_sizes=self.patches,
+                residual=config.residual,
+                segment_ids=segment_ids,
+            )
+        if self.uncertainty is None:
+            return loss
+        return loss._replace(total=loss.total + self.uncertainty.cost(loss.counts))
 
     def _token_weights(self) -> list[Tensor] | Tensor:
         weights: list[Tensor] = [head.weight for head in self.heads]  # type: ignore[misc]
@@ -235,6 +233,7 @@ class MultiFrameHeads(nn.Module):
         tokens: Tensor,
         segment_ids: Tensor | None,
         low_tokens: Mapping[int, Tensor],
+        token_mask: Tensor | None,
         weights: Tensor | Sequence[float] | None,
     ) -> HorizonLoss:
         """Horizons of one factor share their ids, and a call."""
@@ -253,6 +252,7 @@ class MultiFrameHeads(nn.Module):
                 Horizons(tuple(offsets[i] for i in chosen), (1,) * len(chosen)),
                 weights=weights[chosen] if isinstance(weights, Tensor) else weights and [weights[i] for i in chosen],
                 segment_ids=segment_ids,
+                token_mask=token_mask if factor == 1 else None,
             )
             parts.append(part)
             order += chosen
@@ -384,6 +384,7 @@ class MultiFrameHeads(nn.Module):
             "norm_weight": None if self.norm_weight is None else self.norm_weight[part].to(hidden.dtype),
             "lag_weight": None if self.lag_weight is None else self._lag_weight(part, offsets).to(hidden.dtype),
             "segment_ids": None if actions is None else segment_ids,
+            "window_start": self.window_start,
             "grad_monitor": grad_monitor,
         }
         if actions is None:

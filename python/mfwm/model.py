@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mfwm_kernels import GradMonitor, HorizonLoss, video_pyramid
 
-from .blocks import SpaceTimeBlock, compute_dtype, initialise, time_mask
+from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
 from .heads_config import HeadsConfig
+from .maskgit import training_mask
+from .rollout import Policy, Roller, as_frames, check_rollout, in_jumps, with_drift
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class WorldModelConfig:
     action_size: length of a continuous action vector; 0 where actions are discrete.
     positions: how the trunk knows the time of a frame: an embedding "learned" for each position of the context, or
         queries and keys rotated by it ("rope").
+    masked: MaskGIT: position n sees frame n with most tokens masked, and the action before it. Horizon 0, of offset 0,
+        predicts the masked ones; the article's offsets are 0, 1, 3, 7.
     recompute: activation checkpointing: keep only what enters a trunk layer, and run it again in the backward.
     heads: what is predicted, and how.
     """
@@ -43,6 +48,7 @@ class WorldModelConfig:
     actions: int = 15
     action_size: int = 0
     positions: Literal["learned", "rope"] = "learned"
+    masked: bool = False
     recompute: bool = False
     heads: HeadsConfig = field(default_factory=HeadsConfig)
 
@@ -62,6 +68,13 @@ class WorldModelConfig:
             )
         if not (self.actions or self.action_size) and self.heads.conditioning == "actions":
             raise ValueError('heads.conditioning must be "none" for a model without actions')
+        if self.masked and (
+            self.heads.output != "tokens" or self.heads.horizons.offsets[0] or self.heads.conditioning == "frames"
+        ):
+            raise ValueError(
+                'masked needs heads of output "tokens", of offset 0 first, and conditioning "actions" or "none"; got '
+                f"{self.heads.output!r}, {self.heads.horizons.offsets}, {self.heads.conditioning!r}"
+            )
         tap = self.heads.tap
         if tap is not None and not 1 <= tap < self.layers:
             raise ValueError(f"heads.tap must be in 1..{self.layers - 1} for {self.layers} layers, got {tap}")
@@ -102,8 +115,15 @@ class WorldModel(nn.Module):
         )
         initialise(self, depth=config.layers)
         self.heads = MultiFrameHeads(
-            config.width, config.patch, config.heads, channels=channels, head_width=config.head_width, rotary=rotary
+            config.width,
+            config.patch,
+            config.heads,
+            channels=channels,
+            head_width=config.head_width,
+            rotary=rotary,
+            window_start=0 if config.masked else 1,
         )
+        self.mask = nn.Parameter(0.1 * torch.randn(config.width)) if config.masked else None
 
     def _action_embedding(self) -> nn.Module | None:
         if self.config.actions:
@@ -112,51 +132,72 @@ class WorldModel(nn.Module):
             return table
         return nn.Linear(self.config.action_size, self.config.width) if self.config.action_size else None
 
-    def inputs(self, video: Tensor, actions: Tensor | None) -> Tensor:
-        """[B, V, H, W, D]: the embedding of every frame, with that of its action, without a time.
+    def action_embeddings(self, actions: Tensor | None, segment_ids: Tensor | None = None) -> Tensor | None:
+        """[B, V, D], of the last action that each position has seen: its own, or masked the one before.
 
-        Args:
-            video: [B, V, C, height, width], uint8 or floating; for tokens, ids [B, V, rows, columns], or
-                [..., ids per token] where there are several.
-            actions: [B, V] ids or [B, V, A] vectors.
+        actions: [B, V] ids or [B, V, A] vectors. Masked, there is an entry more, for the frame that would follow.
+        """
+        if self.action is None:
+            return None
+        if actions is None:
+            raise ValueError("actions must be given: this model is conditioned on them")
+        taken_BVD = self.action(actions)
+        if not self.config.masked:
+            return taken_BVD
+        if segment_ids is not None:
+            same = F.pad(segment_ids[:, 1:] == segment_ids[:, :-1], (0, 1))
+            taken_BVD = taken_BVD * same[..., None]
+        return F.pad(taken_BVD, (0, 0, 1, 0))
+
+    def embedded(self, video: Tensor, taken_BVD: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
+        """[B, V, H, W, D]: the embedding of every frame, with that of the action it has seen, without a time.
+
+        video: [B, V, C, height, width], uint8 or floating; for tokens, ids [B, V, rows, columns], or
+        [..., ids per token] where there are several. token_mask: [B, V, rows, columns], tokens not to be seen.
         """
         if tuple(video.shape[2:]) != self.frame_shape:
             raise ValueError(f"video must have frames of shape {self.frame_shape}, got {tuple(video.shape[2:])}")
         dtype = compute_dtype(self.place)
         if self.tokens:
             parts, vocabulary = self.config.frame[0], self.config.heads.vocabulary
-            ids = video.unflatten(-1, (-1, parts)) if parts == 1 else video
+            ids = video.unsqueeze(-1) if parts == 1 else video
             rows = ids + vocabulary * torch.arange(parts, device=ids.device)
             x_BVSD = self.embed(rows).sum(-2).flatten(2, 3).to(dtype)
         else:
             (patches,) = video_pyramid(video, (1,), patch_sizes=(self.config.patch,), dtype=dtype)
             x_BVSD = self.embed(patches)
+        if token_mask is not None:
+            assert self.mask is not None
+            x_BVSD = torch.where(token_mask.flatten(2)[..., None], self.mask.to(dtype), x_BVSD)
         x_BVSD = x_BVSD + self.place
-        if self.action is not None:
-            if actions is None:
-                raise ValueError("actions must be given: this model is conditioned on them")
-            x_BVSD = x_BVSD + self.action(actions)[:, :, None]
+        if taken_BVD is not None:
+            x_BVSD = x_BVSD + taken_BVD[:, : video.shape[1], None]
         return x_BVSD.unflatten(2, self.grid)
 
-    def trunk(self, inputs: Tensor, segment_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def trunk(
+        self, inputs: Tensor, segment_ids: Tensor | None = None, *, caches: Sequence[TimeCache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The hidden state [B, T, H, W, D] that the horizons share, and the near horizon's own where heads.tap is set.
 
-        inputs [B, T, H, W, D] as from `inputs`, T at most `context`; segment_ids [B, T]: attention stays within one.
+        inputs [B, T, H, W, D] as from `embedded`, at most `context` positions; segment_ids [B, T]: attention stays
+        within one; caches: a TimeCache per layer, of the frames before these, which join them.
         """
-        positions, tap = inputs.shape[1], self.config.heads.tap
-        if positions > self.config.context:
-            raise ValueError(f"video must have at most context = {self.config.context} frames, got {positions}")
+        tap, first = self.config.heads.tap, 0 if caches is None else caches[0].length
+        end = first + inputs.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"video must have at most context = {self.config.context} frames, got {end}")
         x_BTSD = inputs.flatten(2, 3)
         if self.time is not None:
-            x_BTSD = x_BTSD + self.time[:positions]
-        mask = time_mask(segment_ids, positions)
+            x_BTSD = x_BTSD + self.time[first:end]
+        mask = time_mask(segment_ids, inputs.shape[1])
         shared = None
-        for depth, layer in enumerate(self.layers, start=1):
+        for depth, layer in enumerate(self.layers):
+            cache = None if caches is None else caches[depth]
             if self.config.recompute and torch.is_grad_enabled():
                 x_BTSD = checkpoint(layer, x_BTSD, mask, use_reentrant=False)
             else:
-                x_BTSD = layer(x_BTSD, mask)
-            if depth == tap:
+                x_BTSD = layer(x_BTSD, mask, cache)
+            if depth + 1 == tap:
                 shared = x_BTSD.unflatten(2, self.grid)
         last = x_BTSD.unflatten(2, self.grid)
         return (last, None) if shared is None else (shared, last)
@@ -168,6 +209,7 @@ class WorldModel(nn.Module):
         segment_ids: Tensor | None = None,
         *,
         low_tokens: Mapping[int, Tensor] | None = None,
+        token_mask: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
     ) -> HorizonLoss:
         """The loss over the first `context` positions of a clip.
@@ -175,9 +217,14 @@ class WorldModel(nn.Module):
         video [B, V, C, height, width] or ids [B, V, rows, columns(, ids per token)], actions [B, V] or [B, V, A],
         segment_ids [B, V], low_tokens as in MultiFrameHeads. Frames past the context are targets only: with
         V = context + the longest offset every position has all its targets.
+        token_mask [B, V, rows, columns]: tokens that a masked model does not see; drawn as Genie does if not given.
         """
-        states = self._states(video, actions, segment_ids)
-        return self.heads(video=video, low_tokens=low_tokens, grad_monitor=grad_monitor, **states)
+        if self.config.masked and token_mask is None:
+            token_mask = training_mask(video.shape[0], video.shape[1], self.grid, video.device)
+        states = self._states(video, actions, segment_ids, token_mask)
+        return self.heads(
+            video=video, low_tokens=low_tokens, token_mask=token_mask, grad_monitor=grad_monitor, **states
+        )
 
     def outputs(
         self, video: Tensor, actions: Tensor | None = None, segment_ids: Tensor | None = None
@@ -201,33 +248,85 @@ class WorldModel(nn.Module):
         return self.heads.predict(video=video, near_only=near_only, **self._states(video, actions, segment_ids))
 
     @torch.no_grad()
-    def rollout(self, video: Tensor, actions: Tensor | None, steps: int) -> Tensor:
-        """Closed loop: `steps` frames [B, steps, C, height, width] after `video`, each fed back, in [-1, 1].
+    def rollout(
+        self,
+        video: Tensor,
+        actions: Tensor | None,
+        steps: int,
+        *,
+        policy: Policy | None = None,
+        keep: int | None = None,
+        cached: bool = True,
+        temperature: float = 0.0,
+        masked_steps: int = 25,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Closed loop: `steps` frames [B, steps, ...] after `video`, each fed back; pixels in [-1, 1].
 
-        actions [B, T0 + steps - 1 or more], for T0 frames of video: the action taken at every frame, real or generated.
-        The model remembers the last `context` frames.
+        actions [B, T0 + steps - 1 or more], for T0 frames of video: the action taken at every frame, real or generated;
+        those that it lacks come from `policy`. The model remembers at most the last `context` frames. The rest as in
+        rollout.Roller.
         """
-        horizons = self.config.heads.horizons
-        if (horizons.offsets[0], horizons.factors[0]) != (1, 1):
-            raise ValueError(f"a rollout needs a near horizon of offset 1 and factor 1, got {horizons}")
-        needed = video.shape[1] + steps - 1
-        if actions is not None and actions.shape[1] < needed:
-            raise ValueError(f"actions must cover frames 0..{needed - 1}, got {actions.shape[1]} of them")
-        (frames,) = video_pyramid(video, (1,), dtype=torch.float32)
-        for _ in range(steps):
-            end = frames.shape[1]
-            start = max(0, end - self.config.context)
-            taken = None if actions is None else actions[:, start:end]
-            (following,) = self.predict(frames[:, start:end], taken, near_only=True)
-            frames = torch.cat([frames, following[:, -1:]], dim=1)
-        return frames[:, video.shape[1] :]
+        check_rollout(self, video, actions, steps, policy)
+        roller = Roller(
+            self,
+            as_frames(self, video),
+            actions,
+            policy=policy,
+            keep=keep,
+            cached=cached,
+            temperature=temperature,
+            masked_steps=masked_steps,
+            generator=generator,
+        )
+        return torch.cat([roller.step() for _ in range(steps)], dim=1)
 
-    def _states(self, video: Tensor, actions: Tensor | None, segment_ids: Tensor | None) -> dict[str, Any]:
+    @torch.no_grad()
+    def rollout_with_drift(
+        self, video: Tensor, actions: Tensor | None, steps: int, *, keep: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The rollout, and [B, steps, K]: how far each horizon's earlier prediction of a frame is from that frame.
+
+        As in rollout.with_drift. It needs no truth, and grows as a rollout drifts.
+        """
+        check_rollout(self, video, actions, steps, None)
+        heads = self.config.heads
+        if heads.conditioning == "frames" or heads.token_targets == "tokenised":
+            raise ValueError(
+                "drift needs far horizons that forecast from what has been seen, and predict what the frame shows: got "
+                f'conditioning "{heads.conditioning}", token_targets "{heads.token_targets}"'
+            )
+        pairs = list(with_drift(Roller(self, as_frames(self, video), actions, keep=keep), steps))
+        return torch.cat([frame for frame, _ in pairs], dim=1), torch.stack([drift for _, drift in pairs], dim=1)
+
+    @torch.no_grad()
+    def rollout_in_jumps(self, video: Tensor, actions: Tensor | None, jumps: int, horizon: int) -> Tensor:
+        """Frames [B, jumps, C, height / f, width / f], k apart, for k and f of one horizon: one pass each, as in
+        rollout.in_jumps. actions [B, T0 - 1 + jumps * k or more]."""
+        horizons = self.config.heads.horizons
+        if self.tokens or self.config.heads.conditioning == "frames":
+            raise ValueError("jumps need pixels or latents, and far horizons that forecast from what has been seen")
+        if not 0 <= horizon < len(horizons) or horizons.offsets[horizon] < 1:
+            raise ValueError(f"horizon must be the place of an offset above 0 in {horizons}, got {horizon}")
+        needed = video.shape[1] - 1 + jumps * horizons.offsets[horizon]
+        if self.action is not None and (actions is None or actions.shape[1] < needed):
+            given = 0 if actions is None else actions.shape[1]
+            raise ValueError(f"actions must cover frames 0..{needed - 1}, got {given} of them")
+        return torch.cat(list(in_jumps(self, video, actions, jumps, horizon)), dim=1)
+
+    def _states(
+        self,
+        video: Tensor,
+        actions: Tensor | None,
+        segment_ids: Tensor | None,
+        token_mask: Tensor | None = None,
+    ) -> dict[str, Any]:
         """What the heads read: hidden states of the positions, inputs and window embeddings of all V frames."""
         positions = min(video.shape[1], self.config.context)
         frames = video.shape[1] if self.config.heads.conditioning == "frames" else positions
-        inputs = self.inputs(video[:, :frames], None if actions is None else actions[:, :frames])
-        segments = None if segment_ids is None else segment_ids[:, :positions]
+        segments = None if segment_ids is None else segment_ids[:, :frames]
+        taken = self.action_embeddings(None if actions is None else actions[:, :frames], segments)
+        inputs = self.embedded(video[:, :frames], taken, None if token_mask is None else token_mask[:, :frames])
         hidden, near_hidden = self.trunk(inputs[:, :positions], segments)
         return {
             "hidden": hidden,

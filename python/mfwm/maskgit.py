@@ -1,0 +1,59 @@
+"""MaskGIT (Chang et al., arXiv 2202.04200) for tokens of frames, as Genie (arXiv 2402.15391) trains and samples it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def training_mask(clips: int, frames: int, grid: tuple[int, int], device: torch.device | str) -> Tensor:
+    """[B, T, H, W] bool, True where the trunk does not see a token: a share of each clip drawn from 0.5..1.
+
+    The first frame is never masked: it is what a rollout starts from.
+    """
+    share = 0.5 + 0.5 * torch.rand(clips, 1, 1, 1, device=device)
+    mask = torch.rand(clips, frames, *grid, device=device) < share
+    mask[:, :1] = False
+    return mask
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """Ids [...] from logits [..., V]; the most probable ones at temperature 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+    return drawn.view(logits.shape[:-1])
+
+
+def sample_frame(
+    logits_of: Callable[[Tensor, Tensor], Tensor],
+    ids: Tensor,
+    steps: int,
+    temperature: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A frame of tokens, the most confident ones first.
+
+    After step s of `steps`, the share cos(pi / 2 * s / steps) of the tokens is masked again: the least confident.
+
+    Args:
+        logits_of: (ids, mask) to logits [B, H, W, C, V], for ids [B, H, W, C] and mask [B, H, W], True = not known.
+        ids: [B, H, W, C] of any values: all are masked at first.
+    """
+    ids = torch.zeros_like(ids)
+    mask = torch.ones(ids.shape[:3], dtype=torch.bool, device=ids.device)
+    count = mask[0].numel()
+    for step in range(1, steps + 1):
+        logits = logits_of(ids, mask).float()
+        drawn = sample(logits, temperature, generator)
+        confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0].sum(-1)
+        ids = torch.where(mask[..., None], drawn, ids)
+        left = int(count * math.cos(math.pi / 2 * step / steps))
+        # What is known stays known.
+        rank = confidence.masked_fill(~mask, torch.inf).flatten(1).argsort(-1).argsort(-1)
+        mask = (rank < left).view_as(mask) & mask
+    return ids
