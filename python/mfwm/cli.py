@@ -1,4 +1,4 @@
-"""The command line: mfwm collect | train | evaluate | demo."""
+"""The command line: mfwm collect | data | train | evaluate | demo."""
 
 from __future__ import annotations
 
@@ -47,6 +47,57 @@ class Collect:
         from .collect import collect
 
         collect(self.env, self.frames, self.out, seed=self.seed, size=self.size, overwrite=self.overwrite)
+
+
+@dataclass
+class Check:
+    """Read a whole replay buffer and name every truncated or missing chunk, NaN action, length mismatch ..."""
+
+    replay: tyro.conf.Positional[str]
+    """A directory, or a URL that fsspec knows."""
+    clip: int = TrainingConfig.clip
+    """Frames in a training clip."""
+
+    def run(self) -> None:
+        from .data_check import check
+
+        problems = check(self.replay, self.clip)
+        for problem in problems:
+            print(problem)
+        refused = sum(problem.refused for problem in problems)
+        print(f"{self.replay}: " + (f"refused, for {refused} problems" if refused else "sound"))
+        raise SystemExit(1 if refused else 0)
+
+
+@dataclass
+class ImportVideos:
+    """Write a folder of MP4 files and its actions.csv as a replay buffer; see mfwm.import_videos for the table."""
+
+    folder: tyro.conf.Positional[Path]
+    out: str
+    size: tuple[int, int] | None = None
+    """Height and width to scale frames to; by default they stay."""
+    skip_damaged: bool = False
+    """Leave damaged videos out, with a count, rather than refuse the folder."""
+    overwrite: bool = False
+    """Delete the replay buffer that stands in `out`."""
+
+    def run(self) -> None:
+        from .import_videos import import_videos
+
+        import_videos(self.folder, self.out, size=self.size, skip_damaged=self.skip_damaged, overwrite=self.overwrite)
+
+
+@dataclass
+class Data:
+    """Check data sets, and import them from other layouts."""
+
+    command: (
+        Annotated[Check, tyro.conf.subcommand("check")] | Annotated[ImportVideos, tyro.conf.subcommand("import-videos")]
+    )
+
+    def run(self) -> None:
+        self.command.run()
 
 
 @dataclass
@@ -112,9 +163,14 @@ def for_replay(config: TrainingConfig, replay: object) -> TrainingConfig:
     from .data import Replay
 
     assert isinstance(replay, Replay)
+    if config.model.heads.vocabulary != replay.vocabulary:
+        raise ValueError(
+            f"model.heads.vocabulary must be that of the data, {replay.vocabulary} (0 for pixels), "
+            f"got {config.model.heads.vocabulary}"
+        )
     model = replace(
         config.model,
-        frame=(3, replay.height, replay.width),
+        frame=replay.frame,
         actions=replay.actions or 0,
         action_size=0 if replay.actions else replay.action.shape[1],
     )
@@ -123,7 +179,9 @@ def for_replay(config: TrainingConfig, replay: object) -> TrainingConfig:
 
 def main() -> None:
     command = tyro.extras.subcommand_cli_from_dict(
-        {"collect": Collect, "train": Train, "evaluate": Evaluate, "demo": Demo}, prog="mfwm", description=__doc__
+        {"collect": Collect, "data": Data, "train": Train, "evaluate": Evaluate, "demo": Demo},
+        prog="mfwm",
+        description=__doc__,
     )
     command.run()
 
