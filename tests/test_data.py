@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from mfwm.cli import main
 from mfwm.collect import collect, source_of
 from mfwm.data import Clips, ClipSampler, Replay, split_levels
 from mfwm.data_check import check
-from mfwm.import_videos import import_videos
 from mfwm.replay_writer import ReplayWriter
 from mfwm.training import train
 from small_run import small_config
@@ -238,6 +238,21 @@ def test_what_does_not_train_is_counted(tmp_path: Path) -> None:
     assert replay.frames == 30 and replay.episodes == 5
 
 
+def test_data_check_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "set"
+    write(path)
+    assign(ACTION, 7, 17)(path)
+    monkeypatch.setattr("sys.argv", ["mfwm", "data", "check", str(path), "--clip", "5"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    found, short, verdict = capsys.readouterr().out.splitlines()
+    assert "got 0..17, first at frame 7" in found and short.startswith("note: 2 of 6 episodes are shorter")
+    assert verdict == f"{path}: refused, for 1 problem"
+
+
 def test_a_set_lives_at_a_url(tmp_path: Path) -> None:
     write(tmp_path / "set")
     write("memory://far/set")
@@ -267,44 +282,6 @@ def test_video_without_actions(tmp_path: Path) -> None:
     assert check(tmp_path / "set", 1) == []
     replay = Replay(tmp_path / "set")
     assert replay.actions is None and Clips(replay, 6)[0]["actions"].shape == (6, 0)
-
-
-def test_videos_are_imported(tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
-    rng = np.random.default_rng(0)
-    frames = {}
-    for name, length in (("b.mp4", 5), ("a.mp4", 9)):
-        # Smooth pictures: MP4 is lossy.
-        frames[name] = np.repeat(rng.integers(60, 200, (length, 1, 1, 3), dtype=np.uint8), 32, 1).repeat(48, 2)
-        with av.open(str(tmp_path / name), "w") as container:
-            stream = container.add_stream("mpeg4", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-            for img in frames[name]:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(img, format="rgb24")))
-            container.mux(stream.encode())
-    rows = [f"{name},{t},{t / 10},{-t}" for name, imgs in frames.items() for t in range(len(imgs))]
-    (tmp_path / "actions.csv").write_text("video,frame,action_0,action_1\n" + "\n".join(reversed(rows)))
-    import_videos(tmp_path, tmp_path / "set", progress=False)
-    replay = Replay(tmp_path / "set")
-    assert replay.episode_lengths.tolist() == [9, 5] and replay.video.shape == (14, 32, 48, 3)
-    assert np.allclose(replay.action[:9, 0], np.arange(9) / 10) and replay.action[9:, 1].tolist() == [0, -1, -2, -3, -4]
-    assert np.abs(replay.video[:9].mean((1, 2)) - frames["a.mp4"].mean((1, 2))).max() < 8
-    import_videos(tmp_path, tmp_path / "small", size=(16, 16), progress=False)
-    assert Replay(tmp_path / "small").video.shape == (14, 16, 16, 3)
-
-    (tmp_path / "actions.csv").write_text("video,frame,action\nb.mp4,0,1\nb.mp4,1,0\n")
-    with pytest.raises(ValueError, match=r"b.mp4 has 5 frames, but actions.csv has 2 rows for it"):
-        import_videos(tmp_path, tmp_path / "short", progress=False)
-    (tmp_path / "actions.csv").write_text("video,frame,action\nb.mp4,0,1\nb.mp4,2,0\n")
-    with pytest.raises(ValueError, match=r"frame 1 of b.mp4 has no action"):
-        import_videos(tmp_path, tmp_path / "gap", progress=False)
-    cut(tmp_path / "a.mp4")
-    (tmp_path / "actions.csv").write_text("video,frame,action_0\n" + "\n".join(f"a.mp4,{t},nan" for t in range(9)))
-    with pytest.raises(ValueError, match="line 2: an action must be finite"):
-        import_videos(tmp_path, tmp_path / "nan", progress=False)
-    (tmp_path / "actions.csv").write_text("video,frame,action_0\n" + "\n".join(f"a.mp4,{t},1" for t in range(9)))
-    with pytest.raises(ValueError, match=r"a.mp4 (cannot be decoded|has \d frames)"):
-        import_videos(tmp_path, tmp_path / "cut", progress=False)
 
 
 def test_unknown_sources_list_the_choices() -> None:

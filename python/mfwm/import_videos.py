@@ -42,7 +42,7 @@ def import_videos(
     count = int(max(values.max() for values in actions.values())) + 1 if discrete else None
 
     def episode(name: str) -> Episode:
-        video = np.stack(list(decoded(folder / name, size)))
+        video = np.stack([img for _, img in decoded(folder / name, size)])
         if len(video) != len(actions[name]):
             raise ValueError(
                 f"{folder / name} has {len(video)} frames, but {table} has {len(actions[name])} rows for it"
@@ -97,9 +97,12 @@ def read_actions(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array(values, np.float32) for name, values in tables.items()}
 
 
-def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
-    """The frames of a video file, uint8 [H, W, 3] each; ValueError where it cannot be decoded to its end."""
-    import av
+def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[float, np.ndarray]]:
+    """(time in seconds, uint8 [H, W, 3]) of every frame; ValueError where the file cannot be decoded to its end."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading MP4 files needs the package av: pip install 'mfwm-kernels[data]'") from error
 
     height, width = size or (None, None)
     count, promised = 0, 0
@@ -107,10 +110,10 @@ def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
         with av.open(str(path)) as container:
             promised = container.streams.video[0].frames
             for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24", height=height, width=width)
+                yield frame.time or 0.0, frame.to_ndarray(format="rgb24", height=height, width=width)
                 count += 1
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{path} cannot be decoded after frame {count}: {error}") from error
-    # A file that is cut off ends for the decoder as a whole one does.
+        raise ValueError(f"{path} cannot be decoded after {count} frames: {error}") from error
+    # For the decoder a file that was cut off ends as a whole one does.
     if count == 0 or count < promised:
         raise ValueError(f"{path} gives {count} frames and says that it holds {promised}")
