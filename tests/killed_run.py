@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 from mfwm.checkpoints import Checkpoints
-from mfwm.training import load_model, read_log, train
+from mfwm.run_log import read_log
+from mfwm.training import load_model, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import moving_squares, small_config

@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mfwm.checkpoints import Checkpoints
 from mfwm.evaluation import evaluate
+from mfwm.model import WorldModel
+from mfwm.optimisation import learning_rate
 from mfwm.report import write_report
-from mfwm.training import TrainingConfig, load_model, read_log, train
+from mfwm.run_log import read_log
+from mfwm.training import TrainingConfig, WorldModelLoss, load_model, train
 from small_run import moving_squares, small_config
 
 from mfwm_kernels import Horizons
@@ -139,6 +143,80 @@ def test_other_horizons_are_evaluated(
     assert "data:image/png" in write_report(tmp_path / "run").read_text()
 
 
-def test_a_clip_too_short_to_evaluate_is_refused(config: TrainingConfig) -> None:
-    with pytest.raises(ValueError, match=r"clip must be >= 5 .* got 4"):
-        replace(config, clip=4)
+def test_the_schedules() -> None:
+    def rate(step: int, schedule: str) -> float:
+        return learning_rate(step, peak=1.0, warmup=10, steps=100, schedule=schedule, decay=0.2)
+
+    for schedule in ("cosine", "wsd"):
+        assert [rate(step, schedule) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+        assert rate(100, schedule) == pytest.approx(0.1)
+    assert rate(55, "cosine") == pytest.approx(0.55)
+    assert [rate(step, "wsd") for step in (10, 79, 80)] == [1, 1, 1] and rate(90, "wsd") == pytest.approx(0.55)
+
+
+def test_the_moving_average_is_kept_and_evaluated(config: TrainingConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=3, ema=0.75, checkpoint_every=1, keep=4)
+    train(config, tmp_path / "run", progress=False, stop_after=2)
+    train(config, tmp_path / "run", progress=False)
+    torch.manual_seed(config.seed)
+    objective = WorldModelLoss(WorldModel(config.model))
+    averages = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    for step in (1, 2, 3):
+        weights = {name: torch.empty_like(p) for name, p in averages.items()}
+        checkpoints.load({"model": weights}, step)
+        averages = {name: 0.75 * p + 0.25 * weights[name] for name, p in averages.items()}
+    model, _, _ = load_model(tmp_path / "run")
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, averages[f"model.{name}"], atol=1e-6), name
+
+
+def test_how_a_run_is_run_may_change(config: TrainingConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=4, deterministic=True, schedule="wsd")
+    whole = train(config, tmp_path / "whole", progress=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    train(config, tmp_path / "parts", progress=False, stop_after=2)
+    parts = train(replace(config, workers=2, keep=1, checkpoint_every=1), tmp_path / "parts", progress=False)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for row in read_log(tmp_path / "parts" / "log.jsonl"):
+        assert 0 <= row["data_wait"] < 1 and row["seconds"] > 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config, tmp_path / "run", progress=False, stop_after=5)
+    forward = WorldModel.forward
+
+    def exploding(*args: Any, **kwargs: Any) -> Any:
+        loss = forward(*args, **kwargs)
+        return loss._replace(total=loss.total * 1e39)
+
+    monkeypatch.setattr(WorldModel, "forward", exploding)
+    with pytest.raises(FloatingPointError, match=r"step 5: the gradient norm is (inf|nan)"):
+        train(config, tmp_path / "run", progress=False)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip": 4}, r"clip must be >= 5 .* got 4"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, wsd, got 'linear'"),
+        ({"parallel": "tpu"}, "parallel must be one of none, ddp, fsdp, got 'tpu'"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"accumulate": 0}, "accumulate must be >= 1, got 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0, got 0.0"),
+    ],
+)
+def test_bad_options_are_refused(config: TrainingConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)
+
+
+def test_a_batch_that_does_not_divide_is_refused(config: TrainingConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"batch must be a multiple of processes \* accumulate = 1 \* 3, got 4"):
+        train(replace(config, accumulate=3), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="needs torchrun"):
+        train(replace(config, parallel="ddp"), tmp_path / "run", progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,10 @@ class Uncertainty(nn.Module):
     def weights(self) -> Tensor:
         return self.fixed * torch.exp(-self.log_variance)
 
-    def cost(self, counts: Tensor) -> Tensor:
-        """sum_i w_i s_i over the horizons that counted anywhere: the others have no error to speak of."""
-        return (self.fixed * self.log_variance * (counts > 0)).sum()
+    def cost(self, shares: Tensor) -> Tensor:
+        """sum_i share_i w_i s_i: 1 for the horizons that counted anywhere (the others have no error to speak of), or
+        a part's share in a larger batch."""
+        return (self.fixed * self.log_variance * shares).sum()
 
 
 class GradientNorms(nn.Module):
@@ -64,6 +66,11 @@ class GradientNorms(nn.Module):
         scale = shares * self.mean.sum() / shares.sum() / self.mean
         monitor.scale = torch.where(known, scale, 1.0)
         monitor.norms = self.last
+
+
+def shared_out(weights: Tensor | Sequence[Any] | None, shares: Tensor) -> Tensor:
+    """Weights [K] (None: ones) or [K, K], times shares of the same shape."""
+    return shares if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=shares.device) * shares
 
 
 def surgery_scale(gram: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:

@@ -23,7 +23,8 @@ from mfwm_kernels.info import cpu_name
 from .checkpoints import write_atomically
 from .data import Clips, Replay, split_levels
 from .model import WorldModel, parameters_of
-from .training import load_model, read_log
+from .run_log import read_log
+from .training import load_model
 
 PEAK = 2.0
 # Genie measures controllability after this many closed-loop steps.

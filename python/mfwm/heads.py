@@ -20,7 +20,7 @@ from mfwm_kernels import (
 )
 from mfwm_kernels.horizons import counts_at
 
-from .balance import GradientNorms, Uncertainty, surgery_scale
+from .balance import GradientNorms, Uncertainty, shared_out, surgery_scale
 from .blocks import Join, RMSNorm, SpaceTimeBlock, compute_dtype, initialise, pool_grid, time_mask
 from .heads_config import HeadsConfig
 from .upsampler import Upsampler, patchify, unpatchify
@@ -128,6 +128,7 @@ class MultiFrameHeads(nn.Module):
         low_tokens: Mapping[int, Tensor] | None = None,
         token_mask: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
+        shares: Tensor | None = None,
     ) -> HorizonLoss:
         """The loss of all horizons.
 
@@ -145,6 +146,8 @@ class MultiFrameHeads(nn.Module):
             grad_monitor: for the horizons that share `hidden`: K of them, without the near one where near_hidden is
                 given, and without horizon 0 where the upsampler makes it. Its scale is set here where the config has
                 gradients balanced or surgery.
+            shares: [K, K], what the weights of horizons (its diagonal) and of consistency are multiplied by where this
+                is a part of a larger batch, so that the mean of the parts' losses is the loss of the batch.
         """
 
         def loss_of(
@@ -159,7 +162,9 @@ class MultiFrameHeads(nn.Module):
                 segment_ids=segment_ids,
                 grad_monitor=monitor,
             )
-            return self.loss(outputs, video, segment_ids=segment_ids, low_tokens=low_tokens, token_mask=token_mask)
+            return self.loss(
+                outputs, video, segment_ids=segment_ids, low_tokens=low_tokens, token_mask=token_mask, shares=shares
+            )
 
         if torch.is_grad_enabled() and (self.norms is not None or self.config.surgery):
             if grad_monitor is None:
@@ -189,10 +194,17 @@ class MultiFrameHeads(nn.Module):
         segment_ids: Tensor | None = None,
         low_tokens: Mapping[int, Tensor] | None = None,
         token_mask: Tensor | None = None,
+        shares: Tensor | None = None,
     ) -> HorizonLoss:
         """The loss of what `outputs` gave, as forward gives it."""
         config = self.config
-        weights = config.weights if self.uncertainty is None else self.uncertainty.weights()
+        weights: Any = config.weights if self.uncertainty is None else self.uncertainty.weights()
+        consistency: Any = config.consistency
+        if shares is not None:
+            weights = shared_out(weights, shares.diagonal())
+            if consistency is not None:
+                pairs = torch.as_tensor(consistency).ndim == 2
+                consistency = shared_out(consistency, shares if pairs else shares[0])
         if config.token_targets == "tokenised":
             loss = self._tokenised_loss(outputs, video, segment_ids, low_tokens or {}, token_mask, weights)
         elif self.tokens:
@@ -204,7 +216,7 @@ class MultiFrameHeads(nn.Module):
                 weights=weights,
                 segment_ids=segment_ids,
                 token_mask=token_mask,
-                consistency_weights=config.consistency,  # type: ignore[arg-type]
+                consistency_weights=consistency,
                 detach=config.detach,
             )
         else:
@@ -213,7 +225,7 @@ class MultiFrameHeads(nn.Module):
                 video,
                 config.horizons,
                 weights=weights,
-                consistency_weights=config.consistency,
+                consistency_weights=consistency,
                 detach=config.detach,
                 patch_sizes=self.patches,
                 residual=config.residual,
@@ -221,7 +233,8 @@ class MultiFrameHeads(nn.Module):
             )
         if self.uncertainty is None:
             return loss
-        return loss._replace(total=loss.total + self.uncertainty.cost(loss.counts))
+        cost = self.uncertainty.cost(loss.counts > 0 if shares is None else shares.diagonal())
+        return loss._replace(total=loss.total + cost)
 
     def _token_weights(self) -> list[Tensor] | Tensor:
         weights: list[Tensor] = [head.weight for head in self.heads]  # type: ignore[misc]

@@ -211,19 +211,25 @@ class WorldModel(nn.Module):
         low_tokens: Mapping[int, Tensor] | None = None,
         token_mask: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
+        shares: Tensor | None = None,
     ) -> HorizonLoss:
         """The loss over the first `context` positions of a clip.
 
         video [B, V, C, height, width] or ids [B, V, rows, columns(, ids per token)], actions [B, V] or [B, V, A],
-        segment_ids [B, V], low_tokens as in MultiFrameHeads. Frames past the context are targets only: with
-        V = context + the longest offset every position has all its targets.
+        segment_ids [B, V]; low_tokens, grad_monitor and shares as in MultiFrameHeads. Frames past the context are
+        targets only: with V = context + the longest offset every position has all its targets.
         token_mask [B, V, rows, columns]: tokens that a masked model does not see; drawn as Genie does if not given.
         """
         if self.config.masked and token_mask is None:
             token_mask = training_mask(video.shape[0], video.shape[1], self.grid, video.device)
         states = self._states(video, actions, segment_ids, token_mask)
         return self.heads(
-            video=video, low_tokens=low_tokens, token_mask=token_mask, grad_monitor=grad_monitor, **states
+            video=video,
+            low_tokens=low_tokens,
+            token_mask=token_mask,
+            grad_monitor=grad_monitor,
+            shares=shares,
+            **states,
         )
 
     def outputs(

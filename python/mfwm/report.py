@@ -20,7 +20,8 @@ from mfwm_kernels import video_pyramid
 from .data import Clips, Replay, split_levels
 from .evaluation import CONTEXT, names_of, rollout_steps, rolls
 from .model import WorldModel
-from .training import load_model, read_log
+from .run_log import read_log
+from .training import load_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
