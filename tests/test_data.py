@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zarr
+from mfwm.cli import main
 from mfwm.collect import collect, source_of
-from mfwm.data import Clips, ClipSampler, Replay, ReplayWriter, split_levels
+from mfwm.data import Clips, ClipSampler, Replay, split_levels
+from mfwm.data_check import check
+from mfwm.replay_writer import ReplayWriter
+from mfwm.training import train
+from small_run import small_config
 
 LENGTHS = (5, 3, 9, 1, 12, 7)
+Damage = Callable[[Path], object]
 
 
-def write(path: Path, lengths: tuple[int, ...] = LENGTHS) -> None:
+def write(path: Path | str, lengths: tuple[int, ...] = LENGTHS, kind: str = "pixels") -> None:
+    """Episodes whose number stands in every frame; kind: "pixels", "continuous" (actions), "tokens" or "no actions"."""
     rng = np.random.default_rng(0)
-    writer = ReplayWriter(path, 8, 8, actions=4, env="synthetic")
+    sizes: dict[str, Any] = {
+        "pixels": {"actions": 4},
+        "continuous": {"actions": None, "action_size": 2},
+        "tokens": {"actions": 4, "vocabulary": 100, "ids": 2},
+        "no actions": {"actions": None},
+    }[kind]
+    writer = ReplayWriter(path, 16, 16, **sizes, env="synthetic")
     for level, length in enumerate(lengths):
-        img = rng.integers(0, 256, (length, 8, 8, 3), dtype=np.uint8)
-        img[:, 0, 0, 0] = level
-        writer.append(img, rng.integers(0, 4, length), level=level % 4)
+        video = rng.integers(0, 256, (length, 16, 16, 3), dtype=np.uint8)
+        if kind == "tokens":
+            video = rng.integers(0, 100, (length, 16, 16, 2))
+        video[:, 0, 0, 0] = level
+        action = rng.normal(size=(length, 2)) if kind == "continuous" else rng.integers(0, 4, length)
+        writer.append(video, None if kind == "no actions" else action, level=level % 4)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -80,36 +101,187 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def damage_ends(root: zarr.Group) -> None:
-    root["meta/episode_ends"][2] = 4
+def cut(path: Path, size: int | None = None) -> None:
+    os.truncate(path, path.stat().st_size // 2 if size is None else size)
 
 
-def damage_beyond(root: zarr.Group) -> None:
-    root["meta/episode_ends"][5] = 999
+def on_chunk(array: str, number: int, damage: Damage) -> Damage:
+    return lambda path: damage(sorted((path / array).glob(f"{number}*"))[0])
 
 
-def damage_action(root: zarr.Group) -> None:
-    root["data/action"][7] = 17
+def halve(array: str, number: int, size: int | None = None) -> Damage:
+    return on_chunk(array, number, lambda file: cut(file, size))
 
 
-def damage_missing(root: zarr.Group) -> None:
-    del root["data/action"]
+def flip(array: str, number: int) -> Damage:
+    def damage(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    return on_chunk(array, number, damage)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_ends, "episode_ends must increase, got 4 after 8"),
-        (damage_beyond, "ends at 999, but data/img has 37 frames"),
-        (damage_action, r"data/action must be in 0..3, got 0..17"),
-        (damage_missing, "array data/action is missing"),
-    ],
-)
-def test_a_damaged_set_is_refused(tmp_path: Path, damage: object, message: str) -> None:
-    write(tmp_path / "set")
-    damage(zarr.open_group(str(tmp_path / "set"), mode="r+"))  # type: ignore[operator]
+def lose(array: str, number: int) -> Damage:
+    return on_chunk(array, number, Path.unlink)
+
+
+def overwrite(array: str, number: int) -> Damage:
+    return on_chunk(array, number, lambda file: file.write_text("x" * 999))
+
+
+def assign(name: str, index: Any, value: object) -> Damage:
+    def damage(path: Path) -> None:
+        zarr.open_group(str(path), mode="r+")[name][index] = value
+
+    return damage
+
+
+def resize(name: str, *shape: int) -> Damage:
+    return lambda path: zarr.open_group(str(path), mode="r+")[name].resize(shape)
+
+
+def remove(name: str) -> Damage:
+    return lambda path: shutil.rmtree(path / name)
+
+
+def exchange(name: str, values: np.ndarray) -> Damage:
+    def damage(path: Path) -> None:
+        root = zarr.open_group(str(path), mode="r+")
+        del root[name]
+        root.create_array(name, data=values)
+
+    return damage
+
+
+def attribute(name: str, value: object) -> Damage:
+    return lambda path: zarr.open_group(str(path), mode="r+").attrs.update({name: value})
+
+
+# What is done to a sound set of which kind, and what is said of it.
+IMG, ACTION, ENDS, LEVELS = "data/img", "data/action", "meta/episode_ends", "meta/episode_level"
+REFUSED: dict[str, tuple[str, Damage, str]] = {
+    "frames cut short": ("pixels", halve(IMG, 1), r"data/img: chunk 1.0.0.0 .rows 64 to 101. cannot be decoded"),
+    "a flipped bit in frames": ("pixels", flip(IMG, 0), r"data/img: chunk 0.0.0.0 .* cannot be decoded"),
+    "frames missing": ("pixels", lose(IMG, 1), r"data/img: chunk 1.0.0.0 .* is missing"),
+    "frames of no bytes": ("pixels", halve(IMG, 0, 0), r"data/img: chunk 0.0.0.0 .* cannot be decoded"),
+    "frames overwritten": ("pixels", overwrite(IMG, 0), r"data/img: chunk 0.0.0.0 .* cannot be decoded"),
+    "actions cut short": ("pixels", halve(ACTION, 0), r"data/action: chunk 0 .* cannot be decoded"),
+    "actions missing": ("pixels", lose(ACTION, 0), r"data/action: chunk 0 .* is missing"),
+    "ends cut short": ("pixels", halve(ENDS, 0), r"meta/episode_ends: chunk 0 .* cannot be decoded"),
+    "levels missing": ("pixels", lose(LEVELS, 0), r"meta/episode_level: chunk 0 .* is missing"),
+    "a NaN action": ("continuous", assign(ACTION, 7, np.nan), r"data/action must be finite, got .*nan.* at frame 7"),
+    "an infinite action": ("continuous", assign(ACTION, 9, np.inf), r"data/action must be finite, .* at frame 9"),
+    "an action too large": ("pixels", assign(ACTION, 7, 17), r"data/action must be in 0..3, got 0..17, .* frame 7"),
+    "a negative action": ("pixels", assign(ACTION, 8, -1), r"data/action must be in 0..3, got -1..3, .* frame 8"),
+    "too few actions": ("pixels", resize(ACTION, 90), r"data/action must have 102 rows, one per frame, got shape .90"),
+    "no actions": ("pixels", remove(ACTION), r"array data/action is missing"),
+    "no frames": ("pixels", remove(IMG), r"either data/img or data/tokens, got neither"),
+    "no ends": ("pixels", remove(ENDS), r"array meta/episode_ends is missing"),
+    "ends that go back": ("pixels", assign(ENDS, 2, 4), r"episode_ends must increase, got 4 after 8, episode 2"),
+    "ends past the frames": ("pixels", assign(ENDS, 6, 999), r"ends at 999, but data/img has 102 frames"),
+    "no episodes": ("pixels", resize(ENDS, 0), r"episode_ends must hold at least one episode, got none"),
+    "too few levels": ("pixels", resize(LEVELS, 3), r"episode_level must have 7 rows, one per episode"),
+    "frames in floats": ("pixels", exchange(IMG, np.zeros((102, 16, 16, 3), "f4")), r"img must be uint8 .*float32"),
+    "frames of four channels": ("pixels", exchange(IMG, np.zeros((102, 16, 16, 4), "u1")), r"data/img must be .*, 4"),
+    "actions of two ranks": ("pixels", exchange(ACTION, np.zeros((102, 2), "i8")), r"data/action must be integers"),
+    "metadata cut short": ("pixels", lambda p: cut(p / IMG / ".zarray"), r"array data/img is missing or unreadable"),
+    "actions said in words": ("pixels", attribute("actions", "four"), r"attribute actions must be an integer .*'four'"),
+    "tokens cut short": ("tokens", halve("data/tokens", 1), r"data/tokens: chunk 1.0.0.0 .* cannot be decoded"),
+    "a token too large": ("tokens", assign("data/tokens", (70, 3, 5, 1), 100), r"got 100 in frame 70, token .3, 5, 1"),
+    "no vocabulary": ("tokens", attribute("vocabulary", None), r"attribute vocabulary must be .*, got None"),
+    "no set at all": ("pixels", shutil.rmtree, r"does not exist"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound set of every kind, to copy."""
+    folder = tmp_path_factory.mktemp("sound")
+    for kind in ("pixels", "continuous", "tokens"):
+        write(folder / kind, (*LENGTHS, 65), kind)
+        assert check(folder / kind, clip=1) == []
+    return folder
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_damaged_set_is_found_and_refused(sound: Path, tmp_path: Path, name: str) -> None:
+    kind, damage, message = REFUSED[name]
+    path = tmp_path / "set"
+    shutil.copytree(sound / kind, path)
+    damage(path)
+    found = check(path, clip=1)
+    assert any(problem.refused and re.search(message, str(problem)) for problem in found), found
     with pytest.raises(ValueError, match=message):
-        Replay(tmp_path / "set")
+        train(small_config(path), tmp_path / "run", progress=False)
+    log = tmp_path / "run" / "log.jsonl"
+    assert not log.exists() or not log.read_text()
+    # A set too large for memory is refused when the damage is read, at the latest.
+    with pytest.raises(ValueError, match=message):
+        for _ in ClipSampler(Replay(path, memory_limit=0), clip_length=12, batch_size=8).batches(0, 20, workers=2):
+            pass
+
+
+def test_what_does_not_train_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    write(path)
+    assert [str(p) for p in check(path, clip=6)] == [
+        "note: 3 of 6 episodes are shorter than a clip of 6 frames (0, 1, 3): they train in clips that span episodes, "
+        "and cannot be evaluated"
+    ]
+    # A writer that was interrupted after the frames of an episode.
+    zarr.open_group(str(path), mode="r+")["meta/episode_ends"][5] = 0
+    said = "data/img: 7 frames after the last episode's end are left out"
+    assert [str(p) for p in check(path, clip=1)] == [f"note: {said}"]
+    with pytest.warns(UserWarning, match=said):
+        replay = Replay(path)
+    assert replay.frames == 30 and replay.episodes == 5
+
+
+def test_data_check_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "set"
+    write(path)
+    assign(ACTION, 7, 17)(path)
+    monkeypatch.setattr("sys.argv", ["mfwm", "data", "check", str(path), "--clip", "5"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    found, short, verdict = capsys.readouterr().out.splitlines()
+    assert "got 0..17, first at frame 7" in found and short.startswith("note: 2 of 6 episodes are shorter")
+    assert verdict == f"{path}: refused, for 1 problem"
+
+
+def test_a_set_lives_at_a_url(tmp_path: Path) -> None:
+    write(tmp_path / "set")
+    write("memory://far/set")
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "set")
+    near = Replay(tmp_path / "set")
+    for url in (f"file://{tmp_path}/set", "memory://far/set", f"zip://::file://{tmp_path}/zipped.zip"):
+        assert check(url, 1) == []
+        far = Replay(url, memory_limit=0)
+        assert np.array_equal(far.read(np.arange(37)), near.video) and np.array_equal(far.action, near.action), url
+    with pytest.raises(FileExistsError, match=r"memory://far/set is not empty"):
+        write("memory://far/set")
+    with pytest.raises(ValueError, match=r"memory://nowhere"):
+        Replay("memory://nowhere")
+
+
+def test_tokens_are_clips_too(tmp_path: Path) -> None:
+    write(tmp_path / "set", kind="tokens")
+    replay = Replay(tmp_path / "set", memory_limit=0)
+    assert replay.frame == (2, 16, 16) and replay.vocabulary == 100
+    clip = Clips(replay, 6)[0]
+    assert clip["video"].shape == (6, 16, 16, 2) and clip["video"].dtype == torch.int64
+    assert torch.equal(clip["video"][:, 0, 0, 0], clip["segment_ids"])
+
+
+def test_video_without_actions(tmp_path: Path) -> None:
+    write(tmp_path / "set", kind="no actions")
+    assert check(tmp_path / "set", 1) == []
+    replay = Replay(tmp_path / "set")
+    assert replay.actions is None and Clips(replay, 6)[0]["actions"].shape == (6, 0)
 
 
 def test_unknown_sources_list_the_choices() -> None:
@@ -124,8 +296,8 @@ def test_real_frames(tmp_path: Path, env: str) -> None:
     pytest.importorskip("ale_py" if env.startswith("atari") else "vizdoom")
     collect(env, 150, tmp_path / "set", size=32, seed=3, progress=False)
     replay = Replay(tmp_path / "set")
-    assert replay.frames == 150 and replay.img.shape[1:] == (32, 32, 3)
-    assert np.diff(replay.img.astype(int), axis=0).any(axis=(1, 2, 3)).mean() > 0.3
+    assert replay.frames == 150 and replay.video.shape[1:] == (32, 32, 3)
+    assert np.diff(replay.video.astype(int), axis=0).any(axis=(1, 2, 3)).mean() > 0.3
     collect(env, 150, tmp_path / "again", size=32, seed=3, progress=False)
     again = Replay(tmp_path / "again")
-    assert np.array_equal(again.action, replay.action) and np.array_equal(again.img, replay.img)
+    assert np.array_equal(again.action, replay.action) and np.array_equal(again.video, replay.video)

@@ -1,4 +1,4 @@
-"""The command line: mfwm collect | train | evaluate | demo."""
+"""The command line: mfwm collect | data | train | evaluate | demo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -32,6 +32,104 @@ class Collect:
         from .collect import collect
 
         collect(self.env, self.frames, self.out, seed=self.seed, size=self.size, overwrite=self.overwrite)
+
+
+@dataclass
+class Check:
+    """Read a whole replay buffer and name every truncated or missing chunk, NaN action, length mismatch ..."""
+
+    replay: tyro.conf.Positional[str]
+    """A directory, or a URL that fsspec knows."""
+    clip: int = TrainingConfig.clip
+    """Frames in a training clip."""
+
+    def run(self) -> None:
+        from .data_check import check
+
+        problems = check(self.replay, self.clip)
+        for problem in problems:
+            print(problem)
+        refused = sum(problem.refused for problem in problems)
+        print(f"{self.replay}: " + (f"refused, for {refused} problem{'s' * (refused > 1)}" if refused else "sound"))
+        raise SystemExit(1 if refused else 0)
+
+
+@dataclass
+class Import:
+    """Where an import reads and writes."""
+
+    folder: tyro.conf.Positional[Path]
+    out: str
+    """A directory, or a URL that fsspec knows."""
+    skip_damaged: bool = False
+    """Leave damaged episodes out, with a count, rather than refuse the whole."""
+    overwrite: bool = False
+    """Delete the replay buffer that stands in `out`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"skip_damaged": self.skip_damaged, "overwrite": self.overwrite}
+
+    def finish(self, left_out: list[str]) -> None:
+        for reason in left_out:
+            print(f"left out: {reason}")
+        print(f"{self.out}: {len(left_out)} damaged episodes left out")
+
+
+@dataclass
+class ImportVideos(Import):
+    """Write a folder of MP4 files and its actions.csv as a replay buffer; see mfwm.import_videos for the table."""
+
+    size: tuple[int, int] | None = None
+    """Height and width to scale frames to; by default they stay."""
+
+    def run(self) -> None:
+        from .import_videos import import_videos
+
+        self.finish(import_videos(self.folder, self.out, size=self.size, **self.options))
+
+
+@dataclass
+class ImportLeRobot(Import):
+    """Write one camera of a LeRobot data set (format v2 or v3) and its actions as a replay buffer."""
+
+    camera: str | None = None
+    """Name of the feature, where there is more than one camera."""
+    size: tuple[int, int] | None = None
+    """Height and width to scale frames to; by default they stay."""
+
+    def run(self) -> None:
+        from .import_lerobot import import_lerobot
+
+        self.finish(import_lerobot(self.folder, self.out, camera=self.camera, size=self.size, **self.options))
+
+
+@dataclass
+class ImportTokens(Import):
+    """Write token memmaps, as of the 1X World Model Challenge, as a replay buffer of tokens."""
+
+    ids: int = 1
+    """Ids of a token: 2 splits each of a vocabulary of 262,144 into two of 512."""
+
+    def run(self) -> None:
+        from .import_tokens import import_tokens
+
+        self.finish(import_tokens(self.folder, self.out, ids=self.ids, **self.options))
+
+
+@dataclass
+class Data:
+    """Check data sets, and import them from other layouts."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[ImportVideos, tyro.conf.subcommand("import-videos")]
+        | Annotated[ImportLeRobot, tyro.conf.subcommand("import-lerobot")]
+        | Annotated[ImportTokens, tyro.conf.subcommand("import-tokens")]
+    ]
+
+    def run(self) -> None:
+        self.command.run()
 
 
 @dataclass
@@ -97,9 +195,14 @@ def for_replay(config: TrainingConfig, replay: object) -> TrainingConfig:
     from .data import Replay
 
     assert isinstance(replay, Replay)
+    if config.model.heads.vocabulary != replay.vocabulary:
+        raise ValueError(
+            f"model.heads.vocabulary must be that of the data, {replay.vocabulary} (0 for pixels), "
+            f"got {config.model.heads.vocabulary}"
+        )
     model = replace(
         config.model,
-        frame=(3, replay.height, replay.width),
+        frame=replay.frame,
         actions=replay.actions or 0,
         action_size=0 if replay.actions else replay.action.shape[1],
     )
@@ -114,6 +217,7 @@ def main() -> None:
     preset = Train(out=tyro.MISSING, config=replace(PRESETS[chosen.preset], data=tyro.MISSING))
     command = tyro.cli(
         Annotated[Collect, tyro.conf.subcommand("collect")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Train, tyro.conf.subcommand("train", default=preset)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Demo, tyro.conf.subcommand("demo")],

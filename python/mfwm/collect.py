@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from . import coinrun_recorder
 from .coinrun_recorder import GAMES, MESSAGE, REQUIREMENT, HeldActions
-from .data import ReplayWriter, make_room
+from .replay_writer import ReplayWriter, make_room
 
 PROCGEN_PYTHONS = ((3, 11), (3, 12))
 DOOM_SCENARIOS = ("my_way_home", "basic", "health_gathering", "deadly_corridor", "defend_the_center", "take_cover")

@@ -2,11 +2,13 @@
 
 On disk: the Zarr replay buffer of the robot-learning field (diffusion-policy's `ReplayBuffer`), Zarr format 2:
 
-    data/img             uint8 [N, H, W, 3]        chunks of 64 frames
-    data/action          int64 [N] or float32 [N, A]
+    data/img             uint8 [N, H, W, 3], chunks of 64 frames; or, where frames are tokens of F ids each,
+    data/tokens          integers [N, rows, columns] or [N, rows, columns, F], each 0..vocabulary-1
+    data/action          int64 [N] or float32 [N, A]; not there where the attribute action_size is 0 and actions null
     meta/episode_ends    int64 [E]                 cumulative: episode e is frames ends[e - 1] to ends[e]
     meta/episode_level   int64 [E]                 level seed where the environment has levels, else the episode index
-    attributes           env, actions, action_names, noop, action_repeat, ticks_per_frame, package, package_version
+    attributes           actions (null where they are not discrete), action_size, vocabulary (of tokens);
+                         env, action_names, noop, action_repeat, ticks_per_frame, package, package_version
 
 THE ACTION CONVENTION, the field's own: `action[t]` is the action taken AT frame t, and leads to frame t + 1. A hidden
 state at n, which has seen the frames and actions up to n, so knows all that frame n + 1 needs.
@@ -17,8 +19,6 @@ In memory: B clips, T frames, H x W pixels, A numbers of a continuous action.
 from __future__ import annotations
 
 import itertools
-import shutil
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,155 +27,103 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
-from numcodecs import Blosc
 from torch import Tensor
 from torch.utils.data import Dataset
 
-CHUNK_FRAMES = 64
+from .data_check import (
+    ACTION,
+    ENDS,
+    IMG,
+    LEVELS,
+    TOKENS,
+    action_problems,
+    arrays_of,
+    chunk_problems,
+    end_problems,
+    layout_problems,
+    length_problems,
+    location,
+    open_root,
+    read_rows,
+    refuse,
+    token_problems,
+    whole_ends,
+)
+
 MEMORY_LIMIT = 4 << 30  # bytes of frames; a smaller set is read into memory when it is opened
-
-
-class ReplayWriter:
-    """Writes a replay buffer, one `append` per episode.
-
-    `actions` is the number of discrete actions, or None for continuous ones of `action_size` numbers. `attributes`
-    are kept with the set; the names that readers know stand in the module's docstring.
-
-    Safe against a crash: an episode's end is written after its frames, and a reader trusts only the ends.
-    FileExistsError where `path` holds anything, unless `overwrite`; and with it, ValueError where what it holds is no
-    Zarr group, since deleting that would cost somebody else's files.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        height: int,
-        width: int,
-        *,
-        actions: int | None,
-        action_size: int = 0,
-        overwrite: bool = False,
-        **attributes: Any,
-    ) -> None:
-        if height < 1 or width < 1:
-            raise ValueError(f"height and width must be at least 1, got {height} x {width}")
-        if (actions is None) == (action_size == 0) or (actions or action_size) < 1:
-            raise ValueError(
-                "give either actions >= 1 (discrete) or actions=None and action_size >= 1 (continuous), "
-                f"got actions={actions}, action_size={action_size}"
-            )
-        self.path = Path(path)
-        self.actions = actions
-        make_room(self.path, overwrite=overwrite)
-
-        root = zarr.open_group(str(self.path), mode="w", zarr_format=2)
-        root.attrs.update({"actions": actions, **attributes})
-        # Format 2, because diffusion-policy and its descendants pin zarr 2; zarr 3 reads both.
-        compressor = Blosc(cname="zstd", clevel=3)
-        data, meta = root.create_group("data"), root.create_group("meta")
-        action_shape, action_type = ((0,), "int64") if actions else ((0, action_size), "float32")
-        arrays: list[tuple[Any, str, tuple[int, ...], int, str]] = [
-            (data, "img", (0, height, width, 3), CHUNK_FRAMES, "uint8"),
-            (data, "action", action_shape, 4096, action_type),
-            (meta, "episode_ends", (0,), 4096, "int64"),
-            (meta, "episode_level", (0,), 4096, "int64"),
-        ]
-        self._arrays = {
-            name: group.create_array(
-                name, shape=shape, chunks=(chunk, *shape[1:]), dtype=dtype, compressors=compressor, fill_value=0
-            )
-            for group, name, shape, chunk, dtype in arrays
-        }
-        self.frames = 0
-        self.episodes = 0
-
-    def append(self, img: np.ndarray, action: np.ndarray, level: int | None = None) -> None:
-        """One episode: `img` uint8 [T, H, W, 3], `action` integers [T] or floats [T, A], with
-        `action[t]` taken at `img[t]`.
-
-        Two calls are two episodes, also where both are fragments of one. `level=None` takes the episode's index.
-        """
-        action = np.asarray(action)
-        want = (*img.shape[:1], *self._arrays["img"].shape[1:])
-        if img.dtype != np.uint8 or img.shape != want or len(img) == 0:
-            raise ValueError(f"img must be uint8 {['T >= 1', *want[1:]]}, got {img.dtype} {list(img.shape)}")
-        want = (len(img), *self._arrays["action"].shape[1:])
-        if action.shape != want or action.dtype.kind not in ("iu" if self.actions else "f"):
-            kind = "integers" if self.actions else "floats"
-            raise ValueError(
-                f"action must be {kind} {list(want)} for this set, got {action.dtype} {list(action.shape)}"
-            )
-        if self.actions and not 0 <= action.min() <= action.max() < self.actions:
-            raise ValueError(f"action must be in 0..{self.actions - 1}, got {action.min()}..{action.max()}")
-        self._arrays["img"].append(img)
-        self._arrays["action"].append(action.astype(self._arrays["action"].dtype))
-        self._arrays["episode_level"].append(np.array([self.episodes if level is None else level], np.int64))
-        self._arrays["episode_ends"].append(np.array([self.frames + len(img)], np.int64))
-        self.frames += len(img)
-        self.episodes += 1
-
-
-def make_room(path: Path, *, overwrite: bool) -> None:
-    """Raise where `path` holds anything; with `overwrite` delete it first, if it is a Zarr group."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{path} is not empty: choose another directory, or say overwrite to delete what it holds"
-        )
-    if not path.is_dir() or not any((path / name).is_file() for name in (".zgroup", "zarr.json")):
-        raise ValueError(f"{path} is not empty and no Zarr group, so overwrite does not delete it: remove it yourself")
-    shutil.rmtree(path)
 
 
 class Replay:
     """A replay buffer, opened read-only and checked.
 
-    `img` uint8 [N, H, W, 3] (a NumPy array up to `memory_limit` bytes, else the Zarr array), `action` int64 [N] or
-    float32 [N, A], `episode_ends` and `episode_level` int64 [E], `actions` (number of discrete actions, or None) and
-    `attributes`. A set without levels has one level per episode; one that does not say how many actions there are has
-    as many as its largest action asks for. Frames after the last episode's end were left by an interrupted writer and
-    are not part of the set: a warning says how many.
+    `video` uint8 [N, H, W, 3] or ids [N, rows, columns(, F)] (a NumPy array up to `memory_limit` bytes, else the Zarr
+    array), `action` int64 [N] or float32 [N, A] (A = 0 in a set without actions), `episode_ends` and `episode_level`
+    int64 [E], `actions` (number of discrete actions, or None), `vocabulary` (of tokens; 0 for pixels) and `attributes`.
+    A set without levels has one level per episode; one that does not say how many actions there are has as many as its
+    largest action asks for. Frames after the last episode's end were left by an interrupted writer and are not part of
+    the set: a warning says how many.
 
-    ValueError names path, rule and value where the set breaks the layout.
+    `path` is a directory, or a URL that fsspec knows. ValueError names path, rule and value where the set breaks the
+    layout (the rules stand in data_check), and the chunk where one is missing or damaged, when it is read.
     """
 
     def __init__(self, path: str | Path, *, memory_limit: int = MEMORY_LIMIT) -> None:
-        self.path = Path(path)
-        if not self.path.exists():
-            raise ValueError(f"{self.path} does not exist: expected a Zarr replay buffer")
-        try:
-            root = zarr.open_group(str(self.path), mode="r")
-        except (OSError, KeyError, ValueError) as error:  # FileNotFoundError and zarr's own errors are among these
-            raise ValueError(f"{self.path} is not a Zarr group: {error}") from error
+        self.path = location(path)
+        root = open_root(self.path)
         self.attributes: dict[str, Any] = dict(root.attrs)
-        img = self._array(root, "data/img")
-        if img.dtype != np.uint8 or img.ndim != 4 or img.shape[3] != 3:
-            raise ValueError(f"{self.path}: data/img must be uint8 [N, H, W, 3], got {img.dtype} {list(img.shape)}")
+        refuse(self.path, layout_problems(root))
+        arrays = arrays_of(root)
+        self._name = IMG if IMG in arrays else TOKENS
+        video, ends = arrays[self._name], arrays[ENDS]
+        self.vocabulary: int = 0 if self._name == IMG else self.attributes["vocabulary"]
 
-        self.episode_ends = self._ends(root, img.shape[0])
+        self.episode_ends = whole_ends(self._read(ENDS, ends, 0, ends.shape[0]))
+        refuse(self.path, end_problems(self.episode_ends, self._name, video.shape[0]))
         self.frames = int(self.episode_ends[-1])
-        if img.shape[0] > self.frames:
-            surplus = img.shape[0] - self.frames
-            warnings.warn(f"{self.path}: {surplus} frames after the last episode's end are left out", stacklevel=2)
-        self.episode_level = self._levels(root)
-        self.action = self._actions(root)
-        self.actions = self._action_count()
-        self.in_memory = self.frames * int(np.prod(img.shape[1:])) <= memory_limit
-        self.img: Any = img[: self.frames] if self.in_memory else img
+        refuse(self.path, chunk_problems(self._name, video, self.frames, read=False))
+        self.episode_level = np.arange(self.episodes, dtype=np.int64)
+        if LEVELS in arrays:
+            self.episode_level = self._column(LEVELS, arrays[LEVELS], self.episodes, "episode").astype(np.int64)
+        self.action = np.empty((self.frames, 0), np.float32)
+        self.actions: int | None = None
+        if ACTION in arrays:
+            values = self._column(ACTION, arrays[ACTION], self.frames, "frame")
+            refuse(self.path, action_problems(ACTION, values, self.attributes))
+            self.action = values.astype(np.float32 if values.ndim == 2 else np.int64)
+            if values.ndim == 1:
+                self.actions = int(self.attributes.get("actions") or self.action.max() + 1)
+        self.in_memory = self.frames * video.dtype.itemsize * int(np.prod(video.shape[1:])) <= memory_limit
+        self.video: Any = video
+        if self.in_memory:
+            self.video = self._frames(0, self.frames)
+
+    def _column(self, name: str, array: Any, rows: int, of: str) -> np.ndarray:
+        """The first `rows` rows, one per frame or episode."""
+        refuse(self.path, length_problems(name, array, rows, of))
+        refuse(self.path, chunk_problems(name, array, rows, read=False))
+        return self._read(name, array, 0, rows)
+
+    def _read(self, name: str, array: Any, begin: int, end: int) -> np.ndarray:
+        try:
+            return read_rows(name, array, begin, end)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def _frames(self, begin: int, end: int) -> np.ndarray:
+        frames = self._read(self._name, self.video, begin, end)
+        if self.vocabulary:
+            refuse(self.path, token_problems(self._name, frames, self.vocabulary, begin))
+        return frames
 
     @property
     def episodes(self) -> int:
         return len(self.episode_ends)
 
     @property
-    def height(self) -> int:
-        return int(self.img.shape[1])
-
-    @property
-    def width(self) -> int:
-        return int(self.img.shape[2])
+    def frame(self) -> tuple[int, int, int]:
+        """(channels, height, width) of pixels, or (ids per token, rows, columns): what WorldModelConfig.frame is."""
+        _, height, width, *rest = self.video.shape
+        return (rest[0] if rest else 1, height, width)
 
     @property
     def episode_starts(self) -> np.ndarray:
@@ -188,88 +136,18 @@ class Replay:
         return np.diff(self.episode_ends, prepend=0)
 
     def read(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [*frames.shape, H, W, 3] for integer frame numbers of any shape."""
+        """uint8 [*frames.shape, H, W, 3], or ids, for integer frame numbers of any shape."""
         if self.in_memory:
-            return self.img[frames]
+            return self.video[frames]
         flat = frames.reshape(-1)
-        out = np.empty((len(flat), *self.img.shape[1:]), np.uint8)
+        out = np.empty((len(flat), *self.video.shape[1:]), self.video.dtype)
         # Runs of consecutive frames, each of which touches few chunks.
         borders = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
         for begin, end in itertools.pairwise(borders):
             if end > begin:
-                out[begin:end] = self.img[int(flat[begin]) : int(flat[begin]) + end - begin]
-        return out.reshape(*frames.shape, *self.img.shape[1:])
-
-    def _array(self, root: zarr.Group, name: str) -> Any:
-        found = root.get(name)
-        if not isinstance(found, zarr.Array):
-            raise ValueError(
-                f"{self.path}: array {name} is missing; a replay buffer has data/img, data/action, meta/episode_ends"
-            )
-        return found
-
-    def _ends(self, root: zarr.Group, frames: int) -> np.ndarray:
-        array = self._array(root, "meta/episode_ends")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"{self.path}: meta/episode_ends must be integers [E], got {array.dtype} {list(array.shape)}"
-            )
-        ends = np.asarray(array[:], np.int64)
-        # An array grows before it is written: a 0 at the back is an episode whose end a crash kept from the disk.
-        while len(ends) and ends[-1] == 0:
-            ends = ends[:-1]
-        if len(ends) == 0:
-            raise ValueError(f"{self.path}: meta/episode_ends must hold at least one episode, got none")
-        lengths = np.diff(ends, prepend=0)
-        if (lengths <= 0).any():
-            worst = int(np.flatnonzero(lengths <= 0)[0])
-            before = int(ends[worst - 1]) if worst else 0
-            raise ValueError(
-                f"{self.path}: meta/episode_ends must increase, got {int(ends[worst])} after {before}, episode {worst}"
-            )
-        if ends[-1] > frames:
-            raise ValueError(
-                f"{self.path}: meta/episode_ends ends at {int(ends[-1])}, but data/img has {frames} frames"
-            )
-        return ends
-
-    def _levels(self, root: zarr.Group) -> np.ndarray:
-        if "meta/episode_level" not in root:
-            return np.arange(self.episodes, dtype=np.int64)
-        levels = self._array(root, "meta/episode_level")
-        if levels.ndim != 1 or levels.dtype.kind not in "iu" or levels.shape[0] < self.episodes:
-            raise ValueError(
-                f"{self.path}: meta/episode_level must be integers [{self.episodes}], one per episode, "
-                f"got {levels.dtype} {list(levels.shape)}"
-            )
-        return np.asarray(levels[: self.episodes], np.int64)
-
-    def _actions(self, root: zarr.Group) -> np.ndarray:
-        action = self._array(root, "data/action")
-        if len(action.shape) == 0 or action.shape[0] < self.frames:
-            raise ValueError(f"{self.path}: data/action must have {self.frames} rows, got shape {list(action.shape)}")
-        if action.dtype.kind in "iu" and action.ndim == 1:
-            return np.asarray(action[: self.frames], np.int64)
-        if action.dtype.kind == "f" and action.ndim == 2:
-            values = np.asarray(action[: self.frames], np.float32)
-            if not np.isfinite(values).all():
-                row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-                raise ValueError(f"{self.path}: data/action must be finite, got {values[row].tolist()} at frame {row}")
-            return values
-        raise ValueError(
-            f"{self.path}: data/action must be integers [N] or floats [N, A], got {action.dtype} {list(action.shape)}"
-        )
-
-    def _action_count(self) -> int | None:
-        if self.action.dtype != np.int64:
-            return None
-        said = self.attributes.get("actions")
-        actions = int(self.action.max()) + 1 if said is None else int(said)
-        if not 0 <= self.action.min() <= self.action.max() < actions:
-            raise ValueError(
-                f"{self.path}: data/action must be in 0..{actions - 1}, got {self.action.min()}..{self.action.max()}"
-            )
-        return actions
+                first = int(flat[begin])
+                out[begin:end] = self._frames(first, first + end - begin)
+        return out.reshape(*frames.shape, *self.video.shape[1:])
 
 
 def split_levels(replay: Replay, held_out_fraction: float = 0.1, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -299,8 +177,11 @@ class Clips(Dataset[dict[str, Tensor]]):
     clip are kept: a clip may span episodes, and `segment_ids` say which frames belong together. With `within_episode`
     only the clips that lie in one episode count (closed-loop evaluation wants these).
 
-    An item is {"video": uint8 [T, 3, H, W], a permuted view of [T, H, W, 3] memory; "actions": int64 [T] or float32
-    [T, A], where actions[t] was taken at frame t; "segment_ids": int64 [T], the episode's number in the replay buffer}.
+    An item is {"video": uint8 [T, 3, H, W], a permuted view of [T, H, W, 3] memory, or ids int64 [T, rows, columns] or
+    [T, rows, columns, F]; "actions": int64 [T] or float32 [T, A], where actions[t] was taken at frame t; "segment_ids":
+    int64 [T], the episode's number in the replay buffer}.
+
+    `too_short` is the number of chosen episodes that no clip lies in.
     """
 
     def __init__(
@@ -323,6 +204,7 @@ class Clips(Dataset[dict[str, Tensor]]):
         self.segment_ids = np.repeat(chosen, lengths)
         line_starts = np.cumsum(lengths) - lengths
         self.frames = np.arange(lengths.sum()) + np.repeat(replay.episode_starts[chosen] - line_starts, lengths)
+        self.too_short = int((lengths < length).sum())
         starts = np.arange(max(0, len(self.frames) - length + 1))
         if within_episode:
             starts = starts[self.segment_ids[starts] == self.segment_ids[starts + length - 1]]
@@ -339,11 +221,12 @@ class Clips(Dataset[dict[str, Tensor]]):
         return {name: value[0] for name, value in self.batch(np.array([index])).items()}
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """The clips of these B numbers, stacked: video uint8 [B, T, 3, H, W], actions, segment_ids [B, T]."""
+        """The clips of these B numbers, stacked: video uint8 [B, T, 3, H, W] or ids, actions, segment_ids [B, T]."""
         positions_BT = self.starts[indices][:, None] + np.arange(self.length)
         frames_BT = self.frames[positions_BT]
+        video = torch.from_numpy(self.replay.read(frames_BT))
         return {
-            "video": torch.from_numpy(self.replay.read(frames_BT)).permute(0, 1, 4, 2, 3),
+            "video": video.long() if self.replay.vocabulary else video.permute(0, 1, 4, 2, 3),
             "actions": torch.from_numpy(self.replay.action[frames_BT]),
             "segment_ids": torch.from_numpy(self.segment_ids[positions_BT]),
         }
@@ -380,7 +263,7 @@ class ClipSampler:
         self.rows = slice(rank * batch_size // count, (rank + 1) * batch_size // count)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """{"video": uint8 [B, T, 3, H, W], "actions": [B, T] or [B, T, A], "segment_ids": int64 [B, T]}."""
+        """{"video": uint8 [B, T, 3, H, W] or ids, "actions": [B, T] or [B, T, A], "segment_ids": int64 [B, T]}."""
         return self.clips.batch(self._indices(step)[self.rows])
 
     def _indices(self, step: int) -> np.ndarray:
@@ -390,15 +273,20 @@ class ClipSampler:
         return draw.integers(len(self.clips), size=self.batch_size)
 
     def batches(self, first_step: int, last_step: int, workers: int = 1) -> Iterator[dict[str, Tensor]]:
-        """`batch(step)` for first_step <= step < last_step, in order; `workers` threads make them, two ahead each."""
+        """`batch(step)` for first_step <= step < last_step, in order; `workers` threads make them, two ahead each.
+
+        What a thread raises, a damaged chunk for one, is raised when the batch's turn comes.
+        """
         if workers < 1:
             raise ValueError(f"workers must be >= 1, got {workers}")
-        depth = 2 * workers
-        with ThreadPoolExecutor(max_workers=workers) as reader:
-            ahead: deque[Future[dict[str, Tensor]]] = deque()
+        readers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="clips")
+        ahead: deque[Future[dict[str, Tensor]]] = deque()
+        try:
             for step in range(first_step, last_step):
-                ahead.append(reader.submit(self.batch, step))
-                if len(ahead) > depth:
+                ahead.append(readers.submit(self.batch, step))
+                if len(ahead) > 2 * workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+        finally:
+            readers.shutdown(cancel_futures=True)

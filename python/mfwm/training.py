@@ -55,7 +55,7 @@ class WorldModelLoss(Objective):
         return positions_that_count(config.heads.horizons, clips["segment_ids"], config.context)
 
     def forward(self, clips: dict[str, Tensor], shares: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.model(clips["video"], clips["actions"], clips["segment_ids"], shares=shares)
+        loss = self.model(clips["video"], clips.get("actions"), clips["segment_ids"], shares=shares)
         per_horizon, consistency = loss.per_horizon, loss.consistency
         if shares is not None:
             per_horizon = per_horizon * shares.diagonal()
