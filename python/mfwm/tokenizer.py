@@ -1,0 +1,163 @@
+"""Tokenizer: a causal video tokenizer, the ST-ViViT of Genie (arXiv 2402.15391) with finite scalar quantisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ
+
+from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
+
+from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise
+from .heads import MultiFrameHeads
+from .heads_config import HeadsConfig
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of a tokenizer.
+
+    frame: (channels, height, width) of pixels.
+    patch: side of a token in pixels: ids are [height / patch, width / patch].
+    levels: of finite scalar quantisation (arXiv 2309.15505), each at least 2; the vocabulary is their product.
+    width, layers, head_width, mlp_ratio: of the encoder, and of the decoder.
+    window: frames that attention in time sees, the current one among them. Each layer sees as far again, so an id
+        depends on the last layers * (window - 1) + 1 frames; videos may have any length.
+    """
+
+    frame: tuple[int, int, int] = (3, 64, 64)
+    patch: int = 8
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    width: int = 96
+    layers: int = 2
+    head_width: int = 32
+    mlp_ratio: int = 4
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        _, height, width = self.frame
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"patch = {self.patch} does not divide the frame {height} x {width}")
+        check_levels(self.levels)
+        if self.head_width % 2 or self.width % self.head_width:
+            raise ValueError(f"head_width must be even and divide width = {self.width}, got {self.head_width}")
+        if self.layers < 1 or self.window < 1:
+            raise ValueError(f"layers and window must be >= 1, got {self.layers} and {self.window}")
+
+    @property
+    def vocabulary(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of ids."""
+        return self.frame[1] // self.patch, self.frame[2] // self.patch
+
+
+def check_levels(levels: tuple[int, ...]) -> None:
+    if not levels or min(levels) < 2:
+        raise ValueError(f"levels must be one or more numbers >= 2, got {levels}")
+
+
+class CausalStack(nn.Module):
+    """Space-time blocks whose attention in time sees the last `window` frames, by rotary positions."""
+
+    def __init__(self, width: int, layers: int, head_width: int, mlp_ratio: int, window: int, tokens: int):
+        super().__init__()
+        self.window = window
+        self.place = nn.Parameter(0.1 * torch.randn(tokens, width))
+        self.layers = nn.ModuleList(SpaceTimeBlock(width, head_width, mlp_ratio, rotary=True) for _ in range(layers))
+        initialise(self, depth=layers)
+
+    def forward(self, x_BTSD: Tensor, segment_ids: Tensor | None) -> Tensor:
+        mask = window_mask(x_BTSD.shape[1], self.window, segment_ids, x_BTSD.device)
+        x_BTSD = x_BTSD + self.place.to(x_BTSD.dtype)
+        for layer in self.layers:
+            x_BTSD = layer(x_BTSD, mask)
+        return x_BTSD
+
+
+def window_mask(positions: int, window: int, segment_ids: Tensor | None, device: torch.device) -> Tensor:
+    """[B or 1, 1, T, T] bool, True where n (row) may attend to m (column): n - window < m <= n, in the segment of n."""
+    place = torch.arange(positions, device=device)
+    ago = place[:, None] - place
+    mask = ((ago >= 0) & (ago < window))[None, None]
+    if segment_ids is None:
+        return mask
+    return mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+
+
+class Patches(nn.Module):
+    """Embeddings [B, T, S, D] of the patches of frames [B, T, C, height, width], uint8 or floating in [-1, 1]."""
+
+    def __init__(self, frame: tuple[int, int, int], patch: int, width: int):
+        super().__init__()
+        self.frame, self.patch = frame, patch
+        self.embed = nn.Linear(frame[0] * patch**2, width)
+        nn.init.normal_(self.embed.weight, std=self.embed.in_features**-0.5)
+        nn.init.zeros_(self.embed.bias)
+
+    def forward(self, video: Tensor) -> Tensor:
+        if video.ndim != 5 or tuple(video.shape[2:]) != self.frame:
+            raise ValueError(f"video must be [B, T, {', '.join(map(str, self.frame))}], got {list(video.shape)}")
+        dtype = compute_dtype(self.embed.weight)
+        (patches,) = video_pyramid(video, (1,), patch_sizes=(self.patch,), dtype=dtype)
+        return self.embed(patches)
+
+
+class Tokenizer(nn.Module):
+    """Frames to ids and back. What belongs to frame n depends on frames <= n alone, of its own episode."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        sizes = (config.width, config.layers, config.head_width, config.mlp_ratio, config.window)
+        tokens = config.grid[0] * config.grid[1]
+        self.patches = Patches(config.frame, config.patch, config.width)
+        self.encoder = CausalStack(*sizes, tokens)
+        self.norm = RMSNorm(config.width)
+        self.quantiser = FSQ(list(config.levels), dim=config.width, preserve_symmetry=True)
+        self.decoder = CausalStack(*sizes, tokens)
+        # Position n gives frame n itself.
+        itself = HeadsConfig(Horizons((0,), (1,)), conditioning="none", residual=False)
+        self.heads = MultiFrameHeads(
+            config.width, config.patch, itself, channels=config.frame[0], head_width=config.head_width
+        )
+
+    def forward(self, video: Tensor, segment_ids: Tensor | None = None) -> HorizonLoss:
+        """The mean squared error of the frames that come back.
+
+        video [B, T, C, height, width], uint8 or floating in [-1, 1]; segment_ids [B, T], the episode of each frame:
+        nothing passes from one to another.
+        """
+        codes, _ = self._quantised(video, segment_ids)
+        return self.heads(self._decoded(codes, segment_ids), None, video)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """Ids [B, T, H, W], int64 in 0..vocabulary - 1, of frames [B, T, C, height, width]."""
+        _, ids = self._quantised(video, segment_ids)
+        return ids.long().unflatten(2, self.config.grid)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """Frames [B, T, C, height, width] in [-1, 1], fp32, of ids [B, T, H, W]."""
+        if ids.ndim != 4 or tuple(ids.shape[2:]) != self.config.grid:
+            raise ValueError(f"ids must be [B, T, {self.config.grid[0]}, {self.config.grid[1]}], got {list(ids.shape)}")
+        codes = self.quantiser.indices_to_codes(ids.flatten(1)).unflatten(1, (ids.shape[1], -1))
+        hidden = self._decoded(codes, segment_ids)
+        # Heads of offset 0 without residual take of the frames their size alone.
+        shape = (*ids.shape[:2], *self.config.frame)
+        return self.heads.predict(hidden, None, hidden.new_empty(()).expand(shape))[0]
+
+    def _quantised(self, video: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Codes [B, T, S, D] and their ids [B, T, S]."""
+        x_BTSD = self.norm(self.encoder(self.patches(video), segment_ids))
+        codes, ids = self.quantiser(x_BTSD.flatten(1, 2))
+        return codes.view(x_BTSD.shape), ids.view(x_BTSD.shape[:3])
+
+    def _decoded(self, codes_BTSD: Tensor, segment_ids: Tensor | None) -> Tensor:
+        return self.decoder(codes_BTSD, segment_ids).unflatten(2, self.config.grid)
