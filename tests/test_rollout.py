@@ -174,9 +174,7 @@ def test_masked_tokens_are_not_seen_and_alone_count() -> None:
     video, actions = begin(model, frames=6)
     token_mask = training_mask(2, 6, (8, 8), "cpu")
     other = torch.where(token_mask, (video + 1) % 7, video)
-    outputs = [
-        model.heads.outputs(video=ids, **model._states(ids, actions, None, token_mask)) for ids in (video, other)
-    ]
+    outputs = [model.heads.outputs(video=ids, **model.states(ids, actions, None, token_mask)) for ids in (video, other)]
     for a, b in zip(*outputs, strict=True):
         assert torch.equal(a, b)
     loss = model(video, actions, token_mask=token_mask)
@@ -232,7 +230,7 @@ def test_masked_rollouts(ids: int, options: dict[str, Any]) -> None:
     token_mask[:, 4] = True
     assert actions is not None
     with torch.no_grad():
-        states = model._states(frames, actions[:, :5], None, token_mask)
+        states = model.states(frames, actions[:, :5], None, token_mask)
         logits = model.heads.predict(video=frames, near_only=True, **states)[0][:, -1]
     assert torch.equal(once, logits.argmax(-1))
 

@@ -223,4 +223,5 @@ def pool_grid(x_BTHWD: Tensor, pool: int) -> Tensor:
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on for the tensor's device, else the tensor's."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else tensor.dtype

@@ -1,4 +1,4 @@
-"""The command line: mfwm collect | data | train | evaluate | demo."""
+"""The command line: mfwm collect | data | describe | train | evaluate | demo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from .describe import Describe
 from .presets import DEMO, PRESETS
 from .training import TrainingConfig
 
@@ -218,6 +219,7 @@ def main() -> None:
     command = tyro.cli(
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Describe, tyro.conf.subcommand("describe")]
         | Annotated[Train, tyro.conf.subcommand("train", default=preset)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Demo, tyro.conf.subcommand("demo")],

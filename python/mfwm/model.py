@@ -222,7 +222,7 @@ class WorldModel(nn.Module):
         """
         if self.config.masked and token_mask is None:
             token_mask = training_mask(video.shape[0], video.shape[1], self.grid, video.device)
-        states = self._states(video, actions, segment_ids, token_mask)
+        states = self.states(video, actions, segment_ids, token_mask)
         return self.heads(
             video=video,
             low_tokens=low_tokens,
@@ -236,7 +236,7 @@ class WorldModel(nn.Module):
         self, video: Tensor, actions: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """What the heads give for the first `context` positions: heads.loss takes it."""
-        return self.heads.outputs(video=video, **self._states(video, actions, segment_ids))
+        return self.heads.outputs(video=video, **self.states(video, actions, segment_ids))
 
     @torch.no_grad()
     def predict(
@@ -251,7 +251,7 @@ class WorldModel(nn.Module):
 
         Frames [B, T, C, height / f_i, width / f_i], or logits of tokens [B, T, H / f_i, W / f_i, (C,) vocabulary].
         """
-        return self.heads.predict(video=video, near_only=near_only, **self._states(video, actions, segment_ids))
+        return self.heads.predict(video=video, near_only=near_only, **self.states(video, actions, segment_ids))
 
     @torch.no_grad()
     def rollout(
@@ -320,11 +320,11 @@ class WorldModel(nn.Module):
             raise ValueError(f"actions must cover frames 0..{needed - 1}, got {given} of them")
         return torch.cat(list(in_jumps(self, video, actions, jumps, horizon)), dim=1)
 
-    def _states(
+    def states(
         self,
         video: Tensor,
         actions: Tensor | None,
-        segment_ids: Tensor | None,
+        segment_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
     ) -> dict[str, Any]:
         """What the heads read: hidden states of the positions, inputs and window embeddings of all V frames."""

@@ -1,0 +1,50 @@
+"""Sizes and what mfwm describe counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm.describe import cost_of, rows
+from mfwm.model import parameters_of
+from mfwm.sizes import TRUNKS, variants
+
+from mfwm_kernels import Horizons
+
+TINY = WorldModelConfig((3, 16, 16), 4, 32, 3, 16, context=5, actions=5, heads=HeadsConfig(Horizons.next_frame()))
+
+
+def block_flops(tokens: int, context: int, width: int, ratio: int) -> int:
+    """Of a frame: query, key, value and out in space and time, the MLP, and all pairs of tokens and of frames."""
+    return 2 * tokens * (8 + 2 * ratio) * width**2 + 4 * tokens * (tokens + context) * width
+
+
+def test_cost_is_that_of_the_products() -> None:
+    cost = cost_of(TINY)
+    head = 2 * 16 * 32 * 48
+    assert cost.head_flops == head
+    assert cost.flops == 2 * 16 * 48 * 32 + 3 * block_flops(16, 5, 32, 4) + head
+    assert (cost.parameters, cost.head_parameters) == (parameters_of(WorldModel(TINY)), 32 + 32 * 48 + 48)
+    far = HeadsConfig(Horizons((1, 4), (1, 4)), patch_sizes=(4, 2), blocks=(0, 2), mlp_ratios=(4, 1))
+    with_far = cost_of(replace(TINY, heads=far))
+    assert with_far.head_flops == head + 2 * block_flops(4, 5, 32, 1) + 2 * 4 * 32 * 12
+    assert with_far.flops - with_far.head_flops == cost.flops - head
+
+
+@pytest.mark.parametrize("size", TRUNKS)
+def test_trunks_have_the_parameters_of_their_names(size: str) -> None:
+    with torch.device("meta"):
+        found = parameters_of(WorldModel(variants(size)["next frame"]))
+    named = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert 0.9 * named < found < 1.25 * named
+
+
+def test_rows_name_every_variant_with_its_tax(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [name for name in variants("1m") if name in ("next frame", "cascade, blocks", "tokens, masked")]
+    monkeypatch.setattr("mfwm.describe.variants", lambda size: {name: variants(size)[name] for name in few})
+    _, _, *table = rows("1m")
+    assert [row[:28].strip() for row in table] == few
+    taxes = [float(row.split()[-1].rstrip("x")) for row in table]
+    assert taxes[0] == taxes[2] == 1 < taxes[1] < 1.25
