@@ -15,15 +15,11 @@ from typing import Any
 import pytest
 import torch
 from mfwm.checkpoints import Checkpoints
-from mfwm.evaluation import evaluate
 from mfwm.model import WorldModel
 from mfwm.optimisation import learning_rate
-from mfwm.report import write_report
 from mfwm.run_log import read_log
 from mfwm.training import TrainingConfig, WorldModelLoss, load_model, train
 from small_run import moving_squares, small_config
-
-from mfwm_kernels import Horizons
 
 
 @pytest.fixture
@@ -111,36 +107,6 @@ def test_a_run_keeps_its_config(config: TrainingConfig, tmp_path: Path) -> None:
         train(replace(config, lr=0.5), tmp_path / "run", progress=False)
     _, loaded, step = load_model(tmp_path / "run")
     assert loaded == config and step == 1
-
-
-def test_evaluation_and_report(config: TrainingConfig, tmp_path: Path) -> None:
-    train(replace(config, steps=3), tmp_path / "run", progress=False)
-    metrics = evaluate(tmp_path / "run", clips=6, batch=3, progress=False)
-    assert list(metrics["psnr"]) == list(metrics["persistence_psnr"]) == ["1", "2", "4"]
-    assert len(metrics["rollout_psnr"]) == len(metrics["persistence_rollout_psnr"]) == 8
-    page = write_report(tmp_path / "run").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "http" not in page
-    assert (tmp_path / "run" / "rollout.gif").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("horizons", "patches", "names"),
-    [
-        (Horizons((1, 1, 2), (1, 2, 2)), (4, 2, 2), ["1@1/1", "1@1/2", "2"]),
-        (Horizons((0, 1, 3), (1, 1, 1)), (4, 4, 4), ["0", "1", "3"]),
-    ],
-    ids=["one offset at two factors", "no next frame to roll out"],
-)
-def test_other_horizons_are_evaluated(
-    config: TrainingConfig, tmp_path: Path, horizons: Horizons, patches: tuple[int, ...], names: list[str]
-) -> None:
-    heads = replace(config.model.heads, horizons=horizons, patch_sizes=patches)
-    config = replace(config, steps=2, clip=5, model=replace(config.model, heads=heads, context=4))
-    train(config, tmp_path / "run", progress=False)
-    metrics = evaluate(tmp_path / "run", clips=4, batch=2, progress=False)
-    assert list(metrics["psnr"]) == list(metrics["psnr_gain_95"]) == names
-    assert ("rollout_psnr" in metrics) == (horizons.offsets[0] == 1)
-    assert "data:image/png" in write_report(tmp_path / "run").read_text()
 
 
 def test_the_schedules() -> None:

@@ -152,6 +152,10 @@ class Evaluate:
     """Measure a run on held-out levels; writes metrics.json, report.html and rollout.gif."""
 
     run_directory: tyro.conf.Positional[Path]
+    against: Path | None = None
+    """Another run on the same data, such as one of next frames alone, to compare rollouts with."""
+    lpips: Path | None = None
+    """A file with the weights of LPIPS: torch.save(lpips.LPIPS(net="alex").state_dict(), FILE)."""
     clips: int = 96
     seed: int = 0
 
@@ -159,7 +163,8 @@ class Evaluate:
         from .evaluation import evaluate
         from .report import write_report
 
-        print(json.dumps(evaluate(self.run_directory, clips=self.clips, seed=self.seed), indent=2))
+        options = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
+        print(json.dumps(evaluate(self.run_directory, **options), indent=2))  # type: ignore[arg-type]
         print(f"report: {write_report(self.run_directory)}")
 
 

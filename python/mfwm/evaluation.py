@@ -1,7 +1,8 @@
 """mfwm evaluate: how good are the predictions on levels that the model has never seen?
 
 PSNR = 10 log10(2^2 / MSE), pixels in -1..1, the MSE over all clips. Everything is compared with persistence: the last
-frame that was seen, kept.
+frame that was seen, kept; rollouts also with those of another run, such as one that was trained on next frames alone.
+Intervals are of 95%, by bootstrap over clips; those of a difference resample both sides alike.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from mfwm_kernels.info import cpu_name
 
 from .checkpoints import write_atomically
 from .data import Clips, Replay, split_levels
+from .intervals import drift_signal, interval
+from .lpips import LPIPS
 from .model import WorldModel, parameters_of
 from .run_log import read_log
-from .training import load_model
+from .training import load_config, load_model
 
 PEAK = 2.0
 # Genie measures controllability after this many closed-loop steps.
@@ -32,35 +35,62 @@ DELTA_STEP = 4
 CONTEXT = 4
 ROLLOUT_STEPS = 12
 
+# What was measured on each clip, by name: [clips, K] or [clips, steps].
+Measures = dict[str, np.ndarray]
+
 
 def psnr(squared_error: np.ndarray | float) -> Any:
     """dB, from a mean squared error."""
     return 10 * np.log10(PEAK**2 / np.maximum(squared_error, 1e-12))
 
 
-def evaluate(run: Path, *, clips: int = 96, batch: int = 8, seed: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Evaluate the run on its held-out levels; writes metrics.json beside the checkpoint and returns it."""
+def evaluate(
+    run: Path,
+    *,
+    against: Path | None = None,
+    lpips: Path | None = None,
+    clips: int = 96,
+    batch: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate the run on its held-out levels; returns the metrics, and writes them and the measures of every clip into
+    the run, as metrics.json and clips.npz.
+
+    against: another run on the same data, whose rollouts are compared with this one's.
+    lpips: the file that holds the weights of LPIPS, as in mfwm.lpips; without it there is no LPIPS.
+    """
     run = Path(run)
     model, config, step = load_model(run)
+    horizons = config.model.heads.horizons
+    if config.model.heads.output == "tokens":
+        raise ValueError(f"{run} predicts tokens: pictures are compared here, and tokens have none without a decoder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
+    rival = None if against is None else comparable(Path(against), config, horizons).to(device)
+    distance = None if lpips is None else LPIPS(lpips).to(device)
     replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
-    horizons = config.model.heads.horizons
     source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
     chosen = np.random.default_rng(seed).choice(len(source), size=min(clips, len(source)), replace=False)
 
     began = time.perf_counter()
-    parts: list[dict[str, np.ndarray]] = []
+    parts: list[Measures] = []
     for start in tqdm(range(0, len(chosen), batch), desc="evaluate", unit="batch", disable=not progress):
         held = {name: value.to(device) for name, value in source.batch(np.sort(chosen[start : start + batch])).items()}
-        rolled = closed_loop(model, held, seed + start) if rolls(horizons) else {}
-        parts.append({**open_loop(model, held), **rolled})
-    errors = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        part = open_loop(model, held)
+        if rolls(horizons):
+            part |= closed_loop(model, held, distance)
+        if rival is not None:
+            rolled = closed_loop(rival, held, distance)
+            part |= {f"against_{name}": values for name, values in rolled.items() if name.startswith("rollout_")}
+        parts.append(part)
+    measures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    np.savez_compressed(run / "clips.npz", **measures)  # type: ignore[arg-type]
 
     log = read_log(run / "log.jsonl")
     metrics = {
-        **summary(errors, horizons, seed),
+        **summary(measures, horizons, seed, controlled=model.action is not None),
         "steps": step,
         "parameters": parameters_of(model),
         "frames_per_second": float(np.median([row["frames_per_second"] for row in log])),
@@ -69,9 +99,11 @@ def evaluate(run: Path, *, clips: int = 96, batch: int = 8, seed: int = 0, progr
         else f"{cpu_name()}, {torch.get_num_threads()} threads",
         "clips": len(chosen),
         "held_out_levels": len(np.unique(replay.episode_level[held_out])),
+        "episodes_shorter_than_a_clip": source.too_short,
         "data": {
             key: replay.attributes[key] for key in ("env", "package", "package_version") if key in replay.attributes
         },
+        "against": None if against is None else str(against),
         "evaluation_seconds": time.perf_counter() - began,
         "versions": {"mfwm_kernels": __version__, "torch": torch.__version__},
     }
@@ -79,7 +111,24 @@ def evaluate(run: Path, *, clips: int = 96, batch: int = 8, seed: int = 0, progr
     return metrics
 
 
-def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def comparable(run: Path, config: Any, horizons: Horizons) -> WorldModel:
+    """The model of another run, which must roll out and have the same held-out levels."""
+    other = load_config(run)
+    for name in ("data", "held_out", "seed"):
+        mine, its = getattr(config, name), getattr(other, name)
+        if mine != its:
+            raise ValueError(
+                f"against must be a run with the same held-out levels: its {name} is {its!r}, not {mine!r}"
+            )
+    for both in (horizons, other.model.heads.horizons):
+        if not rolls(both):
+            raise ValueError(
+                f"against compares rollouts, which need a near horizon of offset 1 and factor 1; got {both}"
+            )
+    return load_model(run)[0]
+
+
+def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
     """[clips, K] mean squared errors of every horizon, at its own resolution, over the positions that count."""
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
@@ -96,27 +145,48 @@ def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, np.ndarr
     return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in errors.items()}
 
 
-def closed_loop(model: WorldModel, clips: dict[str, Tensor], seed: int) -> dict[str, np.ndarray]:
-    """[clips, steps] errors of a rollout from CONTEXT frames, of persistence, and with shuffled actions; and SSIM."""
+def closed_loop(model: WorldModel, clips: dict[str, Tensor], distance: LPIPS | None = None) -> Measures:
+    """[clips, steps] squared errors of a rollout from CONTEXT frames, of persistence, and with shuffled actions; SSIM;
+    LPIPS; and drift: how far the far horizons' earlier predictions of a frame are from it, NaN where there was none."""
     video, actions = clips["video"], clips["actions"]
     (truth,) = video_pyramid(video, (1,), dtype=torch.float32)
     steps = rollout_steps(video)
-    rolled = model.rollout(video[:, :CONTEXT], actions, steps)
+    seen = video[:, :CONTEXT]
+    drift = None
+    if drifts(model):
+        rolled, of_horizons = model.rollout_with_drift(seen, actions, steps)
+        far = [i for i, k in enumerate(model.config.heads.horizons.offsets) if k > 1]
+        drift = of_horizons[..., far].nanmean(-1)
+    else:
+        rolled = model.rollout(seen, actions, steps)
     misled_actions = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
-    misled = model.rollout(video[:, :CONTEXT], misled_actions, min(steps, DELTA_STEP))
+    misled = model.rollout(seen, misled_actions, min(steps, DELTA_STEP))
     kept = truth[:, CONTEXT - 1 : CONTEXT].expand(-1, steps, -1, -1, -1)
     future = truth[:, CONTEXT : CONTEXT + steps]
 
     def per_step(pictures: Tensor) -> np.ndarray:
         return (pictures - future[:, : pictures.shape[1]]).square().mean(dim=(2, 3, 4)).cpu().numpy()
 
-    return {
-        "rollout": per_step(rolled),
-        "rollout_persistence": per_step(kept),
-        "rollout_shuffled": per_step(misled),
-        "ssim": similarity(rolled, future),
-        "ssim_persistence": similarity(kept, future),
+    measures = {
+        "rollout_mse": per_step(rolled),
+        "persistence_rollout_mse": per_step(kept),
+        "shuffled_mse": per_step(misled),
+        "rollout_ssim": similarity(rolled, future),
+        "persistence_rollout_ssim": similarity(kept, future),
     }
+    if drift is not None:
+        measures["drift"] = drift.cpu().numpy()
+    if distance is not None:
+        for name, pictures in (("rollout_lpips", rolled), ("persistence_rollout_lpips", kept)):
+            far_apart = distance(pictures.flatten(0, 1).clamp(-1, 1), future.flatten(0, 1))
+            measures[name] = far_apart.view(future.shape[:2]).cpu().numpy()
+    return measures
+
+
+def drifts(model: WorldModel) -> bool:
+    """Whether far horizons forecast the frames of a rollout."""
+    heads = model.config.heads
+    return heads.horizons.offsets[-1] > 1 and heads.conditioning != "frames"
 
 
 def rolls(horizons: Horizons) -> bool:
@@ -152,40 +222,43 @@ def squared_error(pictures: Tensor, truth: Tensor) -> Tensor:
     return (pictures - truth).square().flatten(1).mean(1)
 
 
-def summary(errors: dict[str, np.ndarray], horizons: Horizons, seed: int) -> dict[str, Any]:
-    """The metrics; those of rollouts only where the model can be rolled out."""
+def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bool) -> dict[str, Any]:
+    """The metrics; those of rollouts only where the model can be rolled out, of actions only where it has some."""
     names = names_of(horizons)
 
-    def by_horizon(values: np.ndarray) -> dict[str, float]:
-        return {name: float(value) for name, value in zip(names, values, strict=True)}
+    def by_horizon(values: Any) -> dict[str, Any]:
+        return dict(zip(names, np.asarray(values).tolist(), strict=True))
 
-    means = {name: values.mean(0) for name, values in errors.items()}
-    gain = interval(errors["horizon"], errors["horizon_persistence"], seed)
-    metrics = {
+    def gain(errors: np.ndarray, others: np.ndarray) -> list[list[float]]:
+        return interval(seed, lambda a, b: psnr(a) - psnr(b), errors, others)
+
+    means = {name: values.mean(0) for name, values in measures.items()}
+    metrics: dict[str, Any] = {
         "psnr": by_horizon(psnr(means["horizon"])),
         "persistence_psnr": by_horizon(psnr(means["horizon_persistence"])),
-        "psnr_gain_95": dict(zip(names, gain, strict=True)),
-        "delta_psnr_by_horizon": by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"])),
+        "psnr_gain_95": by_horizon(gain(measures["horizon"], measures["horizon_persistence"])),
     }
-    if "rollout" not in errors:
+    if controlled:
+        metrics["delta_psnr_by_horizon"] = by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"]))
+    if "rollout_mse" not in measures:
         return metrics
-    last = errors["rollout_shuffled"].shape[1] - 1
-    delta = interval(errors["rollout"][:, last : last + 1], errors["rollout_shuffled"][:, last:], seed)
-    return {
-        **metrics,
-        "delta_psnr": float(psnr(means["rollout"][last]) - psnr(means["rollout_shuffled"][last])),
-        "delta_psnr_95": delta[0],
-        "delta_psnr_step": last + 1,
-        "rollout_context": CONTEXT,
-        "rollout_psnr": psnr(means["rollout"]).tolist(),
-        "persistence_rollout_psnr": psnr(means["rollout_persistence"]).tolist(),
-        "rollout_ssim": means["ssim"].tolist(),
-        "persistence_rollout_ssim": means["ssim_persistence"].tolist(),
-    }
-
-
-def interval(errors: np.ndarray, others: np.ndarray, seed: int, resamples: int = 1000) -> list[list[float]]:
-    """For each column, the 95% bootstrap interval over clips of psnr(errors) - psnr(others), in dB."""
-    draw = np.random.default_rng(seed).integers(len(errors), size=(resamples, len(errors)))
-    gains = psnr(errors[draw].mean(1)) - psnr(others[draw].mean(1))
-    return np.percentile(gains, [2.5, 97.5], axis=0).T.tolist()
+    metrics["rollout_context"] = CONTEXT
+    for name, values in measures.items():
+        if "rollout_" in name:
+            statistic = psnr if name.endswith("mse") else np.asarray
+            label = name.replace("mse", "psnr")
+            metrics |= {label: statistic(means[name]).tolist(), f"{label}_95": interval(seed, statistic, values)}
+    rolled = measures["rollout_mse"]
+    metrics["rollout_gain_95"] = gain(rolled, measures["persistence_rollout_mse"])
+    if "against_rollout_mse" in measures:
+        metrics["against_gain_95"] = gain(rolled, measures["against_rollout_mse"])
+    if controlled:
+        last = measures["shuffled_mse"].shape[1] - 1
+        metrics |= {
+            "delta_psnr": float(psnr(means["rollout_mse"][last]) - psnr(means["shuffled_mse"][last])),
+            "delta_psnr_95": gain(rolled[:, last:][:, :1], measures["shuffled_mse"][:, last:])[0],
+            "delta_psnr_step": last + 1,
+        }
+    if "drift" in measures:
+        metrics["drift"] = drift_signal(measures["drift"], rolled, seed)
+    return metrics

@@ -70,11 +70,16 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
                 f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth.",
             ),
             (
-                "PSNR against steps ahead",
-                picture(rollout_curve(metrics)),
-                "Closed loop, mean over all evaluated clips.",
+                "Quality against steps ahead",
+                picture(rollout_curves(metrics)) + rollout_table(metrics),
+                f"Closed loop, over {metrics['clips']} clips, with 95% intervals."
+                + (f" Dotted: {metrics['against']}." if metrics["against"] else ""),
             ),
         ]
+    if metrics.get("drift", {}).get("steps"):
+        with np.load(run / "clips.npz") as measures:
+            points = picture(drift_points(measures["drift"], measures["rollout_mse"]))
+        sections.append(("Drift signal", points + drift_sentence(metrics["drift"]), DRIFT_NOTE))
     body = "".join(
         f"<h2>{html.escape(title)}</h2>{content}" + (f'<p class="note">{html.escape(note)}</p>' if note else "")
         for title, content, note in sections
@@ -95,24 +100,59 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{k}</td><td>{metrics['psnr'][k]:.2f}</td><td>{metrics['persistence_psnr'][k]:.2f}</td>"
-        f"<td>{metrics['psnr'][k] - metrics['persistence_psnr'][k]:+.2f}</td>"
-        f"<td>{metrics['psnr_gain_95'][k][0]:+.2f} to {metrics['psnr_gain_95'][k][1]:+.2f}</td>"
-        f"<td>{metrics['delta_psnr_by_horizon'][k]:+.2f}</td></tr>"
+    controlled = "delta_psnr_by_horizon" in metrics
+    header = ["frames ahead", "PSNR, dB", "persistence", "gain", "95% interval"]
+    rows = [
+        [
+            k,
+            f"{metrics['psnr'][k]:.2f}",
+            f"{metrics['persistence_psnr'][k]:.2f}",
+            f"{metrics['psnr'][k] - metrics['persistence_psnr'][k]:+.2f}",
+            between(metrics["psnr_gain_95"][k], "+.2f"),
+            *([f"{metrics['delta_psnr_by_horizon'][k]:+.2f}"] if controlled else []),
+        ]
         for k in metrics["psnr"]
-    )
-    controlled = ""
+    ]
+    sentence = ""
     if "delta_psnr" in metrics:
-        low, high = metrics["delta_psnr_95"]
-        controlled = (
+        sentence = (
             f"<p>After {metrics['delta_psnr_step']} closed-loop steps, true minus shuffled actions: "
-            f"{metrics['delta_psnr']:+.2f} dB ({low:+.2f} to {high:+.2f}).</p>"
+            f"{metrics['delta_psnr']:+.2f} dB ({between(metrics['delta_psnr_95'], '+.2f')}).</p>"
         )
+    return as_table([*header, *(["true minus shuffled actions"] if controlled else [])], rows) + sentence
+
+
+def between(interval: list[float], form: str) -> str:
+    low, high = interval
+    return f"{low:{form}} to {high:{form}}"
+
+
+def as_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [("th", header), *(("td", row) for row in rows)]
     return (
-        "<table><tr><th>frames ahead</th><th>PSNR, dB</th><th>persistence</th><th>gain</th><th>95% interval</th>"
-        f"<th>true minus shuffled actions</th></tr>{rows}</table>{controlled}"
+        "<table>"
+        + "".join("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>" for tag, row in lines)
+        + "</table>"
     )
+
+
+def rollout_table(metrics: dict[str, Any]) -> str:
+    """What is gained over persistence, and over the other run, after 1, 2, 4 ... closed-loop steps."""
+    count = len(metrics["rollout_psnr"])
+    kinds = {"psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
+    kinds = {kind: value for kind, value in kinds.items() if f"rollout_{kind}" in metrics}
+    header, rows = ["steps ahead"], []
+    for label, _ in kinds.values():
+        header += [label, "95% interval"]
+    gains = {"rollout_gain_95": "over persistence, dB", "against_gain_95": "over the other run, dB"}
+    gains = {name: label for name, label in gains.items() if name in metrics}
+    for step in sorted({2**i for i in range(count.bit_length())} | {count}):
+        row = [str(step)]
+        for kind, (_, form) in kinds.items():
+            name = f"rollout_{kind}"
+            row += [f"{metrics[name][step - 1]:{form}}", between(metrics[f"{name}_95"][step - 1], form)]
+        rows.append(row + [between(metrics[name][step - 1], "+.2f") for name in gains])
+    return as_table([*header, *gains.values()], rows)
 
 
 def loss_curves(log: list[dict[str, Any]], names: list[str]) -> Figure:
@@ -160,14 +200,43 @@ def rollout_strip(truth: Tensor, rolled: Tensor) -> Figure:
     return figure
 
 
-def rollout_curve(metrics: dict[str, Any]) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+def rollout_curves(metrics: dict[str, Any]) -> Figure:
+    kinds = [kind for kind in ("psnr", "ssim", "lpips") if f"rollout_{kind}" in metrics]
+    figure, panels = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.2), squeeze=False)
     steps = range(1, len(metrics["rollout_psnr"]) + 1)
-    axes.plot(steps, metrics["rollout_psnr"], marker="o", label="model")
-    axes.plot(steps, metrics["persistence_rollout_psnr"], marker="o", label="last frame kept")
-    axes.set(xlabel="steps ahead", ylabel="PSNR, dB")
-    axes.legend(frameon=False)
+    lines = (("", "model", "-"), ("persistence_", "last frame kept", "--"), ("against_", "the other run", ":"))
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        for source, label, style in lines:
+            name = f"{source}rollout_{kind}"
+            if name in metrics:
+                (line,) = axes.plot(steps, metrics[name], style, label=label)
+                low, high = np.array(metrics[f"{name}_95"]).T
+                axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        axes.set(xlabel="steps ahead", ylabel={"psnr": "PSNR, dB"}.get(kind, kind.upper()))
+    panels[0, 0].legend(frameon=False)
+    figure.tight_layout()
     return figure
+
+
+DRIFT_NOTE = (
+    "How far the far horizons' earlier predictions of a frame are from the frame that came: this needs no truth. "
+    "A point is a clip at a step; the correlations are of ranks, with 95% intervals over clips."
+)
+
+
+def drift_points(drift: np.ndarray, errors: np.ndarray) -> Figure:
+    figure, axes = plt.subplots(figsize=(5.5, 3.6))
+    steps = np.broadcast_to(np.arange(1, drift.shape[1] + 1), drift.shape)
+    known = ~np.isnan(drift)
+    points = axes.scatter(drift[known], errors[known], c=steps[known], s=8, linewidths=0)
+    axes.set(xlabel="disagreement of the horizons", ylabel="true squared error", xscale="log", yscale="log")
+    figure.colorbar(points, label="steps ahead")
+    return figure
+
+
+def drift_sentence(drift: dict[str, Any]) -> str:
+    overall, within = (f"{drift[n]:.2f} ({between(drift[f'{n}_95'], '.2f')})" for n in ("overall", "within_step"))
+    return f"<p>Correlation with the true error: {overall}; among clips at one and the same step: {within}.</p>"
 
 
 def show(axes: Any, picture_CHW: Tensor, title: str) -> None:

@@ -1,0 +1,166 @@
+"""Evaluation: LPIPS against torchmetrics, intervals, the drift signal, and a run beside another one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.functional.image.lpips as peer
+from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm.evaluation import CONTEXT, closed_loop, evaluate
+from mfwm.intervals import drift_signal, interval
+from mfwm.lpips import CONVOLUTIONS, LPIPS
+from mfwm.report import write_report
+from mfwm.training import train
+from small_run import moving_squares, small_config
+from torch import Tensor, nn
+
+from mfwm_kernels import Horizons
+
+
+@pytest.fixture
+def lpips_of_torchmetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, nn.Module]:
+    """LPIPS on an AlexNet of random weights, with the published weights of its layers; and its state dict in a file."""
+
+    def alexnet(net: str, pretrained: bool = False) -> nn.Sequential:
+        assert net == "alexnet" and not pretrained
+        layers: list[nn.Module] = []
+        for i, (read, made, kernel, stride, padding, _) in enumerate(CONVOLUTIONS):
+            layers += [nn.Conv2d(read, made, kernel, stride, padding), nn.ReLU()]
+            if i in (0, 1, 4):
+                layers.append(nn.MaxPool2d(3, 2))
+        return nn.Sequential(*layers)
+
+    monkeypatch.setattr(peer, "_get_tv_model_features", alexnet)
+    model = peer._LPIPS(net="alex", pnet_rand=True)
+    torch.save(model.state_dict(), tmp_path / "lpips.pt")
+    return tmp_path / "lpips.pt", model
+
+
+@pytest.mark.parametrize("size", [(64, 64), (31, 47)])
+def test_lpips(lpips_of_torchmetrics: tuple[Path, nn.Module], size: tuple[int, int]) -> None:
+    file, theirs = lpips_of_torchmetrics
+    a, b = torch.rand(2, 3, 3, *size) * 2 - 1
+    ours = LPIPS(file)
+    torch.testing.assert_close(ours(a, b), theirs(a, b).flatten())
+    assert ours(a, a).abs().max() == 0
+    with pytest.raises(ValueError, match=r"pictures \[N, 3, >= 31, >= 31\], got \[3, 3, 30, 64\]"):
+        ours(torch.zeros(3, 3, 30, 64), torch.zeros(3, 3, 30, 64))
+
+
+def test_lpips_of_another_file(tmp_path: Path) -> None:
+    torch.save({"lin0.model.1.weight": torch.zeros(1)}, tmp_path / "half.pt")
+    with pytest.raises(
+        ValueError, match=r"half.pt must be the state dict of lpips.LPIPS.* it lacks net.slice1.0.weight"
+    ):
+        LPIPS(tmp_path / "half.pt")
+
+
+def test_an_interval_is_that_of_the_mean() -> None:
+    values = np.random.default_rng(0).normal([3.0, 5.0], [1.0, 0.1], size=(400, 2))
+    low, high = np.array(interval(0, np.asarray, values)).T
+    half = 1.96 * values.std(0) / 20
+    assert np.allclose(low, values.mean(0) - half, rtol=0, atol=0.2 * half)
+    assert np.allclose(high, values.mean(0) + half, rtol=0, atol=0.2 * half)
+    # Both sides of a difference are the same clips: what is common to them does not widen it.
+    shifted = interval(0, np.subtract, values + 1, values)
+    assert np.allclose(shifted, 1)
+
+
+def test_the_drift_signal_tells_clips_from_steps() -> None:
+    rng = np.random.default_rng(0)
+    growth = np.exp(np.arange(8))
+    clips = np.exp(rng.normal(size=(200, 1)))
+    unrelated = [growth * np.exp(0.3 * rng.normal(size=(200, 8))) for _ in range(2)]
+    found = drift_signal(*unrelated, 0)
+    assert found["overall"] > 0.9 and abs(found["within_step"]) < 0.1
+    low, high = found["within_step_95"]
+    assert low < 0 < high and high - low < 0.2
+    drift = clips * growth
+    drift[:, 0] = np.nan
+    found = drift_signal(drift, (clips * growth) ** 2, 0)
+    assert found["steps"] == [2, 3, 4, 5, 6, 7, 8] and found["within_step"] == pytest.approx(1)
+
+
+@pytest.fixture
+def clips() -> dict[str, Tensor]:
+    video = torch.randint(0, 256, (2, 9, 3, 32, 32), dtype=torch.uint8)
+    return {"video": video, "actions": torch.randint(0, 4, (2, 9)), "segment_ids": torch.zeros(2, 9, dtype=torch.long)}
+
+
+def model_of(horizons: Horizons) -> WorldModel:
+    heads = HeadsConfig(horizons, patch_sizes=(4,) * len(horizons), blocks=(1,) * len(horizons), residual=False)
+    return WorldModel(WorldModelConfig((3, 32, 32), 4, 32, 2, 16, context=8, actions=4, heads=heads))
+
+
+def test_rollouts_are_measured_frame_by_frame(
+    clips: dict[str, Tensor], lpips_of_torchmetrics: tuple[Path, nn.Module]
+) -> None:
+    model, (file, theirs) = model_of(Horizons((1, 2, 4), (1, 2, 4))), lpips_of_torchmetrics
+    found = closed_loop(model, clips, LPIPS(file))
+    truth = clips["video"].float() / 127.5 - 1
+    rolled = model.rollout(clips["video"][:, :CONTEXT], clips["actions"], 5)
+    for step in range(5):
+        frame, seen = truth[:, CONTEXT + step], truth[:, CONTEXT - 1]
+        for name, picture in (("rollout", rolled[:, step]), ("persistence_rollout", seen)):
+            error = (picture - frame).square().mean((1, 2, 3))
+            np.testing.assert_allclose(found[f"{name}_mse"][:, step], error, rtol=1e-4)
+            distance = theirs(picture.clamp(-1, 1), frame).flatten()
+            np.testing.assert_allclose(found[f"{name}_lpips"][:, step], distance, rtol=1e-3)
+    # The horizon of offset 2 speaks of a frame from the second step on. It is the far one's own, not the near one's.
+    assert np.isnan(found["drift"][:, 0]).all() and (found["drift"][:, 1:] > 0).all()
+    assert "drift" not in closed_loop(model_of(Horizons.next_frame()), clips)
+
+
+def test_a_run_beside_another(tmp_path: Path) -> None:
+    moving_squares(tmp_path / "data")
+    config = replace(small_config(tmp_path / "data"), steps=1)
+    alone = replace(config.model, heads=HeadsConfig(Horizons.next_frame()))
+    for name, model in (("run", config.model), ("next", alone)):
+        train(replace(config, model=model), tmp_path / name, progress=False)
+    metrics = evaluate(tmp_path / "run", against=tmp_path / "next", clips=6, batch=3, progress=False)
+    assert list(metrics["psnr"]) == list(metrics["persistence_psnr"]) == ["1", "2", "4"]
+    assert len(metrics["rollout_psnr"]) == len(metrics["persistence_rollout_psnr"]) == 8
+    beside = evaluate(tmp_path / "next", clips=6, batch=3, progress=False)
+    # The same clips: the other run's figures are those of its own evaluation.
+    assert metrics["against_rollout_psnr"] == pytest.approx(beside["rollout_psnr"], abs=1e-4)
+    gain = np.subtract(metrics["rollout_psnr"], metrics["against_rollout_psnr"])
+    low, high = np.array(metrics["against_gain_95"]).T
+    assert (low <= gain).all() and (gain <= high).all() and (high > low).any()
+    for name in ("rollout_psnr", "rollout_ssim", "persistence_rollout_psnr", "against_rollout_ssim"):
+        low, high = np.array(metrics[f"{name}_95"]).T
+        assert (low <= metrics[name]).all() and (metrics[name] <= high).all(), name
+    assert metrics["drift"]["steps"] == [2, 3, 4, 5, 6, 7, 8] and "drift" not in beside
+    page = write_report(tmp_path / "run").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page
+    assert "over the other run, dB" in page and "Drift signal" in page
+    assert (tmp_path / "run" / "rollout.gif").stat().st_size > 1000
+    other = tmp_path / "next/config.json"
+    other.write_text(other.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(ValueError, match=r"against must be a run with the same held-out levels: its seed is 1, not 0"):
+        evaluate(tmp_path / "run", against=tmp_path / "next", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("horizons", "patches", "names"),
+    [
+        (Horizons((1, 1, 2), (1, 2, 2)), (4, 2, 2), ["1@1/1", "1@1/2", "2"]),
+        (Horizons((0, 1, 3), (1, 1, 1)), (4, 4, 4), ["0", "1", "3"]),
+    ],
+    ids=["one offset at two factors", "no next frame to roll out"],
+)
+def test_other_horizons_are_evaluated(
+    tmp_path: Path, horizons: Horizons, patches: tuple[int, ...], names: list[str]
+) -> None:
+    moving_squares(tmp_path / "data")
+    config = small_config(tmp_path / "data")
+    heads = replace(config.model.heads, horizons=horizons, patch_sizes=patches)
+    config = replace(config, steps=1, clip=5, model=replace(config.model, heads=heads, context=4))
+    train(config, tmp_path / "run", progress=False)
+    metrics = evaluate(tmp_path / "run", clips=4, batch=2, progress=False)
+    assert list(metrics["psnr"]) == list(metrics["psnr_gain_95"]) == names
+    assert ("rollout_psnr" in metrics) == (horizons.offsets[0] == 1)
+    assert "data:image/png" in write_report(tmp_path / "run").read_text()
