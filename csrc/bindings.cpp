@@ -128,11 +128,12 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_monitor(op, to);
              });
   module.def("multi_horizon_linear_cross_entropy",
-             [](py::object logits, py::object ids, py::object losses, py::object hits, double label_smoothing,
-                double z_loss, double softcap, double scale, bool gradients, int threads) {
+             [](py::object logits, py::object ids, py::object starts, py::object scales, py::object losses, py::object hits,
+                double label_smoothing, double z_loss, double softcap, bool gradients, int threads) {
                const MultiHorizonLinearCrossEntropy op{
-                   array_of(logits), array_of(ids), array_of(losses), array_of(hits), label_smoothing,
-                   z_loss,           softcap,       scale,            gradients,      threads};
+                   array_of(logits), array_of(ids),   array_of(starts), array_of(scales), array_of(losses),
+                   array_of(hits),   label_smoothing, z_loss,           softcap,          gradients,
+                   threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_cross_entropy(op);
              });

@@ -106,15 +106,17 @@ struct MtpCombine {
   int threads;
 };
 
-// A chunk of rows of one horizon of multi_horizon_linear_cross_entropy, whose matrix products are torch's. Gradients of
-// the loss times `scale` are written over the logits. "Precision" is float32, float64 for float64 logits.
+// A chunk of rows, of any horizons, of multi_horizon_linear_cross_entropy, whose matrix products are torch's. The
+// gradients of each row's loss, times its scale, are written over its logits. "Precision" is float32, float64 for
+// float64 logits.
 struct MultiHorizonLinearCrossEntropy {
   Array logits;                             // [R, V], of unit stride
-  Array ids;                                // [R, M] int32, contiguous: what a cell covers; negative ones are left out
-  Array losses;                             // [R], contiguous, precision
-  Array hits;                               // [R] int32, contiguous, or none: 1 where the most frequent id is predicted
+  Array ids;                                // int32: what the cells cover, cell after cell; negative ones are left out
+  Array starts;                             // [R + 1] int64: row r's ids are ids[starts[r]] to ids[starts[r + 1] - 1]
+  Array scales;                             // [R], precision; like all arrays but the logits, contiguous
+  Array losses;                             // [R], precision
+  Array hits;                               // [R] int32, or none: 1 where the most frequent id is predicted
   double label_smoothing, z_loss, softcap;  // softcap 0: none
-  double scale;
   bool gradients;
   int threads;
 };

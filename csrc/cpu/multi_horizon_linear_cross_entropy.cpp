@@ -117,11 +117,11 @@ struct Rowwise {
 template <class C>
 struct CrossEntropy {
   const MultiHorizonLinearCrossEntropy& op;
-  const int64_t vocabulary = op.logits.size[1], ids = op.ids.size[1];
+  const int64_t vocabulary = op.logits.size[1];
   const Rowwise<C> rowwise{vocabulary, padded<C>(vocabulary), static_cast<C>(op.softcap)};
 
   // The smallest of the most frequent ids.
-  MFWM_INLINE int32_t most_frequent(const int32_t* cell) const {
+  static MFWM_INLINE int32_t most_frequent(const int32_t* cell, int64_t ids) {
     int32_t best = -1;
     int64_t most = 0;
     for (int64_t j = 0; j < ids; ++j) {
@@ -138,7 +138,9 @@ struct CrossEntropy {
     C* __restrict e = made.powers;
     const C* __restrict z = made.logits;
     for (int64_t r = begin; r < end; ++r) {
-      const int32_t* cell = static_cast<const int32_t*>(op.ids.data) + r * ids;
+      const int64_t* starts = static_cast<const int64_t*>(op.starts.data) + r;
+      const int32_t* cell = static_cast<const int32_t*>(op.ids.data) + starts[0];
+      const int64_t ids = starts[1] - starts[0];
       C& loss = static_cast<C*>(op.losses.data)[r];
       int32_t* hit = op.hits ? static_cast<int32_t*>(op.hits.data) + r : nullptr;
       int64_t kept = 0;
@@ -147,7 +149,7 @@ struct CrossEntropy {
         loss = 0;
         if (hit) *hit = 0;
         std::fill(e, e + vocabulary, C(0));
-        if (op.gradients) rowwise.store(e, e, op.logits, r, 0);
+        if (op.gradients) store_row(e, op.logits.data, op.logits.dtype, r * op.logits.stride[0], 1, vocabulary);
         continue;
       }
       rowwise.load(made, op.logits, r, 0);
@@ -161,11 +163,11 @@ struct CrossEntropy {
         loss += smooth * (log_sum - static_cast<C>(sum / static_cast<double>(vocabulary)));
       }
       if (hit) {
-        const int32_t asked = most_frequent(cell);
+        const int32_t asked = most_frequent(cell, ids);
         *hit = z[asked] == made.largest && std::find(z, z + asked, made.largest) == z + asked;
       }
       if (op.gradients) {
-        const C scale = static_cast<C>(op.scale), factor = scale * (1 + 2 * z_loss * log_sum) / made.sum;
+        const C scale = static_cast<const C*>(op.scales.data)[r], factor = scale * (1 + 2 * z_loss * log_sum) / made.sum;
         const C shift = scale * smooth / static_cast<C>(vocabulary);
         for (int64_t k = 0; k < vocabulary; ++k) e[k] = e[k] * factor - shift;
         for (int64_t j = 0; j < ids; ++j)

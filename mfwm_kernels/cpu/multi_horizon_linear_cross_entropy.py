@@ -24,11 +24,18 @@ def add(total: Tensor, product: Tensor) -> None:
 
 
 def cross_entropy(
-    args: Arguments, logits: Tensor, ids: Tensor, scale: Tensor, losses: Tensor, hits: Tensor | None, learns: bool
+    args: Arguments,
+    logits: Tensor,
+    ids: Tensor,
+    starts: Tensor,
+    scales: Tensor,
+    losses: Tensor,
+    hits: Tensor | None,
+    learns: bool,
 ) -> None:
     kernels.multi_horizon_linear_cross_entropy(
-        raw(logits), raw(ids), raw(losses), raw(hits), args.label_smoothing, args.z_loss, args.softcap,
-        scale.item(), learns, torch.get_num_threads(),
+        raw(logits), raw(ids), raw(starts), raw(scales), raw(losses), raw(hits),
+        args.label_smoothing, args.z_loss, args.softcap, learns, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -82,8 +82,9 @@ def multi_horizon_linear_cross_entropy(
         label_smoothing: e: (1 - e) * nll + e * (logsumexp(z) - mean z).
         z_loss: adds z_loss * logsumexp(z)^2.
         softcap: c: z = c * tanh(z / c), first of all.
-        chunk_size: the most rows of logits that a chunked backend keeps alive; by default from a byte budget. The
-            reference keeps all of them.
+        chunk_size: the most rows of logits that a chunked backend keeps alive, those of all horizons side by side (a
+            far cell of a consistency pair still needs the near rows that it covers). By default what fits, with the
+            rows' states, in 64 MiB on the CPU and 512 MiB on a GPU. The reference keeps all rows.
         consistency_weights: [K], for the pairs (0, j): cross-entropy of the far cell's distribution under the mean of
             the near distributions of the cells that it covers, at position n + k_j - k_0, over the positions where both
             horizons count. f_j must be a multiple of f_0 where the weight is not 0. A tensor
@@ -335,8 +336,9 @@ def cost(kwargs: dict[str, Any]) -> Cost:
 
 
 CASCADE = Horizons.cascade(4)
-# Every horizon at full resolution: hard targets, all that other libraries can express.
+# Every horizon at full resolution: hard targets, all that most other libraries can express.
 FLAT = Horizons((1, 2, 4, 8), (1, 1, 1, 1))
+CONSISTENCY = [0, 0.1, 0.1, 0.1]
 
 
 def _bench(
@@ -347,10 +349,12 @@ def _bench(
     depth: int,
     factored: int = 1,
     horizons: Horizons = CASCADE,
+    consistency_weights: list[float] | None = None,
 ) -> Any:
     def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         # Tokens reach past the positions, so that every row counts.
         shape = (batch, time + horizons.offsets[-1], side, side, *((factored,) if factored > 1 else ()))
+        options = {} if consistency_weights is None else {"consistency_weights": consistency_weights}
         return {
             "inputs": [
                 torch.randn(batch, time, side // f, side // f, depth, device=device).to(dtype) for f in horizons.factors
@@ -358,6 +362,7 @@ def _bench(
             "weight": (torch.randn(factored * vocabulary, depth, device=device) / depth**0.5).to(dtype),
             "tokens": torch.randint(0, vocabulary, shape, device=device),
             "horizons": horizons,
+            **options,
         }  # fmt: skip
 
     return make
@@ -379,14 +384,17 @@ OP = register(
             "cpu": _bench(4, 8, 16, 1024, 512),
             "cpu-16k": _bench(4, 8, 16, 16384, 256),
             "cpu-flat": _bench(4, 8, 16, 1024, 512, horizons=FLAT),
+            "cpu-consistency": _bench(4, 8, 16, 1024, 512, consistency_weights=CONSISTENCY),
             "genie": _bench(36, 16, 16, 1024, 512),
             "genie-flat": _bench(36, 16, 16, 1024, 512, horizons=FLAT),
+            "genie-consistency": _bench(36, 16, 16, 1024, 512, consistency_weights=CONSISTENCY),
             "1x": _bench(16, 16, 16, 512, 256, factored=2),
+            "1x-flat": _bench(16, 16, 16, 512, 256, factored=2, horizons=FLAT),
             "wide": _bench(16, 4, 16, 262144, 2048),
             "wide-near": _bench(16, 4, 16, 262144, 2048, horizons=Horizons.next_frame()),
         },
         backends={
-            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "cpu": Backend((*KERNELS, "multi_horizon_linear_add"), dtypes=check.FLOATING),
             "triton": Backend((*KERNELS, "multi_horizon_linear_normalisers")),
         },
         gradients_in_forward=True,

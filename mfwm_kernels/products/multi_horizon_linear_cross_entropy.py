@@ -1,16 +1,19 @@
 """What the backends of multi_horizon_linear_cross_entropy share: logits in chunks, and the matrix products around them.
 
-A chunk is rows X of one horizon. Their logits Z lie in a buffer; a pass over it makes the losses and leaves d Z in it:
+A chunk is rows X, of all horizons one after the other. Their logits Z lie in a buffer; one pass over it, whichever
+horizons its rows are of, makes the losses and leaves d Z in it:
 
     Z = X W^T,  d X = d Z W,  d W += d Z^T X
 
-A chunk of a consistency pair is far cells and the near cells that they cover, the logits of both in the buffer.
+Rows that share a weight are gathered and multiplied together, so that a horizon of 1/64 of the size costs 1/64. A
+chunk of a consistency pair is far cells and the near cells that they cover, the logits of both in the buffer.
 Gradients are those of the total: d Z holds the horizon's weight over the number of cells that count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,22 +24,27 @@ from ..ids import checked_ids
 from ..losses import gradients_of_weights
 from ..ops.multi_horizon_linear_cross_entropy import OP, Arguments
 from ..registry import gradients_by_field, stored_dtype
-from .rows import rows_at
+from .rows import flat, rows_at
+
+# The share of a chunk from which on rows are multiplied where they lie, by themselves: there a copy costs more than
+# a launch.
+LARGE = 1 / 8
 
 
 class Passes(NamedTuple):
     """What a backend brings to `forward`.
 
-    chunk_bytes            of logits; a call's chunk_size comes first
+    chunk_bytes            of the logits and states of a chunk; a call's chunk_size comes first
     product_dtype(dtype)   what matrix products take
     drops                  rows that do not count stay out of the products. Where finding them would mean waiting for
                            the device, only those stay out whose frame is past the end
     add(total, product)    total += product; total is fp32, the product bf16
-    cross_entropy(args, logits, ids, scale, losses, hits, learns)
-        losses and hits [R * F] of logits [R * F, V] asked for ids [R * F, f * f]; if `learns`, the logits become their
-        gradients times `scale`
+    cross_entropy(args, logits, ids, starts, scales, losses, hits, learns)
+        losses and hits [R * F] of logits [R * F, V], row r asked for ids[starts[r] : starts[r + 1]]; if `learns`, each
+        row of logits becomes its gradient times scales[r]
     consistency(args, near, far, counted, scale, losses, learns_near, learns_far)
-        losses [C, F] of far logits [C, F * V] under near ones [C * S, F * V]; the same. Zeros where `counted` is False
+        losses [C, F] of far logits [C, F * V] under near ones [C * S, F * V]; the same, all times `scale`. Zeros where
+        `counted` is False
     """
 
     chunk_bytes: int
@@ -48,13 +56,42 @@ class Passes(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Of one horizon, the rows [R] among its B * T * h * w, None for all; their ids [R, F, f * f], -1 for what is left
-    out; how many rows count, and how many of their F cross-entropies."""
+    """What rows are asked for, those of one horizon after those of another.
 
-    rows: Tensor | None
+    rows      of each horizon, their numbers among its B * T * h * w; None for all
+    sizes     how many they are, all horizons' sum being R
+    ids       the ids of each row's F cells, one cell after the other, int32; -1 for what is left out
+    starts    [R * F + 1] int64, where a cell's ids start
+    cells     [K] how many rows count
+    terms     [K] how many of their F cross-entropies
+    """
+
+    rows: list[Tensor | None]
+    sizes: list[int]
     ids: Tensor
+    starts: Tensor
     cells: Tensor
     terms: Tensor
+
+
+class Part(NamedTuple):
+    """Rows of the inputs of one horizon, by their numbers."""
+
+    horizon: int
+    rows: Tensor | slice
+    size: int
+
+
+class Product(NamedTuple):
+    """Parts that are multiplied with one weight, their states [R, D], and which rows of a chunk they are.
+
+    `gathered` states are a copy, whose place their gradients take; others lie in the inputs.
+    """
+
+    parts: list[Part]
+    states: Tensor
+    at: slice
+    gathered: bool
 
 
 class Pair(NamedTuple):
@@ -69,35 +106,28 @@ class Pair(NamedTuple):
 def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[list[Tensor], list[Tensor]]:
     heads = Heads(args, wanted, passes)
     device, count, computed = args.tokens.device, len(args.inputs), heads.computed
-    ids = kept_ids(args)
 
     def empty(*shape: int, dtype: torch.dtype = computed) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    means, counts, accuracies = [], [], []
-    for i in range(count):
-        targets = targets_of(args, ids, i, passes.drops)
-        scale = args.weights[i].to(computed) / targets.cells.clamp_min(1)
-        terms = targets.ids.shape[:2]
-        losses, hits = empty(*terms), empty(*terms, dtype=torch.int32) if args.return_accuracy else None
-        learns = heads.learn_from(i)
-        heads.begin(i, targets.rows)
-        for first in range(0, losses.shape[0], heads.size):
-            part = slice(first, min(first + heads.size, losses.shape[0]))
-            rows = part if targets.rows is None else targets.rows[part]
-            states, logits = heads.logits(i, rows, 0)
-            flat_logits, its_ids = (
-                logits.unflatten(1, (args.factored, -1)).flatten(0, 1),
-                targets.ids[part].flatten(0, 1),
-            )
-            its_hits = None if hits is None else hits[part].flatten()
-            passes.cross_entropy(args, flat_logits, its_ids, scale, losses[part].flatten(), its_hits, learns)
-            if learns:
-                heads.learn(i, rows, states, logits, added=False)
-        means.append(mean_of(losses, targets.cells))
-        counts.append(targets.cells)
-        if hits is not None:
-            accuracies.append(hits.sum().to(computed) / targets.terms.clamp_min(1))
+    targets = targets_of(args, passes.drops)
+    heads.begin(targets.rows)
+    terms = [size * args.factored for size in targets.sizes]
+    scales = (args.weights.to(computed) / targets.cells.clamp_min(1)).unbind()
+    scale_of = torch.cat([scale.expand(size) for scale, size in zip(scales, terms, strict=True)])
+    losses = empty(sum(terms))
+    hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
+    for first, last, parts in packed(targets, heads.size):
+        products = heads.products(parts)
+        logits = heads.logits(products).view(-1, args.weight[0].shape[0] // args.factored)
+        here = slice(first * args.factored, last * args.factored)
+        starts = targets.starts[here.start : here.stop + 1]
+        learns = any(heads.learn_from(part.horizon) for part in parts)
+        its_hits = None if hits is None else hits[here]
+        passes.cross_entropy(args, logits, targets.ids, starts, scale_of[here], losses[here], its_hits, learns)
+        if learns:
+            heads.learn(products, added=False)
+    per_horizon = torch.stack([sum_of(part) for part in losses.split(terms)]) / targets.cells.clamp_min(1)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
     agreement = torch.zeros(shape, dtype=computed, device=device)
@@ -111,31 +141,34 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
         learns_far = args.detach != "far" and heads.learn_from(j)
         size = max(1, heads.size // (1 + pair.near.shape[1]))
         for first in range(0, losses.shape[0], size):
-            part = slice(first, first + size)
-            far_rows, near_rows = pair.far[part], pair.near[part].flatten()
-            far_states, far = heads.logits(j, far_rows, 0)
-            near_states, near = heads.logits(i, near_rows, far.shape[0])
-            counted = None if pair.counted is None else pair.counted[part]
-            passes.consistency(args, near, far, counted, scale, losses[part], learns_near, learns_far)
+            chunk = slice(first, first + size)
+            far_rows, near_rows = pair.far[chunk], pair.near[chunk].flatten()
+            far_products = heads.products([Part(j, far_rows, far_rows.shape[0])])
+            near_products = heads.products([Part(i, near_rows, near_rows.shape[0])], far_rows.shape[0])
+            far, near = heads.logits(far_products), heads.logits(near_products)
+            counted = None if pair.counted is None else pair.counted[chunk]
+            passes.consistency(args, near, far, counted, scale, losses[chunk], learns_near, learns_far)
             if learns_near:
-                heads.learn(i, near_rows, near_states, near, added=True)
+                heads.learn(near_products, added=True)
             if learns_far:
-                heads.learn(j, far_rows, far_states, far, added=True)
-        agreement[j], agreement_counts[j] = mean_of(losses, pair.cells), pair.cells
+                heads.learn(far_products, added=True)
+        agreement[j], agreement_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
-    per_horizon = torch.stack(means)
     total = (args.weights.to(computed) * per_horizon).sum()
     extras = heads.gradients()
     if args.consistency_weights is not None:
         total = total + torch.where(agreement_counts > 0, args.consistency_weights.to(computed) * agreement, 0).sum()
     rest = wanted[count + len(args.weight) :]
     extras += gradients_of_weights(args.weights, args.consistency_weights, rest, per_horizon, agreement)
-    outputs = [total, per_horizon, torch.stack(counts), agreement, agreement_counts]
-    return [*outputs, torch.stack(accuracies)] if args.return_accuracy else outputs, extras
+    outputs = [total, per_horizon, targets.cells, agreement, agreement_counts]
+    if hits is not None:
+        right = torch.stack([part.sum() for part in hits.split(terms)])
+        outputs.append(right.to(computed) / targets.terms.clamp_min(1))
+    return outputs, extras
 
 
-def mean_of(losses: Tensor, count: Tensor) -> Tensor:
-    return losses.sum(dtype=torch.float64).to(losses.dtype) / count.clamp_min(1)
+def sum_of(losses: Tensor) -> Tensor:
+    return losses.sum(dtype=torch.float64).to(losses.dtype)
 
 
 class Heads:
@@ -148,8 +181,9 @@ class Heads:
         self.computed = torch.promote_types(dtype, torch.float32)
         self.dtype, self.add = passes.product_dtype(dtype), passes.add
         self.weights = [weight.to(self.dtype) for weight in args.weight]
-        columns = self.weights[0].shape[0]
-        self.size = args.chunk_size or max(1, passes.chunk_bytes // (columns * self.dtype.itemsize))
+        columns, depth = self.weights[0].shape
+        # With a small vocabulary the states are what is large.
+        self.size = args.chunk_size or max(1, passes.chunk_bytes // ((columns + depth) * self.dtype.itemsize))
         rows = sum(states.shape[:-1].numel() for states in args.inputs)
         # A cell of a pair needs its near rows beside it, however small the chunk.
         least = max((1 + (args.factors[j] // args.factors[i]) ** 2 for i, j in pairs_of(args)), default=0)
@@ -162,32 +196,55 @@ class Heads:
 
     def learn_from(self, i: int) -> bool:
         """Whether the gradients of horizon i's logits are needed."""
-        return self.want["inputs"][i] or self.want["weight"][i % len(self.weights)]
+        return self.want["inputs"][i] or self.want["weight"][self._place(i)]
 
-    def begin(self, i: int, rows: Tensor | None) -> None:
-        """Zeros in the gradient of horizon i's inputs, where `rows` are not all of them."""
-        gradient = self.of_inputs[i]
-        if gradient is not None and rows is not None:
-            gradient.zero_()
+    def begin(self, rows: Sequence[Tensor | None]) -> None:
+        """Zeros in the gradients of inputs of which `rows` are not all."""
+        for gradient, its_rows in zip(self.of_inputs, rows, strict=True):
+            if gradient is not None and its_rows is not None:
+                gradient.zero_()
 
-    def logits(self, i: int, rows: Tensor | slice, first: int) -> tuple[Tensor, Tensor]:
-        """Rows of horizon i and their logits, in the buffer from row `first`."""
-        states = rows_at(self.args.inputs[i], rows).to(self.dtype)
-        weight = self.weights[i % len(self.weights)]
-        return states, torch.mm(states, weight.t(), out=self.buffer[first : first + states.shape[0]])
+    def products(self, parts: Sequence[Part], first: int = 0) -> list[Product]:
+        """How `parts` are multiplied, their logits lying in the buffer from row `first` on."""
+        shared, rows = len(self.weights) == 1, sum(part.size for part in parts)
 
-    def learn(self, i: int, rows: Tensor | slice, states: Tensor, of_logits: Tensor, *, added: bool) -> None:
-        """The gradients of rows of horizon i, added to what is there or not, and of its weight, always added."""
-        gradient, place = self.of_inputs[i], i % len(self.weights)
-        if gradient is not None:
-            to = gradient.view(-1, gradient.shape[-1])
-            if isinstance(rows, slice) and to.dtype == self.dtype and not added:
-                torch.mm(of_logits, self.weights[place], out=to[rows])
-            else:
-                made = self._product(of_logits, self.weights[place])
-                to[rows] = (to[rows] + made if added else made).to(to.dtype)
-        if self.want["weight"][place]:
-            self.of_weights[place] = self._sum(self.of_weights[place], of_logits.t(), states)
+        def stays(part: Part) -> bool:
+            states = self.args.inputs[part.horizon]
+            lies_ready = isinstance(part.rows, slice) and states.dtype == self.dtype and flat(states) is not None
+            return lies_ready and (not shared or part.size >= LARGE * rows)
+
+        made = []
+        for _, run in itertools.groupby(parts, lambda part: None if shared and not stays(part) else part.horizon):
+            together = list(run)
+            last = first + sum(part.size for part in together)
+            gathered = not stays(together[0])
+            states = self._gather(together) if gathered else self._rows(together[0])
+            made.append(Product(together, states, slice(first, last), gathered))
+            first = last
+        return made
+
+    def logits(self, products: Sequence[Product]) -> Tensor:
+        for product in products:
+            weight = self.weights[self._place(product.parts[0].horizon)]
+            torch.mm(product.states, weight.t(), out=self.buffer[product.at])
+        return self.buffer[products[0].at.start : products[-1].at.stop]
+
+    def learn(self, products: Sequence[Product], *, added: bool) -> None:
+        """From the gradients in the buffer: those of inputs, added to what is there or not, and of weights, added."""
+        for product in products:
+            of_logits, place = self.buffer[product.at], self._place(product.parts[0].horizon)
+            if self.want["weight"][place]:
+                self.of_weights[place] = self._sum(self.of_weights[place], of_logits.t(), product.states)
+            to = [self.of_inputs[part.horizon] for part in product.parts]
+            if not product.gathered and to[0] is not None:
+                torch.mm(of_logits, self.weights[place], out=rows_at(to[0], product.parts[0].rows))
+            elif any(gradient is not None for gradient in to):
+                torch.mm(of_logits, self.weights[place], out=product.states)
+                parts = product.states.split([part.size for part in product.parts])
+                for part, made, gradient in zip(product.parts, parts, to, strict=True):
+                    if gradient is not None:
+                        rows = gradient.view(-1, gradient.shape[-1])
+                        rows[part.rows] = (rows[part.rows] + made if added else made).to(gradient.dtype)
 
     def gradients(self) -> list[Tensor]:
         """Those of the inputs and weights that are wanted."""
@@ -197,6 +254,20 @@ class Heads:
                 stored = stored_dtype(weight)
                 made.append(torch.zeros_like(weight, dtype=stored) if total is None else total.to(stored))
         return made
+
+    def _place(self, horizon: int) -> int:
+        """Which weight is a horizon's."""
+        return horizon % len(self.weights)
+
+    def _rows(self, part: Part) -> Tensor:
+        return rows_at(self.args.inputs[part.horizon], part.rows)
+
+    def _gather(self, parts: Sequence[Part]) -> Tensor:
+        counts = [part.size for part in parts]
+        states = self._empty(sum(counts), self.args.inputs[0].shape[-1])
+        for part, to in zip(parts, states.split(counts), strict=True):
+            to.copy_(self._rows(part))
+        return states
 
     def _sum(self, total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         """total + left @ right, in fp32 (fp64 for fp64); a product that remains the only one stays as it is."""
@@ -227,7 +298,27 @@ def kept_ids(args: Arguments) -> Tensor:
     return ids if ids.dim() == 5 else ids.unsqueeze(-1)
 
 
-def targets_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> Targets:
+def targets_of(args: Arguments, drops: bool) -> Targets:
+    kept = kept_ids(args)
+    rows, asked = zip(*(asked_of(args, kept, i, drops) for i in range(len(args.inputs))), strict=True)
+    taken = [(ids >= 0).any(-1) for ids in asked]
+    starts, first = [], 0
+    for ids in asked:
+        starts.append(torch.arange(first, first + ids.numel(), ids.shape[-1], device=ids.device))
+        first += ids.numel()
+    starts.append(torch.full((1,), first, device=kept.device))
+    return Targets(
+        list(rows),
+        [ids.shape[0] for ids in asked],
+        torch.cat([ids.flatten() for ids in asked]),
+        torch.cat(starts),
+        torch.stack([any_left.any(-1).sum() for any_left in taken]),
+        torch.stack([any_left.sum() for any_left in taken]),
+    )
+
+
+def asked_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[Tensor | None, Tensor]:
+    """The rows of horizon i, None for all, and the ids [R, F, f * f] that each is asked for."""
     offset, factor = args.offsets[i], args.factors[i]
     states = args.inputs[i]
     batch, positions, height, width = states.shape[:4]
@@ -240,14 +331,28 @@ def targets_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> Targets:
         counts = counts_at(offset, positions, frames, args.segment_ids, batch, ids.device)[:, :inside]
         ids = torch.where(counts[:, :, None, None, None], ids, -1)
     ids = cells_of(ids, height, width).permute(0, 1, 2, 3, 5, 4).reshape(-1, args.factored, factor * factor)
-    taken = (ids >= 0).any(-1)
-    counted = taken.any(-1)
-    rows = None
-    if inside < positions or (drops and not counted.all()):
-        rows = numbered(states)[:, :inside].flatten()
-        if drops:
-            rows, ids = rows[counted], ids[counted]
-    return Targets(rows, ids.contiguous(), counted.sum(), taken.sum())
+    counted = (ids >= 0).any(-1).any(-1) if drops else None
+    if inside == positions and (counted is None or counted.all()):
+        return None, ids
+    rows = numbered(states)[:, :inside].flatten()
+    return (rows, ids) if counted is None else (rows[counted], ids[counted])
+
+
+def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]:
+    """The rows of all horizons, one horizon after the other, in chunks of at most `size`, as equal as can be: the first
+    and last of each chunk, and the parts of horizons that it is made of."""
+    total = sum(targets.sizes)
+    ends = list(itertools.accumulate(targets.sizes))
+    count = -(-total // size)
+    for chunk in range(count):
+        first, last = total * chunk // count, total * (chunk + 1) // count
+        parts = []
+        for i, (rows, end) in enumerate(zip(targets.rows, ends, strict=True)):
+            begin = end - targets.sizes[i]
+            part = slice(max(first, begin) - begin, min(last, end) - begin)
+            if part.start < part.stop:
+                parts.append(Part(i, part if rows is None else rows[part], part.stop - part.start))
+        yield first, last, parts
 
 
 def pair_of(args: Arguments, i: int, j: int, drops: bool) -> Pair:

@@ -68,7 +68,7 @@ def load_row(logits, start, column, in_rows, vocabulary, softcap, SOFTCAP: tl.co
 
 @triton.jit
 def multi_horizon_linear_cross_entropy(
-    logits, ids, scale, losses, hits, rows, vocabulary, ids_count, smoothing, z_loss, softcap,
+    logits, ids, starts, scales, losses, hits, rows, vocabulary, smoothing, z_loss, softcap,
     SOFTCAP: tl.constexpr, LEARNS: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
@@ -76,9 +76,9 @@ def multi_horizon_linear_cross_entropy(
     in_rows = row < rows
     start = row * vocabulary
     place = tl.arange(0, IDS)
-    asked = tl.load(
-        ids + (row * ids_count)[:, None] + place[None, :], in_rows[:, None] & (place < ids_count)[None, :], -1
-    )
+    first_id = tl.load(starts + row, in_rows, 0)
+    ids_count = (tl.load(starts + row + 1, in_rows, 0) - first_id).to(tl.int32)
+    asked = tl.load(ids + first_id[:, None] + place[None, :], place[None, :] < ids_count[:, None], -1)
     is_kept = asked >= 0
     # Counted as floats: of a sum of bits LLVM makes a population count, and of that local memory.
     kept = tl.sum(tl.where(is_kept, 1.0, 0.0), 1)
@@ -87,8 +87,8 @@ def multi_horizon_linear_cross_entropy(
     asked_z = capped(tl.load(at_asked, is_kept, 0), softcap, SOFTCAP)
     # How often each id stands in its cell.
     times = tl.zeros([ROWS, IDS], tl.float32)
-    for j in range(0, ids_count):
-        other = tl.load(ids + row * ids_count + j, in_rows, -1)
+    for j in range(0, tl.max(ids_count, 0)):
+        other = tl.load(ids + first_id + j, j < ids_count, -1)
         times += tl.where(asked == other[:, None], 1.0, 0.0)
     times = tl.where(is_kept, times, 0.0)
 
@@ -128,13 +128,13 @@ def multi_horizon_linear_cross_entropy(
         tl.store(hits + row, (counted & (wanted == found)).to(tl.int32), in_rows)
 
     if LEARNS:
-        factor = tl.load(scale).to(tl.float32)
+        factor = tl.load(scales + row, in_rows, 0)
         slope = factor * (1 + 2 * z_loss * log_sum)
         shift = factor * smoothing / vocabulary
         # All reads of what is overwritten come first.
         tl.debug_barrier()
         if WHOLE:
-            gradient = through_cap(powers * (slope / total)[:, None] - shift, z, softcap, SOFTCAP)
+            gradient = through_cap(powers * (slope / total)[:, None] - shift[:, None], z, softcap, SOFTCAP)
             gradient = tl.where(counted[:, None], gradient, 0.0).to(logits.dtype.element_ty)
             tl.store(
                 logits + start[:, None] + column[None, :], gradient, in_rows[:, None] & (column < vocabulary)[None, :]
@@ -143,13 +143,13 @@ def multi_horizon_linear_cross_entropy(
             for first in range(0, vocabulary, BLOCK):
                 v = first + column
                 z = load_row(logits, start, v, counted, vocabulary, softcap, SOFTCAP)
-                gradient = tl.exp(z - log_sum[:, None]) * slope[:, None] - shift
+                gradient = tl.exp(z - log_sum[:, None]) * slope[:, None] - shift[:, None]
                 gradient = through_cap(gradient, z, softcap, SOFTCAP)
                 gradient = tl.where(counted[:, None], gradient, 0.0).to(logits.dtype.element_ty)
                 tl.store(logits + start[:, None] + v[None, :], gradient, in_rows[:, None] & (v < vocabulary)[None, :])
         tl.debug_barrier()
         share = times * (factor * (1 - smoothing) * each)[:, None]
-        gradient = tl.exp(asked_z - log_sum[:, None]) * slope[:, None] - shift - share
+        gradient = tl.exp(asked_z - log_sum[:, None]) * slope[:, None] - shift[:, None] - share
         gradient = through_cap(gradient, asked_z, softcap, SOFTCAP)
         # Equal ids store equal values.
         tl.store(at_asked, gradient.to(logits.dtype.element_ty), is_kept)
@@ -232,25 +232,37 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     return shared_forward(args, wanted, PASSES)
 
 
-def tile_of(vocabulary: int, longest: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK, warps) of a tile of 2048 elements, or of a longer row; at most 32 elements a thread."""
+def tile_of(vocabulary: int, longest: int, ids: int = 1) -> tuple[int, int, int]:
+    """(ROWS, BLOCK, warps) of a tile of 2048 elements, or of a longer row; at most 32 elements a thread.
+
+    The ids of its rows are a tile of their own, which is no larger.
+    """
     block = min(longest, max(16, power_of_2(vocabulary)))
-    rows = max(1, 2048 // block)
+    rows = max(1, 2048 // max(block, ids))
     return rows, block, max(4, min(16, rows * block // 512))
 
 
 def cross_entropy(
-    args: Arguments, logits: Tensor, ids: Tensor, scale: Tensor, losses: Tensor, hits: Tensor | None, learns: bool
+    args: Arguments,
+    logits: Tensor,
+    ids: Tensor,
+    starts: Tensor,
+    scales: Tensor,
+    losses: Tensor,
+    hits: Tensor | None,
+    learns: bool,
 ) -> None:
     rows, vocabulary = logits.shape
     whole = power_of_2(vocabulary) <= LONGEST
-    tile_rows, block, warps = tile_of(vocabulary, LONGEST if whole else LOOPED)
+    # Of a single id ptxas makes 8 bytes of local memory (fp32 rows in pieces, sm_90 and sm_100).
+    most_ids = max(2, power_of_2(max(args.factors) ** 2))
+    tile_rows, block, warps = tile_of(vocabulary, LONGEST if whole else LOOPED, most_ids)
     launch(
         multi_horizon_linear_cross_entropy, ceil_div(rows, tile_rows), logits.device,
-        logits, ids, scale, losses, hits, rows, vocabulary, ids.shape[1],
+        logits, ids, starts, scales, losses, hits, rows, vocabulary,
         args.label_smoothing, args.z_loss, args.softcap,
         SOFTCAP=args.softcap > 0, LEARNS=learns, WHOLE=whole,
-        ROWS=tile_rows, BLOCK=block, IDS=power_of_2(ids.shape[1]), num_warps=warps,
+        ROWS=tile_rows, BLOCK=block, IDS=most_ids, num_warps=warps,
     )  # fmt: skip
 
 
