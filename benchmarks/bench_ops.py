@@ -55,15 +55,16 @@ def contenders_of(op: Op, kwargs: dict[str, Any], device: torch.device) -> tuple
     torch._dynamo.reset()
     found: dict[str, Formula] = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
     absent: dict[str, str] = {}
-    if op.name == "multi_horizon_linear_cross_entropy" and rivals.expresses(kwargs):
-        for name, (needs_gpu, load) in rivals.LIBRARIES.items():
-            if needs_gpu and device.type == "cpu":
-                absent[name] = "needs a GPU"
-                continue
-            try:
-                found[name] = rivals.of_library(load())
-            except ImportError as error:
-                absent[name] = str(error)
+    for name, library in rivals.LIBRARIES.items() if op.name == "multi_horizon_linear_cross_entropy" else ():
+        if not rivals.expresses(library, kwargs):
+            continue
+        if library.needs_gpu and device.type == "cpu":
+            absent[name] = "needs a GPU"
+            continue
+        try:
+            found[name] = rivals.of_library(library.load())
+        except ImportError as error:
+            absent[name] = str(error)
     found.update({f"mfwm {backend}": ours(op, backend) for backend in backends_of(op, device)})
     return found, absent
 

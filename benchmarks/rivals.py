@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,18 +113,40 @@ def multi_horizon_loss(
     return (total,)
 
 
-def multi_horizon_linear_cross_entropy(inputs: list[Tensor], weight: Tensor, tokens: Tensor, horizons: Any) -> Outputs:
+def _cells(tokens: Tensor, positions: int, offset: int, f: int) -> Tensor:
+    """[B, T, h, w, F, f * f] the ids that the cells of a horizon cover."""
+    ids = (tokens if tokens.dim() == 5 else tokens.unsqueeze(-1))[:, offset : offset + positions]
+    height, width = ids.shape[2:4]
+    blocks = ids.unflatten(3, (width // f, f)).unflatten(2, (height // f, f))
+    return blocks.permute(0, 1, 2, 4, 6, 3, 5).flatten(5)
+
+
+def multi_horizon_linear_cross_entropy(
+    inputs: list[Tensor],
+    weight: Tensor,
+    tokens: Tensor,
+    horizons: Any,
+    consistency_weights: list[float] | None = None,
+) -> Outputs:
     """The mean one-hot target never made dense: logsumexp minus the mean of the gathered logits."""
-    ids = tokens if tokens.dim() == 5 else tokens.unsqueeze(-1)
-    factored = ids.shape[-1]
     total = torch.zeros((), device=tokens.device)
-    for state, offset, f in zip(inputs, horizons.offsets, horizons.factors, strict=True):
-        logits = F.linear(state, weight).float().unflatten(-1, (factored, -1))
-        height, width = ids.shape[2:4]
-        cells = ids[:, offset : offset + state.shape[1]].unflatten(3, (width // f, f)).unflatten(2, (height // f, f))
-        cells = cells.permute(0, 1, 2, 4, 6, 3, 5).flatten(5)
+    all_logits = []
+    for state, offset, factor in zip(inputs, horizons.offsets, horizons.factors, strict=True):
+        cells = _cells(tokens, state.shape[1], offset, factor)
+        logits = F.linear(state, weight).float().unflatten(-1, (cells.shape[-2], -1))
         loss = logits.logsumexp(-1) - logits.gather(-1, cells).mean(-1)
         total = total + loss.sum(-1).mean()
+        all_logits.append(logits)
+    if consistency_weights is None:
+        return (total,)
+    teachers = all_logits[0].detach().softmax(-1)
+    for j in range(1, len(inputs)):
+        apart, f = horizons.offsets[j] - horizons.offsets[0], horizons.factors[j] // horizons.factors[0]
+        later = teachers[:, apart:]
+        height, width = later.shape[2:4]
+        teacher = later.unflatten(3, (width // f, f)).unflatten(2, (height // f, f)).mean((3, 5))
+        far = all_logits[j][:, : later.shape[1]].log_softmax(-1)
+        total = total - consistency_weights[j] * (teacher * far).sum((-1, -2)).mean()
     return (total,)
 
 
@@ -142,14 +164,25 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
 }
 
 
-# ---- other libraries: linear cross-entropy of one horizon with hard targets, rows [N, D], ids [N]
+# ---- other libraries: linear cross-entropy of rows [N, D] of one horizon, with ids [N]; torch's with mixes [N, V] too
+
+
+class Library(NamedTuple):
+    needs_gpu: bool
+    mixes: bool
+    load: Callable[[], Callable[..., Tensor]]
 
 
 def _torch_linear_cross_entropy() -> Callable[..., Tensor]:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
-    return lambda rows, weight, ids: F.linear_cross_entropy(rows, weight, ids, options=options)
+
+    def loss(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # Its chunks take ids alone.
+        return F.linear_cross_entropy(rows, weight, target, options=None if target.is_floating_point() else options)
+
+    return loss
 
 
 def _liger() -> Callable[..., Tensor]:
@@ -173,28 +206,36 @@ def _quack() -> Callable[..., Tensor]:
     return module.chunked_linear_cross_entropy
 
 
-# Name -> (needs a GPU, how to get it).
-LIBRARIES: dict[str, tuple[bool, Callable[[], Callable[..., Tensor]]]] = {
-    "F.linear_cross_entropy": (False, _torch_linear_cross_entropy),
-    "Liger": (True, _liger),
-    "CCE": (True, _cce),
-    "QuACK": (True, _quack),
+LIBRARIES = {
+    "F.linear_cross_entropy": Library(False, True, _torch_linear_cross_entropy),
+    "Liger": Library(True, False, _liger),
+    "CCE": Library(True, False, _cce),
+    "QuACK": Library(True, False, _quack),
 }
 
 
 def of_library(linear_cross_entropy: Callable[..., Tensor]) -> Callable[..., Outputs]:
-    """The token loss of all horizons by a library that takes one horizon's hard targets at a time."""
+    """The token loss of all horizons by a library that takes one horizon, and one of the F vocabularies, at a time."""
 
     def formula(inputs: list[Tensor], weight: Tensor, tokens: Tensor, horizons: Any) -> Outputs:
         total = torch.zeros((), device=tokens.device)
-        for state, offset in zip(inputs, horizons.offsets, strict=True):
-            targets = tokens[:, offset : offset + state.shape[1]]
-            total = total + linear_cross_entropy(state.flatten(0, 3), weight, targets.flatten())
+        for state, offset, factor in zip(inputs, horizons.offsets, horizons.factors, strict=True):
+            rows, cells = state.flatten(0, 3), _cells(tokens, state.shape[1], offset, factor).flatten(0, 3)
+            heads = weight.chunk(cells.shape[1])
+            for head, ids in zip(heads, cells.unbind(1), strict=True):
+                target = ids[:, 0] if factor == 1 else _mixes(ids, head)
+                total = total + linear_cross_entropy(rows, head, target)
         return (total,)
 
     return formula
 
 
-def expresses(kwargs: dict[str, Any]) -> bool:
-    """Whether those libraries can state this call at all."""
-    return set(kwargs["horizons"].factors) == {1} and kwargs["tokens"].dim() == 4
+def _mixes(ids: Tensor, head: Tensor) -> Tensor:
+    """[N, V] the means of the one-hot ids [N, f * f]."""
+    share = head.new_full((), 1 / ids.shape[1]).expand_as(ids)
+    return head.new_zeros(ids.shape[0], head.shape[0]).scatter_add_(1, ids, share)
+
+
+def expresses(library: Library, kwargs: dict[str, Any]) -> bool:
+    """Whether a library can state this call at all: pooled targets are mixes, and none knows of consistency."""
+    return "consistency_weights" not in kwargs and (library.mixes or set(kwargs["horizons"].factors) == {1})
