@@ -133,6 +133,7 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
     for name in ("rollout_psnr", "rollout_ssim", "persistence_rollout_psnr", "against_rollout_ssim"):
         low, high = np.array(metrics[f"{name}_95"]).T
         assert (low <= metrics[name]).all() and (metrics[name] <= high).all(), name
+    assert 0 < metrics["data_wait"] < 1
     assert metrics["drift"]["steps"] == [2, 3, 4, 5, 6, 7, 8] and "drift" not in beside
     page = write_report(tmp_path / "run").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page

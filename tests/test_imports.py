@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mfwm import HeadsConfig, WorldModelConfig
+from mfwm.cli import for_replay
 from mfwm.data import Replay
 from mfwm.data_check import check
 from mfwm.import_lerobot import import_lerobot
 from mfwm.import_tokens import import_tokens
 from mfwm.import_videos import import_videos
-from small_run import moving_squares
+from mfwm.run_log import read_log
+from mfwm.training import train
+from small_run import moving_squares, small_config
+
+from mfwm_kernels import Horizons
 
 LENGTHS = (7, 9, 6)
 RATE = 10
@@ -250,6 +257,21 @@ def test_tokens_are_imported(memmaps: Path, tmp_path: Path) -> None:
     import_tokens(memmaps, tmp_path / "split", ids=2, progress=False)
     split = Replay(tmp_path / "split")
     assert split.vocabulary == 8 and np.array_equal(split.video @ np.array([1, 8]), stored)
+
+
+def test_imported_tokens_train(memmaps: Path, tmp_path: Path) -> None:
+    import_tokens(memmaps, tmp_path / "set", ids=2, progress=False)
+    heads = HeadsConfig(Horizons((1, 2), (1, 2)), output="tokens", vocabulary=8)
+    model = WorldModelConfig((1, 1, 1), 1, 16, 1, 16, context=4, actions=4, heads=heads)
+    small = replace(small_config(tmp_path / "set"), steps=2, clip=6, held_out=0.3, model=model)
+    config = for_replay(small, Replay(tmp_path / "set"))
+    assert config.model.frame == (2, 4, 4) and (config.model.actions, config.model.action_size) == (0, 5)
+    train(config, tmp_path / "run", progress=False)
+    rows = read_log(tmp_path / "run" / "log.jsonl")
+    # Two ids of eight each: a model that knows nothing pays log 8 for both.
+    assert len(rows) == 2 and rows[0]["per_horizon"] == pytest.approx([2 * np.log(8)] * 2, rel=0.3)
+    with pytest.raises(ValueError, match=r"vocabulary must be that of the data, 8 .0 for pixels., got 0"):
+        for_replay(small_config(tmp_path / "set"), Replay(tmp_path / "set"))
 
 
 def change(name: str, place: int, value: float, dtype: Any) -> Callable[[Path], None]:

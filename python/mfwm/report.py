@@ -87,7 +87,8 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
     env = metrics["data"].get("env", "")
     intro = (
         f"{env}: {metrics['parameters'] / 1e6:.1f} million parameters, {metrics['steps']} steps at "
-        f"{metrics['frames_per_second']:.0f} frames/s on {metrics['device']}. "
+        f"{metrics['frames_per_second']:.0f} frames/s on {metrics['device']}, "
+        f"{metrics['data_wait']:.1%} of the time waiting for data. "
         f"{metrics['clips']} clips of {metrics['held_out_levels']} unseen levels."
     )
     page = (
