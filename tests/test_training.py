@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import subprocess
@@ -9,17 +10,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from mfwm.checkpoints import Checkpoints
+from mfwm.export import export, load_exported
 from mfwm.model import WorldModel
 from mfwm.optimisation import learning_rate
 from mfwm.run_log import read_log
 from mfwm.training import TrainingConfig, WorldModelLoss, load_model, train
 from small_run import moving_squares, small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.fixture
@@ -147,6 +152,71 @@ def test_how_a_run_is_run_may_change(config: TrainingConfig, tmp_path: Path) -> 
         assert torch.equal(a, b), name
     for row in read_log(tmp_path / "parts" / "log.jsonl"):
         assert 0 <= row["data_wait"] < 1 and row["seconds"] > 0
+
+
+def test_looks_at_held_out_clips(config: TrainingConfig, tmp_path: Path) -> None:
+    plain = train(replace(config, steps=4), tmp_path / "plain", progress=False)
+    looked = replace(config, steps=4, look_every=2, tensorboard=True)
+    train(looked, tmp_path / "run", progress=False, stop_after=3)
+    model = train(looked, tmp_path / "run", progress=False)
+    for (name, a), b in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    rows = read_log(tmp_path / "run" / "log.jsonl")
+    assert ["held_out" in row for row in rows] == [False, True, False, True]
+    seen = rows[3]["held_out"]
+    cosines = torch.tensor(seen["gradient_cosines"])
+    assert torch.allclose(cosines.diagonal(), torch.ones(3)) and torch.equal(cosines, cosines.T) and cosines[0, 1] < 1
+    assert min(seen["gradient_norms"]) > 0
+    assert seen["psnr"] == pytest.approx([10 * math.log10(4 / error) for error in seen["per_horizon"]])
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for i, offset in enumerate((1, 2, 4)):
+        assert [event.step for event in events.Scalars(f"per_horizon/{offset}")] == [0, 1, 2, 3]
+        assert events.Scalars(f"held_out/psnr/{offset}")[-1].value == pytest.approx(seen["psnr"][i], rel=1e-5)
+    assert events.Scalars("held_out/gradient_cosines/1-4")[-1].value == pytest.approx(cosines[0, 2].item(), rel=1e-5)
+    assert {(image.width, image.height) for image in events.Images("rollout")} == {(8 * 17, 2 * 17)}
+    assert {(image.width, image.height) for image in events.Images("horizons")} == {(4 * 17, 2 * 17)}
+
+
+def test_what_wandb_is_given(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train(replace(config, steps=2, look_every=2, wandb=True), tmp_path / "run", progress=False)
+    calls = wandb.init.return_value.log.call_args_list
+    assert [call.kwargs["step"] for call in calls] == [0, 1]
+    assert {"loss", "per_horizon/4", "held_out/psnr/1", "rollout"} <= set(calls[1].args[0])
+    wandb.init.return_value.finish.assert_called_once()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb must be False where the package is not installed"):
+        train(replace(config, steps=3, wandb=True), tmp_path / "other", progress=False)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_equals_an_eager_one(
+    config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph alone, of a smaller model: inductor's C++ takes minutes to compile."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    heads = replace(config.model.heads, blocks=None, patch_sizes=None)
+    config = replace(config, steps=2, model=replace(config.model, layers=1, heads=heads))
+    train(config, tmp_path / "eager", progress=False)
+    train(replace(config, compile=True), tmp_path / "compiled", progress=False)
+    losses = [[row["loss"] for row in read_log(tmp_path / run / "log.jsonl")] for run in ("eager", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_exported_weights(config: TrainingConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=2, ema=0.5)
+    train(config, tmp_path / "run", progress=False)
+    averaged, _, _ = load_model(tmp_path / "run")
+    out = tmp_path / "model.safetensors"
+    export(tmp_path / "run", out)
+    model, exported, step = load_exported(out)
+    assert exported == config and step == 2 and not list(tmp_path.glob("*.tmp"))
+    for (name, a), b in zip(averaged.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(FileExistsError, match="choose another file"):
+        export(tmp_path / "run", out)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(

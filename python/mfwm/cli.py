@@ -1,4 +1,4 @@
-"""The command line: mfwm collect | data | describe | train | evaluate | demo."""
+"""The command line: mfwm collect | data | describe | train | evaluate | export | demo."""
 
 from __future__ import annotations
 
@@ -169,6 +169,19 @@ class Evaluate:
 
 
 @dataclass
+class Export:
+    """Write the weights of a run as one safetensors file; mfwm.export.load_exported reads it."""
+
+    run_directory: tyro.conf.Positional[Path]
+    out: Path
+
+    def run(self) -> None:
+        from .export import export
+
+        export(self.run_directory, self.out)
+
+
+@dataclass
 class Demo:
     """From nothing to a report: collect real game frames, train, evaluate. Goes on where it stopped."""
 
@@ -227,6 +240,7 @@ def main() -> None:
         | Annotated[Describe, tyro.conf.subcommand("describe")]
         | Annotated[Train, tyro.conf.subcommand("train", default=preset)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Demo, tyro.conf.subcommand("demo")],
         prog="mfwm",
         description=__doc__,

@@ -24,6 +24,7 @@ from mfwm_kernels.info import cpu_name
 from .checkpoints import write_atomically
 from .data import Clips, Replay, split_levels
 from .intervals import drift_signal, interval
+from .looking import names_of
 from .lpips import LPIPS
 from .model import WorldModel, parameters_of
 from .run_log import read_log
@@ -194,12 +195,6 @@ def drifts(model: WorldModel) -> bool:
 def rolls(horizons: Horizons) -> bool:
     """Only a near horizon that predicts the next frame whole can be fed back."""
     return (horizons.offsets[0], horizons.factors[0]) == (1, 1)
-
-
-def names_of(horizons: Horizons) -> list[str]:
-    """A name per horizon: its offset; with its factor where several horizons share an offset: "1@1/4"."""
-    pairs = zip(horizons.offsets, horizons.factors, strict=True)
-    return [str(k) if horizons.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs]
 
 
 def rollout_steps(video: Tensor) -> int:

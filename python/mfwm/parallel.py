@@ -56,6 +56,7 @@ def distribute(model: nn.Module, mode: str) -> nn.Module:
             fully_shard(block)
             register_fsdp_forward_method(block, "append")
         fully_shard(model)
+        register_fsdp_forward_method(model, "look")
     return model
 
 

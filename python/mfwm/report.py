@@ -18,7 +18,8 @@ from torch import Tensor
 from mfwm_kernels import video_pyramid
 
 from .data import Clips, Replay, split_levels
-from .evaluation import CONTEXT, names_of, rollout_steps, rolls
+from .evaluation import CONTEXT, rollout_steps, rolls
+from .looking import names_of
 from .model import WorldModel
 from .run_log import read_log
 from .training import load_model

@@ -11,7 +11,17 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from .checkpoints import write_atomically
 
 # How a run is run, not what it computes beyond rounding: these may change when it goes on.
-MAY_CHANGE = {"accumulate", "compile", "checkpoint_every", "keep", "workers", "parallel"}
+MAY_CHANGE = {
+    "accumulate",
+    "compile",
+    "checkpoint_every",
+    "keep",
+    "look_every",
+    "parallel",
+    "tensorboard",
+    "wandb",
+    "workers",
+}
 
 Config = TypeVar("Config")
 

@@ -1,27 +1,46 @@
-"""log.jsonl of a run: one row a step."""
+"""What is kept of a run while it trains: log.jsonl, one row a step, and on wish TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from .checkpoints import write_atomically
 
 
 class Log:
-    """log.jsonl, one row a step; rows of steps that will be run again are dropped when a run goes on."""
+    """log.jsonl, one row a step; rows of steps that will be run again are dropped when a run goes on.
 
-    def __init__(self, path: Path, first: int) -> None:
+    names: of the entries of the lists in a row, for the viewers; the last ones where a list is shorter.
+    """
+
+    def __init__(self, path: Path, first: int, viewers: Sequence[Viewer] = (), names: Sequence[str] = ()) -> None:
         kept = [row for row in read_log(path) if row["step"] < first] if path.exists() else []
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.path, self.viewers, self.names = path, viewers, names
         self.file = open(path, "a")
 
-    def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+    def write(self, row: dict[str, Any], pictures: dict[str, Tensor] | None = None) -> None:
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"step {row['step']} could not be logged ({error.strerror}); the newest checkpoint is whole",
+                str(self.path),
+            ) from error
+        for viewer in self.viewers:
+            viewer.show(row["step"], dict(scalars(row, self.names)), pictures or {})
 
     def close(self) -> None:
+        for viewer in self.viewers:
+            viewer.close()
         self.file.close()
 
 
@@ -34,3 +53,70 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def scalars(row: dict[str, Any], names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a row by tag: loss, per_horizon/8, held_out/gradient_cosines/1-8 ..."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from scalars(value, names, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            labels = names[-len(value) :] if len(value) <= len(names) else [str(i) for i in range(len(value))]
+            for i, (label, entry) in enumerate(zip(labels, value, strict=True)):
+                if not isinstance(entry, list):
+                    yield f"{prefix}{name}/{label}", entry
+                    continue
+                # Of a square of pairs what stands above the diagonal.
+                for other, number in zip(labels[i + 1 :], entry[i + 1 :], strict=True):
+                    yield f"{prefix}{name}/{label}-{other}", number
+        elif name != "step":
+            yield prefix + name, value
+
+
+class Viewer(Protocol):
+    def show(self, step: int, numbers: dict[str, float], pictures: dict[str, Tensor]) -> None:
+        """Numbers by tag, and pictures [3, height, width] in 0..1."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `folder`; what was written of step `first` and later is dropped."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "tensorboard must be False where the package is not installed: pip install 'mfwm-kernels[train]'"
+            ) from error
+        self.writer: Any = SummaryWriter(str(folder), purge_step=first)
+
+    def show(self, step: int, numbers: dict[str, float], pictures: dict[str, Tensor]) -> None:
+        for tag, number in numbers.items():
+            self.writer.add_scalar(tag, number, step)
+        for tag, picture in pictures.items():
+            self.writer.add_image(tag, picture, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A wandb run that goes on with that of the same run directory."""
+
+    def __init__(self, out: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ValueError("wandb must be False where the package is not installed: pip install wandb") from error
+        self.wandb: Any = wandb
+        name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+        self.run: Any = wandb.init(project="mfwm", name=out.name, dir=str(out), id=name, resume="allow", config=config)
+
+    def show(self, step: int, numbers: dict[str, float], pictures: dict[str, Tensor]) -> None:
+        images = {tag: self.wandb.Image(picture.permute(1, 2, 0).numpy()) for tag, picture in pictures.items()}
+        self.run.log({**numbers, **images}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

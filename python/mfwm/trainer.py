@@ -10,11 +10,12 @@ run equals an uninterrupted one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from .data import ClipSampler, Replay, split_levels
 from .optimisation import MovingAverage, learning_rate, parameter_groups
 from .parallel import distribute, gradients_shared, mean_over_processes, processes, sum_over_processes, whole
 from .run_config import described, settle
-from .run_log import Log
+from .run_log import Log, TensorBoard, Viewer, WeightsAndBiases
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints; one is also written at the end.
         keep: the number of checkpoints that stay, the newest.
         parallel: "ddp" or "fsdp" in the processes that torchrun starts.
+        look_every: steps between looks at a few held-out clips, whose figures and pictures join the log; 0 for none.
+        tensorboard: write event files for TensorBoard into the run.
+        wandb: log to Weights & Biases.
     """
 
     data: str
@@ -85,6 +89,9 @@ class TrainerConfig:
     checkpoint_every: int = 100
     keep: int = 2
     parallel: Literal["none", "ddp", "fsdp"] = "none"
+    look_every: int = 100
+    tensorboard: bool = True
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         choices = {
@@ -101,7 +108,7 @@ class TrainerConfig:
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "seed"):
+        for name in ("warmup", "weight_decay", "seed", "look_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
@@ -131,10 +138,18 @@ class Objective(nn.Module):
     gradient of means over all clips, a module with such a loss says by `counts` how many elements of each mean a part
     holds. It is then given `shares`, of the same shape: parts * the part's counts / those of all parts. Each mean, and
     its figure, is to be multiplied by its share. With one part, and where `counts` is None, shares is None.
+
+    names: of the entries of figures that are lists.
     """
+
+    names: Sequence[str] = ()
 
     def counts(self, clips: dict[str, Tensor]) -> Tensor | None:
         return None
+
+    def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Figures of held-out clips for the log, and pictures [3, height, width] in 0..1, by name."""
+        return {}, {}
 
 
 class Sampler(Protocol):
@@ -188,11 +203,25 @@ class Trainer:
         part = (self.rank, self.processes)
         return ClipSampler(replay, config.clip, config.batch, seed=config.seed, episodes=training, part=part)
 
-    def fit(self, objective: Objective, sampler: Sampler, *, stop_after: int | None = None) -> None:
+    def held_out_clips(self, replay: Replay, count: int = 4) -> dict[str, Tensor]:
+        """Some clips of the levels that are not trained on, the same ones in every process."""
+        _, held_out = split_levels(replay, self.config.held_out, seed=self.config.seed)
+        clips = ClipSampler(replay, self.config.clip, count, seed=self.config.seed, episodes=held_out).batch(0)
+        return {name: value.to(self.device) for name, value in clips.items()}
+
+    def fit(
+        self,
+        objective: Objective,
+        sampler: Sampler,
+        *,
+        shown: dict[str, Tensor] | None = None,
+        stop_after: int | None = None,
+    ) -> None:
         """Train, from the newest checkpoint on where there is one.
 
         SIGTERM saves a checkpoint after the step in progress, and SystemExit follows.
 
+        shown: held-out clips to look at, on the trainer's device.
         stop_after: leave off after this step, as a killed run would with its checkpoint just written.
         """
         config = self.config
@@ -214,7 +243,10 @@ class Trainer:
                     dynamic_ncols=True,
                 )
             )
-            log = stack.enter_context(closing(Log(self.out / "log.jsonl", first))) if self.rank == 0 else None
+            log = None
+            if self.rank == 0:
+                viewers = self._viewers(first)
+                log = stack.enter_context(closing(Log(self.out / "log.jsonl", first, viewers, objective.names)))
             terminated = stack.enter_context(sigterm_noticed())
             batches: Any = sampler.batches(first, last, config.workers)
             stack.callback(batches.close)
@@ -231,14 +263,25 @@ class Trainer:
                     "seconds": seconds,
                     "data_wait": waited / seconds,
                 }
+                pictures: dict[str, Tensor] = {}
+                if shown is not None and config.look_every and (step + 1) % config.look_every == 0:
+                    row["held_out"], pictures = run.look(shown)
                 if log is not None:
-                    log.write(row)
+                    log.write(row, pictures)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}", refresh=False)
                 bar.update()
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == last or stop:
                     checkpoints.save(run.state(step + 1), step + 1)
                 if stop:
                     raise SystemExit(128 + signal.SIGTERM)
+
+    def _viewers(self, first: int) -> list[Viewer]:
+        viewers: list[Viewer] = []
+        if self.config.tensorboard:
+            viewers.append(TensorBoard(self.out / "tensorboard", first))
+        if self.config.wandb:
+            viewers.append(WeightsAndBiases(self.out, dataclasses.asdict(self.config)))
+        return viewers
 
 
 class Run:
@@ -255,7 +298,7 @@ class Run:
 
     def step(self, step: int, clips: dict[str, Tensor], terminated: bool) -> tuple[dict[str, Any], bool]:
         """One optimiser step. Returns its row of the log, and whether any process was told to stop."""
-        config, device, dtype = self.config, self.trainer.device, self.trainer.dtype
+        config, device = self.config, self.trainer.device
         torch.manual_seed(seed_of(config.seed, step, self.trainer.rank))
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate(step)
@@ -267,7 +310,7 @@ class Run:
         for i, (part, shares) in enumerate(zip(parts, self._shares(parts), strict=True), start=1):
             part = {name: value.to(device, non_blocking=True) for name, value in part.items()}
             with gradients_shared(self.module, i == len(parts)):
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with self._autocast():
                     total, figures = self.module(part, shares)
                 (total / len(parts) if len(parts) > 1 else total).backward()
             totals.append(total.detach())
@@ -292,6 +335,17 @@ class Run:
         if self.average is not None:
             self.average.update()
         return row, told_share > 0
+
+    def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self.objective.eval()
+        with self._autocast():
+            seen = self.objective.look(clips)
+        self.objective.train()
+        return seen
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.trainer.dtype
+        return torch.autocast(self.trainer.device.type, dtype, enabled=dtype != torch.float32)
 
     def _shares(self, parts: list[dict[str, Tensor]]) -> list[Tensor | None]:
         """The shares of each part in the means over all of them, in all processes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from mfwm_kernels import Horizons
 from mfwm_kernels.horizons import counts_at
 
 from .checkpoints import Checkpoints
+from .data import Replay
+from .looking import look, names_of, psnr, strips
 from .model import WorldModel, WorldModelConfig
 from .run_config import read
 from .trainer import Objective, Trainer, TrainerConfig
@@ -45,6 +48,7 @@ class WorldModelLoss(Objective):
     def __init__(self, model: WorldModel) -> None:
         super().__init__()
         self.model = model
+        self.names = names_of(model.config.heads.horizons)
 
     def counts(self, clips: dict[str, Tensor]) -> Tensor:
         config = self.model.config
@@ -61,6 +65,12 @@ class WorldModelLoss(Objective):
             per_horizon = per_horizon * shares.diagonal()
             consistency = consistency * (shares[0] if consistency.ndim == 1 else shares)
         return loss.total, {"per_horizon": per_horizon, "consistency": consistency}
+
+    def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        figures = {name: value.tolist() for name, value in look(self.model, clips).items()}
+        if self.model.config.heads.output == "pixels":
+            figures["psnr"] = [psnr(error) for error in figures["per_horizon"]]
+        return figures, strips(self.model, clips)
 
 
 def positions_that_count(horizons: Horizons, segment_ids: Tensor, context: int) -> Tensor:
@@ -86,7 +96,9 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
     """
     with Trainer(config, out, progress=progress) as trainer:
         model = WorldModel(config.model)
-        trainer.fit(WorldModelLoss(model), trainer.sampler(), stop_after=stop_after)
+        replay = Replay(config.data)
+        shown = trainer.held_out_clips(replay) if config.look_every else None
+        trainer.fit(WorldModelLoss(model), trainer.sampler(replay), shown=shown, stop_after=stop_after)
     return model
 
 
