@@ -1,0 +1,44 @@
+"""mfwm export: the weights of a run as one safetensors file, with its config and step in the header."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model
+
+from .model import WorldModel
+from .run_config import from_tree
+from .training import TrainingConfig, load_model
+
+
+def export(run: Path, out: Path) -> None:
+    """Write the weights of a run's newest checkpoint (their moving average, where it keeps one) to `out`.
+
+    FileExistsError where `out` is there already.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: choose another file")
+    model, config, step = load_model(run)
+    beside = out.with_name(out.name + ".tmp")
+    save_model(model, str(beside), {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)})
+    with open(beside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, out)
+
+
+def load_exported(path: Path) -> tuple[WorldModel, TrainingConfig, int]:
+    """The model of an exported file, the config of its run and the step it stood at."""
+    with safe_open(str(path), "pt") as file:
+        header = file.metadata() or {}
+    if "config" not in header:
+        raise ValueError(f"{path} is no file of mfwm export: its header holds no config")
+    config = from_tree(TrainingConfig, json.loads(header["config"]))
+    model = WorldModel(config.model)
+    load_weights(model, str(path))
+    return model.eval(), config, int(header["step"])
