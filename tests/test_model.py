@@ -11,13 +11,14 @@ import torch
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.balance import surgery_scale
 from mfwm.blocks import SpaceTimeBlock, rotate, time_mask
-from mfwm.upsampler import patchify, unpatchify
+from mfwm.upsampler import Upsampler, patchify, unpatchify
 from torch import Tensor, nn
 
 from mfwm_kernels import GradMonitor, Horizons, video_pyramid
 
 HORIZONS = Horizons((1, 2, 4), (1, 2, 4))
 TOKENS: dict[str, Any] = {"output": "tokens", "vocabulary": 7}
+MASKED: dict[str, Any] = {**TOKENS, "horizons": Horizons((0, 1, 3), (1, 2, 4)), "trunk": {"masked": True}}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "blocks": {"blocks": (0, 1, 2), "patch_sizes": (4, 4, 2)},
@@ -52,6 +53,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tokens of three ids": {**TOKENS, "ids": 3, "blocks": (0, 1, 1), "attend": "inputs"},
     "tokens, tokenised": {**TOKENS, "token_targets": "tokenised"},
     "tokens, frames": {**TOKENS, "conditioning": "frames"},
+    "masked": MASKED,
+    "masked, blocks, tap": {**MASKED, "blocks": (1, 0, 1), "tap": 1},
 }
 options_of_all = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -63,10 +66,9 @@ def build(*, ids: int = 1, trunk: dict[str, Any] | None = None, **options: Any) 
         (ids, 8, 8) if tokens else (3, 16, 16),
         1 if tokens else 4,
         32,
-        2,
-        16,
+        head_width=16,
         context=6,
-        **{"actions": 0 if heads.conditioning == "none" else 5, **(trunk or {})},
+        **{"layers": 2, "actions": 0 if heads.conditioning == "none" else 5, **(trunk or {})},
         heads=heads,
     )
     model = WorldModel(config)
@@ -127,23 +129,24 @@ def test_causality(options: dict[str, Any]) -> None:
     after = model.predict(**{**clips, "actions": other_actions})
     for offset, old, new in zip(offsets, before, after, strict=True):
         for n in range(6):
-            sees = n >= changed_at or n + offset > changed_at
+            sees = n + offset > changed_at
             assert torch.equal(old[:, n], new[:, n]) != sees, f"offset {offset}, position {n}"
 
 
 def gradients(model: WorldModel, clips: dict[str, Any], of: Callable[[tuple[Tensor, ...]], Tensor]) -> list[Tensor]:
     """[B, V] norms of a prediction's gradients with respect to every frame, every action seen, every action to come."""
-    leaves: list[Tensor] = []
+    made: dict[nn.Module, Tensor] = {}
 
     def leaf(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
-        leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
+        made[module] = output.detach().requires_grad_()
+        return made[module]
 
     watched = [part for part in (model.embed, model.action, model.window_action) if part is not None]
     hooks = [part.register_forward_hook(leaf) for part in watched]
     prediction = of(model.outputs(**clips))
     for hook in hooks:
         hook.remove()
+    leaves = [made[part] for part in watched]
     found = torch.autograd.grad((prediction * torch.randn_like(prediction)).sum(), leaves, allow_unused=True)
     pairs = zip(leaves, found, strict=True)
     return [(torch.zeros_like(x) if g is None else g).flatten(2).norm(dim=-1) for x, g in pairs]
@@ -151,7 +154,10 @@ def gradients(model: WorldModel, clips: dict[str, Any], of: Callable[[tuple[Tens
 
 @options_of_all
 def test_causality_by_gradient(options: dict[str, Any]) -> None:
-    """Prediction k at n depends on frames <= n and actions < n + k; where real frames are given, on frames < n + k."""
+    """Prediction k at n depends on frames <= n and actions < n + k; where real frames are given, on frames < n + k.
+
+    That holds for k = 0 too: a masked frame is told from the actions before it.
+    """
     model = build(**options)
     clips, heads = clip(9, model), model.config.heads
     for i, offset in enumerate(heads.horizons.offsets):
@@ -161,12 +167,16 @@ def test_causality_by_gradient(options: dict[str, Any]) -> None:
             frames, *actions = gradients(model, clips, lambda outputs, i=i, n=n: outputs[i][:, n])  # type: ignore[misc]
             last = n + offset - 1 if heads.conditioning == "frames" else n
             assert (frames[:, : last + 1] > 0).all() and (frames[:, last + 1 :] == 0).all(), f"offset {offset}, {n}"
+            # A masked position has not seen the action of its own frame.
+            start = model.heads.window_start
             if actions:
-                assert (actions[0][:, : last + 1] > 0).all() and (actions[0][:, last + 1 :] == 0).all()
+                seen = torch.arange(actions[0].shape[1]) < last + start
+                assert ((actions[0] > 0) == seen).all(), f"offset {offset}, position {n}"
             if len(actions) == 2:
                 # Blocks on states read the windows of all positions <= n.
-                first = 1 if heads.attend == "states" and len(model.heads.blocks[i]) else n + 1  # type: ignore[arg-type]
-                window = (torch.arange(9) >= first) & (torch.arange(9) < n + offset) & (offset > 1)
+                on_states = heads.attend == "states" and len(model.heads.blocks[i]) > 0  # type: ignore[arg-type]
+                first = start if on_states else n + start
+                window = (torch.arange(9) >= first) & (torch.arange(9) < n + offset) & (offset > start)
                 assert ((actions[1] > 0) == window).all(), f"offset {offset}, position {n}"
 
 
@@ -304,6 +314,14 @@ def test_upsampler_is_trained_on_top() -> None:
     assert moved == {name for name, _ in model.named_parameters() if name.startswith("heads.upsampler")}
 
 
+def test_upsampler_reads_one_position() -> None:
+    upsampler = Upsampler(3, 2, 8)
+    nn.init.normal_(upsampler.give.weight)
+    small, seen = torch.randn(2, 4, 3, 4, 4, requires_grad=True), torch.randn(2, 4, 3, 8, 8, requires_grad=True)
+    for found in torch.autograd.grad(upsampler(small, seen)[:, 2].square().sum(), (small, seen)):
+        assert (found.flatten(2).norm(dim=-1) > 0).tolist() == [[False, False, True, False]] * 2
+
+
 def test_tokenised_targets_are_read_from_the_small_frames() -> None:
     model = build(**TOKENS, token_targets="tokenised", weights=(1.0, 0.5, 2.0))
     clips = targets(model, clip(8, model))
@@ -340,6 +358,33 @@ def test_recomputing_changes_no_gradient() -> None:
         model(**clips).total.backward()
         gradients_of[recompute] = [p.grad for p in model.parameters()]
     torch.testing.assert_close(gradients_of[True], gradients_of[False])
+
+
+def compiled_equals_eager(model: WorldModel, clips: dict[str, Any]) -> None:
+    """Without a graph break, forward and backward."""
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (model, compiled):
+        model.zero_grad()
+        loss = run(**clips)
+        loss.total.backward()
+        found.append((loss.total, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_compiles_whole() -> None:
+    model = build(trunk={"layers": 1, "recompute": True, "positions": "rope"})
+    compiled_equals_eager(model, clip(9, model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["blocks", "blocks on inputs", "frames", "upsampler", "tokens", "masked, blocks, tap"])
+def test_every_kind_of_model_compiles_whole(name: str) -> None:
+    model = build(**OPTIONS[name])
+    clips = clip(9, model)
+    if model.config.masked:
+        clips["token_mask"] = torch.rand(2, 9, 8, 8) < 0.5
+    compiled_equals_eager(model, clips)
 
 
 def test_rotary_positions_tell_the_order_of_frames() -> None:

@@ -15,6 +15,7 @@ from mfwm_kernels import Horizons, video_pyramid
 
 HORIZONS = Horizons((1, 2, 4), (1, 2, 4))
 MASKED = Horizons((0, 1, 3, 7), (1, 2, 4, 4))
+TOKENS: dict[str, Any] = {"output": "tokens", "vocabulary": 7}
 CONTEXT = 6
 
 
@@ -34,7 +35,7 @@ def build(ids: int = 1, trunk: dict[str, Any] | None = None, **options: Any) -> 
 
 
 def masked_model(ids: int = 1, **options: Any) -> WorldModel:
-    heads: dict[str, Any] = {"horizons": MASKED, "output": "tokens", "vocabulary": 7, **options}
+    heads: dict[str, Any] = {"horizons": MASKED, **TOKENS, **options}
     return build(ids, {"masked": True}, **heads)
 
 
@@ -60,7 +61,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no actions": ({}, {"conditioning": "none"}),
     "continuous actions": ({"actions": 0, "action_size": 2}, {"lag_gate": True}),
     "upsampler": ({}, {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 4}),
-    "tokens": ({}, {"output": "tokens", "vocabulary": 7}),
+    "tokens": ({}, TOKENS),
     "latents": ({}, {"output": "latents", "residual": False}),
 }
 
@@ -75,6 +76,22 @@ def test_a_cache_changes_nothing(name: str, keep: int | None) -> None:
     cached = model.rollout(video, actions, 9, keep=keep)
     torch.testing.assert_close(cached, model.rollout(video, actions, 9, keep=keep, cached=False), atol=1e-4, rtol=1e-4)
     assert not torch.equal(cached[:, -1], cached[:, 0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"blocks": (1, 0, 0)}, {"horizons": MASKED, **TOKENS}], ids=["near blocks", "masked"]
+)
+def test_a_frame_depends_on_all_actions_before_it_and_on_no_other(options: dict[str, Any]) -> None:
+    model = build(trunk={"masked": "output" in options}, **options)
+    video, actions = begin(model)
+    assert actions is not None
+    rolled = model.rollout(video, actions, 6, masked_steps=3)
+    for changed_at in (3, 5, 8):
+        changed = actions.clone()
+        changed[:, changed_at] = (changed[:, changed_at] + 1) % 5
+        again = model.rollout(video, changed, 6, masked_steps=3)
+        first = changed_at + 1 - 4
+        assert torch.equal(again[:, :first], rolled[:, :first]) and not torch.equal(again[:, first], rolled[:, first])
 
 
 def test_rollout_is_the_last_position_of_predict_fed_back() -> None:
@@ -146,7 +163,7 @@ def test_a_policy_gives_the_actions_that_are_missing(trunk: dict[str, Any]) -> N
 
 
 def test_temperature_draws_tokens() -> None:
-    model = build(output="tokens", vocabulary=7)
+    model = build(**TOKENS)
     video, actions = begin(model)
 
     def rolled(temperature: float, seed: int) -> Tensor:
@@ -199,23 +216,6 @@ def test_masked_positions_have_seen_the_action_before_theirs() -> None:
                 assert torch.equal(a[:, n], b[:, n]) != sees, f"offset {offset}, position {n}"
 
 
-@pytest.mark.parametrize("options", [{}, {"blocks": (1, 0, 0, 1)}, {"conditioning": "none"}], ids=str)
-def test_masked_loss_falls_and_reaches_every_parameter(options: dict[str, Any]) -> None:
-    model = masked_model(**options).train()
-    video, actions = begin(model, frames=13)
-    video[:] = video[:, :1, :1, :1]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(15):
-        loss = model(video, actions)
-        losses.append(loss.total.item())
-        optimiser.zero_grad()
-        loss.total.backward()
-        assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
-        optimiser.step()
-    assert losses[-1] < 0.7 * losses[0], losses
-
-
 @pytest.mark.parametrize("ids", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"tap": 1}, {"blocks": (1, 0, 0, 0)}], ids=str)
 def test_masked_rollouts(ids: int, options: dict[str, Any]) -> None:
@@ -256,7 +256,7 @@ def test_maskgit_keeps_the_most_confident_tokens_first() -> None:
         assert torch.equal(ids[~mask], drawn[~mask])
 
 
-@pytest.mark.parametrize("options", [{"blocks": (0, 0, 1)}, {"output": "tokens", "vocabulary": 7}], ids=str)
+@pytest.mark.parametrize("options", [{"blocks": (0, 0, 1)}, TOKENS], ids=str)
 def test_drift_compares_each_horizon_with_the_frame_that_came(options: dict[str, Any]) -> None:
     """The far ones' predictions of it, made 2 and 4 frames earlier; NaN where these lie before the rollout."""
     model = build(**options)
