@@ -11,6 +11,8 @@ import torch
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.balance import surgery_scale
 from mfwm.blocks import SpaceTimeBlock, rotate, time_mask
+from mfwm.looking import look
+from mfwm.training import WorldModelLoss
 from mfwm.upsampler import Upsampler, patchify, unpatchify
 from torch import Tensor, nn
 
@@ -327,15 +329,27 @@ def test_tokenised_targets_are_read_from_the_small_frames() -> None:
     clips = targets(model, clip(8, model))
     loss = model(**clips)
     logits = model.predict(**clip_only(clips))
-    expected = []
+    expected, right = [], []
     for offset, factor, z in zip(*(HORIZONS.offsets, HORIZONS.factors), logits, strict=True):
         ids = clips["video"] if factor == 1 else clips["low_tokens"][factor]
         end = min(6, 8 - offset)
         expected.append(nn.functional.cross_entropy(z[:, :end].flatten(0, 3), ids[:, offset : offset + end].flatten()))
+        right.append((z[:, :end].argmax(-1) == ids[:, offset : offset + end]).float().mean())
     torch.testing.assert_close(loss.per_horizon, torch.stack(expected), check_dtype=False)
+    torch.testing.assert_close(loss.accuracy, torch.stack(right), check_dtype=False)
     assert loss.total.item() == pytest.approx(expected[0].item() + 0.5 * expected[1].item() + 2 * expected[2].item())
     with pytest.raises(ValueError, match=r"low_tokens must have the ids of factor 2, got factors \[4\]"):
         model(**{**clips, "low_tokens": {4: clips["low_tokens"][4]}})
+
+
+def test_accuracies_are_logged() -> None:
+    """Each times its horizon's share of what counts, as the losses are."""
+    model, shares = build(**TOKENS), torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.1, 0.25]])
+    clips = {**clip(8, model), "segment_ids": torch.zeros(2, 8, dtype=torch.int64)}
+    _, told = WorldModelLoss(model)(clips, shares)
+    accuracy = model(**clips).accuracy
+    assert accuracy is not None and torch.equal(told["accuracy"], accuracy * shares.diagonal())
+    assert torch.equal(look(model, clips)["accuracy"], accuracy)
 
 
 def clip_only(clips: dict[str, Any]) -> dict[str, Any]:

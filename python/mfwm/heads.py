@@ -218,6 +218,7 @@ class MultiFrameHeads(nn.Module):
                 token_mask=token_mask,
                 consistency_weights=consistency,
                 detach=config.detach,
+                return_accuracy=True,
             )
         else:
             loss = multi_horizon_loss(
@@ -266,12 +267,13 @@ class MultiFrameHeads(nn.Module):
                 weights=weights[chosen] if isinstance(weights, Tensor) else weights and [weights[i] for i in chosen],
                 segment_ids=segment_ids,
                 token_mask=token_mask if factor == 1 else None,
+                return_accuracy=True,
             )
             parts.append(part)
             order += chosen
         back = [order.index(i) for i in range(len(order))]
         total = torch.stack([part.total for part in parts]).sum()
-        fields = (torch.cat([part[f] for part in parts])[back] for f in range(1, 5))  # type: ignore[misc]
+        fields = (torch.cat([part[f] for part in parts])[back] for f in range(1, 6))  # type: ignore[misc]
         return HorizonLoss(total, *fields)
 
     def predict(

@@ -29,8 +29,8 @@ def psnr(squared_error: float) -> float:
 
 
 def look(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of the horizons [K], and where several share a hidden state how large their gradients into it are, and
-    their cosines.
+    """Losses of the horizons [K], accuracies of tokens, and where several share a hidden state how large their gradients
+    into it are, and their cosines.
 
     Costs a forward of the model and a backward of the heads, and leaves no gradient in either.
     """
@@ -46,6 +46,8 @@ def look(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         outputs = model.heads.outputs(video=video, grad_monitor=monitor, **states)
         loss = model.heads.loss(outputs, video, segment_ids=segments, token_mask=mask)
         figures = {"per_horizon": loss.per_horizon}
+        if loss.accuracy is not None:
+            figures["accuracy"] = loss.accuracy
         if monitor is not None:
             torch.autograd.grad(loss.total, states["hidden"])
             figures |= {"gradient_norms": monitor.norms, "gradient_cosines": monitor.cosines}

@@ -60,11 +60,14 @@ class WorldModelLoss(Objective):
 
     def forward(self, clips: dict[str, Tensor], shares: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.model(clips["video"], clips.get("actions"), clips["segment_ids"], shares=shares)
-        per_horizon, consistency = loss.per_horizon, loss.consistency
+        told = {"per_horizon": loss.per_horizon, "consistency": loss.consistency}
+        if loss.accuracy is not None:
+            told["accuracy"] = loss.accuracy
         if shares is not None:
-            per_horizon = per_horizon * shares.diagonal()
-            consistency = consistency * (shares[0] if consistency.ndim == 1 else shares)
-        return loss.total, {"per_horizon": per_horizon, "consistency": consistency}
+            for name, means in told.items():
+                of_pairs = shares[0] if means.ndim == 1 else shares
+                told[name] = means * (of_pairs if name == "consistency" else shares.diagonal())
+        return loss.total, told
 
     def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         figures = {name: value.tolist() for name, value in look(self.model, clips).items()}
