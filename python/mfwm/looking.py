@@ -29,8 +29,8 @@ def psnr(squared_error: float) -> float:
 
 
 def look(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of the horizons [K], accuracies of tokens, and where several share a hidden state how large their gradients
-    into it are, and their cosines.
+    """Losses of the horizons [K], accuracies of tokens, and where several share a hidden state how large their
+    gradients into it are, and their cosines.
 
     Costs a forward of the model and a backward of the heads, and leaves no gradient in either.
     """
