@@ -363,6 +363,20 @@ def test_latents_have_no_bounds() -> None:
     assert max(prediction.abs().max() for prediction in build().predict(**clips)) == 1
 
 
+def test_a_window_is_what_a_layer_reaches() -> None:
+    """Two layers: twice as far. Of the trunk, and of a horizon's blocks on top of it."""
+    model = build(trunk={"positions": "rope", "window": 2}, blocks=(0, 0, 1))
+    clips = clip(6, model)
+    for i, reach in ((0, 2), (2, 3)):
+        frames, *_ = gradients(model, clips, lambda outputs, i=i: outputs[i][:, 5])  # type: ignore[misc]
+        assert ((frames > 0) == (torch.arange(6) >= 5 - reach)).all()
+    segments = torch.tensor([[0, 0, 1, 1, 1]])
+    mask = time_mask(segments, 5, window=2)
+    assert mask is not None and mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]
+    ]  # fmt: skip
+
+
 def test_recomputing_changes_no_gradient() -> None:
     gradients_of = {}
     clips = clip(10)
@@ -535,6 +549,7 @@ def test_continuous_actions_and_the_monitor() -> None:
             {"frame": (1, 4, 4), "patch": 4, "heads": HeadsConfig(**TOKENS)},
             "patch must be 1 for frames of tokens, got 4",
         ),
+        ({"window": 4}, 'window must be >= 1, with positions "rope"; got 4, with positions "learned"'),
         ({"width": 96, "head_width": 3, "positions": "rope"}, "head_width must be even for rotary positions, got 3"),
     ],
 )

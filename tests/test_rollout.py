@@ -23,9 +23,10 @@ def build(ids: int = 1, trunk: dict[str, Any] | None = None, **options: Any) -> 
     torch.manual_seed(0)
     heads = HeadsConfig(**{"horizons": HORIZONS, **options})
     tokens = heads.output == "tokens"
-    sizes: dict[str, Any] = {"actions": 0 if heads.conditioning == "none" else 5, **(trunk or {})}
+    actions = 0 if heads.conditioning == "none" else 5
+    sizes: dict[str, Any] = {"actions": actions, "context": CONTEXT, **(trunk or {})}
     config = WorldModelConfig(
-        (ids, 8, 8) if tokens else (3, 16, 16), 1 if tokens else 4, 32, 2, 16, context=CONTEXT, heads=heads, **sizes
+        (ids, 8, 8) if tokens else (3, 16, 16), 1 if tokens else 4, 32, 2, 16, heads=heads, **sizes
     )
     model = WorldModel(config)
     for head in model.heads.heads:
@@ -54,6 +55,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "rope": ({"positions": "rope"}, {}),
     "tap": ({}, {"tap": 1}),
+    "window": ({"positions": "rope", "window": 2}, {}),
+    "window, near blocks": ({"positions": "rope", "window": 3}, {"blocks": (2, 0, 0), "tap": 1}),
     "near blocks": ({}, {"blocks": (1, 0, 0)}),
     "near blocks on inputs": ({}, {"blocks": (2, 0, 0), "attend": "inputs"}),
     "near blocks and tap": ({}, {"blocks": (1, 0, 1), "tap": 1}),
@@ -71,11 +74,43 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_a_cache_changes_nothing(name: str, keep: int | None) -> None:
     """From half the context where it is full, or from as much of it as fits."""
     trunk, options = MODELS[name]
+    if "window" in trunk and keep is not None:
+        return
     model = build(trunk=trunk, **options)
     video, actions = begin(model)
     cached = model.rollout(video, actions, 9, keep=keep)
     torch.testing.assert_close(cached, model.rollout(video, actions, 9, keep=keep, cached=False), atol=1e-4, rtol=1e-4)
     assert not torch.equal(cached[:, -1], cached[:, 0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"blocks": (2, 0, 0)}, {"blocks": (2, 0, 0), "attend": "inputs"}, {"horizons": MASKED, **TOKENS}],
+    ids=["plain", "near blocks", "near blocks on inputs", "masked"],
+)
+def test_a_window_rolls_on_past_the_context(options: dict[str, Any]) -> None:
+    """As a model does that sees all frames at once. A long beginning counts as far as the window reaches."""
+    trunk = {"positions": "rope", "window": 3, "masked": "horizons" in options}
+    model, whole = (build(trunk={**trunk, "context": context}, **options) for context in (CONTEXT, 40))
+    video, actions = begin(model, frames=14, actions=34)
+    assert actions is not None
+    rolled = model.rollout(video, actions, 20, masked_steps=1)
+    frames = torch.cat([video if model.tokens else video_pyramid(video, (1,))[0], rolled], dim=1)
+    for step in (0, 1, 7, 19):
+        seen = 14 + step
+        if model.config.masked:
+            unknown = torch.zeros(2, seen + 1, 8, 8, dtype=torch.bool)
+            unknown[:, -1] = True
+            states = whole.states(frames[:, : seen + 1], actions[:, : seen + 1], None, unknown)
+            with torch.no_grad():
+                logits = whole.heads.predict(video=frames[:, : seen + 1], near_only=True, **states)[0]
+            assert torch.equal(rolled[:, step], logits[:, -1].argmax(-1))
+        else:
+            following = whole.predict(frames[:, :seen], actions[:, :seen], near_only=True)[0][:, -1]
+            torch.testing.assert_close(rolled[:, step], following, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rolled, model.rollout(video, actions, 20, masked_steps=1, cached=False))
+    with pytest.raises(ValueError, match="keep must be None for a model with a window, got 3"):
+        model.rollout(video, actions, 2, keep=3)
 
 
 @pytest.mark.parametrize(
@@ -109,18 +144,19 @@ def test_rollout_is_the_last_position_of_predict_fed_back() -> None:
         window, end = torch.cat([window, following[:, None]], dim=1), end + 1
 
 
-def test_memory_stays_flat() -> None:
-    model = build(blocks=(1, 0, 0))
+@pytest.mark.parametrize("trunk", [{}, {"positions": "rope", "window": 3}], ids=["context", "window"])
+def test_memory_stays_flat(trunk: dict[str, Any]) -> None:
+    model = build(trunk=trunk, blocks=(1, 0, 0))
     video, actions = begin(model, actions=64)
     (frames,) = video_pyramid(video, (1,))
-    roller = Roller(model, frames, actions, keep=3)
-    with torch.no_grad():
-        for _ in range(40):
-            roller.step()
-            memory = roller.memory
-            assert memory.frames is not None and memory.frames.shape[1] <= CONTEXT
-            assert all(x.shape[1] <= CONTEXT for x in memory.states.values())
-            assert all(cache.keys is not None and cache.keys.shape[2] == CONTEXT for cache in memory.caches)
+    roller = Roller(model, frames, actions)
+    for _ in range(40):
+        roller.step()
+        memory = roller.memory
+        assert memory.frames is not None and memory.frames.shape[1] <= CONTEXT
+        assert memory.actions is not None and memory.actions.shape[1] <= CONTEXT
+        assert all(x.shape[1] <= CONTEXT for x in memory.states.values())
+        assert all(cache.keys is not None and cache.keys.shape[2] <= CONTEXT for cache in memory.caches)
 
 
 def test_of_a_long_beginning_the_last_frames_are_seen() -> None:

@@ -51,22 +51,46 @@ class SpaceAttention(Attention):
 
 
 class TimeCache:
-    """Keys and values of one layer for the frames so far, in room for `context` of them."""
+    """Keys and values of one layer for the frames so far, those that attention can still reach.
 
-    def __init__(self, context: int):
-        self.context, self.length = context, 0
+    Args:
+        context: frames to make room for.
+        window: frames that attention reaches, its own included; None: all.
+    """
+
+    def __init__(self, context: int, window: int | None = None):
+        self.window = window
+        self.room = context if window is None else 2 * window
+        # Frames so far, and the first one that is held.
+        self.length, self.first = 0, 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
+    def rewind(self, length: int) -> None:
+        """Forget the frames after the first `length`, those of the last `extend` at most; or all, for 0."""
+        self.length = length
+        self.first = min(self.first, length)
+
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of new frames [B, S * heads, t, head_width]; returns those of all frames."""
-        if self.keys is None or self.values is None:
-            room = (*keys.shape[:2], self.context, keys.shape[3])
-            self.keys, self.values = keys.new_empty(room), values.new_empty(room)
-        first, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, first : self.length] = keys
-        self.values[:, :, first : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        """Add those of new frames [B, S * heads, t, head_width]; returns those that any of them can reach."""
+        new, held = keys.shape[2], self.length - self.first
+        if self.keys is None or self.values is None or held + new > self.room:
+            reached = held if self.window is None else min(held, self.window - 1)
+            self.room = max(self.room, reached + new)
+            self.keys = self._moved(self.keys, keys, held - reached, held)
+            self.values = self._moved(self.values, values, held - reached, held)
+            self.first, held = self.length - reached, reached
+        start = 0 if self.window is None else max(0, held - self.window + 1)
+        self.keys[:, :, held : held + new] = keys
+        self.values[:, :, held : held + new] = values
+        self.length += new
+        return self.keys[:, :, start : held + new], self.values[:, :, start : held + new]
+
+    def _moved(self, old: Tensor | None, like: Tensor, first: int, end: int) -> Tensor:
+        buffer = like.new_empty(*like.shape[:2], self.room, like.shape[3])
+        if old is not None:
+            buffer[:, :, : end - first] = old[:, :, first:end]
+        return buffer
 
 
 class TimeAttention(Attention):
@@ -87,8 +111,8 @@ class TimeAttention(Attention):
         k, v = self._keys_values(x_BTSD, first)
         if cache is not None:
             k, v = cache.extend(k, v)
-            mask_B1TT = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(first)[None, None]
-        return self.join(attend(q, k, v, mask_B1TT, causal=mask_B1TT is None), x_BTSD)
+            mask_B1TT = None if q.shape[2] == 1 else within(q.shape[2], k.shape[2], cache.window, q.device)
+        return self.join(attend(q, k, v, mask_B1TT, causal=cache is None and mask_B1TT is None), x_BTSD)
 
     def append(self, x_BTSD: Tensor, seen_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         """Position n of x attends to positions <= n of `seen` and to itself, as if it stood after them."""
@@ -192,15 +216,24 @@ class Join(nn.Module):
         )
 
 
-def time_mask(segment_ids: Tensor | None, positions: int) -> Tensor | None:
-    """[B, 1, T, T] bool, True where position n (row) may attend to m (column): m <= n in the segment of n.
+def within(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, 1, queries, keys] bool for the last `queries` of `keys` positions: which see which, themselves included."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return (seen if window is None else seen.triu(keys - queries - window + 1))[None, None]
 
-    None without segments: scaled_dot_product_attention then makes the causal mask itself.
+
+def time_mask(
+    segment_ids: Tensor | None, positions: int, window: int | None = None, device: torch.device | None = None
+) -> Tensor | None:
+    """[B, 1, T, T] bool, True where position n (row) may attend to m (column): n - window < m <= n in the segment of n.
+
+    None where only m <= n counts: scaled_dot_product_attention then makes the causal mask itself.
     """
     if segment_ids is None:
-        return None
+        return None if window is None else within(positions, positions, window, torch.device(device or "cpu"))
     ids = segment_ids[:, :positions]
-    return (ids[:, :, None] == ids[:, None, :]).tril()[:, None]
+    same = (ids[:, :, None] == ids[:, None, :])[:, None]
+    return same & within(positions, positions, window, ids.device)
 
 
 def initialise(module: nn.Module, depth: int) -> None:

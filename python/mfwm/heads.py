@@ -48,6 +48,7 @@ class MultiFrameHeads(nn.Module):
         head_width: of the attention in the horizons' blocks; it divides width.
         rotary: whether these blocks rotate queries and keys by their position in time. They always do with attend
             "inputs", which come without a time.
+        window: frames back that these blocks attend to, their own included; None: all.
         window_start: 1, or 0 where the hidden state of n has not seen action n, which then is the first in between.
     """
 
@@ -60,13 +61,15 @@ class MultiFrameHeads(nn.Module):
         channels: int = 3,
         head_width: int = 32,
         rotary: bool = False,
+        window: int | None = None,
         window_start: int = 1,
     ):
         super().__init__()
         if width % head_width:
             raise ValueError(f"head_width must divide width = {width}, got {head_width}")
         self.config = config = config or HeadsConfig()
-        self.channels, self.patch_size, self.window_start = channels, patch_size, window_start
+        self.channels, self.patch_size = channels, patch_size
+        self.window, self.window_start = window, window_start
         self.patches, self.pools = config.layout(patch_size)
         self.tokens, self.residual = config.output == "tokens", config.residual and config.output != "tokens"
         count = len(config.horizons)
@@ -417,7 +420,7 @@ class MultiFrameHeads(nn.Module):
             )
             return [out.flatten(2, 3) for out in patches]
         conditioned = fan_out(hidden, actions, horizons, pool=self.pools[part], **conditioning)
-        mask = time_mask(segment_ids, hidden.shape[1])
+        mask = time_mask(segment_ids, hidden.shape[1], self.window, hidden.device)
         pairs = zip(chosen, conditioned, strict=True)
         return [self._read(i, self._transform(i, state, inputs, mask)) for i, state in pairs]
 
@@ -445,7 +448,7 @@ class MultiFrameHeads(nn.Module):
     def _chained(self, hidden: Tensor, inputs: Tensor, chosen: range, segment_ids: Tensor | None) -> list[Tensor]:
         """The states of conditioning "frames": horizon i goes on from the last earlier one whose grid it can pool."""
         offsets, pools = self.config.horizons.offsets, self.pools
-        mask = time_mask(segment_ids, hidden.shape[1])
+        mask = time_mask(segment_ids, hidden.shape[1], self.window, hidden.device)
         states: dict[int, Tensor] = {}
         for i in chosen:
             state, pool, first = hidden, pools[i], 1

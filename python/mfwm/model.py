@@ -32,6 +32,8 @@ class WorldModelConfig:
     action_size: length of a continuous action vector; 0 where actions are discrete.
     positions: how the trunk knows the time of a frame: an embedding "learned" for each position of the context, or
         queries and keys rotated by it ("rope").
+    window: frames that attention in time reaches, its own included; None: all. A rollout then costs one position a
+        frame however long it gets, past the context too, which is why it needs "rope".
     masked: MaskGIT: position n sees frame n with most tokens masked, and the action before it. Horizon 0, of offset 0,
         predicts the masked ones; the article's offsets are 0, 1, 3, 7.
     recompute: activation checkpointing: keep only what enters a trunk layer, and run it again in the backward.
@@ -48,6 +50,7 @@ class WorldModelConfig:
     actions: int = 15
     action_size: int = 0
     positions: Literal["learned", "rope"] = "learned"
+    window: int | None = None
     masked: bool = False
     recompute: bool = False
     heads: HeadsConfig = field(default_factory=HeadsConfig)
@@ -62,6 +65,10 @@ class WorldModelConfig:
             raise ValueError(f"head_width must divide width = {self.width}, got {self.head_width}")
         if self.head_width % 2 and (self.positions == "rope" or self.heads.attend == "inputs"):
             raise ValueError(f"head_width must be even for rotary positions, got {self.head_width}")
+        if self.window is not None and (self.window < 1 or self.positions != "rope"):
+            raise ValueError(
+                f'window must be >= 1, with positions "rope"; got {self.window}, with positions "{self.positions}"'
+            )
         if self.actions and self.action_size:
             raise ValueError(
                 f"actions are discrete or continuous: got actions = {self.actions}, action_size = {self.action_size}"
@@ -121,6 +128,7 @@ class WorldModel(nn.Module):
             channels=channels,
             head_width=config.head_width,
             rotary=rotary,
+            window=config.window,
             window_start=0 if config.masked else 1,
         )
         self.mask = nn.Parameter(0.1 * torch.randn(config.width)) if config.masked else None
@@ -179,17 +187,17 @@ class WorldModel(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The hidden state [B, T, H, W, D] that the horizons share, and the near horizon's own where heads.tap is set.
 
-        inputs [B, T, H, W, D] as from `embedded`, at most `context` positions; segment_ids [B, T]: attention stays
-        within one; caches: a TimeCache per layer, of the frames before these, which join them.
+        inputs [B, T, H, W, D] as from `embedded`, at most `context` positions, or any number with a window; segment_ids
+        [B, T]: attention stays within one; caches: a TimeCache per layer, of the frames before these, which join them.
         """
         tap, first = self.config.heads.tap, 0 if caches is None else caches[0].length
         end = first + inputs.shape[1]
-        if end > self.config.context:
+        if end > self.config.context and self.config.window is None:
             raise ValueError(f"video must have at most context = {self.config.context} frames, got {end}")
         x_BTSD = inputs.flatten(2, 3)
         if self.time is not None:
             x_BTSD = x_BTSD + self.time[first:end]
-        mask = time_mask(segment_ids, inputs.shape[1])
+        mask = time_mask(segment_ids, inputs.shape[1], self.config.window, inputs.device)
         shared = None
         for depth, layer in enumerate(self.layers):
             cache = None if caches is None else caches[depth]
@@ -270,8 +278,8 @@ class WorldModel(nn.Module):
         """Closed loop: `steps` frames [B, steps, ...] after `video`, each fed back; pixels in [-1, 1].
 
         actions [B, T0 + steps - 1 or more], for T0 frames of video: the action taken at every frame, real or generated;
-        those that it lacks come from `policy`. The model remembers at most the last `context` frames. The rest as in
-        rollout.Roller.
+        those that it lacks come from `policy`. The model remembers at most the last `context` frames, or as many as its
+        window reaches. The rest as in rollout.Roller.
         """
         check_rollout(self, video, actions, steps, policy)
         roller = Roller(

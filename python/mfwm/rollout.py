@@ -35,26 +35,31 @@ def random_actions(model: WorldModel, generator: torch.Generator | None = None) 
 class Memory:
     """The last frames and actions, and what the trunk has made of them: a new frame costs one position.
 
-    Where the context is full, the trunk starts anew from the last `keep` frames. Memory so stays flat, and what comes
-    out is what the model gives for these frames without a cache.
+    A model with a window goes on for ever. Of another, the trunk starts anew from the last `keep` frames where the
+    context is full. Either way memory stays flat, and what comes out is what the model gives without a cache.
     """
 
     def __init__(self, model: WorldModel, keep: int, cached: bool):
         self.model, self.keep, self.cached = model, keep, cached
-        # Blocks attend to the states of earlier positions; without them the heads read the last one alone.
-        self.history = any(model.config.heads.blocks or ())
+        config, blocks = model.config, max(model.config.heads.blocks or (0,))
+        # States that the heads read: without blocks the last one alone. And frames to make these anew from, with one
+        # more for the action before the first.
+        self.states_read = 1 if not blocks else config.context
+        self.frames_read = config.context
+        if config.window is not None:
+            self.states_read = 1 + blocks * (config.window - 1)
+            self.frames_read = 1 + self.states_read + config.layers * (config.window - 1)
         self.frames: Tensor | None = None
         self.actions: Tensor | None = None
-        self.caches = [TimeCache(model.config.context) for _ in model.layers]
+        # Of these frames, those in the caches.
+        self.known = 0
+        self.caches = [TimeCache(config.context, config.window) for _ in model.layers]
         self.states: dict[str, Tensor] = {}
 
     def _forget(self) -> None:
-        self._rewind(0)
-        self.states = {}
-
-    def _rewind(self, length: int) -> None:
+        self.known, self.states = 0, {}
         for cache in self.caches:
-            cache.length = length
+            cache.rewind(0)
 
     def remember(self, frames: Tensor, actions: Tensor | None) -> None:
         """Add frames [B, n, ...], with the action at each."""
@@ -62,29 +67,47 @@ class Memory:
         if actions is not None:
             self.actions = actions if self.actions is None else torch.cat([self.actions, actions], dim=1)
 
+    def _hold(self, count: int) -> None:
+        """Let go of all frames but the last `count`."""
+        assert self.frames is not None
+        self.known -= max(0, self.frames.shape[1] - count)
+        self.frames = self.frames[:, -count:]
+        self.actions = None if self.actions is None else self.actions[:, -count:]
+
+    def _make_room(self, more: int) -> None:
+        """So that the frames, and `more`, are within what the trunk can read at once."""
+        assert self.frames is not None
+        if self.model.config.window is not None:
+            if not self.cached:
+                self._hold(self.frames_read)
+        elif self.frames.shape[1] + more > self.model.config.context:
+            self._hold(self.keep)
+            self._forget()
+        if not self.cached:
+            self._forget()
+
     def read(self, candidate: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
         """The heads' hidden, near_hidden and inputs at the last positions.
 
         With candidate [B, 1, ...], tokens of the frame that follows, of which mask [B, 1, H, W] are not known, they end
         at that frame, which is not remembered.
         """
-        model = self.model
+        self._make_room(0 if candidate is None else 1)
         assert self.frames is not None
-        if self.frames.shape[1] + (candidate is not None) > model.config.context:
-            self.frames = self.frames[:, -self.keep :]
-            self.actions = None if self.actions is None else self.actions[:, -self.keep :]
-            self._forget()
-        if not self.cached:
-            self._forget()
-        known, frames = self.caches[0].length, self.frames.shape[1]
-        taken = model.action_embeddings(self.actions)
-        if frames > known:
-            self.states = self._extended(self.frames[:, known:], taken, known)
-        if candidate is None:
-            return self.states
-        extended = self._extended(candidate, taken, frames, mask)
-        self._rewind(frames)
-        return extended
+        taken = self.model.action_embeddings(self.actions)
+        if self.frames.shape[1] > self.known:
+            self.states = self._extended(self.frames[:, self.known :], taken, self.known)
+            self.known = self.frames.shape[1]
+        states = self.states
+        if candidate is not None:
+            length = self.caches[0].length
+            states = self._extended(candidate, taken, self.known, mask)
+            for cache in self.caches:
+                cache.rewind(length)
+        # A policy sees a whole context.
+        if self.model.config.window is not None and self.cached:
+            self._hold(max(self.model.config.context, self.states_read))
+        return states
 
     def _extended(
         self, frames: Tensor, taken: Tensor | None, first: int, mask: Tensor | None = None
@@ -95,9 +118,9 @@ class Memory:
         states = {"inputs": inputs, "hidden": hidden}
         if near_hidden is not None:
             states["near_hidden"] = near_hidden
-        if not self.history:
-            return {name: x[:, -1:] for name, x in states.items()}
-        return {name: torch.cat([self.states[name], x], dim=1) if self.states else x for name, x in states.items()}
+        if self.states and self.states_read > 1:
+            states = {name: torch.cat([self.states[name], x], dim=1) for name, x in states.items()}
+        return {name: x[:, -self.states_read :] for name, x in states.items()}
 
 
 class Roller:
@@ -109,7 +132,7 @@ class Roller:
         actions: the action at every frame, real or generated, as far as they are given; None without actions.
         policy: gives the actions after these.
         keep: frames to go on from where the context is full, half of it by default. With as many as fit, each step from
-            there on costs a whole context.
+            there on costs a whole context. A model with a window has no need of it.
         cached: whether past positions are kept; the results are the same.
         temperature: of tokens; 0 takes the most probable ones.
         masked_steps: steps of MaskGIT sampling.
@@ -131,6 +154,8 @@ class Roller:
     ):
         context = model.config.context
         most = context - model.config.masked
+        if keep is not None and model.config.window is not None:
+            raise ValueError(f"keep must be None for a model with a window, got {keep}")
         keep = max(1, context // 2) if keep is None else keep
         if not 1 <= keep <= most:
             raise ValueError(f"keep must be in 1..{most} for a context of {context}, got {keep}")
@@ -139,7 +164,7 @@ class Roller:
         self.memory = Memory(model, keep, cached)
         # The frame whose action is still to be taken, and how many stand before it.
         self.last, self.count = video[:, -1:], video.shape[1] - 1
-        first = max(0, self.count + 1 - most)
+        first = max(0, self.count + 1 - (most if model.config.window is None else self.memory.frames_read))
         if self.count > first:
             past = None if actions is None else actions[:, first : self.count]
             self.memory.remember(video[:, first:-1], past)
