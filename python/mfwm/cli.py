@@ -1,4 +1,4 @@
-"""The command line: mfwm collect | data | describe | train | evaluate | export | demo."""
+"""The command line: mfwm collect | data | describe | train... | encode | evaluate | export | demo."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from .demo import Demo
 from .describe import Describe
-from .presets import DEMO, PRESETS
+from .latent_actions_training import LatentActionsTraining
+from .presets import PRESETS
+from .tokenizer_training import TokenizerTraining
 from .training import TrainingConfig
 
 
@@ -142,9 +145,64 @@ class Train:
 
     def run(self) -> None:
         from .data import Replay
-        from .training import train
+        from .training import for_replay, train
 
         train(for_replay(self.config, Replay(self.config.data)), self.out)
+
+
+@dataclass
+class TrainTokenizer:
+    """Train a video tokenizer, and measure it on held-out levels; goes on where a run in `out` stopped."""
+
+    out: Path
+    config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from .tokenizer_training import evaluate_tokenizer, for_pixels, train_tokenizer
+
+        train_tokenizer(for_pixels(self.config), self.out)
+        print(json.dumps(evaluate_tokenizer(self.out), indent=2))
+
+
+@dataclass
+class TrainLatentActions:
+    """Train a model that infers actions from video, and measure it; goes on where a run in `out` stopped."""
+
+    out: Path
+    config: Annotated[LatentActionsTraining, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from .latent_actions_training import evaluate_latent_actions, train_latent_actions
+        from .tokenizer_training import for_pixels
+
+        train_latent_actions(for_pixels(self.config), self.out)
+        print(json.dumps(evaluate_latent_actions(self.out), indent=2))
+
+
+@dataclass
+class Encode:
+    """Write a replay buffer with a tokenizer's ids in place of frames, inferred codes in place of actions, or both."""
+
+    data: tyro.conf.Positional[str]
+    """A replay buffer of pixels: a directory, or a URL that fsspec knows."""
+    out: str
+    tokenizer: Path | None = None
+    """A run of train-tokenizer."""
+    latent_actions: Path | None = None
+    """A run of train-latent-actions."""
+    overwrite: bool = False
+    """Delete the replay buffer that stands in `out`."""
+
+    def run(self) -> None:
+        from .encode import encode
+
+        encode(
+            self.data,
+            self.out,
+            tokenizer=self.tokenizer,
+            latent_actions=self.latent_actions,
+            overwrite=self.overwrite,
+        )
 
 
 @dataclass
@@ -181,53 +239,6 @@ class Export:
         export(self.run_directory, self.out)
 
 
-@dataclass
-class Demo:
-    """From nothing to a report: collect real game frames, train, evaluate. Goes on where it stopped."""
-
-    out: Path = Path("runs/demo")
-    data: Path = Path("data/demo")
-    frames: int = 24_000
-    steps: int = DEMO.steps
-
-    def run(self) -> None:
-        from .collect import collect, default_environment
-        from .data import Replay
-        from .evaluation import evaluate
-        from .report import write_report
-        from .training import train
-
-        if not (self.data / "complete").exists():
-            collect(default_environment(), self.frames, self.data, overwrite=self.data.exists())
-            (self.data / "complete").touch()
-        train(for_replay(replace(DEMO, data=str(self.data), steps=self.steps), Replay(self.data)), self.out)
-        metrics = evaluate(self.out)
-        for k in metrics["psnr"]:
-            print(f"n + {k}: {metrics['psnr'][k]:.2f} dB, persistence {metrics['persistence_psnr'][k]:.2f} dB")
-        if "delta_psnr" in metrics:
-            print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
-        print(f"report: {write_report(self.out)}")
-
-
-def for_replay(config: TrainingConfig, replay: object) -> TrainingConfig:
-    """The config with the frame size and actions of the data."""
-    from .data import Replay
-
-    assert isinstance(replay, Replay)
-    if config.model.heads.vocabulary != replay.vocabulary:
-        raise ValueError(
-            f"model.heads.vocabulary must be that of the data, {replay.vocabulary} (0 for pixels), "
-            f"got {config.model.heads.vocabulary}"
-        )
-    model = replace(
-        config.model,
-        frame=replay.frame,
-        actions=replay.actions or 0,
-        action_size=0 if replay.actions else replay.action.shape[1],
-    )
-    return replace(config, model=model)
-
-
 def main() -> None:
     # The preset comes first: it decides the defaults of all the other flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -239,6 +250,9 @@ def main() -> None:
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Describe, tyro.conf.subcommand("describe")]
         | Annotated[Train, tyro.conf.subcommand("train", default=preset)]
+        | Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]
+        | Annotated[TrainLatentActions, tyro.conf.subcommand("train-latent-actions")]
+        | Annotated[Encode, tyro.conf.subcommand("encode")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Demo, tyro.conf.subcommand("demo")],

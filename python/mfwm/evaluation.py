@@ -1,7 +1,8 @@
 """mfwm evaluate: how good are the predictions on levels that the model has never seen?
 
 PSNR = 10 log10(2^2 / MSE), pixels in -1..1, the MSE over all clips. Everything is compared with persistence: the last
-frame that was seen, kept; rollouts also with those of another run, such as one that was trained on next frames alone.
+frame that was seen, kept; rollouts also with those of another run, such as one that was trained on next frames alone,
+and those of tokens with the true frames as the tokenizer gives them back, which they cannot be better than.
 Intervals are of 95%, by bootstrap over clips; those of a difference resample both sides alike.
 """
 
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from mfwm_kernels import Horizons, __version__, video_pyramid
@@ -27,10 +27,11 @@ from .intervals import drift_signal, interval
 from .looking import names_of
 from .lpips import LPIPS
 from .model import WorldModel, parameters_of
+from .quality import psnr, similarity, squared_error
 from .run_log import read_log
+from .token_evaluation import Decoder, decoder_of, token_measures, token_summary
 from .training import load_config, load_model
 
-PEAK = 2.0
 # Genie measures controllability after this many closed-loop steps.
 DELTA_STEP = 4
 CONTEXT = 4
@@ -38,11 +39,6 @@ ROLLOUT_STEPS = 12
 
 # What was measured on each clip, by name: [clips, K] or [clips, steps].
 Measures = dict[str, np.ndarray]
-
-
-def psnr(squared_error: np.ndarray | float) -> Any:
-    """dB, from a mean squared error."""
-    return 10 * np.log10(PEAK**2 / np.maximum(squared_error, 1e-12))
 
 
 def evaluate(
@@ -64,8 +60,6 @@ def evaluate(
     run = Path(run)
     model, config, step = load_model(run)
     horizons = config.model.heads.horizons
-    if config.model.heads.output == "tokens":
-        raise ValueError(f"{run} predicts tokens: pictures are compared here, and tokens have none without a decoder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
     rival = None if against is None else comparable(Path(against), config, horizons).to(device)
@@ -73,17 +67,27 @@ def evaluate(
     replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
     source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
+    decoder = decoder_of(replay, config.clip, held_out, device) if model.tokens else None
+    pictured = rolls(horizons) and (decoder is not None or not model.tokens)
+    if rival is not None and not pictured:
+        raise ValueError(f"against compares pictures, and those of {config.data} have no tokenizer here")
     chosen = np.random.default_rng(seed).choice(len(source), size=min(clips, len(source)), replace=False)
 
     began = time.perf_counter()
     parts: list[Measures] = []
     for start in tqdm(range(0, len(chosen), batch), desc="evaluate", unit="batch", disable=not progress):
-        held = {name: value.to(device) for name, value in source.batch(np.sort(chosen[start : start + batch])).items()}
-        part = open_loop(model, held)
-        if rolls(horizons):
-            part |= closed_loop(model, held, distance)
+        indices = np.sort(chosen[start : start + batch])
+        held = {name: value.to(device) for name, value in source.batch(indices).items()}
+        if model.tokens:
+            part = token_measures(model, held, shuffle(held["actions"]))
+        else:
+            part = open_loop(model, held)
+        if decoder is not None:
+            held["pixels"] = decoder.pixels(indices).to(device)
+        if pictured:
+            part |= closed_loop(model, held, distance, decoder)
         if rival is not None:
-            rolled = closed_loop(rival, held, distance)
+            rolled = closed_loop(rival, held, distance, decoder)
             part |= {f"against_{name}": values for name, values in rolled.items() if name.startswith("rollout_")}
         parts.append(part)
     measures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -148,11 +152,13 @@ def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
     return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in errors.items()}
 
 
-def closed_loop(model: WorldModel, clips: dict[str, Tensor], distance: LPIPS | None = None) -> Measures:
+def closed_loop(
+    model: WorldModel, clips: dict[str, Tensor], distance: LPIPS | None = None, decoder: Decoder | None = None
+) -> Measures:
     """[clips, steps] squared errors of a rollout from CONTEXT frames, of persistence, and with shuffled actions; SSIM;
     LPIPS; and drift: how far the far horizons' earlier predictions of a frame are from it, NaN where there was none."""
     video, actions = clips["video"], clips["actions"]
-    (truth,) = video_pyramid(video, (1,), dtype=torch.float32)
+    (truth,) = video_pyramid(video if decoder is None else clips["pixels"], (1,), dtype=torch.float32)
     steps = rollout_steps(video)
     seen = video[:, :CONTEXT]
     drift = None
@@ -164,6 +170,8 @@ def closed_loop(model: WorldModel, clips: dict[str, Tensor], distance: LPIPS | N
         rolled = model.rollout(seen, actions, steps)
     misled_actions = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
     misled = model.rollout(seen, misled_actions, min(steps, DELTA_STEP))
+    if decoder is not None:
+        rolled, misled = (decoder.pictures(torch.cat([seen, ids], dim=1), CONTEXT) for ids in (rolled, misled))
     kept = truth[:, CONTEXT - 1 : CONTEXT].expand(-1, steps, -1, -1, -1)
     future = truth[:, CONTEXT : CONTEXT + steps]
 
@@ -177,6 +185,8 @@ def closed_loop(model: WorldModel, clips: dict[str, Tensor], distance: LPIPS | N
         "rollout_ssim": similarity(rolled, future),
         "persistence_rollout_ssim": similarity(kept, future),
     }
+    if decoder is not None:
+        measures["tokenised_rollout_mse"] = per_step(decoder.pictures(video[:, : CONTEXT + steps], CONTEXT))
     if drift is not None:
         measures["drift"] = drift.cpu().numpy()
     if distance is not None:
@@ -201,22 +211,9 @@ def rollout_steps(video: Tensor) -> int:
     return min(ROLLOUT_STEPS, video.shape[1] - CONTEXT)
 
 
-def similarity(pictures: Tensor, truth: Tensor) -> np.ndarray:
-    """[clips, steps] structural similarity."""
-    values = structural_similarity_index_measure(
-        pictures.flatten(0, 1), truth.flatten(0, 1), data_range=PEAK, reduction="none"
-    )
-    return torch.as_tensor(values).view(truth.shape[:2]).cpu().numpy()  # type: ignore[arg-type]
-
-
 def shuffle(actions: Tensor) -> Tensor:
     """Each clip gets another clip's actions (in a batch of one: its own, backwards)."""
     return actions.flip(1) if len(actions) == 1 else actions.roll(1, dims=0)
-
-
-def squared_error(pictures: Tensor, truth: Tensor) -> Tensor:
-    """[clips] mean squared error."""
-    return (pictures - truth).square().flatten(1).mean(1)
 
 
 def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bool) -> dict[str, Any]:
@@ -230,13 +227,17 @@ def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bo
         return interval(seed, lambda a, b: psnr(a) - psnr(b), errors, others)
 
     means = {name: values.mean(0) for name, values in measures.items()}
-    metrics: dict[str, Any] = {
-        "psnr": by_horizon(psnr(means["horizon"])),
-        "persistence_psnr": by_horizon(psnr(means["horizon_persistence"])),
-        "psnr_gain_95": by_horizon(gain(measures["horizon"], measures["horizon_persistence"])),
-    }
-    if controlled:
-        metrics["delta_psnr_by_horizon"] = by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"]))
+    metrics: dict[str, Any]
+    if "bits" in measures:
+        metrics = token_summary(measures, names, controlled=controlled)
+    else:
+        metrics = {
+            "psnr": by_horizon(psnr(means["horizon"])),
+            "persistence_psnr": by_horizon(psnr(means["horizon_persistence"])),
+            "psnr_gain_95": by_horizon(gain(measures["horizon"], measures["horizon_persistence"])),
+        }
+        if controlled:
+            metrics["delta_psnr_by_horizon"] = by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"]))
     if "rollout_mse" not in measures:
         return metrics
     metrics["rollout_context"] = CONTEXT

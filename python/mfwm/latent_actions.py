@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ
 
 from mfwm_kernels import HorizonLoss, Horizons
 
 from .blocks import RMSNorm
 from .heads_config import HeadsConfig
 from .model import WorldModel, WorldModelConfig
-from .tokenizer import CausalStack, Patches, check_levels
+from .tokenizer import CausalStack, Patches, check_levels, quantiser
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,13 @@ class LatentActions(nn.Module):
         )
         self.norm = RMSNorm(config.width)
         self.project = nn.Linear(config.width, len(config.levels))
-        self.quantiser = FSQ(list(config.levels), preserve_symmetry=True)
+        self.quantiser = quantiser(config.levels, len(config.levels))
         self.decoder = WorldModel(config.decoder)
+
+    @property
+    def reach(self) -> int:
+        """How many frames back a code depends on."""
+        return self.encoder.reach
 
     def forward(self, video: Tensor, segment_ids: Tensor | None = None) -> HorizonLoss:
         """The mean squared error of each next frame, given its code.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +19,6 @@ def names_of(horizons: Horizons) -> list[str]:
     """A name per horizon: its offset; with its factor where several horizons share an offset: "1@1/4"."""
     pairs = zip(horizons.offsets, horizons.factors, strict=True)
     return [str(k) if horizons.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs]
-
-
-def psnr(squared_error: float) -> float:
-    """dB, from a mean squared error of pixels in [-1, 1]."""
-    return 10 * math.log10(4 / max(squared_error, 1e-12))
 
 
 def look(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from mfwm_kernels import Horizons
 from .heads_config import HeadsConfig
 from .model import WorldModelConfig
 from .sizes import TRUNKS, variants
+from .tokenizer import TokenizerConfig
 from .training import TrainingConfig
 
 # The run of benchmarks/results/demo.json: 4.3 million parameters; one block per far horizon on a grid of half the
@@ -30,9 +31,31 @@ DEMO = TrainingConfig(
     ),
 )
 
+# What the tokens of `mfwm demo --tokens` are predicted with.
+TOKENS = TrainingConfig(
+    data="",
+    batch=4,
+    steps=600,
+    lr=2e-3,
+    model=WorldModelConfig(
+        frame=(1, 8, 8),
+        patch=1,
+        width=128,
+        heads=HeadsConfig(
+            blocks=(0, 1, 1, 1),
+            lag_gate=True,
+            output="tokens",
+            vocabulary=TokenizerConfig().vocabulary,
+            shared_head=True,
+            weights=(1.0, 0.5, 0.25, 0.125),
+        ),
+    ),
+)
+
 PRESETS = {
     "plain": TrainingConfig(data=""),
     "demo": DEMO,
+    "tokens": TOKENS,
     # The demo's trunk with the next frame alone: what several frames are compared with.
     "demo-next-frame": replace(DEMO, model=replace(DEMO.model, heads=HeadsConfig(Horizons.next_frame()))),
     **{name: TrainingConfig(data="", model=variants(name)["cascade, blocks"]) for name in TRUNKS},

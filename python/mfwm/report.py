@@ -18,10 +18,11 @@ from torch import Tensor
 from mfwm_kernels import video_pyramid
 
 from .data import Clips, Replay, split_levels
-from .evaluation import CONTEXT, rollout_steps, rolls
+from .evaluation import CONTEXT, rollout_steps
 from .looking import names_of
 from .model import WorldModel
 from .run_log import read_log
+from .token_evaluation import decoder_of
 from .training import load_model
 
 matplotlib.use("Agg")
@@ -45,24 +46,40 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
     replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
     source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
-    candidates = source.batch(
-        np.random.default_rng(seed + 1).choice(len(source), size=min(32, len(source)), replace=False)
-    )
+    decoder = None
+    if model.tokens:
+        decoder = decoder_of(replay, config.clip, held_out, torch.device("cpu"))
+    indices = np.random.default_rng(seed + 1).choice(len(source), size=min(32, len(source)), replace=False)
+    candidates = source.batch(indices)
+    if decoder is not None:
+        candidates["pixels"] = decoder.pixels(indices)
     # The liveliest of a few clips: a clip in which nothing moves shows nothing.
-    motion = candidates["video"].float().diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
+    motion = candidates["pixels" if decoder else "video"].float().diff(dim=1).abs().flatten(1).mean(1)
     order = motion.argsort(descending=True)[:3]
     clips = {name: value[order] for name, value in candidates.items()}
 
     horizons = config.model.heads.horizons
-    sections = [
-        ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
-        ("Loss", picture(loss_curves(read_log(run / "log.jsonl"), names_of(horizons))), ""),
-        ("One position, all horizons", picture(strip(model, clips)), "Held-out level; far targets are smaller."),
-    ]
-    if rolls(horizons):
+    log = read_log(run / "log.jsonl")
+    if model.tokens:
+        sections = [
+            ("Prediction of tokens", token_table(metrics), TOKEN_NOTE),
+            ("Loss", picture(loss_curves(log, names_of(horizons), "cross-entropy, nats")), ""),
+        ]
+    else:
+        sections = [
+            ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
+            ("Loss", picture(loss_curves(log, names_of(horizons), "mean squared error")), ""),
+            ("One position, all horizons", picture(strip(model, clips)), "Held-out level; far targets are smaller."),
+        ]
+    if "rollout_psnr" in metrics:
         seen, actions, steps = clips["video"][:, :CONTEXT], clips["actions"], rollout_steps(clips["video"])
-        (truth,) = video_pyramid(clips["video"][:, : CONTEXT + steps], (1,), dtype=torch.float32)
-        rolled = torch.cat([truth[:, :CONTEXT], model.rollout(seen, actions, steps)], dim=1)
+        (truth,) = video_pyramid(
+            clips["pixels" if decoder else "video"][:, : CONTEXT + steps], (1,), dtype=torch.float32
+        )
+        rolled = model.rollout(seen, actions, steps)
+        if decoder is not None:
+            rolled = decoder.pictures(torch.cat([seen, rolled], dim=1), CONTEXT)
+        rolled = torch.cat([truth[:, :CONTEXT], rolled], dim=1)
         write_gif(run / "rollout.gif", truth, rolled)
         sections += [
             (
@@ -115,13 +132,37 @@ def table(metrics: dict[str, Any]) -> str:
         ]
         for k in metrics["psnr"]
     ]
-    sentence = ""
-    if "delta_psnr" in metrics:
-        sentence = (
-            f"<p>After {metrics['delta_psnr_step']} closed-loop steps, true minus shuffled actions: "
-            f"{metrics['delta_psnr']:+.2f} dB ({between(metrics['delta_psnr_95'], '+.2f')}).</p>"
-        )
-    return as_table([*header, *(["true minus shuffled actions"] if controlled else [])], rows) + sentence
+    header += ["true minus shuffled actions"] if controlled else []
+    return as_table(header, rows) + controlled_sentence(metrics)
+
+
+TOKEN_NOTE = (
+    "Held-out levels. Bits: -log2 of the probability that a cell of a horizon gives an id it covers; persistence: the "
+    "share of ids that stay as they are."
+)
+
+
+def token_table(metrics: dict[str, Any]) -> str:
+    labels = {
+        "bits_per_token": ("bits per token", ".2f"),
+        "bits_per_token_shuffled_actions": ("with shuffled actions", ".2f"),
+        "accuracy": ("accuracy", ".1%"),
+        "persistence_accuracy": ("persistence", ".1%"),
+    }
+    labels = {name: label for name, label in labels.items() if name in metrics}
+    rows = [
+        [k, *(f"{metrics[name][k]:{form}}" for name, (_, form) in labels.items())] for k in metrics["bits_per_token"]
+    ]
+    return as_table(["frames ahead", *(label for label, _ in labels.values())], rows) + controlled_sentence(metrics)
+
+
+def controlled_sentence(metrics: dict[str, Any]) -> str:
+    if "delta_psnr" not in metrics:
+        return ""
+    return (
+        f"<p>After {metrics['delta_psnr_step']} closed-loop steps, true minus shuffled actions: "
+        f"{metrics['delta_psnr']:+.2f} dB ({between(metrics['delta_psnr_95'], '+.2f')}).</p>"
+    )
 
 
 def between(interval: list[float], form: str) -> str:
@@ -157,13 +198,13 @@ def rollout_table(metrics: dict[str, Any]) -> str:
     return as_table([*header, *gains.values()], rows)
 
 
-def loss_curves(log: list[dict[str, Any]], names: list[str]) -> Figure:
+def loss_curves(log: list[dict[str, Any]], names: list[str], label: str) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2))
     steps = [row["step"] for row in log]
     losses = np.array([row["per_horizon"] for row in log])
     for i, name in enumerate(names):
         axes.plot(steps, smooth(losses[:, i]), label=f"n + {name}")
-    axes.set(xlabel="step", ylabel="mean squared error", yscale="log")
+    axes.set(xlabel="step", ylabel=label, yscale="log")
     axes.legend(frameon=False)
     return figure
 
@@ -206,7 +247,12 @@ def rollout_curves(metrics: dict[str, Any]) -> Figure:
     kinds = [kind for kind in ("psnr", "ssim", "lpips") if f"rollout_{kind}" in metrics]
     figure, panels = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.2), squeeze=False)
     steps = range(1, len(metrics["rollout_psnr"]) + 1)
-    lines = (("", "model", "-"), ("persistence_", "last frame kept", "--"), ("against_", "the other run", ":"))
+    lines = (
+        ("", "model", "-"),
+        ("persistence_", "last frame kept", "--"),
+        ("against_", "the other run", ":"),
+        ("tokenised_", "true tokens", "-."),
+    )
     for axes, kind in zip(panels[0], kinds, strict=True):
         for source, label, style in lines:
             name = f"{source}rollout_{kind}"

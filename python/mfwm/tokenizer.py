@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ
 
 from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
 
@@ -62,12 +62,22 @@ def check_levels(levels: tuple[int, ...]) -> None:
         raise ValueError(f"levels must be one or more numbers >= 2, got {levels}")
 
 
+def quantiser(levels: tuple[int, ...], width: int) -> Any:
+    """Finite scalar quantisation of [B, N, width], a module: it gives what is left of that, and the ids."""
+    # Here, because the package takes two seconds to load, and every command of mfwm loads this file.
+    from vector_quantize_pytorch import FSQ
+
+    return FSQ(list(levels), dim=width, preserve_symmetry=True)
+
+
 class CausalStack(nn.Module):
     """Space-time blocks whose attention in time sees the last `window` frames, by rotary positions."""
 
     def __init__(self, width: int, layers: int, head_width: int, mlp_ratio: int, window: int, tokens: int):
         super().__init__()
         self.window = window
+        # How many frames back what it gives depends on.
+        self.reach = layers * (window - 1)
         self.place = nn.Parameter(0.1 * torch.randn(tokens, width))
         self.layers = nn.ModuleList(SpaceTimeBlock(width, head_width, mlp_ratio, rotary=True) for _ in range(layers))
         initialise(self, depth=layers)
@@ -119,13 +129,18 @@ class Tokenizer(nn.Module):
         self.patches = Patches(config.frame, config.patch, config.width)
         self.encoder = CausalStack(*sizes, tokens)
         self.norm = RMSNorm(config.width)
-        self.quantiser = FSQ(list(config.levels), dim=config.width, preserve_symmetry=True)
+        self.quantiser = quantiser(config.levels, config.width)
         self.decoder = CausalStack(*sizes, tokens)
         # Position n gives frame n itself.
         itself = HeadsConfig(Horizons((0,), (1,)), conditioning="none", residual=False)
         self.heads = MultiFrameHeads(
             config.width, config.patch, itself, channels=config.frame[0], head_width=config.head_width
         )
+
+    @property
+    def reach(self) -> int:
+        """How many frames back the ids of a frame depend on, and a frame on ids."""
+        return self.encoder.reach
 
     def forward(self, video: Tensor, segment_ids: Tensor | None = None) -> HorizonLoss:
         """The mean squared error of the frames that come back.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from mfwm_kernels.horizons import counts_at
 
 from .checkpoints import Checkpoints
 from .data import Replay
-from .looking import look, names_of, psnr, strips
+from .looking import look, names_of, strips
 from .model import WorldModel, WorldModelConfig
+from .quality import psnr
 from .run_config import read
 from .trainer import Objective, Trainer, TrainerConfig
 
@@ -103,6 +104,22 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
         shown = trainer.held_out_clips(replay) if config.look_every else None
         trainer.fit(WorldModelLoss(model), trainer.sampler(replay), shown=shown, stop_after=stop_after)
     return model
+
+
+def for_replay(config: TrainingConfig, replay: Replay) -> TrainingConfig:
+    """The config with the frame size and actions of the data."""
+    if config.model.heads.vocabulary != replay.vocabulary:
+        raise ValueError(
+            f"model.heads.vocabulary must be that of the data, {replay.vocabulary} (0 for pixels), "
+            f"got {config.model.heads.vocabulary}"
+        )
+    model = replace(
+        config.model,
+        frame=replay.frame,
+        actions=replay.actions or 0,
+        action_size=0 if replay.actions else replay.action.shape[1],
+    )
+    return replace(config, model=model)
 
 
 def load_config(run: Path) -> TrainingConfig:

@@ -1,0 +1,81 @@
+"""mfwm demo: from nothing to a report, in pixels or in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .presets import DEMO, TOKENS
+
+
+@dataclass
+class Demo:
+    """From nothing to a report: collect real game frames, train, evaluate. Goes on where it stopped."""
+
+    out: Path | None = None
+    """By default runs/demo, or runs/demo-tokens."""
+    data: Path = Path("data/demo")
+    frames: int = 24_000
+    tokens: bool = False
+    """Train a tokenizer first, and a model that predicts its ids."""
+    steps: int | None = None
+    """Of the world model."""
+
+    def run(self) -> None:
+        from .collect import collect, default_environment
+
+        complete(self.data, lambda: collect(default_environment(), self.frames, self.data, overwrite=True))
+        if self.tokens:
+            self._tokens(self.out or Path("runs/demo-tokens"))
+        else:
+            self._pixels(self.out or Path("runs/demo"))
+
+    def _pixels(self, out: Path) -> None:
+        from .data import Replay
+        from .evaluation import evaluate
+        from .report import write_report
+        from .training import for_replay, train
+
+        config = replace(DEMO, data=str(self.data), steps=self.steps or DEMO.steps)
+        train(for_replay(config, Replay(self.data)), out)
+        metrics = evaluate(out)
+        for k in metrics["psnr"]:
+            print(f"n + {k}: {metrics['psnr'][k]:.2f} dB, persistence {metrics['persistence_psnr'][k]:.2f} dB")
+        if "delta_psnr" in metrics:
+            print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
+        print(f"report: {write_report(out)}")
+
+    def _tokens(self, out: Path) -> None:
+        from .data import Replay
+        from .encode import encode
+        from .evaluation import evaluate
+        from .report import write_report
+        from .tokenizer_training import TokenizerTraining, evaluate_tokenizer, for_pixels, train_tokenizer
+        from .training import for_replay, train
+
+        tokenizer, ids, model = out / "tokenizer", out / "ids", out / "model"
+        train_tokenizer(for_pixels(TokenizerTraining(str(self.data))), tokenizer)
+        frames = evaluate_tokenizer(tokenizer)
+        complete(ids, lambda: encode(self.data, ids, tokenizer=tokenizer, overwrite=True))
+        config = replace(TOKENS, data=str(ids), steps=self.steps or TOKENS.steps)
+        train(for_replay(config, Replay(ids)), model)
+        metrics = evaluate(model)
+        print(f"held-out frames come back from their tokens with {frames['psnr']:.2f} dB")
+        for k, bits in metrics["bits_per_token"].items():
+            print(f"n + {k}: {bits:.2f} bits per token of {frames['bits_per_token']:.2f}")
+        for step in (1, 4, len(metrics["rollout_psnr"])):
+            rolled, kept, best = (
+                metrics[f"{name}rollout_psnr"][step - 1] for name in ("", "persistence_", "tokenised_")
+            )
+            print(f"step {step}: {rolled:.2f} dB, persistence {kept:.2f} dB, true tokens {best:.2f} dB")
+        if "delta_psnr" in metrics:
+            print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
+        print(f"report: {write_report(model)}")
+
+
+def complete(folder: Path, make: Callable[[], None]) -> None:
+    """Make what belongs in a folder, unless an earlier run did so to the end."""
+    if not (folder / "complete").exists():
+        make()
+        (folder / "complete").touch()

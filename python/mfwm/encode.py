@@ -1,0 +1,100 @@
+"""mfwm encode: a replay buffer of a tokenizer's ids in place of frames, of inferred codes in place of actions, or both.
+
+Episodes, levels and their order stay, so clip i of either set is of the same frames. The attributes `pixels`,
+`tokenizer` and `latent_actions` say where frames and models are: evaluation then shows what tokens mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data import Replay
+from .data_check import location
+from .latent_actions import LatentActions
+from .latent_actions_training import load_latent_actions
+from .replay_writer import ReplayWriter
+from .tokenizer import Tokenizer
+from .tokenizer_training import load_tokenizer
+
+KEPT = ("env", "action_names", "noop", "action_repeat", "ticks_per_frame", "seed", "package", "package_version")
+ABOUT_ACTIONS = ("action_names", "noop", "action_repeat")
+PIECE = 64
+
+
+def encode(
+    data: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: Path | None = None,
+    latent_actions: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write the replay buffer `out` from the pixels of `data`.
+
+    tokenizer: a run of train-tokenizer, whose ids take the place of frames; without it frames stay.
+    latent_actions: a run of train-latent-actions, whose codes take the place of actions; without it actions stay.
+    overwrite: delete the replay buffer that stands in `out`.
+    """
+    if tokenizer is None and latent_actions is None:
+        raise ValueError("give tokenizer, latent_actions or both: else nothing changes")
+    replay = Replay(data)
+    if replay.vocabulary:
+        raise ValueError(f"data must be pixels, but {data} holds tokens")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attributes = {name: replay.attributes[name] for name in KEPT if name in replay.attributes}
+    attributes["pixels"] = str(absolute(data))
+    tokens: Tokenizer | None = None
+    codes: LatentActions | None = None
+    height, width = replay.frame[1:]
+    frame: dict[str, Any] = {"height": height, "width": width}
+    actions: dict[str, Any] = {"actions": replay.actions}
+    if not replay.actions:
+        actions["action_size"] = replay.action.shape[1]
+    if tokenizer is not None:
+        tokens = load_tokenizer(tokenizer)[0].to(device)
+        rows, columns = tokens.config.grid
+        frame = {"height": rows, "width": columns, "vocabulary": tokens.config.vocabulary}
+        attributes["tokenizer"] = str(absolute(tokenizer))
+    if latent_actions is not None:
+        codes = load_latent_actions(latent_actions)[0].to(device)
+        actions = {"actions": codes.config.codes}
+        attributes = {name: value for name, value in attributes.items() if name not in ABOUT_ACTIONS}
+        attributes["latent_actions"] = str(absolute(latent_actions))
+
+    writer = ReplayWriter(out, **frame, **actions, overwrite=overwrite, **attributes)
+    episodes = zip(replay.episode_starts, replay.episode_ends, replay.episode_level, strict=True)
+    bar = tqdm(total=replay.frames, desc="encode", unit="frame", disable=not progress, dynamic_ncols=True)
+    with bar:
+        for begin, end, level in episodes:
+            images = replay.read(np.arange(begin, end))
+            video = torch.from_numpy(images).permute(0, 3, 1, 2)[None].to(device)
+            action = replay.action[begin:end] if replay.action.ndim == 1 or replay.action.shape[1] else None
+            if tokens is not None:
+                images = in_pieces(tokens.encode, video, before=tokens.reach)[0].cpu().numpy()
+            if codes is not None:
+                action = in_pieces(codes.infer, video, before=codes.reach, after=1)[0].cpu().numpy()
+            writer.append(images, action, int(level))
+            bar.update(len(images))
+
+
+def in_pieces(give: Callable[[Tensor], Tensor], video: Tensor, *, before: int, after: int = 0) -> Tensor:
+    """give(video), of any length, a piece at a time: what it gives for frame n depends on n - before .. n + after."""
+    frames, parts = video.shape[1], []
+    for begin in range(0, frames, PIECE):
+        first, end = max(0, begin - before), min(frames, begin + PIECE)
+        parts.append(give(video[:, first : end + after])[:, begin - first : end - first])
+    return torch.cat(parts, dim=1)
+
+
+def absolute(path: str | Path) -> str | Path:
+    """So that it is found from any directory; URLs are as they are."""
+    place = location(path)
+    return place.absolute() if isinstance(place, Path) else place

@@ -1,0 +1,77 @@
+"""What evaluation measures of tokens: how well the next ones are predicted, and what pictures they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import Clips, Replay
+from .model import WorldModel
+from .tokenizer_training import load_tokenizer
+
+
+class Decoder:
+    """Pictures of the tokens of a set that mfwm encode wrote, by its tokenizer, and the frames that they were made of.
+
+    length, episodes: of the clips, which lie in one episode, as in Clips. ValueError where the frames are not those.
+    """
+
+    def __init__(self, replay: Replay, length: int, episodes: np.ndarray, device: torch.device) -> None:
+        pixels = Replay(replay.attributes["pixels"])
+        if not np.array_equal(pixels.episode_ends, replay.episode_ends):
+            raise ValueError(f"{replay.path} was not made of what {pixels.path} holds: their episodes differ")
+        self.clips = Clips(pixels, length, episodes=episodes, within_episode=True)
+        self.tokenizer = load_tokenizer(Path(replay.attributes["tokenizer"]))[0].to(device)
+
+    def pixels(self, indices: np.ndarray) -> Tensor:
+        """uint8 [B, T, C, height, width], the frames of the clips of these numbers."""
+        return self.clips.batch(indices)["video"]
+
+    def pictures(self, ids: Tensor, first: int) -> Tensor:
+        """Frames from `first` on, [B, T - first, C, height, width], of ids [B, T, H, W]."""
+        return self.tokenizer.decode(ids)[:, first:]
+
+
+def decoder_of(replay: Replay, length: int, episodes: np.ndarray, device: torch.device) -> Decoder | None:
+    """None for tokens of another tokenizer, such as imported ones, which have no pictures here."""
+    return Decoder(replay, length, episodes, device) if "tokenizer" in replay.attributes else None
+
+
+def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor) -> dict[str, np.ndarray]:
+    """[clips, K] of every horizon, over the positions that count and their ids.
+
+    bits: -log2 of the probability that a cell gives an id it covers; bits_shuffled: with the `shuffled` actions.
+    hits: the share of ids that are the likeliest of their cell; hits_persistence: of those that stay as they are.
+    """
+    ids, horizons = clips["video"], model.config.heads.horizons
+    ids = ids.unflatten(-1, (-1, 1)) if ids.ndim == 4 else ids
+    found: dict[str, list[Tensor]] = {name: [] for name in ("bits", "bits_shuffled", "hits", "hits_persistence")}
+    logits = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
+    misled = model.predict(clips["video"], shuffled, clips["segment_ids"])
+    for i, (offset, factor) in enumerate(zip(horizons.offsets, horizons.factors, strict=True)):
+        end = min(logits[i].shape[1], ids.shape[1] - offset)
+        truth, before = ids[:, offset : offset + end], ids[:, :end]
+        # [B, T, H / f, W / f, f, f, F], beside the logits' [B, T, H / f, W / f, (F,) V].
+        cells = truth.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).transpose(3, 4)
+        for name, given in (("bits", logits[i]), ("bits_shuffled", misled[i])):
+            scores = given[:, :end].unsqueeze(-2) if model.config.frame[0] == 1 else given[:, :end]
+            likely = scores.log_softmax(-1)[:, :, :, :, None, None].expand(*cells.shape, -1)
+            chosen = likely.gather(-1, cells[..., None])[..., 0]
+            found[name].append(-chosen.flatten(1).mean(1) / np.log(2))
+            if name == "bits":
+                hits = (scores.argmax(-1)[:, :, :, :, None, None] == cells).float()
+                found["hits"].append(hits.flatten(1).mean(1))
+        found["hits_persistence"].append((truth == before).float().flatten(1).mean(1))
+    return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in found.items()}
+
+
+def token_summary(measures: dict[str, np.ndarray], names: list[str], *, controlled: bool) -> dict[str, Any]:
+    """The metrics of token_measures; those with shuffled actions only where the model has some."""
+    labels = {"bits": "bits_per_token", "hits": "accuracy", "hits_persistence": "persistence_accuracy"}
+    if controlled:
+        labels["bits_shuffled"] = "bits_per_token_shuffled_actions"
+    return {label: dict(zip(names, measures[name].mean(0).tolist(), strict=True)) for name, label in labels.items()}

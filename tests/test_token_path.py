@@ -1,0 +1,187 @@
+"""From pixels to tokens and inferred actions, and to a world model of them: training, encoding, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm import encode as encode_module
+from mfwm.data import Clips, Replay
+from mfwm.encode import encode
+from mfwm.evaluation import evaluate
+from mfwm.latent_actions import LatentActionsConfig
+from mfwm.latent_actions_training import (
+    LatentActionsTraining,
+    evaluate_latent_actions,
+    load_latent_actions,
+    mutual_information,
+    train_latent_actions,
+)
+from mfwm.report import write_report
+from mfwm.run_log import read_log
+from mfwm.token_evaluation import Decoder, token_measures
+from mfwm.tokenizer import TokenizerConfig
+from mfwm.tokenizer_training import (
+    TokenizerTraining,
+    evaluate_tokenizer,
+    for_pixels,
+    load_tokenizer,
+    train_tokenizer,
+)
+from mfwm.training import TrainingConfig, for_replay, train
+from small_run import moving_squares
+
+from mfwm_kernels import Horizons
+
+SIZES: dict[str, Any] = {"patch": 4, "width": 32, "layers": 1, "head_width": 16}
+TRAINER: dict[str, Any] = {
+    "held_out": 0.2,
+    "warmup": 10,
+    "dtype": "float32",
+    "lr": 5e-3,
+    "look_every": 50,
+    "tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Moving squares, a tokenizer of them and a latent action model."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("tokens")
+    data = str(place / "data")
+    moving_squares(place / "data")
+    tokens = TokenizerConfig(**SIZES, levels=(5, 4, 3))
+    train_tokenizer(
+        for_pixels(TokenizerTraining(data, 100, 4, clip=6, model=tokens, **TRAINER)), place / "tok", progress=False
+    )
+    actions = LatentActionsConfig(**{**SIZES, "patch": 8}, context=6)
+    train_latent_actions(
+        for_pixels(LatentActionsTraining(data, 250, 4, clip=7, model=actions, **TRAINER)), place / "lam", progress=False
+    )
+    return place
+
+
+def test_held_out_frames_come_back(place: Path) -> None:
+    looks = [row["held_out"]["psnr"][0] for row in read_log(place / "tok" / "log.jsonl") if "held_out" in row]
+    assert looks[-1] > looks[0]
+    metrics = evaluate_tokenizer(place / "tok", clips=16)
+    replay = Replay(place / "data")
+    grey = 10 * np.log10(4 / (replay.video / 127.5).var())
+    assert metrics["psnr"] > grey + 3
+    assert 2 < metrics["ids_used"] <= metrics["vocabulary"] == 60
+    assert 1 < metrics["bits_per_token"] < np.log2(60) and metrics["held_out_levels"] == 2
+
+
+def test_codes_tell_the_next_frame_and_the_true_action(place: Path) -> None:
+    metrics = evaluate_latent_actions(place / "lam", clips=32)
+    assert metrics["delta_psnr_95"][0] > 0.3 and metrics["psnr"] > metrics["persistence_psnr"]
+    assert metrics["mutual_information_bits"] > metrics["mutual_information_of_random_codes_bits"] + 0.2
+    assert metrics["mutual_information_bits"] <= metrics["code_entropy_bits"] <= 3
+    assert sum(metrics["code_shares"]) == pytest.approx(1)
+
+
+def test_mutual_information() -> None:
+    a, b = np.array([0, 0, 1, 1]), np.array([0, 3, 0, 3])
+    assert mutual_information(a, b) == pytest.approx(0)
+    assert mutual_information(a, a) == mutual_information(a, 1 - a) == pytest.approx(1)
+    # 3 of 4 agree: H(1/2) - H(1/4, 3/4 given each side).
+    assert mutual_information(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])) == pytest.approx(0.311278)
+
+
+def test_encoded_sets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids and codes of episodes taken in pieces are those of whole episodes, beside the same levels."""
+    monkeypatch.setattr(encode_module, "PIECE", 16)
+    encode(place / "data", place / "both", tokenizer=place / "tok", latent_actions=place / "lam", progress=False)
+    pixels, encoded = Replay(place / "data"), Replay(place / "both")
+    assert encoded.frame == (1, 4, 4) and encoded.vocabulary == 60 and encoded.actions == 8
+    assert np.array_equal(encoded.episode_ends, pixels.episode_ends)
+    assert np.array_equal(encoded.episode_level, pixels.episode_level)
+    tokens, codes = load_tokenizer(place / "tok")[0], load_latent_actions(place / "lam")[0]
+    episode = torch.from_numpy(pixels.video[40:80]).permute(0, 3, 1, 2)[None]
+    assert np.array_equal(encoded.video[40:80], tokens.encode(episode)[0])
+    assert np.array_equal(encoded.action[40:80], codes.infer(episode)[0])
+    encode(place / "data", place / "coded", latent_actions=place / "lam", progress=False)
+    coded = Replay(place / "coded")
+    assert np.array_equal(coded.video, pixels.video) and np.array_equal(coded.action, encoded.action)
+    with pytest.raises(ValueError, match=r"data must be pixels, but .* holds tokens"):
+        encode(place / "both", place / "again", tokenizer=place / "tok")
+    with pytest.raises(ValueError, match="give tokenizer, latent_actions or both"):
+        encode(place / "data", place / "again")
+    with pytest.raises(ValueError, match=r"was not made of what .* holds: their episodes differ"):
+        coded.attributes = {"pixels": str(place / "data"), "tokenizer": str(place / "tok")}
+        coded.episode_ends = coded.episode_ends[1:]
+        Decoder(coded, 6, np.arange(2), torch.device("cpu"))
+
+
+def token_model(**options: Any) -> WorldModelConfig:
+    heads = HeadsConfig(Horizons((1, 2, 4), (1, 2, 4)), output="tokens", vocabulary=60, **options)
+    return WorldModelConfig((1, 4, 4), 1, 32, 2, 16, context=8, actions=4, heads=heads)
+
+
+def test_bits_are_the_loss(place: Path) -> None:
+    """And hits those of the likeliest id of each cell."""
+    model = WorldModel(token_model())
+    ids, actions = torch.randint(0, 60, (3, 12, 4, 4)), torch.randint(0, 4, (3, 12))
+    clips = {"video": ids, "actions": actions, "segment_ids": torch.zeros(3, 12, dtype=torch.int64)}
+    measures = token_measures(model, clips, actions.roll(1, 0))
+    loss = model(ids, actions)
+    torch.testing.assert_close(
+        torch.from_numpy(measures["bits"] * np.log(2)).mean(0), loss.per_horizon, check_dtype=False
+    )
+    assert not np.allclose(measures["bits"], measures["bits_shuffled"])
+    likeliest = model.predict(ids, actions)[1].argmax(-1)
+    enlarged = likeliest.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert measures["hits"][:, 1] == pytest.approx((enlarged == ids[:, 2:10]).float().mean(dim=(1, 2, 3)).numpy())
+    assert measures["hits_persistence"][:, 2] == pytest.approx(
+        (ids[:, :8] == ids[:, 4:]).float().mean((1, 2, 3)).numpy()
+    )
+
+
+def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
+    """At the trained tokenizer's quality: true tokens bound it, and untrained it keeps no picture."""
+    encode(place / "data", place / "ids", tokenizer=place / "tok", progress=False)
+    replay = Replay(place / "ids")
+    config = TrainingConfig(str(place / "ids"), 3, 4, clip=12, model=token_model(blocks=(0, 1, 1)), **TRAINER)
+    train(for_replay(config, replay), place / "run", progress=False)
+    metrics = evaluate(place / "run", clips=6, batch=3, progress=False)
+    assert list(metrics["bits_per_token"]) == list(metrics["accuracy"]) == ["1", "2", "4"]
+    true_tokens, model = np.array(metrics["tokenised_rollout_psnr"]), np.array(metrics["rollout_psnr"])
+    assert true_tokens.shape == (8,) and (true_tokens > model).all()
+    assert metrics["delta_psnr_step"] == 4 and "drift" in metrics
+    page = write_report(place / "run").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "bits per token" in page
+    assert (place / "run" / "rollout.gif").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"heads.vocabulary must be that of the data, 60 .*, got 61"):
+        wrong = replace(config.model.heads, vocabulary=61)
+        for_replay(replace(config, model=replace(config.model, heads=wrong)), replay)
+
+
+def test_imported_tokens_have_figures_and_no_pictures(place: Path, tmp_path: Path) -> None:
+    encode(place / "data", tmp_path / "ids", tokenizer=place / "tok", progress=False)
+    attributes = tmp_path / "ids" / ".zattrs"
+    attributes.write_text(attributes.read_text().replace('"tokenizer"', '"somebody"'))
+    config = TrainingConfig(str(tmp_path / "ids"), 1, 4, clip=12, model=token_model(), **TRAINER)
+    train(config, tmp_path / "run", progress=False)
+    metrics = evaluate(tmp_path / "run", clips=4, batch=2, progress=False)
+    assert metrics["accuracy"] and "rollout_psnr" not in metrics
+    assert "bits per token" in write_report(tmp_path / "run").read_text()
+    with pytest.raises(ValueError, match=r"against compares pictures, and those of .* have no tokenizer here"):
+        evaluate(tmp_path / "run", against=tmp_path / "run", clips=4, batch=2, progress=False)
+
+
+def test_clips_of_both_sets_are_of_the_same_frames(place: Path) -> None:
+    encode(place / "data", place / "same", tokenizer=place / "tok", progress=False)
+    replay, episodes = Replay(place / "same"), np.array([3, 5])
+    decoder = Decoder(replay, 6, episodes, torch.device("cpu"))
+    indices = np.array([4, 40])
+    clips = Clips(replay, 6, episodes=episodes, within_episode=True).batch(indices)
+    # Encoded on their own they lack the frames before them: the last ids see all that they need.
+    ids = decoder.tokenizer.encode(decoder.pixels(indices))
+    assert torch.equal(ids[:, 3:], clips["video"][:, 3:])
+    assert decoder.pictures(ids, 2).shape == (2, 4, 3, 16, 16)
