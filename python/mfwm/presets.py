@@ -34,8 +34,8 @@ DEMO = TrainingConfig(
 # What the tokens of `mfwm demo --tokens` are predicted with.
 TOKENS = TrainingConfig(
     data="",
-    batch=4,
-    steps=600,
+    batch=2,
+    steps=700,
     lr=2e-3,
     model=WorldModelConfig(
         frame=(1, 8, 8),
