@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from mfwm import HeadsConfig, WorldModelConfig
@@ -135,15 +137,20 @@ def test_damaged_videos_are_left_out_when_asked(squares: list[np.ndarray], video
 # ---- LeRobot
 
 
-def write_lerobot(folder: Path, squares: list[np.ndarray], version: str, **action: Any) -> None:
-    """The parts of a LeRobot data set that say what belongs together, with the paths of LeRobot's own writer."""
+def write_lerobot(
+    folder: Path, squares: list[np.ndarray], version: str, *, leave_out: int | None = None, value: float | None = None
+) -> None:
+    """The parts of a LeRobot data set that say what belongs together, with the paths of LeRobot's own writer.
+
+    leave_out: a frame that the (first) video lacks; value: of action 4 of episode 1.
+    """
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     tables, rows, start = [], [], 0
     for e, frames in enumerate(squares):
         steps = np.arange(len(frames))
         actions = np.stack([e + steps / 10, -steps], axis=1).astype(np.float32)
-        if e == 1 and "value" in action:
-            actions[4, 1] = action["value"]
+        if e == 1 and value is not None:
+            actions[4, 1] = value
         columns = {"action": actions.tolist(), "timestamp": steps / RATE, "frame_index": steps}
         tables.append(pa.table({**columns, "episode_index": np.full(len(frames), e), "index": start + steps}))
         rows.append({"episode_index": e, "tasks": ["move"], "length": len(frames)})
@@ -165,16 +172,39 @@ def write_lerobot(folder: Path, squares: list[np.ndarray], version: str, **actio
         info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
         for e, frames in enumerate(squares):
             pq.write_table(tables[e], folder / f"data/chunk-000/episode_{e:06d}.parquet")
-            write_mp4(folder / f"videos/chunk-000/{CAMERA}/episode_{e:06d}.mp4", frames, action.get("leave_out"))
+            write_mp4(folder / f"videos/chunk-000/{CAMERA}/episode_{e:06d}.mp4", frames, leave_out)
         lines = [json.dumps({name: row[name] for name in ("episode_index", "tasks", "length")}) for row in rows]
         (folder / "meta/episodes.jsonl").write_text("\n".join(lines))
     else:
         info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
         info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
         pq.write_table(pa.concat_tables(tables), folder / "data/chunk-000/file-000.parquet")
-        write_mp4(folder / f"videos/{CAMERA}/chunk-000/file-000.mp4", np.concatenate(squares), action.get("leave_out"))
+        write_mp4(folder / f"videos/{CAMERA}/chunk-000/file-000.mp4", np.concatenate(squares), leave_out)
         pq.write_table(pa.Table.from_pylist(rows), folder / "meta/episodes/chunk-000/file-000.parquet")
     (folder / "meta/info.json").write_text(json.dumps(info))
+
+
+def pictures_in_the_table(folder: Path, squares: list[np.ndarray]) -> None:
+    """Pictures where the videos stood, and discrete actions: the number of the episode."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    shutil.rmtree(folder / "videos")
+    for e, (path, frames) in enumerate(zip(sorted(folder.glob("data/*/*.parquet")), squares, strict=True)):
+        cells = [{"bytes": iio.imwrite("<bytes>", img, extension=".png"), "path": None} for img in frames]
+        table = pq.read_table(path).drop_columns(["action"])
+        table = table.append_column("action", pa.array([e] * len(frames))).append_column(CAMERA, pa.array(cells))
+        pq.write_table(table, path)
+    info = json.loads((folder / "meta/info.json").read_text())
+    info["features"] = {"action": {"dtype": "int64", "shape": [1]}, CAMERA: {"dtype": "image", "shape": [32, 32, 3]}}
+    (folder / "meta/info.json").write_text(json.dumps(info))
+
+
+def test_pictures_of_lerobot_are_imported(squares: list[np.ndarray], tmp_path: Path) -> None:
+    write_lerobot(tmp_path / "lerobot", squares, "v2.1")
+    pictures_in_the_table(tmp_path / "lerobot", squares)
+    import_lerobot(tmp_path / "lerobot", tmp_path / "set", progress=False)
+    replay = Replay(tmp_path / "set")
+    assert np.array_equal(replay.video, np.concatenate(squares)) and replay.actions == 3
+    assert np.array_equal(replay.action, np.repeat([0, 1, 2], LENGTHS))
 
 
 CAMERA = "observation.images.top"
@@ -193,6 +223,11 @@ def test_lerobot_is_imported(squares: list[np.ndarray], tmp_path: Path, version:
         import_lerobot(tmp_path / "lerobot", tmp_path / "wrist", camera="wrist", progress=False)
 
 
+def lose_places(folder: Path) -> None:
+    pq, path = pytest.importorskip("pyarrow.parquet"), folder / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path).drop_columns([f"videos/{CAMERA}/from_timestamp"]), path)
+
+
 def lengthen(folder: Path) -> None:
     path = folder / "meta/episodes.jsonl"
     path.write_text(path.read_text().replace('"length": 9', '"length": 8'))
@@ -207,6 +242,7 @@ def lengthen(folder: Path) -> None:
         ("v2.1", {}, lambda p: cut(p / "data/chunk-000/episode_000001.parquet"), r"000001.parquet cannot be read", 2),
         ("v3.0", {"leave_out": 12}, None, r"file-000.mp4 must have a frame at 1.200 s, got one at 1.300 s", 2),
         ("v2.1", {}, lengthen, r"info.json says total_frames = 22, its episodes have 21", 0),
+        ("v3.0", {}, lose_places, r"the episodes in meta must have videos/observation.images.top/from_timestamp", 0),
         ("v1.6", {}, None, r"codebase_version must be v2 or v3, got 'v1.6'", 0),
     ],
 )  # fmt: skip

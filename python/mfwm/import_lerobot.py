@@ -15,6 +15,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class LeRobot:
         if "action" not in features:
             raise ValueError(f"{folder}/meta/info.json: features must have action, got {', '.join(features)}")
         self.discrete = "int" in features["action"]["dtype"] and list(features["action"]["shape"]) == [1]
-        self.table = lru_cache(maxsize=1)(self._table)
+        self.table = lru_cache(maxsize=2)(self._table)
         # The video file being read, the number of its next frame, and the frames from there.
         self.open: tuple[Path | None, int, Iterator[tuple[float, np.ndarray]]] = (None, 0, iter(()))
 
@@ -95,16 +96,25 @@ class LeRobot:
             rows = []
             for path in sorted((self.folder / "meta/episodes").glob("*/*.parquet")):
                 rows += self._table(path, None).to_pylist()
+        wanted = {"episode_index", "length"}
+        if not self.one_file_an_episode:
+            videos = () if self.in_table else (f"videos/{self.camera}",)
+            wanted |= {f"{part}/{name}_index" for part in ("data", *videos) for name in ("chunk", "file")}
+            wanted |= {f"{part}/from_timestamp" for part in videos}
+        if lacking := [name for name in sorted(wanted) if any(row.get(name) is None for row in rows)]:
+            raise ValueError(f"{self.folder}: the episodes in meta must have {', '.join(lacking)}")
         for name, have in (("total_episodes", len(rows)), ("total_frames", sum(row["length"] for row in rows))):
-            if self.info[name] != have:
-                raise ValueError(
-                    f"{self.folder}: meta/info.json says {name} = {self.info[name]}, its episodes have {have}"
-                )
+            if (said := self.info.get(name)) != have:
+                raise ValueError(f"{self.folder}: meta/info.json says {name} = {said}, its episodes have {have}")
         return rows
 
     def action_count(self, episodes: list[dict[str, Any]]) -> int:
-        """One more than the largest discrete action."""
-        return max(int(self.actions(row).max()) for row in episodes) + 1
+        """One more than the largest discrete action. An episode that cannot be read is named when its turn comes."""
+        largest = 0
+        for row in episodes:
+            with suppress(ValueError):
+                largest = max(largest, int(self.actions(row).max()))
+        return largest + 1
 
     def episode(self, row: dict[str, Any]) -> Episode:
         action = self.actions(row)
