@@ -21,8 +21,10 @@ from mfwm_kernels.check import TOLERANCE, converted, doubled, relative_error, te
 from mfwm_kernels.registry import OPS, Op, use_backend
 
 from . import rivals
-from .measure import Contender, Timing, copies_for, interleaved, rates, roofs
+from .measure import Contender, Timing, copies_for, interleaved, multiplied, rates, roofs
 
+# Not a rival: the part of the work that is torch's in ours too. Its error is not asked for.
+PRODUCTS = "matrix products"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Formula = Callable[..., tuple[Tensor, ...]]
 
@@ -151,12 +153,14 @@ def measure(op: Op, size: str, dtype_name: str, device: torch.device, budget: fl
         except Exception as error:  # A rival that fails is a row of the table, not the end of the benchmark.
             rows[name]["status"] = failure(error)
         release(device)
+    if op.name in rivals.PRODUCTS:
+        ready.append(Contender(PRODUCTS, [rivals.PRODUCTS[op.name](kwargs, multiplied(dtype, device))]))
+        rows[PRODUCTS] = {"op": op.name, "size": size, "dtype": dtype_name, "contender": PRODUCTS, "error": None}
     times = interleaved(ready, device, budget)
     roof = rates(times, device)
     floor = max(cost.bytes / roof["bytes_per_s"], cost.flops / roof["flops_per_s"])
     compiled = times.get("torch.compile")
-    for name in formulas:
-        row = rows[name]
+    for name, row in rows.items():
         if name in times:
             row.update(status="ok", **figures(times[name]))
             row.update(
@@ -211,9 +215,10 @@ def line_of(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return head + row["status"]
     ratio = "" if row["to_compile"] is None else f"{row['to_compile']:7.2f}x compile"
+    error = "" if row["error"] is None else f"  error {row['error']:.0e}"
     return head + (
         f"{row['median_ms']:10.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f}){row['share_of_roof']:7.0%} of roof"
-        f"{ratio}  error {row['error']:.0e}"
+        f"{ratio}{error}"
     )
 
 

@@ -30,11 +30,10 @@ from mfwm.model import WorldModel, WorldModelConfig
 from torch import Tensor
 
 from mfwm_kernels import HorizonLoss, Horizons
-from mfwm_kernels.cpu import product_dtype
 
 from . import rivals
 from .bench_ops import failure, figures, release
-from .measure import Contender, interleaved
+from .measure import Contender, interleaved, multiplied
 
 CONTENDERS = ("eager", "torch.compile", "mfwm", "mfwm + torch.compile")
 OFFSETS = (1, 2, 4, 8)
@@ -80,7 +79,7 @@ def sizes_of(device: torch.device) -> list[str]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    return product_dtype(torch.bfloat16) if device.type == "cpu" else torch.bfloat16
+    return multiplied(torch.bfloat16, device)
 
 
 def next_frame(config: WorldModelConfig) -> WorldModelConfig:

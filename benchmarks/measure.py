@@ -159,15 +159,17 @@ def _cpu_caches() -> list[int]:
     return sizes
 
 
-def roofs(device: torch.device, dtype: torch.dtype) -> dict[str, Contender]:
-    """A copy and a matrix product, to be timed among the contenders; `rates` makes rates of their times.
+def multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matrix products are measured in: `dtype`, or on a CPU that does not multiply that in hardware, fp32."""
+    return product_dtype(dtype) if device.type == "cpu" else dtype
 
-    The product is in `dtype`, or on a CPU that does not multiply that in hardware, in fp32.
-    """
+
+def roofs(device: torch.device, dtype: torch.dtype) -> dict[str, Contender]:
+    """A copy and a matrix product, to be timed among the contenders; `rates` makes rates of their times."""
     elements = 2**28 if device.type == "cuda" else 2**25
     source, target = (torch.zeros(elements, dtype=torch.uint8, device=device) for _ in range(2))
     side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device).to(product_dtype(dtype) if device.type == "cpu" else dtype)
+    a = torch.randn(side, side, device=device).to(multiplied(dtype, device))
     product = torch.empty_like(a)
     return {
         "copy": Contender("copy", [lambda: target.copy_(source)]),

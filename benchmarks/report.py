@@ -12,10 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .bench_ops import PRODUCTS
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: made by python -m benchmarks.report -->", "<!-- end of results -->"
 DEFAULT_ALLOCATOR = "-default-allocator"
-ORDER = ("eager", "torch.compile", "F.linear_cross_entropy", "Liger", "CCE", "QuACK")
+ORDER = (PRODUCTS, "eager", "torch.compile", "F.linear_cross_entropy", "Liger", "CCE", "QuACK")
 
 
 def load() -> dict[str, dict[str, Any]]:
@@ -44,7 +46,8 @@ def ops_table(results: dict[str, Any], dtype: str) -> str:
             lines.append([*head, row["status"], "", "", ""])
             continue
         ratio = "" if row["to_compile"] is None else f"{row['to_compile']:.2f}x"
-        lines.append([*head, milliseconds(row), f"{row['share_of_roof']:.0%}", ratio, f"{row['error']:.0e}"])
+        error = "" if row["error"] is None else f"{row['error']:.0e}"
+        lines.append([*head, milliseconds(row), f"{row['share_of_roof']:.0%}", ratio, error])
     head = ("op", "size", "contender", "ms, median (20 to 80 %)", "of the roof", "to torch.compile", "error")
     return table(head, lines)
 
@@ -58,7 +61,7 @@ def best(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, An
     """Per op, size and dtype: the fastest of ours, and the fastest rival."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in sorted(results["ops"], key=place):
-        if row["status"] == "ok":
+        if row["status"] == "ok" and row["contender"] != PRODUCTS:
             groups.setdefault((row["op"], row["size"], row["dtype"]), []).append(row)
     for rows in groups.values():
         ours = [row for row in rows if row["contender"].startswith("mfwm")]
@@ -160,7 +163,8 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
         "# Benchmarks",
         "`make bench` (or `python -m benchmarks`) measures this machine: forward and backward of every op at the sizes "
         "of its record, eager PyTorch, torch.compile and the libraries that do the same work beside it, each checked "
-        "against the fp64 reference before it is timed, all of them interleaved. The roof of a row is the larger of "
+        "against the fp64 reference before it is timed, all of them interleaved; the bare matrix products of the token "
+        "loss stand beside it. The roof of a row is the larger of "
         "the fewest bytes over the copy bandwidth and the FLOPs over the rate of a large matrix product, both measured "
         "in the same run. Then the multi-frame tax: a training step with four horizons over the same trunk's "
         "next-frame step. `python -m benchmarks.report` makes this page.",

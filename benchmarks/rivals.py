@@ -164,6 +164,28 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
 }
 
 
+# ---- the bare matrix products of an op, forward and backward: what its time would be if nothing surrounded them
+
+
+def cross_entropy_products(kwargs: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
+    """Rows of all horizons at once; the logits stand for their gradients."""
+    rows = torch.cat([state.detach().flatten(0, 3) for state in kwargs["inputs"]]).to(dtype)
+    weight = kwargs["weight"].detach().to(dtype)
+    logits, of_rows, of_weight = rows @ weight.t(), torch.empty_like(rows), torch.empty_like(weight)
+
+    def call() -> None:
+        torch.mm(rows, weight.t(), out=logits)
+        torch.mm(logits, weight, out=of_rows)
+        torch.mm(logits.t(), rows, out=of_weight)
+
+    return call
+
+
+PRODUCTS: dict[str, Callable[[dict[str, Any], torch.dtype], Callable[[], None]]] = {
+    "multi_horizon_linear_cross_entropy": cross_entropy_products,
+}
+
+
 # ---- other libraries: linear cross-entropy of rows [N, D] of one horizon, with ids [N]; torch's with mixes [N, V] too
 
 
