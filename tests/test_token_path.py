@@ -22,6 +22,7 @@ from mfwm.latent_actions_training import (
     mutual_information,
     train_latent_actions,
 )
+from mfwm.replay_writer import ReplayWriter
 from mfwm.report import write_report
 from mfwm.run_log import read_log
 from mfwm.token_evaluation import Decoder, token_measures
@@ -39,6 +40,7 @@ from small_run import moving_squares
 from mfwm_kernels import Horizons
 
 SIZES: dict[str, Any] = {"patch": 4, "width": 32, "layers": 1, "head_width": 16}
+SMALL_ACTIONS = LatentActionsConfig(**{**SIZES, "patch": 8}, context=6)
 TRAINER: dict[str, Any] = {
     "held_out": 0.2,
     "warmup": 10,
@@ -60,10 +62,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(
         for_pixels(TokenizerTraining(data, 100, 4, clip=6, model=tokens, **TRAINER)), place / "tok", progress=False
     )
-    actions = LatentActionsConfig(**{**SIZES, "patch": 8}, context=6)
-    train_latent_actions(
-        for_pixels(LatentActionsTraining(data, 250, 4, clip=7, model=actions, **TRAINER)), place / "lam", progress=False
-    )
+    config = for_pixels(LatentActionsTraining(data, 250, 4, clip=7, model=SMALL_ACTIONS, **TRAINER))
+    train_latent_actions(config, place / "lam", progress=False)
     return place
 
 
@@ -119,6 +119,27 @@ def test_encoded_sets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Decoder(coded, 6, np.arange(2), torch.device("cpu"))
 
 
+def test_video_without_actions_trains_the_same_world_model(place: Path) -> None:
+    """Its codes stand where actions would; tokens alone leave it without."""
+    labelled = Replay(place / "data")
+    writer = ReplayWriter(place / "plain", 16, 16, actions=None)
+    for begin, end in zip(labelled.episode_starts, labelled.episode_ends, strict=True):
+        writer.append(labelled.video[begin:end], None)
+    config = for_pixels(LatentActionsTraining(str(place / "plain"), 2, 4, clip=7, model=SMALL_ACTIONS, **TRAINER))
+    train_latent_actions(config, place / "plain_lam", progress=False)
+    assert "mutual_information_bits" not in evaluate_latent_actions(place / "plain_lam", clips=4)
+    encode(place / "plain", place / "plain_coded", latent_actions=place / "lam", progress=False)
+    coded = Replay(place / "plain_coded")
+    assert coded.actions == 8 and np.array_equal(coded.video, labelled.video)
+    heads = HeadsConfig(Horizons((1, 2), (1, 2)))
+    small = WorldModelConfig(patch=4, width=32, layers=1, heads=heads)
+    training = TrainingConfig(str(place / "plain_coded"), 1, 4, clip=6, model=small, **TRAINER)
+    model = train(for_replay(training, coded), place / "plain_run", progress=False)
+    assert model.config.actions == 8
+    encode(place / "plain", place / "plain_ids", tokenizer=place / "tok", progress=False)
+    assert Replay(place / "plain_ids").action.shape == (480, 0)
+
+
 def token_model(**options: Any) -> WorldModelConfig:
     heads = HeadsConfig(Horizons((1, 2, 4), (1, 2, 4)), output="tokens", vocabulary=60, **options)
     return WorldModelConfig((1, 4, 4), 1, 32, 2, 16, context=8, actions=4, heads=heads)
@@ -160,6 +181,18 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
     with pytest.raises(ValueError, match=r"heads.vocabulary must be that of the data, 60 .*, got 61"):
         wrong = replace(config.model.heads, vocabulary=61)
         for_replay(replace(config, model=replace(config.model, heads=wrong)), replay)
+
+
+def test_masked_models_are_rolled_out(place: Path, tmp_path: Path) -> None:
+    """Their likeliest ids of tokens that they see would say nothing."""
+    encode(place / "data", tmp_path / "ids", tokenizer=place / "tok", progress=False)
+    model = token_model()
+    model = replace(model, masked=True, heads=replace(model.heads, horizons=Horizons((0, 1), (1, 2))))
+    config = TrainingConfig(str(tmp_path / "ids"), 1, 4, clip=6, model=model, **TRAINER)
+    train(config, tmp_path / "run", progress=False)
+    metrics = evaluate(tmp_path / "run", clips=2, batch=2, progress=False)
+    assert len(metrics["rollout_psnr"]) == 2 and "bits_per_token" not in metrics
+    assert "Closed-loop rollout" in write_report(tmp_path / "run").read_text()
 
 
 def test_imported_tokens_have_figures_and_no_pictures(place: Path, tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from .data import Clips, Replay, split_levels
 from .intervals import drift_signal, interval
 from .looking import names_of
 from .lpips import LPIPS
-from .model import WorldModel, parameters_of
+from .model import WorldModel, WorldModelConfig, parameters_of
 from .quality import psnr, similarity, squared_error
 from .run_log import read_log
 from .token_evaluation import Decoder, decoder_of, token_measures, token_summary
-from .training import load_config, load_model
+from .training import TrainingConfig, load_config, load_model
 
 # Genie measures controllability after this many closed-loop steps.
 DELTA_STEP = 4
@@ -62,13 +62,13 @@ def evaluate(
     horizons = config.model.heads.horizons
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
-    rival = None if against is None else comparable(Path(against), config, horizons).to(device)
+    rival = None if against is None else comparable(Path(against), config).to(device)
     distance = None if lpips is None else LPIPS(lpips).to(device)
     replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
     source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
     decoder = decoder_of(replay, config.clip, held_out, device) if model.tokens else None
-    pictured = rolls(horizons) and (decoder is not None or not model.tokens)
+    pictured = rolls(config.model) and (decoder is not None or not model.tokens)
     if rival is not None and not pictured:
         raise ValueError(f"against compares pictures, and those of {config.data} have no tokenizer here")
     chosen = np.random.default_rng(seed).choice(len(source), size=min(clips, len(source)), replace=False)
@@ -78,10 +78,11 @@ def evaluate(
     for start in tqdm(range(0, len(chosen), batch), desc="evaluate", unit="batch", disable=not progress):
         indices = np.sort(chosen[start : start + batch])
         held = {name: value.to(device) for name, value in source.batch(indices).items()}
-        if model.tokens:
-            part = token_measures(model, held, shuffle(held["actions"]))
-        else:
+        part: Measures = {}
+        if not model.tokens:
             part = open_loop(model, held)
+        elif not config.model.masked:
+            part = token_measures(model, held, shuffle(held["actions"]))
         if decoder is not None:
             held["pixels"] = decoder.pixels(indices).to(device)
         if pictured:
@@ -118,7 +119,7 @@ def evaluate(
     return metrics
 
 
-def comparable(run: Path, config: Any, horizons: Horizons) -> WorldModel:
+def comparable(run: Path, config: TrainingConfig) -> WorldModel:
     """The model of another run, which must roll out and have the same held-out levels."""
     other = load_config(run)
     for name in ("data", "held_out", "seed"):
@@ -127,10 +128,11 @@ def comparable(run: Path, config: Any, horizons: Horizons) -> WorldModel:
             raise ValueError(
                 f"against must be a run with the same held-out levels: its {name} is {its!r}, not {mine!r}"
             )
-    for both in (horizons, other.model.heads.horizons):
+    for both in (config.model, other.model):
         if not rolls(both):
             raise ValueError(
-                f"against compares rollouts, which need a near horizon of offset 1 and factor 1; got {both}"
+                "against compares rollouts, which need a near horizon of offset 1 (masked: 0) and factor 1; got "
+                f"{both.heads.horizons}"
             )
     return load_model(run)[0]
 
@@ -202,9 +204,10 @@ def drifts(model: WorldModel) -> bool:
     return heads.horizons.offsets[-1] > 1 and heads.conditioning != "frames"
 
 
-def rolls(horizons: Horizons) -> bool:
-    """Only a near horizon that predicts the next frame whole can be fed back."""
-    return (horizons.offsets[0], horizons.factors[0]) == (1, 1)
+def rolls(config: WorldModelConfig) -> bool:
+    """Only a near horizon that predicts the next frame whole (or, masked, the frame itself) can be fed back."""
+    horizons = config.heads.horizons
+    return (horizons.offsets[0], horizons.factors[0]) == (0 if config.masked else 1, 1)
 
 
 def rollout_steps(video: Tensor) -> int:
@@ -227,10 +230,10 @@ def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bo
         return interval(seed, lambda a, b: psnr(a) - psnr(b), errors, others)
 
     means = {name: values.mean(0) for name, values in measures.items()}
-    metrics: dict[str, Any]
+    metrics: dict[str, Any] = {}
     if "bits" in measures:
         metrics = token_summary(measures, names, controlled=controlled)
-    else:
+    if "horizon" in measures:
         metrics = {
             "psnr": by_horizon(psnr(means["horizon"])),
             "persistence_psnr": by_horizon(psnr(means["horizon_persistence"])),

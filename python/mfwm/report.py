@@ -61,10 +61,9 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
     horizons = config.model.heads.horizons
     log = read_log(run / "log.jsonl")
     if model.tokens:
-        sections = [
-            ("Prediction of tokens", token_table(metrics), TOKEN_NOTE),
-            ("Loss", picture(loss_curves(log, names_of(horizons), "cross-entropy, nats")), ""),
-        ]
+        sections = [("Loss", picture(loss_curves(log, names_of(horizons), "cross-entropy, nats")), "")]
+        if "bits_per_token" in metrics:
+            sections.insert(0, ("Prediction of tokens", token_table(metrics), TOKEN_NOTE))
     else:
         sections = [
             ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),

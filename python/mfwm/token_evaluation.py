@@ -42,7 +42,7 @@ def decoder_of(replay: Replay, length: int, episodes: np.ndarray, device: torch.
 
 
 def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor) -> dict[str, np.ndarray]:
-    """[clips, K] of every horizon, over the positions that count and their ids.
+    """[clips, K] of every horizon of a model that is not masked, over the positions that count and their ids.
 
     bits: -log2 of the probability that a cell gives an id it covers; bits_shuffled: with the `shuffled` actions.
     hits: the share of ids that are the likeliest of their cell; hits_persistence: of those that stay as they are.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
 
-from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise
+from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
 from .heads_config import HeadsConfig
 
@@ -83,21 +83,11 @@ class CausalStack(nn.Module):
         initialise(self, depth=layers)
 
     def forward(self, x_BTSD: Tensor, segment_ids: Tensor | None) -> Tensor:
-        mask = window_mask(x_BTSD.shape[1], self.window, segment_ids, x_BTSD.device)
+        mask = time_mask(segment_ids, x_BTSD.shape[1], self.window, x_BTSD.device)
         x_BTSD = x_BTSD + self.place.to(x_BTSD.dtype)
         for layer in self.layers:
             x_BTSD = layer(x_BTSD, mask)
         return x_BTSD
-
-
-def window_mask(positions: int, window: int, segment_ids: Tensor | None, device: torch.device) -> Tensor:
-    """[B or 1, 1, T, T] bool, True where n (row) may attend to m (column): n - window < m <= n, in the segment of n."""
-    place = torch.arange(positions, device=device)
-    ago = place[:, None] - place
-    mask = ((ago >= 0) & (ago < window))[None, None]
-    if segment_ids is None:
-        return mask
-    return mask & (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
 
 class Patches(nn.Module):
