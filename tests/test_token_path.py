@@ -172,6 +172,10 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
     train(for_replay(config, replay), place / "run", progress=False)
     metrics = evaluate(place / "run", clips=6, batch=3, progress=False)
     assert list(metrics["bits_per_token"]) == list(metrics["accuracy"]) == ["1", "2", "4"]
+    for k, (low, high) in metrics["bits_per_token_95"].items():
+        assert low <= metrics["bits_per_token"][k] <= high
+        low, high = metrics["accuracy_gain_95"][k]
+        assert low <= metrics["accuracy"][k] - metrics["persistence_accuracy"][k] <= high
     true_tokens, model = np.array(metrics["tokenised_rollout_psnr"]), np.array(metrics["rollout_psnr"])
     assert true_tokens.shape == (8,) and (true_tokens > model).all()
     assert metrics["delta_psnr_step"] == 4 and "drift" in metrics

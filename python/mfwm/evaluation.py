@@ -232,7 +232,7 @@ def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bo
     means = {name: values.mean(0) for name, values in measures.items()}
     metrics: dict[str, Any] = {}
     if "bits" in measures:
-        metrics = token_summary(measures, names, controlled=controlled)
+        metrics = token_summary(measures, names, seed, controlled=controlled)
     if "horizon" in measures:
         metrics = {
             "psnr": by_horizon(psnr(means["horizon"])),

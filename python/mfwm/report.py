@@ -144,14 +144,18 @@ TOKEN_NOTE = (
 def token_table(metrics: dict[str, Any]) -> str:
     labels = {
         "bits_per_token": ("bits per token", ".2f"),
+        "bits_per_token_95": ("95% interval", ".2f"),
         "bits_per_token_shuffled_actions": ("with shuffled actions", ".2f"),
+        "bits_per_token_for_actions_95": ("more, 95% interval", "+.2f"),
         "accuracy": ("accuracy", ".1%"),
         "persistence_accuracy": ("persistence", ".1%"),
+        "accuracy_gain_95": ("gain, 95% interval", "+.1%"),
     }
     labels = {name: label for name, label in labels.items() if name in metrics}
-    rows = [
-        [k, *(f"{metrics[name][k]:{form}}" for name, (_, form) in labels.items())] for k in metrics["bits_per_token"]
-    ]
+    rows = []
+    for k in metrics["bits_per_token"]:
+        cells = [(metrics[name][k], form) for name, (_, form) in labels.items()]
+        rows.append([k, *(between(v, form) if isinstance(v, list) else f"{v:{form}}" for v, form in cells)])
     return as_table(["frames ahead", *(label for label, _ in labels.values())], rows) + controlled_sentence(metrics)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .data import Clips, Replay
+from .intervals import interval
 from .model import WorldModel
 from .tokenizer_training import load_tokenizer
 
@@ -69,9 +70,25 @@ def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor
     return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in found.items()}
 
 
-def token_summary(measures: dict[str, np.ndarray], names: list[str], *, controlled: bool) -> dict[str, Any]:
-    """The metrics of token_measures; those with shuffled actions only where the model has some."""
+def token_summary(measures: dict[str, np.ndarray], names: list[str], seed: int, *, controlled: bool) -> dict[str, Any]:
+    """The metrics of token_measures with 95% intervals; those with shuffled actions only where the model has some.
+
+    Those of accuracy_gain_95 and bits_per_token_for_actions_95 are of differences: over persistence, and of shuffled
+    over true actions.
+    """
     labels = {"bits": "bits_per_token", "hits": "accuracy", "hits_persistence": "persistence_accuracy"}
     if controlled:
         labels["bits_shuffled"] = "bits_per_token_shuffled_actions"
-    return {label: dict(zip(names, measures[name].mean(0).tolist(), strict=True)) for name, label in labels.items()}
+
+    def by_horizon(values: list[Any]) -> dict[str, Any]:
+        return dict(zip(names, values, strict=True))
+
+    metrics = {label: by_horizon(measures[name].mean(0).tolist()) for name, label in labels.items()}
+    metrics["bits_per_token_95"] = by_horizon(interval(seed, np.asarray, measures["bits"]))
+    metrics["accuracy_gain_95"] = by_horizon(
+        interval(seed, np.subtract, measures["hits"], measures["hits_persistence"])
+    )
+    if controlled:
+        gain = interval(seed, np.subtract, measures["bits_shuffled"], measures["bits"])
+        metrics["bits_per_token_for_actions_95"] = by_horizon(gain)
+    return metrics
