@@ -1,6 +1,7 @@
 // fan_out on the CPU. A tile is L tokens high, L the least common multiple of the pools. It is read once; coarser cells
 // are sums of finer ones, made while the tokens pass. Backward, gradients go the other way: a coarse cell's first, then
-// those of the cells that it is made of, two neighbours at a time.
+// those of the cells that it is made of, two neighbours at a time. What is done to a row is the same for each of its
+// elements, so rows of bf16 are held in pairs (pyramid.h): they are read and written without a shuffle.
 #include <cmath>
 #include <utility>
 
@@ -43,7 +44,8 @@ struct Fan {
   int64_t span = 1;  // the width of a tile: L or 2 L, even where it can be
   std::vector<Level> chain;
   std::vector<int> level_of;  // horizon -> level
-  std::vector<C> norm_weight;
+  const bool in_pairs = std::is_same_v<C, float> && op.hidden.dtype == DType::bfloat16;
+  std::vector<C> norm_weight, sums_in_pairs;
   // Arrays larger than the caches are written past them.
   const bool streams = batch * positions * height * width * depth * size_of(op.hidden.dtype) > int64_t(8) << 20;
   // A position's tiles are cut into groups, so that few positions still occupy many threads. Shapes alone decide.
@@ -67,6 +69,11 @@ struct Fan {
     for (int i = 0; op.norm_weight && i < horizons; ++i)
       load_row(&norm_weight[i * depth], op.norm_weight.data, op.norm_weight.dtype, i * op.norm_weight.stride[0],
                op.norm_weight.stride[1], depth);
+    if (!in_pairs) return;
+    for (size_t k = 0; k < norm_weight.size(); k += depth) into_pairs(&norm_weight[k], &norm_weight[k], depth);
+    sums_in_pairs.resize(batch * positions * horizons * depth);
+    for (size_t k = 0; k < sums_in_pairs.size(); k += depth)
+      into_pairs(static_cast<const C*>(op.sums.data) + k, &sums_in_pairs[k], depth);
   }
 
   struct Place {
@@ -84,7 +91,20 @@ struct Fan {
 
   MFWM_INLINE const C* token(C* scratch, const Place& place, int64_t y, int64_t x) const {
     const int64_t offset = cell_offset(op.hidden, place.b, place.n, place.y + y, place.x + x);
-    return row_of(scratch, op.hidden, offset, op.hidden.stride[4], depth);
+    return row_at(scratch, op.hidden, offset);
+  }
+  MFWM_INLINE const C* row_at(C* scratch, const Array& array, int64_t offset) const {
+    if constexpr (std::is_same_v<C, float>)
+      if (in_pairs) {
+        if (array.stride[4] == 1) {
+          into_pairs(static_cast<const bfloat16*>(array.data) + offset, scratch, depth);
+        } else {
+          load_row(scratch, array.data, array.dtype, offset, array.stride[4], depth);
+          into_pairs(scratch, scratch, depth);
+        }
+        return scratch;
+      }
+    return row_of(scratch, array, offset, array.stride[4], depth);
   }
   // Cell y, x of the tile at one of `factor` tokens a side.
   MFWM_INLINE int64_t cell_in(const Array& array, const Place& place, int64_t factor, int64_t y, int64_t x) const {
@@ -92,9 +112,11 @@ struct Fan {
   }
   MFWM_INLINE const C* window_sum(const Place& place, int i) const {
     const int64_t position = place.b * positions + place.n;
-    return static_cast<const C*>(op.sums.data) + (position * horizons + i) * depth;
+    return (in_pairs ? sums_in_pairs.data() : static_cast<const C*>(op.sums.data)) + (position * horizons + i) * depth;
   }
   MFWM_INLINE void put(const C* from, const Array& array, int64_t offset) const {
+    if constexpr (std::is_same_v<C, float>)
+      if (in_pairs) return from_pairs(from, static_cast<bfloat16*>(array.data) + offset, array.stride[4], depth, streams);
     if (streams && array.stride[4] == 1)
       stream_row(from, array.data, array.dtype, offset, depth);
     else
@@ -240,7 +262,7 @@ struct Fan {
     const C* upstream[count];
     C* own[count];
     for (int c = 0; c < count; ++c) {
-      upstream[c] = row_of(scratch + plan.upstream_at + c * row, g, cell_in(g, place, p, y, x + c), g.stride[4], depth);
+      upstream[c] = row_at(scratch + plan.upstream_at + c * row, g, cell_in(g, place, p, y, x + c));
       own[c] = scratch + plan.own_at[i] + (y * (span / p) + x + c) * row;
     }
     C *window = scratch + plan.window_at + i * row, *weight_gradient = scratch + plan.weight_at + i * row;
@@ -390,6 +412,10 @@ struct Fan {
           backward_tile(scratch_plan, place, scratch, gram.empty() ? nullptr : &gram[slot * horizons * horizons]);
         });
         for (int i = 0; i < horizons; ++i) {
+          if (in_pairs) {
+            from_pairs(windows + i * row, windows + i * row, depth);
+            from_pairs(weights + i * row, weights + i * row, depth);
+          }
           if (!window.empty()) std::copy_n(windows + i * row, depth, &window[unit * slab + i * depth]);
           for (int64_t d = 0; !weight.empty() && d < depth; ++d) weight[slot * slab + i * depth + d] += weights[i * row + d];
         }

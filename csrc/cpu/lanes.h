@@ -55,15 +55,47 @@ struct Lanes {
   static MFWM_INLINE type load(const C* from) { return *reinterpret_cast<const Stored*>(from); }
   static MFWM_INLINE void store(const type& lanes, C* to) { *reinterpret_cast<Stored*>(to) = lanes; }
   // Past the caches where the machine can; `to` lies on a multiple of 16 bytes.
-  static MFWM_INLINE void stream(const type& lanes, C* to) { stream_words<Words, 4>(reinterpret_cast<Words>(lanes), to); }
+  static MFWM_INLINE void stream(const type& lanes, C* to) { stream_words(reinterpret_cast<Words>(lanes), to); }
 
   // The same of bf16, rounded to nearest even; C is float.
   static MFWM_INLINE type load(const bfloat16* from) {
-    return reinterpret_cast<type>(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits) << 16);
+    return reinterpret_cast<type>(widened<Bits, uint32_t>(*reinterpret_cast<const Halves*>(from)) << 16);
   }
-  static MFWM_INLINE void store(const type& lanes, bfloat16* to) { *reinterpret_cast<Halves*>(to) = rounded(lanes); }
-  static MFWM_INLINE void stream(const type& lanes, bfloat16* to) {
-    stream_words<HalfWords, 2>(reinterpret_cast<HalfWords>(rounded(lanes)), to);
+  static MFWM_INLINE void store(const type& lanes, bfloat16* to) {
+    *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded(lanes) >> 16, Halves);
+  }
+
+  // Neighbours of twice as many elements: those at even places, and those at odd ones. bf16 is read and written so
+  // without a shuffle, a word of 4 bytes holding a pair.
+  struct Pairs {
+    type even, odd;
+  };
+  static MFWM_INLINE Pairs load_pairs(const C* from) {
+    const type a = load(from), b = load(from + count);
+    return {every_other<0>(a, b), every_other<1>(a, b)};
+  }
+  static MFWM_INLINE Pairs load_pairs(const bfloat16* from) {
+    const Bits words = *reinterpret_cast<const StoredBits*>(from);
+    return {reinterpret_cast<type>(words << 16), reinterpret_cast<type>(words & 0xffff0000u)};
+  }
+  static MFWM_INLINE Pairs load_pairs(const uint8_t* from) {
+    const Halves words = *reinterpret_cast<const Halves*>(from);
+    return {widened<type, float>(words & 0xff), widened<type, float>(words >> 8)};
+  }
+  static MFWM_INLINE void store_pairs(const Pairs& pairs, C* to) {
+    if constexpr (count == 8) {
+      store(__builtin_shufflevector(pairs.even, pairs.odd, 0, 8, 1, 9, 2, 10, 3, 11), to);
+      store(__builtin_shufflevector(pairs.even, pairs.odd, 4, 12, 5, 13, 6, 14, 7, 15), to + count);
+    } else {
+      store(__builtin_shufflevector(pairs.even, pairs.odd, 0, 4, 1, 5), to);
+      store(__builtin_shufflevector(pairs.even, pairs.odd, 2, 6, 3, 7), to + count);
+    }
+  }
+  static MFWM_INLINE void store_pairs(const Pairs& pairs, bfloat16* to) {
+    *reinterpret_cast<StoredBits*>(to) = joined(pairs);
+  }
+  static MFWM_INLINE void stream_pairs(const Pairs& pairs, bfloat16* to) {
+    stream_words(reinterpret_cast<Words>(joined(pairs)), to);
   }
 
   // The elements at even, or odd, places of two neighbours.
@@ -87,31 +119,41 @@ struct Lanes {
  private:
   typedef C Stored __attribute__((vector_size(32), aligned(sizeof(C)), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(32)));
-  typedef int32_t Ints __attribute__((vector_size(32)));
   typedef long long Words __attribute__((vector_size(32)));
-  typedef long long HalfWords __attribute__((vector_size(16)));
+  typedef uint32_t StoredBits __attribute__((vector_size(32), aligned(2), may_alias));
+  typedef uint16_t ManyHalves __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
 
-  // In sums and shifts alone: of a comparison GCC makes one per element where a register holds fewer lanes.
-  static MFWM_INLINE Halves rounded(const type& lanes) {
+  // In a loop: of the conversion of a vector GCC makes two of its halves.
+  template <class Vector, class Element>
+  static MFWM_INLINE Vector widened(const Halves& from) {
+    uint16_t narrow[8];
+    Element wide[8];
+    std::memcpy(narrow, &from, sizeof narrow);
+    for (int k = 0; k < 8; ++k) wide[k] = static_cast<Element>(static_cast<int32_t>(narrow[k]));
+    Vector made;
+    std::memcpy(&made, wide, sizeof made);
+    return made;
+  }
+  // Nearest bf16 in the upper halves; a NaN becomes one of ones alone. The baseline compares one element at a time.
+  static MFWM_INLINE Bits rounded(const type& lanes) {
     const Bits bits = reinterpret_cast<Bits>(lanes);
-    const Bits nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Bits is_nan = reinterpret_cast<Bits>(reinterpret_cast<Ints>(0x7f800000u - (bits & 0x7fffffffu)) >> 31);
-    return __builtin_convertvector((nearest & ~is_nan) | (is_nan & 0x7fc0u), Halves);
+    return (bits + 0x7fffu + ((bits << 15) >> 31)) | reinterpret_cast<Bits>(lanes != lanes);
+  }
+  static MFWM_INLINE Bits joined(const Pairs& pairs) {
+    const auto even = reinterpret_cast<ManyHalves>(rounded(pairs.even) >> 16);
+    const auto odd = reinterpret_cast<ManyHalves>(rounded(pairs.odd));
+    return reinterpret_cast<Bits>(
+        __builtin_shufflevector(even, odd, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31));
   }
 
-  template <class Words, int words>
   static MFWM_INLINE void stream_words(const Words& from, void* to) {
 #ifdef __SSE2__
     __m128i* at = static_cast<__m128i*>(to);
-    if constexpr (words == 4) {
-      _mm_stream_si128(at, __builtin_shufflevector(from, from, 0, 1));
-      _mm_stream_si128(at + 1, __builtin_shufflevector(from, from, 2, 3));
-    } else {
-      _mm_stream_si128(at, from);
-    }
+    _mm_stream_si128(at, __builtin_shufflevector(from, from, 0, 1));
+    _mm_stream_si128(at + 1, __builtin_shufflevector(from, from, 2, 3));
 #else
-    std::memcpy(to, &from, 8 * words);
+    std::memcpy(to, &from, sizeof from);
 #endif
   }
 };

@@ -54,13 +54,14 @@ struct Addition {
   C weight = 1;
 };
 
-// P and G are C or bf16. With `stream`, gradients are written past the caches. Sums of float lanes stay short: a tile
-// adds a few hundred elements to each.
-template <LossKind kind, bool with_gradient, int ratio, class C, class P, class G>
+// P and G are C or bf16; the target is in pairs where G is bf16. With `stream`, gradients are written past the caches. Sums
+// of float lanes stay short: a tile adds a few hundred elements to each.
+template <LossKind kind, bool with_gradient, int ratio, bool in_pairs, class C, class P, class G>
 MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> gradient, const Addition<C>& addition,
-                             const Curve<C>& curve, bool fetch, bool stream) {
+                             Curve<C> curve, bool fetch, bool stream) {
   using L = Lanes<C>;
   constexpr int64_t lanes = L::count;
+  const C weight = addition.weight;
   Tile<const C> added = addition.tile;
   // Asks for what the next tile reads, since a tile is too short for the hardware to see it coming. Into the second-level
   // cache: the first is full of this tile.
@@ -70,17 +71,32 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
   }
   typename L::type sums[2] = {};
   C rest = 0;
+  // The gradient of lanes; their losses are added to one of two sums, which do not wait for each other.
+  const auto gradient_of = [&](const typename L::type& d, const typename L::type& add, int which)
+                               __attribute__((always_inline)) {
+    typename L::type slope;
+    sums[which] += loss_of<kind>(d, curve, slope);
+    return slope * curve.coefficient + add;
+  };
   const auto piece = [&](const P* p, const C* t, G* g, const typename L::type& add, int which)
                          __attribute__((always_inline)) {
-    typename L::type slope;
-    sums[which] += loss_of<kind>(L::load(p) - L::load(t), curve, slope);
-    if constexpr (with_gradient) {
-      if (stream)
-        L::stream(slope * curve.coefficient + add, g);
-      else
-        L::store(slope * curve.coefficient + add, g);
-    }
+    const auto made = gradient_of(L::load(p) - L::load(t), add, which);
+    if constexpr (with_gradient && !in_pairs) stream ? L::stream(made, g) : L::store(made, g);
     __builtin_prefetch(p + next, 0, 2);
+  };
+  // Two neighbours, or the pairs of both.
+  const auto pieces = [&](const P* p, const C* t, G* g, const typename L::type& add, const typename L::type& other)
+                          __attribute__((always_inline)) {
+    if constexpr (in_pairs) {
+      const auto of_p = L::load_pairs(p);
+      const typename L::Pairs made{gradient_of(of_p.even - L::load(t), add, 0),
+                                   gradient_of(of_p.odd - L::load(t + lanes), other, 1)};
+      if constexpr (with_gradient) stream ? L::stream_pairs(made, g) : L::store_pairs(made, g);
+      __builtin_prefetch(p + next, 0, 2);
+    } else {
+      piece(p, t, g, add, 0);
+      piece(p + lanes, t + lanes, g + lanes, other, 1);
+    }
   };
   const auto element = [&](const P* p, const C* t, G* g, C add) __attribute__((always_inline)) {
     C slope;
@@ -95,15 +111,13 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
       G* g = gradient.row(y);
       int64_t x = 0;
       for (; x + 2 * lanes <= columns; x += 2 * lanes) {
-        const auto add = L::load(a + x / 2) * addition.weight;
-        const auto left = L::template doubled<0>(add), right = L::template doubled<1>(add);
-        piece(p + x, t + x, g + x, left, 0);
-        piece(p + x + lanes, t + x + lanes, g + x + lanes, right, 1);
-        piece(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, left, 0);
-        piece(p + pred.pitch + x + lanes, t + target.pitch + x + lanes, g + gradient.pitch + x + lanes, right, 1);
+        const auto add = L::load(a + x / 2) * weight;
+        const auto left = in_pairs ? add : L::template doubled<0>(add), right = in_pairs ? add : L::template doubled<1>(add);
+        pieces(p + x, t + x, g + x, left, right);
+        pieces(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, left, right);
       }
       for (; x < columns; ++x) {
-        const C add = a[x / 2] * addition.weight;
+        const C add = a[x / 2] * weight;
         element(p + x, t + x, g + x, add);
         element(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, add);
       }
@@ -114,8 +128,14 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
       const C *t = target.row(y), *a = ratio ? added.row(y) : nullptr;
       G* g = with_gradient ? gradient.row(y) : nullptr;
       int64_t x = 0;
-      for (; x + lanes <= columns; x += lanes)
-        piece(p + x, t + x, g + x, ratio ? L::load(a + x) : typename L::type{}, 0);
+      for (; x + 2 * lanes <= columns; x += 2 * lanes) {
+        typename L::Pairs add{};
+        if constexpr (ratio == 1) add = in_pairs ? L::load_pairs(a + x) : typename L::Pairs{L::load(a + x), L::load(a + x + lanes)};
+        pieces(p + x, t + x, g + x, add.even, add.odd);
+      }
+      if constexpr (!in_pairs)
+        for (; x + lanes <= columns; x += lanes)
+          piece(p + x, t + x, g + x, ratio ? L::load(a + x) : typename L::type{}, 0);
       for (; x < columns; ++x) element(p + x, t + x, g + x, ratio ? a[x] : C(0));
     }
   }
@@ -160,7 +180,8 @@ struct AnyTile {
   }
 };
 
-// Sum of the losses of pred - target; coefficient * slope + addition goes to `gradient` where it has data.
+// Sum of the losses of pred - target; coefficient * slope + addition goes to `gradient` where it has data. Gradients are
+// of bf16 where the target is in pairs, else of C.
 template <class C>
 MFWM_SIMD double loss_and_gradient(LossKind kind, const AnyTile<C>& pred, const Tile<const C>& target,
                                    const AnyTile<C>& gradient, const Addition<C>& addition, const Curve<C>& curve,
@@ -169,12 +190,16 @@ MFWM_SIMD double loss_and_gradient(LossKind kind, const AnyTile<C>& pred, const 
     constexpr LossKind k = decltype(tag)::value;
     return pred.visit([&](const auto& p) __attribute__((always_inline)) {
       const auto from = read_only(p);
-      if (!gradient.data) return loss_tile<k, false, 0>(from, target, Tile<C>{}, {}, curve, fetch, false);
-      return gradient.visit([&](const auto& g) __attribute__((always_inline)) {
-        if (addition.ratio == 0) return loss_tile<k, true, 0>(from, target, g, {}, curve, fetch, stream);
-        if (addition.ratio == 1) return loss_tile<k, true, 1>(from, target, g, addition, curve, fetch, stream);
-        return loss_tile<k, true, 2>(from, target, g, addition, curve, fetch, stream);
-      });
+      const auto into = [&](auto in_pairs, const auto& g) __attribute__((always_inline)) {
+        constexpr bool pairs = decltype(in_pairs)::value;
+        if (!g.data) return loss_tile<k, false, 0, pairs>(from, target, g, {}, curve, fetch, false);
+        if (addition.ratio == 0) return loss_tile<k, true, 0, pairs>(from, target, g, {}, curve, fetch, stream);
+        if (addition.ratio == 1) return loss_tile<k, true, 1, pairs>(from, target, g, addition, curve, fetch, stream);
+        return loss_tile<k, true, 2, pairs>(from, target, g, addition, curve, fetch, stream);
+      };
+      if constexpr (std::is_same_v<C, float>)
+        if (target.in_pairs) return into(std::true_type{}, gradient.template as<bfloat16>());
+      return into(std::false_type{}, gradient.template as<C>());
     });
   };
   switch (kind) {
@@ -222,6 +247,8 @@ struct Loss {
   std::vector<int64_t> counts;           // elements, likewise
   // Gradients larger than the caches are written past them, which saves reading what is overwritten.
   bool streams = false;
+  // All gradients are of bf16 and written in place, and targets are in pairs.
+  bool in_pairs = std::is_same_v<C, float>;
   // Scratch, in elements from its start.
   int64_t scratch_size = 0, spare, base, difference_at;
   std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, addition_at;
@@ -237,7 +264,9 @@ struct Loss {
       Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
                   video.width / op.factors[i]};
       preds.push_back(pred);
+      in_pairs = in_pairs && pred.array.dtype == DType::bfloat16;
       pred.array = op.gradients[i];
+      in_pairs = in_pairs && (!pred.array || pred.is_plain_image());
       gradients.push_back(pred);
       level_of.push_back(index_of(chain, op.factors[i]));
       std::vector<int64_t> far;
@@ -293,12 +322,14 @@ struct Loss {
   }
 
   // Elements are of C or, where that is float, of bf16, and lie side by side.
-  bool is_readable(const Frames& frames) const {
-    return frames.is_plain_image() && (frames.array.dtype == dtype_of<C> ||
-                                       (frames.array.dtype == DType::bfloat16 && std::is_same_v<C, float>));
+  bool reads_in_place(int i) const {
+    const DType dtype = preds[i].array.dtype;
+    return !op.residual && preds[i].is_plain_image() &&
+           (dtype == dtype_of<C> || (dtype == DType::bfloat16 && std::is_same_v<C, float>));
   }
-  bool reads_in_place(int i) const { return !op.residual && is_readable(preds[i]); }
-  bool writes_in_place(int i) const { return is_readable(gradients[i]); }
+  bool writes_in_place(int i) const {
+    return in_pairs || (gradients[i].is_plain_image() && gradients[i].array.dtype == dtype_of<C>);
+  }
 
   // Horizon i has a position that predicts frame m.
   bool active(int i, int64_t m) const { return m >= op.offsets[i] && m - op.offsets[i] < positions; }
@@ -327,8 +358,8 @@ struct Loss {
     int64_t b, m, c, y, x, rows, columns;
   };
 
-  MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor) const {
-    return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor};
+  MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor, bool pairs = false) const {
+    return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, pairs};
   }
   MFWM_INLINE Curve<C> curve_of(size_t k) const {
     return {static_cast<C>(coefficient[k]), static_cast<C>(op.delta), static_cast<C>(op.eps)};
@@ -336,16 +367,21 @@ struct Loss {
 
   // The pyramid of frame t at the place, down to the level `coarsest`.
   MFWM_SIMD void make_pyramid(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at,
-                              int coarsest) const {
+                              int coarsest, bool pairs) const {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
-    const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1);
-    video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
+    const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1, pairs);
+    bool loaded = false;
+    if constexpr (std::is_same_v<C, float>)
+      if ((loaded = pairs)) video.load_in_pairs(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
+    if (!loaded)
+      video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
     video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
     for (int l = 0; l <= coarsest; ++l) {
       const Level& level = chain[l];
       if (level.factor == 1) continue;
-      const Tile<C> from = level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor);
-      average(read_only(from), tile_at(scratch, at[l], place, level.factor), level.ratio, scratch + spare);
+      const Tile<C> from =
+          level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor, pairs);
+      average(read_only(from), tile_at(scratch, at[l], place, level.factor, pairs), level.ratio, scratch + spare);
     }
   }
 
@@ -357,7 +393,7 @@ struct Loss {
     if (reads_in_place(i)) return {pred.array, pred.image_offset(place.b, n, place.c, y, x), copy};
     pred.load(copy.data, place.b, n, place.c, y, x, copy.rows, copy.columns);
     if (op.residual) {
-      make_pyramid(n, place, scratch, other_level_at, level_of[i]);
+      make_pyramid(n, place, scratch, other_level_at, level_of[i], false);
       const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, factor);
       for (int64_t r = 0; r < copy.rows; ++r) {
         C *__restrict to = copy.row(r), *__restrict add = current.row(r);
@@ -467,7 +503,7 @@ struct Loss {
     int coarsest = -1;
     for (int i = 0; i < count; ++i)
       if (here.counted[i]) coarsest = std::max(coarsest, level_of[i]);
-    if (coarsest >= 0) make_pyramid(place.m, place, scratch, level_at, coarsest);
+    if (coarsest >= 0) make_pyramid(place.m, place, scratch, level_at, coarsest, in_pairs);
     for (int i = 0; i < count; ++i) {
       if (active(i, place.m)) here.gradient[i] = gradient_tile(i, place, scratch);
       if (here.counted[i]) here.pred[i] = prediction(i, place, scratch);
@@ -479,7 +515,7 @@ struct Loss {
       if (!active(i, place.m)) continue;
       const AnyTile<C>& gradient = here.gradient[i];
       if (here.counted[i]) {
-        const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
+        const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i], in_pairs);
         sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, here.addition[i],
                                         curve_of(i), reads_in_place(i),
                                         streams && writes_in_place(i) && gradient.is_aligned());

@@ -6,6 +6,68 @@
 
 namespace mfwm::cpu {
 
+// A rectangle of C in rows of `pitch` elements. `in_pairs`: of every whole 2 * Lanes<float>::count elements of a row those at
+// even places come first, as bf16 is read and written, and as pairs are averaged, without a shuffle.
+template <class C>
+struct Tile {
+  C* data = nullptr;
+  int64_t pitch = 0, rows = 0, columns = 0;
+  bool in_pairs = false;
+  MFWM_INLINE C* row(int64_t y) const { return data + y * pitch; }
+  // Its rows make one long row.
+  MFWM_INLINE bool is_dense() const {
+    return pitch == columns && (!in_pairs || columns % (2 * Lanes<float>::count) == 0);
+  }
+  // Of a dense tile: one long row.
+  MFWM_INLINE Tile joined() const { return {data, rows * columns, 1, rows * columns, in_pairs}; }
+};
+
+template <class C>
+MFWM_INLINE Tile<const C> read_only(const Tile<C>& tile) {
+  return {tile.data, tile.pitch, tile.rows, tile.columns, tile.in_pairs};
+}
+
+// A row of C or bf16 into pairs and back; the two may be the same.
+template <class C, class S>
+MFWM_INLINE void into_pairs(const S* from, C* to, int64_t count) {
+  using L = Lanes<C>;
+  int64_t x = 0;
+  for (; x + 2 * L::count <= count; x += 2 * L::count) {
+    const auto pairs = L::load_pairs(from + x);
+    L::store(pairs.even, to + x);
+    L::store(pairs.odd, to + x + L::count);
+  }
+  for (; x < count; ++x) to[x] = widen(from[x]);
+}
+template <class C>
+MFWM_INLINE void from_pairs(const C* from, C* to, int64_t count) {
+  using L = Lanes<C>;
+  int64_t x = 0;
+  for (; x + 2 * L::count <= count; x += 2 * L::count)
+    L::store_pairs({L::load(from + x), L::load(from + x + L::count)}, to + x);
+  for (; x < count; ++x) to[x] = from[x];
+}
+// The same into bf16 of any stride; past the caches where they are to be, and lie as that asks.
+MFWM_INLINE void from_pairs(const float* from, bfloat16* to, int64_t stride, int64_t count, bool streams) {
+  using L = Lanes<float>;
+  streams = streams && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+  int64_t x = 0;
+  for (; x + 2 * L::count <= count; x += 2 * L::count) {
+    const L::Pairs pairs{L::load(from + x), L::load(from + x + L::count)};
+    if (stride != 1) {
+      for (int64_t k = 0; k < L::count; ++k) {
+        narrow(from[x + k], to[(x + 2 * k) * stride]);
+        narrow(from[x + L::count + k], to[(x + 2 * k + 1) * stride]);
+      }
+    } else if (streams) {
+      L::stream_pairs(pairs, to + x);
+    } else {
+      L::store_pairs(pairs, to + x);
+    }
+  }
+  for (; x < count; ++x) narrow(from[x], to[x * stride]);
+}
+
 // Frames [b, t, c, y, x], stored as images or cut into tokens of patch x patch pixels with features in
 // (row, column, channel) order.
 struct Frames {
@@ -53,6 +115,29 @@ struct Frames {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
       });
   }
+  // The same in pairs; C is float.
+  template <class C>
+  MFWM_INLINE void load_in_pairs(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
+                                 C shift) const {
+    using L = Lanes<C>;
+    const bool bytes = array.dtype == DType::uint8 && is_plain_image();
+    if (!bytes) load(to.data, b, t, c, y, x, to.rows, to.columns, scale, shift);
+    for (int64_t r = 0; r < to.rows; ++r) {
+      C* row = to.row(r);
+      if (!bytes) {
+        into_pairs(row, row, to.columns);
+        continue;
+      }
+      const uint8_t* from = static_cast<const uint8_t*>(array.data) + image_offset(b, t, c, y + r, x);
+      int64_t k = 0;
+      for (; k + 2 * L::count <= to.columns; k += 2 * L::count) {
+        const auto pairs = L::load_pairs(from + k);
+        L::store(pairs.even * scale + shift, row + k);
+        L::store(pairs.odd * scale + shift, row + k + L::count);
+      }
+      for (; k < to.columns; ++k) row[k] = static_cast<C>(from[k]) * scale + shift;
+    }
+  }
   // Asks for a rectangle of a plain image, taken to be dense, that is read soon. Inlined: a call of a function that only
   // asks for memory is left out by the compiler.
   MFWM_INLINE void prefetch(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
@@ -66,17 +151,6 @@ struct Frames {
   Rows image_rows(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
     return {image_offset(b, t, c, y, x), array.stride[3], array.stride[4], rows, columns};
   }
-};
-
-// A rectangle of C in rows of `pitch` elements.
-template <class C>
-struct Tile {
-  C* data = nullptr;
-  int64_t pitch = 0, rows = 0, columns = 0;
-  MFWM_INLINE C* row(int64_t y) const { return data + y * pitch; }
-  MFWM_INLINE bool is_dense() const { return pitch == columns; }
-  // Of a dense tile: one long row.
-  MFWM_INLINE Tile joined() const { return {data, rows * columns, 1, rows * columns}; }
 };
 
 // One step of a chain: this factor is averaged from an earlier, finer one.
@@ -122,28 +196,45 @@ MFWM_INLINE void sum_runs(C* __restrict row, C* __restrict other, int64_t count,
   }
 }
 
-// to = averages of 2 x 2 elements. The rows are added first: pairs within a row cost shuffles. S is C or bf16.
-template <class C, class S>
+// to = averages of 2 x 2 elements, both in pairs or neither. S is C or bf16.
+template <bool in_pairs, class C, class S>
 MFWM_INLINE void average_pairs(const S* __restrict above, const S* __restrict below, C* __restrict to, int64_t count) {
   using L = Lanes<C>;
+  const auto averages = [&](int64_t x) __attribute__((always_inline)) -> typename L::type {
+    const S *upper = above + 2 * x, *lower = below + 2 * x;
+    if constexpr (std::is_same_v<S, bfloat16>) {
+      const auto a = L::load_pairs(upper), b = L::load_pairs(lower);
+      return ((a.even + b.even) + (a.odd + b.odd)) * C(0.25);
+    } else {
+      // The rows are added first: pairs within a row cost shuffles.
+      const auto left = L::load(upper) + L::load(lower), right = L::load(upper + L::count) + L::load(lower + L::count);
+      if constexpr (in_pairs) return (left + right) * C(0.25);
+      return (L::template every_other<0>(left, right) + L::template every_other<1>(left, right)) * C(0.25);
+    }
+  };
   int64_t x = 0;
-  for (; x + L::count <= count; x += L::count) {
-    const auto left = L::load(above + 2 * x) + L::load(below + 2 * x);
-    const auto right = L::load(above + 2 * x + L::count) + L::load(below + 2 * x + L::count);
-    L::store((L::template every_other<0>(left, right) + L::template every_other<1>(left, right)) * C(0.25), to + x);
-  }
+  if constexpr (in_pairs)
+    for (; x + 2 * L::count <= count; x += 2 * L::count) {
+      const auto left = averages(x), right = averages(x + L::count);
+      L::store(L::template every_other<0>(left, right), to + x);
+      L::store(L::template every_other<1>(left, right), to + x + L::count);
+    }
+  for (; x + L::count <= count; x += L::count) L::store(averages(x), to + x);
   const auto column = [&](int64_t k) __attribute__((always_inline)) { return widen(above[k]) + widen(below[k]); };
   for (; x < count; ++x) to[x] = (column(2 * x) + column(2 * x + 1)) * C(0.25);
 }
 
-// to = box average of `from` over ratio x ratio elements; `scratch` holds two rows of `from`.
+// to = box average of `from` over ratio x ratio elements, in pairs where `from` is; `scratch` holds two rows of `from`.
 template <class C, class S>
 MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t ratio, C* scratch) {
   const C scale = C(1) / static_cast<C>(ratio * ratio);
   for (int64_t y = 0; y < to.rows; ++y) {
     C* __restrict out = to.row(y);
     if (ratio == 2) {
-      average_pairs(from.row(2 * y), from.row(2 * y + 1), out, to.columns);
+      if (from.in_pairs)
+        average_pairs<true>(from.row(2 * y), from.row(2 * y + 1), out, to.columns);
+      else
+        average_pairs<false>(from.row(2 * y), from.row(2 * y + 1), out, to.columns);
       continue;
     }
     C *__restrict sums = scratch, *__restrict other = scratch + padded<C>(from.columns);
@@ -153,7 +244,9 @@ MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t r
       const S* __restrict next = from.row(y * ratio + dy);
       for (int64_t x = 0; x < from.columns; ++x) sums[x] += widen(next[x]);
     }
+    if (from.in_pairs) from_pairs(scratch, scratch, from.columns);
     sum_runs<C>(sums, other, from.columns, ratio, scale, out);
+    if (from.in_pairs) into_pairs(to.row(y), to.row(y), to.columns);
   }
 }
 
@@ -178,11 +271,6 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
       for (int64_t x = 0; x < to.columns; ++x) out[x] += scratch[x];
     }
   }
-}
-
-template <class C>
-MFWM_INLINE Tile<const C> read_only(const Tile<C>& tile) {
-  return {tile.data, tile.pitch, tile.rows, tile.columns};
 }
 
 // How frames are cut into tiles: a tile's rows and columns are multiples of every factor, and a tile of a few thousand

@@ -109,8 +109,12 @@ template <class C, class S>
 MFWM_INLINE void stream_as(const C* __restrict from, S* __restrict to, int64_t count) {
   using L = Lanes<C>;
   int64_t k = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 16 == 0)
-    for (; k + L::count <= count; k += L::count) L::stream(L::load(from + k), to + k);
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    if constexpr (std::is_same_v<S, bfloat16>)
+      for (; k + 2 * L::count <= count; k += 2 * L::count) L::stream_pairs(L::load_pairs(from + k), to + k);
+    else
+      for (; k + L::count <= count; k += L::count) L::stream(L::load(from + k), to + k);
+  }
   for (; k < count; ++k) narrow(from[k], to[k]);
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -123,3 +125,41 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_nan_stays_nan_in_bf16() -> None:
+    """Whatever its bits: rounded as a number, one of ones alone would become zero."""
+    horizons = Horizons.next_frame()
+    for bits in (0x7FFFFFFF, -1, 0x7FC00000):
+        video = torch.randn(1, 2, 1, 2, 40)
+        video[0, 1, 0, 1, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        pred = torch.randn(1, 2, 1, 2, 40).bfloat16().requires_grad_()
+        with use_backend("cpu"):
+            loss = multi_horizon_loss([pred], video, horizons, scale=1.0, shift=0.0)
+        (gradient,) = torch.autograd.grad(loss.total, [pred])
+        assert gradient.isnan().sum() == 1 and gradient[0, 0, 0, 1, 3].isnan()
+
+
+MEMORY = """
+import resource, sys, torch
+from mfwm_kernels import Horizons, multi_horizon_loss, use_backend
+torch.set_num_threads(2)
+horizons, (batch, frames, side) = Horizons.cascade(4), map(int, sys.argv[1:])
+
+def step(batch, frames, side):
+    video = torch.ones(batch, frames, 3, side, side, dtype=torch.uint8)
+    preds = [torch.ones(batch, frames, 3, side // f, side // f) for f in horizons.factors]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with use_backend("cpu"):
+        multi_horizon_loss(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+step(1, 8, 16)  # threads and libraries
+print(step(batch, frames, side))
+"""
+
+
+def test_memory_beside_inputs_and_gradients_is_that_of_a_tile() -> None:
+    """Under 1 MiB a thread, for a video of 100 MB as well: a stored pyramid alone would be 500 MB."""
+    ran = subprocess.run([sys.executable, "-c", MEMORY, "4", "16", "720"], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 2 * 1024
