@@ -25,13 +25,15 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, schedule: 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors and embeddings do not."""
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    """Matrices and kernels of convolutions decay; vectors and embeddings do not."""
+    decaying = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
     parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
+    groups = [
+        {"params": [p for p in parameters if id(p) in decaying], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
     ]
+    # torch's state dicts lose the settings of a group without parameters.
+    return [group for group in groups if group["params"]]
 
 
 class MovingAverage:
