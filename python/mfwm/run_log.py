@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +25,14 @@ class Log:
         kept = [row for row in read_log(path) if row["step"] < first] if path.exists() else []
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.path, self.viewers, self.names = path, viewers, names
-        self.file = open(path, "a")
+        # Unbuffered: what a full disk refuses is not tried again when the file is closed.
+        self.file = open(path, "ab", buffering=0)
 
     def write(self, row: dict[str, Any], pictures: dict[str, Tensor] | None = None) -> None:
+        line = (json.dumps(row) + "\n").encode()
         try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(
                 error.errno,
