@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -21,10 +21,12 @@ from mfwm.checkpoints import Checkpoints
 from mfwm.export import export, load_exported
 from mfwm.model import WorldModel
 from mfwm.optimisation import learning_rate
-from mfwm.run_log import read_log
+from mfwm.run_log import Log, read_log
+from mfwm.trainer import Objective, Run, Trainer
 from mfwm.training import TrainingConfig, WorldModelLoss, load_model, train
 from small_run import moving_squares, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 
 @pytest.fixture
@@ -56,6 +58,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: TrainingConfig, tmp_p
         assert torch.equal(a, b), name
     logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "parts")]
     assert [[row["step"], row["loss"]] for row in logs[0]] == [[row["step"], row["loss"]] for row in logs[1]]
+
+
+class Noisy(Objective):
+    """A module with random numbers in its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guess = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, clips: dict[str, Tensor], shares: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        noisy = clips["video"].float().mean(dim=(1, 3, 4)) / 255 + torch.randn(3)
+        return (self.guess - noisy).square().mean(), {"brightness": noisy.mean(0).detach()}
+
+
+def test_another_module_with_random_numbers(config: TrainingConfig, tmp_path: Path) -> None:
+    def run(name: str, steps: int) -> Tensor:
+        with Trainer(replace(config, accumulate=2, steps=6), tmp_path / name, progress=False) as trainer:
+            objective = Noisy()
+            trainer.fit(objective, trainer.sampler(), stop_after=steps)
+        return objective.guess.detach()
+
+    whole, half, parts = run("whole", 6), run("parts", 2), run("parts", 6)
+    assert torch.equal(whole, parts) and not torch.equal(half, parts)
+    rows, others = (read_log(tmp_path / name / "log.jsonl") for name in ("whole", "parts"))
+    assert [row["brightness"] for row in rows] == [row["brightness"] for row in others]
+    assert rows[0]["brightness"] != rows[1]["brightness"]
 
 
 @pytest.mark.parametrize(("signal", "kills"), [("KILL", os.environ.get("MFWM_KILLS", "6")), ("TERM", "2")])
@@ -92,6 +120,62 @@ def test_a_full_disk_leaves_the_checkpoint_before(config: TrainingConfig, tmp_pa
     resumed = train(config, tmp_path / "run", progress=False)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def mounted(folder: Path, options: str) -> bool:
+    """Whether a tmpfs is there, or changed, by these options; only the superuser may."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_leaves_the_checkpoint_before(config: TrainingConfig, tmp_path: Path) -> None:
+    config = replace(config, steps=4)
+    whole = train(config, tmp_path / "whole", progress=False)
+    saved = tmp_path / "whole" / "checkpoints" / "00000004"
+    size = sum(path.stat().st_size for path in saved.iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mounted(disk, f"size={size * 3 // 2}"):
+        pytest.skip("mounting a tmpfs needs the superuser")
+    try:
+        train(config, disk / "run", progress=False, stop_after=2)
+        with pytest.raises(OSError, match=r"of step 3 could not be written .*No space.*; the one of step 2 is whole"):
+            train(config, disk / "run", progress=False, stop_after=3)
+        assert os.listdir(disk / "run" / "checkpoints") == ["00000002"]
+        assert mounted(disk, f"remount,size={size * 4}")
+        resumed = train(config, disk / "run", progress=False)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_log_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", 0)
+    log.file = open("/dev/full", "ab", buffering=0)
+    with closing(log), pytest.raises(OSError, match=r"step 7 could not be logged \(No space .*the newest checkpoint"):
+        log.write({"step": 7})
+
+
+@pytest.mark.slow
+def test_memory_is_flat(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer run of the smallest model, with checkpoints, looks and event files on the way."""
+    step, seen = Run.step, []
+
+    def measured(self: Run, *args: Any) -> Any:
+        done = step(self, *args)
+        seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        return done
+
+    monkeypatch.setattr(Run, "step", measured)
+    heads = replace(config.model.heads, blocks=None, patch_sizes=None)
+    model = replace(config.model, layers=1, width=16, heads=heads)
+    steps = int(os.environ.get("MFWM_STEPS", "300"))
+    often = {"checkpoint_every": steps // 10, "look_every": steps // 10, "tensorboard": True, "ema": 0.9}
+    train(replace(config, steps=steps, batch=1, model=model, **often), tmp_path / "run", progress=False)
+    growth = max(seen[steps // 2 :]) - max(seen[: steps // 2])
+    assert growth < 3 * 2**20, [size >> 10 for size in seen[:: steps // 20]]
 
 
 def test_the_newest_checkpoints_stay_and_a_damaged_one_is_refused(config: TrainingConfig, tmp_path: Path) -> None:

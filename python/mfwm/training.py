@@ -71,10 +71,12 @@ class WorldModelLoss(Objective):
         return loss.total, told
 
     def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        figures = {name: value.tolist() for name, value in look(self.model, clips).items()}
+        # Pictures first: the backward in look makes FSDP give the gathered weights back.
+        pictures = strips(self.model, clips)
+        figures: dict[str, Any] = {name: value.tolist() for name, value in look(self.model, clips).items()}
         if self.model.config.heads.output == "pixels":
             figures["psnr"] = [psnr(error) for error in figures["per_horizon"]]
-        return figures, strips(self.model, clips)
+        return figures, pictures
 
 
 def positions_that_count(horizons: Horizons, segment_ids: Tensor, context: int) -> Tensor:
