@@ -111,6 +111,8 @@ def test_encoded_sets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(coded.video, pixels.video) and np.array_equal(coded.action, encoded.action)
     with pytest.raises(ValueError, match=r"data must be pixels, but .* holds tokens"):
         encode(place / "both", place / "again", tokenizer=place / "tok")
+    with pytest.raises(ValueError, match="TokenizerConfig has no context: the run is of another kind"):
+        encode(place / "data", place / "again", tokenizer=place / "lam")
     with pytest.raises(ValueError, match="give tokenizer, latent_actions or both"):
         encode(place / "data", place / "again")
     with pytest.raises(ValueError, match=r"was not made of what .* holds: their episodes differ"):

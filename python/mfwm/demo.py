@@ -21,6 +21,8 @@ class Demo:
     """Train a tokenizer first, and a model that predicts its ids."""
     steps: int | None = None
     """Of the world model."""
+    tokenizer_steps: int | None = None
+    """Of the tokenizer."""
 
     def run(self) -> None:
         from .collect import collect, default_environment
@@ -55,7 +57,8 @@ class Demo:
         from .training import for_replay, train
 
         tokenizer, ids, model = out / "tokenizer", out / "ids", out / "model"
-        train_tokenizer(for_pixels(TokenizerTraining(str(self.data))), tokenizer)
+        steps = self.tokenizer_steps or TokenizerTraining.steps
+        train_tokenizer(for_pixels(TokenizerTraining(str(self.data), steps)), tokenizer)
         frames = evaluate_tokenizer(tokenizer)
         complete(ids, lambda: encode(self.data, ids, tokenizer=tokenizer, overwrite=True))
         config = replace(TOKENS, data=str(ids), steps=self.steps or TOKENS.steps)

@@ -62,6 +62,8 @@ def read(kind: type[Config], path: Path) -> Config:
 def from_tree(kind: type[Config], tree: dict[str, Any]) -> Config:
     """A dataclass from the dicts and lists that JSON makes of it."""
     hints = get_type_hints(kind)
+    if strange := [name for name in tree if name not in hints]:
+        raise ValueError(f"{kind.__name__} has no {', '.join(strange)}: the run is of another kind")
     return kind(**{name: _value(hints[name], value) for name, value in tree.items()})
 
 
