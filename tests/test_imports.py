@@ -14,14 +14,13 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from mfwm import HeadsConfig, WorldModelConfig
-from mfwm.cli import for_replay
 from mfwm.data import Replay
 from mfwm.data_check import check
 from mfwm.import_lerobot import import_lerobot
 from mfwm.import_tokens import import_tokens
 from mfwm.import_videos import import_videos
 from mfwm.run_log import read_log
-from mfwm.training import train
+from mfwm.training import for_replay, train
 from small_run import moving_squares, small_config
 
 from mfwm_kernels import Horizons
@@ -125,6 +124,17 @@ def test_damaged_videos_are_refused(
     with pytest.raises(ValueError, match=message):
         import_videos(videos, tmp_path / "set", progress=False)
     assert not (tmp_path / "set").exists()
+
+
+def test_an_import_of_nothing_deletes_nothing(videos: Path, tmp_path: Path) -> None:
+    import_videos(videos, tmp_path / "set", progress=False)
+    with pytest.raises(FileExistsError, match="set is not empty"):
+        import_videos(videos, tmp_path / "set", progress=False)
+    for path in videos.glob("*.mp4"):
+        cut(path)
+    with pytest.raises(ValueError, match=r"no episode can be read: .*a.mp4"):
+        import_videos(videos, tmp_path / "set", skip_damaged=True, overwrite=True, progress=False)
+    assert Replay(tmp_path / "set").episodes == 3
 
 
 def test_damaged_videos_are_left_out_when_asked(squares: list[np.ndarray], videos: Path, tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ def write_episodes(
     """
     left_out: list[str] = []
     writer: ReplayWriter | None = None
-    make_room(location(out), overwrite=overwrite)
+    if not overwrite:
+        make_room(location(out), overwrite=False)
     try:
         for name, make in tqdm(episodes.items(), desc="import", unit="episode", disable=not progress):
             try:
@@ -53,6 +54,8 @@ def write_episodes(
                         action_size=action.shape[1] if action is not None and continuous else 0,
                         vocabulary=vocabulary,
                         ids=video.shape[3] if vocabulary and video.ndim == 4 else 1,
+                        # Only here, with an episode in hand: an import of nothing deletes nothing.
+                        overwrite=overwrite,
                         **attributes,
                     )
                 writer.append(video, action)
