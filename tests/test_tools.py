@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mfwm_kernels import check, registry
+from mfwm_kernels import aot, check, registry
 from mfwm_kernels.registry import OPS
 
 NO_TRITON = importlib.util.find_spec("triton") is None
@@ -39,6 +40,13 @@ def test_info_json_lists_the_kernels_of_each_backend() -> None:
         for backend, record in op.backends.items():
             assert table["ops"][name]["backends"][backend]["kernels"] == list(record.kernels)
     assert table["environment"]["native"] == getattr(registry.native, "build_info", None)
+
+
+@pytest.mark.skipif(NO_TRITON, reason="needs Triton")
+def test_no_triton_kernel_is_launched_that_is_not_listed() -> None:
+    for name, op in OPS.items():
+        launched = {kernel.fn.__name__ for size in op.bench for kernel, *_ in aot.launches(op, size, torch.bfloat16)}
+        assert launched <= set(op.backends["triton"].kernels), name
 
 
 def test_info_shows_a_forced_backend() -> None:

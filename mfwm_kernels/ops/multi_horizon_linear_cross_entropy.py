@@ -395,7 +395,7 @@ OP = register(
         },
         backends={
             "cpu": Backend((*KERNELS, "multi_horizon_linear_add"), dtypes=check.FLOATING),
-            "triton": Backend((*KERNELS, "multi_horizon_linear_normalisers")),
+            "triton": Backend((*KERNELS, "multi_horizon_linear_normalisers", "multi_horizon_loss_scale")),
         },
         gradients_in_forward=True,
     )

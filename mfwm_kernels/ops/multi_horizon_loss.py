@@ -340,10 +340,10 @@ OP = register(
         backends={
             "cpu": Backend(kernels=("multi_horizon_loss",), dtypes=check.FLOATING),
             "triton": Backend(
-                kernels=("multi_horizon_loss",),
+                kernels=("multi_horizon_loss", "multi_horizon_loss_finish", "multi_horizon_loss_scale"),
                 refuses=lambda args: "video is float64" if args.video.dtype == torch.float64 else "",
             ),
-            "cuda": Backend(kernels=("multi_horizon_loss",), refuses=refused_by_cuda),
+            "cuda": Backend(kernels=("multi_horizon_loss", "multi_horizon_loss_scale"), refuses=refused_by_cuda),
         },
         gradients_in_forward=True,
     )

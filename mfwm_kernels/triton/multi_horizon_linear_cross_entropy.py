@@ -235,10 +235,10 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
 def tile_of(vocabulary: int, longest: int, ids: int = 1) -> tuple[int, int, int]:
     """(ROWS, BLOCK, warps) of a tile of 2048 elements, or of a longer row; at most 32 elements a thread.
 
-    The ids of its rows are a tile of their own, which is no larger.
+    The ids of its rows are a tile of their own, half as large at most: several arrays of them are alive at once.
     """
     block = min(longest, max(16, power_of_2(vocabulary)))
-    rows = max(1, 2048 // max(block, ids))
+    rows = max(1, min(2048 // block, 1024 // ids))
     return rows, block, max(4, min(16, rows * block // 512))
 
 
