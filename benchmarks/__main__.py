@@ -1,4 +1,4 @@
-"""python -m benchmarks: every op against its rivals, then the multi-frame tax of a training step.
+"""python -m benchmarks: every op against its rivals, how costs grow, then the multi-frame tax of a training step.
 
 Results are kept in benchmarks/results/<device>.json after every size, so a run that is cut off loses one; a second run
 replaces the rows that it measures again. `python -m benchmarks.report` makes the tables and the pictures.
@@ -20,16 +20,17 @@ import torch
 
 from mfwm_kernels.registry import OPS
 
-from . import bench_ops, bench_train, measure
+from . import bench_ops, bench_scaling, bench_train, measure
 
 RESULTS = Path(__file__).parent / "results"
+LINES = {"ops": bench_ops.line_of, "scaling": bench_scaling.line_of, "train": bench_train.line_of}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("ops", "train"))
+    parser.add_argument("--only", choices=("ops", "scaling", "train"))
     parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
     parser.add_argument("--size", nargs="+", metavar="SIZE", help="by default all that suit the device")
     parser.add_argument("--dtype", nargs="+", choices=list(bench_ops.DTYPES), default=list(bench_ops.DTYPES))
@@ -57,21 +58,25 @@ def main() -> None:
         rows = []
         for row in rows_of():
             rows.append(row)
-            print((bench_ops if table == "ops" else bench_train).line_of(row), flush=True)
+            print(LINES[table](row), flush=True)
         keep(out, table, rows)
         bench_ops.release(device)
 
 
 def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, Callable[[], Iterator[Any]]]]:
     """(what, table, function that measures its rows), the most telling first."""
-    if arguments.only != "train":
+    if arguments.only in (None, "ops"):
         for name in arguments.op:
             op = OPS[name]
             sizes = arguments.size or bench_ops.sizes_of(op, device)
             for size, dtype in itertools.product([s for s in sizes if s in op.bench], arguments.dtype):
                 measured = functools.partial(bench_ops.measure, op, size, dtype, device, arguments.budget)
                 yield f"{name} at {size} in {dtype}", "ops", measured
-    if arguments.only != "ops":
+    if arguments.only == "scaling" or (arguments.only is None and not arguments.size):
+        for axis, dtype in itertools.product(bench_scaling.AXES, arguments.dtype):
+            measured = functools.partial(bench_scaling.measure, axis, dtype, device, arguments.budget / 4)
+            yield f"{axis} in {dtype}", "scaling", measured
+    if arguments.only in (None, "train"):
         for size in arguments.size or bench_train.sizes_of(device):
             if size in bench_train.SIZES:
                 measured = functools.partial(bench_train.measure, size, device, arguments.budget)
@@ -92,7 +97,7 @@ def keep(file: Path, table: str, rows: list[dict[str, Any]]) -> None:
     results["environment"] = measure.environment()
     stamp = {"commit": results["environment"]["commit"], "date": results["environment"]["date"]}
     new = {key_of(row): {**row, **stamp} for row in rows}
-    old = [row for row in results[table] if key_of(row) not in new]
+    old = [row for row in results.get(table, []) if key_of(row) not in new]
     results[table] = [*old, *new.values()]
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")

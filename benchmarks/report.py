@@ -1,7 +1,8 @@
 """python -m benchmarks.report: the tables and roofline pictures of every results file.
 
-Writes benchmarks/README.md and, per device, docs/roofline-<device>.svg; and puts the short tables between the `results`
-markers of README.md. Nothing is typed by hand: every figure comes from benchmarks/results/*.json.
+Writes benchmarks/README.md and, per device, docs/roofline-<device>.svg and docs/scaling-<device>.svg; and puts the
+short tables between the `results` markers of README.md. Nothing is typed by hand: every figure comes from
+benchmarks/results/*.json.
 """
 
 from __future__ import annotations
@@ -121,6 +122,41 @@ def title(results: dict[str, Any]) -> str:
     return f"{here['device']} ({', '.join(versions)}; {here['date']})"
 
 
+def scaling(results: dict[str, Any], file: Path) -> None:
+    """Milliseconds of multi_horizon_loss against the pixels of its video, a line per axis and dtype."""
+    import matplotlib
+
+    rows = results.get("scaling", [])
+    if not rows:
+        return
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "mfwm"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
+    for axis, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
+        line = sorted((r["pixels"], r["median_ms"]) for r in rows if (r["size"], r["dtype"]) == (axis, dtype))
+        style = {"marker": "o", "linestyle": "-" if dtype == "bf16" else "--"}
+        axes.plot(*zip(*line, strict=True), label=f"more {axis}, {dtype}", **style)
+    axes.set(xscale="log", yscale="log", xlabel="pixels of the video", ylabel="ms, forward and backward")
+    axes.set_title(f"multi_horizon_loss on {title(results)}", fontsize=8)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def scaling_table(results: dict[str, Any]) -> str:
+    """The cost of a pixel at the smallest and at the largest size of each axis."""
+    lines = []
+    rows = results["scaling"]
+    for axis, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
+        line = sorted((r["pixels"], r["ns_per_pixel"]) for r in rows if (r["size"], r["dtype"]) == (axis, dtype))
+        growth = line[-1][0] / line[0][0]
+        lines.append([f"{axis}, {dtype}", f"{growth:.0f}x", f"{line[0][1]:.2f}", f"{line[-1][1]:.2f}"])
+    return table(("what grows", "by", "ns a pixel at the smallest", "at the largest"), lines)
+
+
 def roofline(results: dict[str, Any], file: Path) -> None:
     """FLOP/s against FLOP per byte of the floor: ours and torch.compile's, under the measured roofs."""
     import matplotlib
@@ -178,6 +214,9 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
                 parts += [f"### Ops, {dtype}", ops_table(results, dtype)]
         if (ROOT / "docs" / f"roofline-{stem}.svg").exists():
             parts.append(f"![roofline](../docs/roofline-{stem}.svg)")
+        if results.get("scaling"):
+            parts += ["### How the cost of multi_horizon_loss grows", scaling_table(results)]
+            parts.append(f"![scaling](../docs/scaling-{stem}.svg)")
     return "\n\n".join(parts) + "\n"
 
 
@@ -198,6 +237,7 @@ def main() -> None:
         sys.exit("benchmarks/results holds no results: run python -m benchmarks first")
     for stem, one in results.items():
         roofline(one, ROOT / "docs" / f"roofline-{stem}.svg")
+        scaling(one, ROOT / "docs" / f"scaling-{stem}.svg")
     (ROOT / "benchmarks" / "README.md").write_text(page(results))
     readme = ROOT / "README.md"
     text = readme.read_text()
