@@ -1,0 +1,122 @@
+"""How accurate the conditioned states and their heads are, beside plain PyTorch of the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfwm_kernels import Horizons, fan_out, multi_horizon_linear, use_backend
+from mfwm_kernels.check import relative_error
+from mfwm_kernels.registry import ABSENT, OPS
+
+BACKENDS = [b for b in OPS["fan_out"].backends if not ABSENT[b] and (b != "triton" or not torch.cuda.is_available())]
+# Triton's interpreter cuts numbers off where they become bf16, and does not round them.
+ROUNDED = [(b, t) for b in BACKENDS for t in (torch.float32, torch.bfloat16) if b != "triton" or t == torch.float32]
+HORIZONS = Horizons((1, 2, 4), (1, 1, 1))
+
+
+def plain_states(hidden: Tensor, actions: Tensor, norm_weight: Tensor) -> list[Tensor]:
+    """As one writes it: every horizon's sum of actions, added, normed."""
+    states, positions = [], hidden.shape[1]
+    for offset in HORIZONS.offsets:
+        window = torch.zeros_like(actions[:, :positions])
+        for lag in range(1, offset):
+            window = window + actions[:, lag : lag + positions]
+        states.append(F.rms_norm(hidden + window[:, :, None], hidden.shape[-1:], norm_weight, 1e-6))
+    return states
+
+
+def plain_heads(hidden: Tensor, actions: Tensor, norm_weight: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [F.linear(s, w) for s, w in zip(plain_states(hidden, actions, norm_weight), weights, strict=True)]
+
+
+def our_states(hidden: Tensor, actions: Tensor, norm_weight: Tensor) -> Sequence[Tensor]:
+    return fan_out(hidden, actions, HORIZONS, pool=(1, 1, 1), norm_weight=norm_weight)
+
+
+def our_heads(hidden: Tensor, actions: Tensor, norm_weight: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+    return multi_horizon_linear(hidden, actions, list(weights), HORIZONS, norm_weight=norm_weight)
+
+
+def results(op: Any, leaves: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
+    """Outputs, then gradients."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    outputs = op(*leaves)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(outputs[0].dtype) for g in upstream])]
+
+
+def inputs(scale: float, dtype: torch.dtype, heads: bool) -> tuple[list[Tensor], list[Tensor]]:
+    columns = (24, 12, 5)
+    leaves = [torch.randn(2, 3, 8, 64), scale * torch.randn(2, 7, 64), 1 + 0.1 * torch.randn(64)]
+    leaves += [torch.randn(n, 64) for n in columns] if heads else []
+    upstream = [torch.randn(2, 3, 8, n if heads else 64).to(dtype) for n in columns]
+    return [leaf.to(dtype) for leaf in leaves], upstream
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("heads", [False, True], ids=["fan_out", "multi_horizon_linear"])
+@pytest.mark.parametrize(("backend", "dtype"), ROUNDED)
+def test_at_most_twice_the_error_of_plain_torch(backend: str, heads: bool, dtype: torch.dtype, scale: float) -> None:
+    leaves, upstream = inputs(scale, dtype, heads)
+    ours, plain = (our_heads, plain_heads) if heads else (our_states, plain_states)
+    exact = results(plain, [leaf.double() for leaf in leaves], upstream)
+    with use_backend(backend):
+        found = results(ours, leaves, upstream)
+    for k, (got, other, right) in enumerate(zip(found, results(plain, leaves, upstream), exact, strict=True)):
+        error, allowed = relative_error(got, right), relative_error(other, right)
+        assert error <= 2 * allowed + 1e-7, f"result {k}: relative error {error:.1e}, plain {allowed:.1e}"
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ROUNDED)
+def test_actions_that_nearly_cancel_the_hidden_state(backend: str, dtype: torch.dtype) -> None:
+    """hidden + action is a thousandth of hidden. The state is taken directly; the heads add two products, each rounded:
+    relative error <= 2 eps |hidden| / |hidden + action|, eps being that of the dtype."""
+    leaves, upstream = inputs(1.0, dtype, True)
+    hidden, actions = leaves[:2]
+    actions[:, 1:4] = (-0.999 * hidden[:, :, 0].double()).to(dtype)
+    hidden.copy_(hidden[:, :, :1].clone().expand_as(hidden))
+    state = hidden.double() + actions[:, 1:4, None].double()
+    growth = float(hidden.double().norm() / state.norm())
+    with use_backend(backend):
+        states, heads = our_states(*leaves[:3])[1], results(our_heads, leaves, upstream)
+    assert all(bool(value.isfinite().all()) for value in heads)
+    doubled = [leaf.double() for leaf in leaves]
+    eps = torch.finfo(dtype).eps
+    assert relative_error(states, plain_states(*doubled[:3])[1]) <= eps
+    assert relative_error(heads[1].detach(), plain_heads(*doubled)[1]) <= 2 * eps * growth
+
+
+@pytest.mark.parametrize(("depth", "grid", "horizons"), [(8, 64, 2), (24, 1, 8), (1000, 2, 3), (8192, 1, 1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_width_grid_and_number_of_horizons(backend: str, depth: int, grid: int, horizons: int) -> None:
+    grid = min(grid, 8) if backend == "triton" else grid  # A program at a time in the interpreter.
+    chosen = Horizons(tuple(range(1, horizons + 1)), (1,) * horizons)
+    leaves = [torch.randn(1, 2, grid, grid, depth), torch.randn(1, 9, depth), torch.randn(depth)]
+
+    def states(hidden: Tensor, actions: Tensor, norm_weight: Tensor) -> Sequence[Tensor]:
+        pool = tuple(min(grid, 1 << i) for i in range(horizons))
+        return fan_out(hidden, actions, chosen, pool=pool, norm_weight=norm_weight)
+
+    with use_backend("reference"):
+        upstream = [torch.randn_like(state) for state in states(*leaves)]
+        exact = results(states, [leaf.double() for leaf in leaves], upstream)
+    with use_backend(backend):
+        found = results(states, leaves, upstream)
+    assert all(relative_error(got, right) <= 2e-5 for got, right in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_more_than_2_to_the_31_elements_apart(backend: str) -> None:
+    """Of memory that is never touched, so that it takes none."""
+    far = 2**31 + 64
+    hidden = torch.zeros(far + 64, dtype=torch.bfloat16).as_strided((2, 1, 2, 16), (far, 32, 16, 1))
+    hidden.copy_(torch.randn(hidden.shape))
+    actions = torch.randn(2, 1, 16).bfloat16()
+    with use_backend(backend):
+        states = fan_out(hidden, actions, Horizons.next_frame(), pool=(1,))
+    assert torch.equal(states[0], hidden)
