@@ -153,6 +153,9 @@ struct Fan {
   MFWM_INLINE void pool(const Place& place, C* token_scratch, C* sums, const Done& done) const {
     for (int64_t y = 0; y < side; ++y)
       for (int64_t x = 0; x < span; ++x) {
+        // A tile's rows are too short for the hardware to see the next one coming.
+        if (const int64_t next = y * span + x + 2; next < side * span)
+          prefetch_row(op.hidden, cell_in(op.hidden, place, 1, next / span, next % span), depth);
         const C* tokens = token(token_scratch, place, y, x);
         C* level_sums = sums;
         for (size_t l = 0; l < chain.size(); ++l) {
@@ -262,6 +265,8 @@ struct Fan {
     const C* upstream[count];
     C* own[count];
     for (int c = 0; c < count; ++c) {
+      if (const int64_t next = y * (span / p) + x + c + count; next < side * span / (p * p))
+        prefetch_row(g, cell_in(g, place, p, next / (span / p), next % (span / p)), depth);
       upstream[c] = row_at(scratch + plan.upstream_at + c * row, g, cell_in(g, place, p, y, x + c));
       own[c] = scratch + plan.own_at[i] + (y * (span / p) + x + c) * row;
     }
