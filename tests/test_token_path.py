@@ -147,7 +147,7 @@ def token_model(**options: Any) -> WorldModelConfig:
     return WorldModelConfig((1, 4, 4), 1, 32, 2, 16, context=8, actions=4, heads=heads)
 
 
-def test_bits_are_the_loss(place: Path) -> None:
+def test_bits_are_the_loss() -> None:
     """And hits those of the likeliest id of each cell."""
     model = WorldModel(token_model())
     ids, actions = torch.randint(0, 60, (3, 12, 4, 4)), torch.randint(0, 4, (3, 12))
