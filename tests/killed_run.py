@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
+# Every optimiser imports it, which takes a second: once, before the forks.
+import torch._dynamo
 from mfwm.checkpoints import Checkpoints
 from mfwm.run_log import read_log
 from mfwm.training import load_model, train
@@ -63,7 +66,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder: Path = args.folder
-    config = replace(small_config(folder / "data"), steps=12, checkpoint_every=EVERY)
+    config = replace(small_config(folder / "data"), steps=8, checkpoint_every=EVERY)
     number = getattr(signal, f"SIG{args.signal}")
     torch.set_num_threads(1)
     must(partial(moving_squares, folder / "data"))

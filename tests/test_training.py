@@ -86,7 +86,7 @@ def test_another_module_with_random_numbers(config: TrainingConfig, tmp_path: Pa
     assert rows[0]["brightness"] != rows[1]["brightness"]
 
 
-@pytest.mark.parametrize(("signal", "kills"), [("KILL", os.environ.get("MFWM_KILLS", "6")), ("TERM", "2")])
+@pytest.mark.parametrize(("signal", "kills"), [("KILL", os.environ.get("MFWM_KILLS", "3")), ("TERM", "1")])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, signal: str, kills: str) -> None:
     script = Path(__file__).with_name("killed_run.py")
     done = subprocess.run(
