@@ -356,3 +356,21 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
         model.rollout_in_jumps(video, actions[:, :5], 2, 2)
     with pytest.raises(ValueError, match='masked needs heads of output "tokens", of offset 0 first'):
         build(trunk={"masked": True})
+
+
+@pytest.mark.parametrize(
+    ("video", "actions", "steps", "message"),
+    [
+        ((2, 4, 3, 16, 16), torch.zeros(8, dtype=torch.long), 2, "actions must have 2 dimensions"),
+        ((2, 4, 3, 16, 16), torch.zeros(1, 8, dtype=torch.long), 2, "actions must be of the 2 clips"),
+        ((2, 4, 3, 16, 16), torch.zeros(2, 8), 2, "actions must have dtype"),
+        ((2, 4, 3, 16, 16), torch.full((2, 8), 99), 2, "actions must be in 0.."),
+        ((2, 4, 3, 16, 16), torch.zeros(2, 8, dtype=torch.long), 0, "steps must be"),
+        ((2, 0, 3, 16, 16), torch.zeros(2, 8, dtype=torch.long), 2, "video must not have size 0"),
+        ((4, 3, 16, 16), torch.zeros(2, 8, dtype=torch.long), 2, "video must have 5 dimensions"),
+    ],
+)
+def test_malformed_calls_are_named(video: tuple[int, ...], actions: torch.Tensor, steps: int, message: str) -> None:
+    model = WorldModel(WorldModelConfig(frame=(3, 16, 16), width=16, head_width=8, layers=1, context=4))
+    with pytest.raises((ValueError, TypeError), match=message):
+        model.rollout(torch.zeros(video, dtype=torch.uint8), actions, steps)

@@ -105,17 +105,13 @@ MFWM_INLINE void store(const C* from, void* to, DType dtype, const Rows& where) 
   });
 }
 
-template <class C, class S>
-MFWM_INLINE void stream_as(const C* __restrict from, S* __restrict to, int64_t count) {
+template <class C>
+MFWM_INLINE void stream_as(const C* __restrict from, C* __restrict to, int64_t count) {
   using L = Lanes<C>;
   int64_t k = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    if constexpr (std::is_same_v<S, bfloat16>)
-      for (; k + 2 * L::count <= count; k += 2 * L::count) L::stream_pairs(L::load_pairs(from + k), to + k);
-    else
-      for (; k + L::count <= count; k += L::count) L::stream(L::load(from + k), to + k);
-  }
-  for (; k < count; ++k) narrow(from[k], to[k]);
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0)
+    for (; k + L::count <= count; k += L::count) L::stream(L::load(from + k), to + k);
+  for (; k < count; ++k) to[k] = from[k];
 }
 
 }  // namespace
@@ -147,7 +143,6 @@ MFWM_SIMD void store_rows(const double* from, void* to, DType dtype, const Rows&
 
 MFWM_SIMD void stream_row(const float* from, void* to, DType dtype, int64_t offset, int64_t count) {
   if (dtype == DType::float32) return stream_as(from, static_cast<float*>(to) + offset, count);
-  if (dtype == DType::bfloat16) return stream_as(from, static_cast<bfloat16*>(to) + offset, count);
   store(from, to, dtype, Rows{offset, 0, 1, 1, count});
 }
 MFWM_SIMD void stream_row(const double* from, void* to, DType dtype, int64_t offset, int64_t count) {

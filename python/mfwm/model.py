@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mfwm_kernels import GradMonitor, HorizonLoss, video_pyramid
+from mfwm_kernels import arguments as check
 
 from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
 from .heads_config import HeadsConfig
 from .maskgit import training_mask
-from .rollout import Policy, Roller, as_frames, check_rollout, in_jumps, with_drift
+from .rollout import Policy, Roller, as_frames, check_actions, check_rollout, in_jumps, with_drift
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,23 @@ class WorldModel(nn.Module):
             return table
         return nn.Linear(self.config.action_size, self.config.width) if self.config.action_size else None
 
+    def check_inputs(self, video: Tensor, actions: Tensor | None) -> None:
+        """Raise where frames or actions are not such as this model takes; values of ids are not looked at."""
+        dtypes = (torch.int32, torch.int64) if self.tokens else (torch.uint8, *check.FLOATING)
+        check.tensor("video", video, 2 + len(self.frame_shape), dtypes)
+        if tuple(video.shape[2:]) != self.frame_shape:
+            raise ValueError(f"video must have frames of shape {self.frame_shape}, got {tuple(video.shape[2:])}")
+        check.non_zero_sizes("video", video, ())
+        if actions is None or self.action is None:
+            return
+        size = self.config.action_size
+        check.tensor("actions", actions, 3 if size else 2, check.FLOATING if size else (torch.int32, torch.int64))
+        check.same_device("actions", actions, "video", video)
+        if actions.shape[0] != video.shape[0]:
+            raise ValueError(f"actions must be of the {video.shape[0]} clips of video, got shape {list(actions.shape)}")
+        if size and actions.shape[2] != size:
+            raise ValueError(f"actions must be vectors of action_size = {size}, got shape {list(actions.shape)}")
+
     def action_embeddings(self, actions: Tensor | None, segment_ids: Tensor | None = None) -> Tensor | None:
         """[B, V, D], of the last action that each position has seen: its own, or masked the one before.
 
@@ -163,8 +181,6 @@ class WorldModel(nn.Module):
         video: [B, V, C, height, width], uint8 or floating; for tokens, ids [B, V, rows, columns], or
         [..., ids per token] where there are several. token_mask: [B, V, rows, columns], tokens not to be seen.
         """
-        if tuple(video.shape[2:]) != self.frame_shape:
-            raise ValueError(f"video must have frames of shape {self.frame_shape}, got {tuple(video.shape[2:])}")
         dtype = compute_dtype(self.place)
         if self.tokens:
             parts, vocabulary = self.config.frame[0], self.config.heads.vocabulary
@@ -322,10 +338,8 @@ class WorldModel(nn.Module):
             raise ValueError("jumps need pixels or latents, and far horizons that forecast from what has been seen")
         if not 0 <= horizon < len(horizons) or horizons.offsets[horizon] < 1:
             raise ValueError(f"horizon must be the place of an offset above 0 in {horizons}, got {horizon}")
-        needed = video.shape[1] - 1 + jumps * horizons.offsets[horizon]
-        if self.action is not None and (actions is None or actions.shape[1] < needed):
-            given = 0 if actions is None else actions.shape[1]
-            raise ValueError(f"actions must cover frames 0..{needed - 1}, got {given} of them")
+        check.integer("jumps", jumps, least=1)
+        check_actions(self, video, actions, video.shape[1] - 1 + jumps * horizons.offsets[horizon])
         return torch.cat(list(in_jumps(self, video, actions, jumps, horizon)), dim=1)
 
     def states(
@@ -336,6 +350,7 @@ class WorldModel(nn.Module):
         token_mask: Tensor | None = None,
     ) -> dict[str, Any]:
         """What the heads read: hidden states of the positions, inputs and window embeddings of all V frames."""
+        self.check_inputs(video, actions)
         positions = min(video.shape[1], self.config.context)
         frames = video.shape[1] if self.config.heads.conditioning == "frames" else positions
         segments = None if segment_ids is None else segment_ids[:, :frames]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mfwm_kernels import arguments as check
 from mfwm_kernels import video_pyramid
 
 from .blocks import TimeCache
@@ -233,10 +234,27 @@ def check_rollout(model: WorldModel, video: Tensor, actions: Tensor | None, step
     horizons, first = model.config.heads.horizons, 0 if model.config.masked else 1
     if (horizons.offsets[0], horizons.factors[0]) != (first, 1):
         raise ValueError(f"a rollout needs a near horizon of offset {first} and factor 1, got {horizons}")
-    needed = video.shape[1] - 1 + (steps if policy is None else 0)
+    check.integer("steps", steps, least=1)
+    check_actions(model, video, actions, video.shape[1] - 1 + (steps if policy is None else 0))
+
+
+def check_actions(model: WorldModel, video: Tensor, actions: Tensor | None, needed: int) -> None:
+    """Raise where the model does not take these, or actions do not cover the `needed` first frames."""
+    model.check_inputs(video, actions)
+    if model.action is None:
+        return
     given = 0 if actions is None else actions.shape[1]
-    if model.action is not None and given < needed:
+    if given < needed:
         raise ValueError(f"actions must cover frames 0..{needed - 1}, got {given} of them")
+    if actions is not None and model.config.actions:
+        check_range("actions", actions, model.config.actions)
+
+
+def check_range(name: str, ids: Tensor, count: int) -> None:
+    """Raise where ids are not in 0..count - 1."""
+    wrong = ids[(ids < 0) | (ids >= count)]
+    if len(wrong):
+        raise ValueError(f"{name} must be in 0..{count - 1}, got {wrong[0].item()}")
 
 
 def as_frames(model: WorldModel, video: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
+from mfwm_kernels import arguments as check
 
 from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
 from .heads_config import HeadsConfig
+from .rollout import check_range
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """Frames [B, T, C, height, width] in [-1, 1], fp32, of ids [B, T, H, W]."""
-        if ids.ndim != 4 or tuple(ids.shape[2:]) != self.config.grid:
+        check.tensor("ids", ids, 4, (torch.int32, torch.int64))
+        check_range("ids", ids, self.config.vocabulary)
+        if tuple(ids.shape[2:]) != self.config.grid:
             raise ValueError(f"ids must be [B, T, {self.config.grid[0]}, {self.config.grid[1]}], got {list(ids.shape)}")
         codes = self.quantiser.indices_to_codes(ids.flatten(1)).unflatten(1, (ids.shape[1], -1))
         hidden = self._decoded(codes, segment_ids)
@@ -160,6 +164,7 @@ class Tokenizer(nn.Module):
 
     def _quantised(self, video: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Codes [B, T, S, D] and their ids [B, T, S]."""
+        check.non_zero_sizes("video", video, ())
         x_BTSD = self.norm(self.encoder(self.patches(video), segment_ids))
         codes, ids = self.quantiser(x_BTSD.flatten(1, 2))
         return codes.view(x_BTSD.shape), ids.view(x_BTSD.shape[:3])
