@@ -121,3 +121,7 @@ def test_other_frames_and_ids_are_refused() -> None:
         tokenizer().encode(clip()[..., :8, :])
     with pytest.raises(ValueError, match=r"ids must be \[B, T, 4, 4\], got \[2, 6, 4\]"):
         tokenizer().decode(torch.zeros(2, 6, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="ids must have dtype int32, int64, got float32"):
+        tokenizer().decode(torch.zeros(2, 6, 4, 4))
+    with pytest.raises(ValueError, match=r"ids must be in 0..[0-9]+, got -1"):
+        tokenizer().decode(torch.full((2, 6, 4, 4), -1))

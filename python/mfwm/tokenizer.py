@@ -152,10 +152,10 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """Frames [B, T, C, height, width] in [-1, 1], fp32, of ids [B, T, H, W]."""
+        if ids.ndim != 4 or tuple(ids.shape[2:]) != self.config.grid:
+            raise ValueError(f"ids must be [B, T, {self.config.grid[0]}, {self.config.grid[1]}], got {list(ids.shape)}")
         check.tensor("ids", ids, 4, (torch.int32, torch.int64))
         check_range("ids", ids, self.config.vocabulary)
-        if tuple(ids.shape[2:]) != self.config.grid:
-            raise ValueError(f"ids must be [B, T, {self.config.grid[0]}, {self.config.grid[1]}], got {list(ids.shape)}")
         codes = self.quantiser.indices_to_codes(ids.flatten(1)).unflatten(1, (ids.shape[1], -1))
         hidden = self._decoded(codes, segment_ids)
         # Heads of offset 0 without residual take of the frames their size alone.
