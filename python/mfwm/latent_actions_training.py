@@ -27,8 +27,8 @@ from .looking import strip
 from .model import parameters_of
 from .quality import psnr, squared_error
 from .run_config import read
-from .trainer import Objective, Trainer, TrainerConfig
-from .training import load_weights, positions_that_count
+from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
+from .training import positions_that_count
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,9 @@ def train_latent_actions(
     config: LatentActionsTraining, out: Path, *, progress: bool = True, stop_after: int | None = None
 ) -> LatentActions:
     """Train in `out`, or go on where a run with the same config stopped, as `train` does. Returns the model."""
-    with Trainer(config, out, progress=progress) as trainer:
-        model, replay = LatentActions(config.model), Replay(config.data)
-        shown = trainer.held_out_clips(replay) if config.look_every else None
-        trainer.fit(LatentActionsLoss(model), trainer.sampler(replay), shown=shown, stop_after=stop_after)
-    return model
+    return train_on_replay(
+        lambda: LatentActionsLoss(LatentActions(config.model)), config, out, progress, stop_after
+    ).model
 
 
 def load_latent_actions(run: Path) -> tuple[LatentActions, LatentActionsTraining, int]:

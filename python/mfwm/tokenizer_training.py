@@ -20,8 +20,7 @@ from .model import parameters_of
 from .quality import psnr, similarity, squared_error
 from .run_config import read
 from .tokenizer import Tokenizer, TokenizerConfig
-from .trainer import Objective, Trainer, TrainerConfig
-from .training import load_weights
+from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,7 @@ def train_tokenizer(
     config: TokenizerTraining, out: Path, *, progress: bool = True, stop_after: int | None = None
 ) -> Tokenizer:
     """Train in `out`, or go on where a run with the same config stopped, as `train` does. Returns the tokenizer."""
-    with Trainer(config, out, progress=progress) as trainer:
-        model, replay = Tokenizer(config.model), Replay(config.data)
-        shown = trainer.held_out_clips(replay) if config.look_every else None
-        trainer.fit(TokenizerLoss(model), trainer.sampler(replay), shown=shown, stop_after=stop_after)
-    return model
+    return train_on_replay(lambda: TokenizerLoss(Tokenizer(config.model)), config, out, progress, stop_after).model
 
 
 def load_tokenizer(run: Path) -> tuple[Tokenizer, TokenizerTraining, int]:

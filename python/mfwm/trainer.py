@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,6 +282,33 @@ class Trainer:
         if self.config.wandb:
             viewers.append(WeightsAndBiases(self.out, dataclasses.asdict(self.config)))
         return viewers
+
+
+def train_on_replay(
+    make: Callable[[], Objective], config: TrainerConfig, out: Path, progress: bool, stop_after: int | None
+) -> Any:
+    """Train the objective that `make` makes, on config.data, with looks at held-out clips; returns it."""
+    with Trainer(config, out, progress=progress) as trainer:
+        objective, replay = make(), Replay(config.data)
+        shown = trainer.held_out_clips(replay) if config.look_every else None
+        trainer.fit(objective, trainer.sampler(replay), shown=shown, stop_after=stop_after)
+    return objective
+
+
+def load_weights(objective: Objective, run: Path, *, averaged: bool) -> int:
+    """Fill the weights of `objective` from a run's newest checkpoint; returns the step of that."""
+    checkpoints = Checkpoints(Path(run) / "checkpoints")
+    step = checkpoints.latest()
+    if step is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint: train first")
+    state = {"model": objective.state_dict()}
+    if averaged:
+        # The parameters; what else a module keeps has no average.
+        state["average"] = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    checkpoints.load(state, step)
+    if averaged:
+        objective.load_state_dict(state["average"], strict=False)
+    return step
 
 
 class Run:

@@ -13,13 +13,12 @@ from torch import Tensor
 from mfwm_kernels import Horizons
 from mfwm_kernels.horizons import counts_at
 
-from .checkpoints import Checkpoints
 from .data import Replay
 from .looking import look, names_of, strips
 from .model import WorldModel, WorldModelConfig
 from .quality import psnr
 from .run_config import read
-from .trainer import Objective, Trainer, TrainerConfig
+from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,7 @@ def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_afte
 
     Signals and stop_after as in Trainer.fit.
     """
-    with Trainer(config, out, progress=progress) as trainer:
-        model = WorldModel(config.model)
-        replay = Replay(config.data)
-        shown = trainer.held_out_clips(replay) if config.look_every else None
-        trainer.fit(WorldModelLoss(model), trainer.sampler(replay), shown=shown, stop_after=stop_after)
-    return model
+    return train_on_replay(lambda: WorldModelLoss(WorldModel(config.model)), config, out, progress, stop_after).model
 
 
 def for_replay(config: TrainingConfig, replay: Replay) -> TrainingConfig:
@@ -135,19 +129,3 @@ def load_model(run: Path) -> tuple[WorldModel, TrainingConfig, int]:
     model = WorldModel(config.model)
     step = load_weights(WorldModelLoss(model), run, averaged=config.ema > 0)
     return model.eval(), config, step
-
-
-def load_weights(objective: Objective, run: Path, *, averaged: bool) -> int:
-    """Fill the weights of `objective` from a run's newest checkpoint; returns the step of that."""
-    checkpoints = Checkpoints(Path(run) / "checkpoints")
-    step = checkpoints.latest()
-    if step is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: train first")
-    state = {"model": objective.state_dict()}
-    if averaged:
-        # The parameters; what else a module keeps has no average.
-        state["average"] = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    checkpoints.load(state, step)
-    if averaged:
-        objective.load_state_dict(state["average"], strict=False)
-    return step
