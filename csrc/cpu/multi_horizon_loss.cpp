@@ -112,7 +112,8 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
       int64_t x = 0;
       for (; x + 2 * lanes <= columns; x += 2 * lanes) {
         const auto add = L::load(a + x / 2) * weight;
-        const auto left = in_pairs ? add : L::template doubled<0>(add), right = in_pairs ? add : L::template doubled<1>(add);
+        const auto left = in_pairs ? add : L::template doubled<0>(add);
+        const auto right = in_pairs ? add : L::template doubled<1>(add);
         pieces(p + x, t + x, g + x, left, right);
         pieces(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, left, right);
       }
@@ -130,7 +131,8 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
       int64_t x = 0;
       for (; x + 2 * lanes <= columns; x += 2 * lanes) {
         typename L::Pairs add{};
-        if constexpr (ratio == 1) add = in_pairs ? L::load_pairs(a + x) : typename L::Pairs{L::load(a + x), L::load(a + x + lanes)};
+        if constexpr (ratio == 1 && in_pairs) add = L::load_pairs(a + x);
+        if constexpr (ratio == 1 && !in_pairs) add = {L::load(a + x), L::load(a + x + lanes)};
         pieces(p + x, t + x, g + x, add.even, add.odd);
       }
       if constexpr (!in_pairs)
@@ -370,10 +372,9 @@ struct Loss {
                               int coarsest, bool pairs) const {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
     const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1, pairs);
-    bool loaded = false;
-    if constexpr (std::is_same_v<C, float>)
-      if ((loaded = pairs)) video.load_in_pairs(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
-    if (!loaded)
+    if (pairs)
+      video.load_in_pairs(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
+    else
       video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
     video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
     for (int l = 0; l <= coarsest; ++l) {

@@ -115,28 +115,28 @@ struct Frames {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
       });
   }
-  // The same in pairs; C is float.
+  // The same in pairs.
   template <class C>
   MFWM_INLINE void load_in_pairs(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
                                  C shift) const {
     using L = Lanes<C>;
-    const bool bytes = array.dtype == DType::uint8 && is_plain_image();
-    if (!bytes) load(to.data, b, t, c, y, x, to.rows, to.columns, scale, shift);
-    for (int64_t r = 0; r < to.rows; ++r) {
-      C* row = to.row(r);
-      if (!bytes) {
-        into_pairs(row, row, to.columns);
-        continue;
+    if constexpr (std::is_same_v<C, float>)
+      if (array.dtype == DType::uint8 && is_plain_image()) {
+        for (int64_t r = 0; r < to.rows; ++r) {
+          const uint8_t* from = static_cast<const uint8_t*>(array.data) + image_offset(b, t, c, y + r, x);
+          C* row = to.row(r);
+          int64_t k = 0;
+          for (; k + 2 * L::count <= to.columns; k += 2 * L::count) {
+            const auto pairs = L::load_pairs(from + k);
+            L::store(pairs.even * scale + shift, row + k);
+            L::store(pairs.odd * scale + shift, row + k + L::count);
+          }
+          for (; k < to.columns; ++k) row[k] = static_cast<C>(from[k]) * scale + shift;
+        }
+        return;
       }
-      const uint8_t* from = static_cast<const uint8_t*>(array.data) + image_offset(b, t, c, y + r, x);
-      int64_t k = 0;
-      for (; k + 2 * L::count <= to.columns; k += 2 * L::count) {
-        const auto pairs = L::load_pairs(from + k);
-        L::store(pairs.even * scale + shift, row + k);
-        L::store(pairs.odd * scale + shift, row + k + L::count);
-      }
-      for (; k < to.columns; ++k) row[k] = static_cast<C>(from[k]) * scale + shift;
-    }
+    load(to.data, b, t, c, y, x, to.rows, to.columns, scale, shift);
+    for (int64_t r = 0; r < to.rows; ++r) into_pairs(to.row(r), to.row(r), to.columns);
   }
   // Asks for a rectangle of a plain image, taken to be dense, that is read soon. Inlined: a call of a function that only
   // asks for memory is left out by the compiler.
