@@ -50,7 +50,7 @@ def _heads(factors: tuple[int, ...], patches: tuple[int, ...]) -> HeadsConfig:
     )
 
 
-CPU_MODEL = WorldModelConfig(width=256, layers=6, heads=_heads((1, 2, 4, 8), (8, 8, 4, 2)))
+CPU_MODEL = WorldModelConfig(width=256, layers=6, heads=_heads((1, 2, 4, 8), (8, 8, 8, 8)))
 # Size -> (clips in a batch, model).
 SIZES: dict[str, tuple[int, WorldModelConfig]] = {
     "cpu": (8, CPU_MODEL),
