@@ -37,16 +37,22 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of measuring per contender and size")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further size after that")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
-    parser.add_argument("--default-allocator", action="store_true", help="let glibc give memory back between calls")
+    parser.add_argument(
+        "--default-allocator",
+        action="store_true",
+        help="let glibc give memory back; kept in <device>-default-allocator.json, shown beside the others",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="by default benchmarks/results/<device>.json")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.default_allocator and measure.allocator() != "default":
+        parser.error(f"--default-allocator: {', '.join(measure.ALLOCATOR)} must not be set")
     if device.type == "cpu" and not arguments.default_allocator:
         measure.keep_blocks()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    name = slug(measure.device_name()) + ("-default-allocator" if arguments.default_allocator else "")
+    name = slug(measure.device_name()) + (measure.DEFAULT_ALLOCATOR if arguments.default_allocator else "")
     out = arguments.out or RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{measure.device_name()}; results in {out}")

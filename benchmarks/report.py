@@ -2,7 +2,8 @@
 
 Writes benchmarks/README.md and, per device, docs/roofline-<device>.svg and docs/scaling-<device>.svg; and puts the
 short tables between the `results` markers of README.md. Nothing is typed by hand: every figure comes from
-benchmarks/results/*.json.
+benchmarks/results/*.json. A device's figures under glibc's default allocator (`python -m benchmarks
+--default-allocator`, kept in <device>-default-allocator.json) stand in a column beside the others.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .bench_ops import PRODUCTS
+from .measure import ALLOCATOR, DEFAULT_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: made by python -m benchmarks.report -->", "<!-- end of results -->"
-DEFAULT_ALLOCATOR = "-default-allocator"
 ORDER = (PRODUCTS, "eager", "torch.compile", "F.linear_cross_entropy", "Liger", "CCE", "QuACK")
 
 
@@ -26,6 +27,11 @@ def load() -> dict[str, dict[str, Any]]:
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     read = {file.stem: json.loads(file.read_text()) for file in files}
     return {stem: results for stem, results in read.items() if "ops" in results}
+
+
+def devices(all_results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """What has a section of its own."""
+    return [(stem, results) for stem, results in all_results.items() if not stem.endswith(DEFAULT_ALLOCATOR)]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -38,19 +44,29 @@ def milliseconds(row: dict[str, Any]) -> str:
     return f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})"
 
 
-def ops_table(results: dict[str, Any], dtype: str) -> str:
-    """Each contender at each size: time, share of the roof, ratio to torch.compile."""
+def ops_table(results: dict[str, Any], dtype: str, by_default: dict[str, Any] | None = None) -> str:
+    """Each contender at each size: time, share of the roof, ratio to torch.compile; and `by_default` beside them."""
     lines = []
+    beside = {
+        (*place(row), row["contender"]): f"{milliseconds(row)}, {row['share_of_roof']:.0%}{to_compile(row, ', ')}"
+        for row in ([] if by_default is None else by_default["ops"])
+        if row["dtype"] == dtype and row["status"] == "ok"
+    }
     for row in sorted((row for row in results["ops"] if row["dtype"] == dtype), key=place):
         head = [f"`{row['op']}`", row["size"], row["contender"]]
         if row["status"] != "ok":
-            lines.append([*head, row["status"], "", "", ""])
-            continue
-        ratio = "" if row["to_compile"] is None else f"{row['to_compile']:.2f}x"
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
-        lines.append([*head, milliseconds(row), f"{row['share_of_roof']:.0%}", ratio, error])
-    head = ("op", "size", "contender", "ms, median (20 to 80 %)", "of the roof", "to torch.compile", "error")
-    return table(head, lines)
+            lines.append([*head, row["status"], "", "", "", ""])
+        else:
+            error = "" if row["error"] is None else f"{row['error']:.0e}"
+            figures = [milliseconds(row), f"{row['share_of_roof']:.0%}", to_compile(row), error]
+            lines.append([*head, *figures, beside.get((*place(row), row["contender"]), "")])
+    head = ["op", "size", "contender", "ms, median (20 to 80 %)", "of the roof", "to torch.compile", "error"]
+    head.append("the same with the default allocator")
+    return table(head, lines) if beside else table(head[:-1], (line[:-1] for line in lines))
+
+
+def to_compile(row: dict[str, Any], before: str = "") -> str:
+    return "" if row["to_compile"] is None else f"{before}{row['to_compile']:.2f}x"
 
 
 def place(row: dict[str, Any]) -> tuple[str, str, int]:
@@ -204,14 +220,19 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
         "the fewest bytes over the copy bandwidth and the FLOPs over the rate of a large matrix product, both measured "
         "in the same run. Then the multi-frame tax: a training step with four horizons over the same trunk's "
         "next-frame step. `python -m benchmarks.report` makes this page.",
+        "On a CPU every contender runs with `" + " ".join(f"{k}={v}" for k, v in ALLOCATOR.items()) + "`: glibc else "
+        "gives large blocks back to the system, and every fresh output costs page faults. `python -m benchmarks "
+        "--default-allocator --op OP` measures without; where that was done, the figures stand beside (ms, share of "
+        "the roof, ratio to torch.compile).",
     ]
-    for stem, results in all_results.items():
+    for stem, results in devices(all_results):
         parts.append(f"## {title(results)}")
         if results["train"]:
             parts += ["### The multi-frame tax", train_table(results)]
         for dtype in ("bf16", "fp32"):
             if any(row["dtype"] == dtype for row in results["ops"]):
-                parts += [f"### Ops, {dtype}", ops_table(results, dtype)]
+                by_default = all_results.get(stem + DEFAULT_ALLOCATOR)
+                parts += [f"### Ops, {dtype}", ops_table(results, dtype, by_default)]
         if (ROOT / "docs" / f"roofline-{stem}.svg").exists():
             parts.append(f"![roofline](../docs/roofline-{stem}.svg)")
         if results.get("scaling"):
@@ -222,9 +243,7 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
 
 def short(all_results: dict[str, dict[str, Any]]) -> str:
     parts = []
-    for stem, results in all_results.items():
-        if stem.endswith(DEFAULT_ALLOCATOR):
-            continue
+    for _, results in devices(all_results):
         parts += [f"**{title(results)}**", short_table(results)]
         if results["train"]:
             parts.append(train_table(results))
@@ -235,7 +254,7 @@ def main() -> None:
     results = load()
     if not results:
         sys.exit("benchmarks/results holds no results: run python -m benchmarks first")
-    for stem, one in results.items():
+    for stem, one in devices(results):
         roofline(one, ROOT / "docs" / f"roofline-{stem}.svg")
         scaling(one, ROOT / "docs" / f"scaling-{stem}.svg")
     (ROOT / "benchmarks" / "README.md").write_text(page(results))
