@@ -22,11 +22,11 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import mfwm.heads
-import mfwm.model
+import mfwm.models.heads
+import mfwm.models.world_model
 import torch
-from mfwm.heads import HeadsConfig
-from mfwm.model import WorldModel, WorldModelConfig
+from mfwm.models.heads import HeadsConfig
+from mfwm.models.world_model import WorldModel, WorldModelConfig
 from torch import Tensor
 
 from mfwm_kernels import HorizonLoss, Horizons
@@ -145,8 +145,8 @@ def written_out() -> Iterator[None]:
 
     with contextlib.ExitStack() as patched:
         for formula in (fan_out, multi_horizon_linear, multi_horizon_loss):
-            patched.enter_context(mock.patch.object(mfwm.heads, formula.__name__, formula))
-        patched.enter_context(mock.patch.object(mfwm.model, "video_pyramid", video_pyramid))
+            patched.enter_context(mock.patch.object(mfwm.models.heads, formula.__name__, formula))
+        patched.enter_context(mock.patch.object(mfwm.models.world_model, "video_pyramid", video_pyramid))
         yield
 
 

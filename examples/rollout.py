@@ -14,7 +14,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import torch
 from mfwm.data import Clips, Replay, split_levels
-from mfwm.rollout import random_actions
+from mfwm.models.rollout import random_actions
 from mfwm.training import load_model
 
 from mfwm_kernels import video_pyramid

@@ -23,9 +23,9 @@ import torch
 
 # Every optimiser imports it, which takes a second: once, before the forks.
 import torch._dynamo
-from mfwm.checkpoints import Checkpoints
-from mfwm.run_log import read_log
 from mfwm.training import load_model, train
+from mfwm.training.checkpoints import Checkpoints
+from mfwm.training.run_log import read_log
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import moving_squares, small_config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from mfwm import HeadsConfig, WorldModelConfig
-from mfwm.replay_writer import ReplayWriter
+from mfwm.data import ReplayWriter
 from mfwm.training import TrainingConfig
 
 from mfwm_kernels import Horizons

@@ -14,10 +14,9 @@ import pytest
 import torch
 import zarr
 from mfwm.cli import main
-from mfwm.collect import collect, source_of
-from mfwm.data import Clips, ClipSampler, Replay, split_levels
-from mfwm.data_check import check
-from mfwm.replay_writer import ReplayWriter
+from mfwm.data import Clips, ClipSampler, Replay, ReplayWriter, split_levels
+from mfwm.data.check import check
+from mfwm.data.collect import collect, source_of
 from mfwm.training import train
 from small_run import small_config
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torchmetrics.functional.image.lpips as peer
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
-from mfwm.evaluation import CONTEXT, closed_loop, evaluate
-from mfwm.intervals import drift_signal, interval
-from mfwm.lpips import CONVOLUTIONS, LPIPS
-from mfwm.report import write_report
+from mfwm.evaluation import write_report
+from mfwm.evaluation.world_model import CONTEXT, closed_loop, evaluate
+from mfwm.metrics.intervals import drift_signal, interval
+from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
 from mfwm.training import train
 from small_run import moving_squares, small_config
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mfwm.replay_writer import ReplayWriter
+from mfwm.data import ReplayWriter
 from mfwm.training import train
 from small_run import moving_squares, small_config
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from mfwm import HeadsConfig, WorldModelConfig
 from mfwm.data import Replay
-from mfwm.data_check import check
-from mfwm.import_lerobot import import_lerobot
-from mfwm.import_tokens import import_tokens
-from mfwm.import_videos import import_videos
-from mfwm.run_log import read_log
+from mfwm.data.check import check
+from mfwm.data.import_lerobot import import_lerobot
+from mfwm.data.import_tokens import import_tokens
+from mfwm.data.import_videos import import_videos
 from mfwm.training import for_replay, train
+from mfwm.training.run_log import read_log
 from small_run import moving_squares, small_config
 
 from mfwm_kernels import Horizons

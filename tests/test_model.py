@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
-from mfwm.balance import surgery_scale
-from mfwm.blocks import SpaceTimeBlock, rotate, time_mask
-from mfwm.looking import look
-from mfwm.training import WorldModelLoss
-from mfwm.upsampler import Upsampler, patchify, unpatchify
+from mfwm.models.balance import surgery_scale
+from mfwm.models.blocks import SpaceTimeBlock, rotate, time_mask
+from mfwm.models.looking import look
+from mfwm.models.upsampler import Upsampler, patchify, unpatchify
+from mfwm.training.world_model import WorldModelLoss
 from torch import Tensor, nn
 
 from mfwm_kernels import GradMonitor, Horizons, video_pyramid

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mfwm.run_log import read_log
 from mfwm.training import load_model, train
+from mfwm.training.run_log import read_log
 from small_run import moving_squares, small_config
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
-from mfwm.maskgit import sample, sample_frame, training_mask
-from mfwm.rollout import Roller, random_actions
+from mfwm.models.maskgit import sample, sample_frame, training_mask
+from mfwm.models.rollout import Roller, random_actions
 from torch import Tensor, nn
 
 from mfwm_kernels import Horizons, video_pyramid

@@ -11,30 +11,28 @@ import pytest
 import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm import encode as encode_module
-from mfwm.data import Clips, Replay
+from mfwm.data import Clips, Replay, ReplayWriter
 from mfwm.encode import encode
-from mfwm.evaluation import evaluate
-from mfwm.latent_actions import LatentActionsConfig
-from mfwm.latent_actions_training import (
+from mfwm.evaluation import evaluate, write_report
+from mfwm.evaluation.tokens import Decoder, token_measures
+from mfwm.models.latent_actions import LatentActionsConfig
+from mfwm.models.tokenizer import TokenizerConfig
+from mfwm.training import TrainingConfig, for_replay, train
+from mfwm.training.latent_actions import (
     LatentActionsTraining,
     evaluate_latent_actions,
     load_latent_actions,
     mutual_information,
     train_latent_actions,
 )
-from mfwm.replay_writer import ReplayWriter
-from mfwm.report import write_report
-from mfwm.run_log import read_log
-from mfwm.token_evaluation import Decoder, token_measures
-from mfwm.tokenizer import TokenizerConfig
-from mfwm.tokenizer_training import (
+from mfwm.training.run_log import read_log
+from mfwm.training.tokenizer import (
     TokenizerTraining,
     evaluate_tokenizer,
     for_pixels,
     load_tokenizer,
     train_tokenizer,
 )
-from mfwm.training import TrainingConfig, for_replay, train
 from small_run import moving_squares
 
 from mfwm_kernels import Horizons

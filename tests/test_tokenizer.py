@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from mfwm.latent_actions import LatentActions, LatentActionsConfig
-from mfwm.tokenizer import Tokenizer, TokenizerConfig
+from mfwm.models.latent_actions import LatentActions, LatentActionsConfig
+from mfwm.models.tokenizer import Tokenizer, TokenizerConfig
 from torch import Tensor, nn
 
 from mfwm_kernels import video_pyramid

@@ -17,13 +17,13 @@ from unittest import mock
 
 import pytest
 import torch
-from mfwm.checkpoints import Checkpoints
 from mfwm.export import export, load_exported
-from mfwm.model import WorldModel
-from mfwm.optimisation import learning_rate
-from mfwm.run_log import Log, read_log
-from mfwm.trainer import Objective, Run, Trainer
-from mfwm.training import TrainingConfig, WorldModelLoss, load_model, train
+from mfwm.models.world_model import WorldModel
+from mfwm.training.checkpoints import Checkpoints
+from mfwm.training.optimisation import learning_rate
+from mfwm.training.run_log import Log, read_log
+from mfwm.training.trainer import Objective, Run, Trainer
+from mfwm.training.world_model import TrainingConfig, WorldModelLoss, load_model, train
 from small_run import moving_squares, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor

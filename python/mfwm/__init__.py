@@ -7,8 +7,8 @@ Actions, for the whole package: `actions[:, n]` is the action taken at frame n; 
 Pixels are in [-1, 1]: uint8 frames are mapped there by 1/127.5 and -1.
 """
 
-from .heads import MultiFrameHeads
-from .heads_config import HeadsConfig
-from .model import WorldModel, WorldModelConfig
+from .models.heads import MultiFrameHeads
+from .models.heads_config import HeadsConfig
+from .models.world_model import WorldModel, WorldModelConfig
 
 __all__ = ["HeadsConfig", "MultiFrameHeads", "WorldModel", "WorldModelConfig"]

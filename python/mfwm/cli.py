@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import tyro
 
 from .demo import Demo
-from .describe import Describe
-from .latent_actions_training import LatentActionsTraining
+from .models.describe import Describe
 from .presets import PRESETS
-from .tokenizer_training import TokenizerTraining
-from .training import TrainingConfig
+from .training.latent_actions import LatentActionsTraining
+from .training.tokenizer import TokenizerTraining
+from .training.world_model import TrainingConfig
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Collect:
     """Delete the replay buffer that stands in `out`."""
 
     def run(self) -> None:
-        from .collect import collect
+        from .data.collect import collect
 
         collect(self.env, self.frames, self.out, seed=self.seed, size=self.size, overwrite=self.overwrite)
 
@@ -48,7 +48,7 @@ class Check:
     """Frames in a training clip."""
 
     def run(self) -> None:
-        from .data_check import check
+        from .data.check import check
 
         problems = check(self.replay, self.clip)
         for problem in problems:
@@ -88,7 +88,7 @@ class ImportVideos(Import):
     """Height and width to scale frames to; by default they stay."""
 
     def run(self) -> None:
-        from .import_videos import import_videos
+        from .data.import_videos import import_videos
 
         self.finish(import_videos(self.folder, self.out, size=self.size, **self.options))
 
@@ -103,7 +103,7 @@ class ImportLeRobot(Import):
     """Height and width to scale frames to; by default they stay."""
 
     def run(self) -> None:
-        from .import_lerobot import import_lerobot
+        from .data.import_lerobot import import_lerobot
 
         self.finish(import_lerobot(self.folder, self.out, camera=self.camera, size=self.size, **self.options))
 
@@ -116,7 +116,7 @@ class ImportTokens(Import):
     """Ids of a token: 2 splits each of a vocabulary of 262,144 into two of 512."""
 
     def run(self) -> None:
-        from .import_tokens import import_tokens
+        from .data.import_tokens import import_tokens
 
         self.finish(import_tokens(self.folder, self.out, ids=self.ids, **self.options))
 
@@ -144,8 +144,8 @@ class Train:
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
 
     def run(self) -> None:
-        from .data import Replay
-        from .training import for_replay, train
+        from .data.replay import Replay
+        from .training.world_model import for_replay, train
 
         train(for_replay(self.config, Replay(self.config.data)), self.out)
 
@@ -158,7 +158,7 @@ class TrainTokenizer:
     config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
 
     def run(self) -> None:
-        from .tokenizer_training import evaluate_tokenizer, for_pixels, train_tokenizer
+        from .training.tokenizer import evaluate_tokenizer, for_pixels, train_tokenizer
 
         train_tokenizer(for_pixels(self.config), self.out)
         print(json.dumps(evaluate_tokenizer(self.out), indent=2))
@@ -172,8 +172,8 @@ class TrainLatentActions:
     config: Annotated[LatentActionsTraining, tyro.conf.arg(name="")]
 
     def run(self) -> None:
-        from .latent_actions_training import evaluate_latent_actions, train_latent_actions
-        from .tokenizer_training import for_pixels
+        from .training.latent_actions import evaluate_latent_actions, train_latent_actions
+        from .training.tokenizer import for_pixels
 
         train_latent_actions(for_pixels(self.config), self.out)
         print(json.dumps(evaluate_latent_actions(self.out), indent=2))
@@ -218,8 +218,8 @@ class Evaluate:
     seed: int = 0
 
     def run(self) -> None:
-        from .evaluation import evaluate
-        from .report import write_report
+        from .evaluation.report import write_report
+        from .evaluation.world_model import evaluate
 
         options = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
         print(json.dumps(evaluate(self.run_directory, **options), indent=2))  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ class Demo:
     """Of the tokenizer."""
 
     def run(self) -> None:
-        from .collect import collect, default_environment
+        from .data.collect import collect, default_environment
 
         complete(self.data, lambda: collect(default_environment(), self.frames, self.data, overwrite=True))
         if self.tokens:
@@ -34,10 +34,10 @@ class Demo:
             self._pixels(self.out or Path("runs/demo"))
 
     def _pixels(self, out: Path) -> None:
-        from .data import Replay
-        from .evaluation import evaluate
-        from .report import write_report
-        from .training import for_replay, train
+        from .data.replay import Replay
+        from .evaluation.report import write_report
+        from .evaluation.world_model import evaluate
+        from .training.world_model import for_replay, train
 
         config = replace(DEMO, data=str(self.data), steps=self.steps or DEMO.steps)
         train(for_replay(config, Replay(self.data)), out)
@@ -49,12 +49,12 @@ class Demo:
         print(f"report: {write_report(out)}")
 
     def _tokens(self, out: Path) -> None:
-        from .data import Replay
+        from .data.replay import Replay
         from .encode import encode
-        from .evaluation import evaluate
-        from .report import write_report
-        from .tokenizer_training import TokenizerTraining, evaluate_tokenizer, for_pixels, train_tokenizer
-        from .training import for_replay, train
+        from .evaluation.report import write_report
+        from .evaluation.world_model import evaluate
+        from .training.tokenizer import TokenizerTraining, evaluate_tokenizer, for_pixels, train_tokenizer
+        from .training.world_model import for_replay, train
 
         tokenizer, ids, model = out / "tokenizer", out / "ids", out / "model"
         steps = self.tokenizer_steps or TokenizerTraining.steps

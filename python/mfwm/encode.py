@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Replay
-from .data_check import location
-from .latent_actions import LatentActions
-from .latent_actions_training import load_latent_actions
-from .replay_writer import ReplayWriter
-from .tokenizer import Tokenizer
-from .tokenizer_training import load_tokenizer
+from .data.check import location
+from .data.replay import Replay
+from .data.replay_writer import ReplayWriter
+from .models.latent_actions import LatentActions
+from .models.tokenizer import Tokenizer
+from .training.latent_actions import load_latent_actions
+from .training.tokenizer import load_tokenizer
 
 KEPT = ("env", "action_names", "noop", "action_repeat", "ticks_per_frame", "seed", "package", "package_version")
 ABOUT_ACTIONS = ("action_names", "noop", "action_repeat")

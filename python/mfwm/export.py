@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model
 
-from .model import WorldModel
-from .run_config import from_tree
-from .training import TrainingConfig, load_model
+from .models.world_model import WorldModel
+from .training.run_config import from_tree
+from .training.world_model import TrainingConfig, load_model
 
 
 def export(run: Path, out: Path) -> None:

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from mfwm_kernels import Horizons
 
-from .heads_config import HeadsConfig
-from .model import WorldModelConfig
-from .sizes import TRUNKS, variants
-from .tokenizer import TokenizerConfig
-from .training import TrainingConfig
+from .models.heads_config import HeadsConfig
+from .models.sizes import TRUNKS, variants
+from .models.tokenizer import TokenizerConfig
+from .models.world_model import WorldModelConfig
+from .training.world_model import TrainingConfig
 
 # The run of benchmarks/results/demo.json: 4.3 million parameters; one block per far horizon on a grid of half the
 # resolution. Far losses are larger (the world has moved on), and with equal weights they crowd out the next frame early

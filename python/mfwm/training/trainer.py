@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from mfwm_kernels.cpu import product_dtype
 
+from ..data.replay import ClipSampler, Replay, split_levels
 from .checkpoints import Checkpoints, barrier
-from .data import ClipSampler, Replay, split_levels
 from .optimisation import MovingAverage, learning_rate, parameter_groups
 from .parallel import distribute, gradients_shared, mean_over_processes, processes, sum_over_processes, whole
 from .run_config import described, settle

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from mfwm_kernels import video_pyramid
 
-from .data import Clips, Replay, split_levels
-from .evaluation import CONTEXT, rollout_steps
-from .looking import names_of
-from .model import WorldModel
-from .run_log import read_log
-from .token_evaluation import decoder_of
-from .training import load_model
+from ..data.replay import Clips, Replay, split_levels
+from ..models.looking import names_of
+from ..models.world_model import WorldModel
+from ..training.run_log import read_log
+from ..training.world_model import load_model
+from .tokens import decoder_of
+from .world_model import CONTEXT, rollout_steps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,10 +13,10 @@ from torch import Tensor
 from mfwm_kernels import Horizons
 from mfwm_kernels.horizons import counts_at
 
-from .data import Replay
-from .looking import look, names_of, strips
-from .model import WorldModel, WorldModelConfig
-from .quality import psnr
+from ..data.replay import Replay
+from ..metrics.quality import psnr
+from ..models.looking import look, names_of, strips
+from ..models.world_model import WorldModel, WorldModelConfig
 from .run_config import read
 from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Clips, Replay
-from .intervals import interval
-from .model import WorldModel
-from .tokenizer_training import load_tokenizer
+from ..data.replay import Clips, Replay
+from ..metrics.intervals import interval
+from ..models.world_model import WorldModel
+from ..training.tokenizer import load_tokenizer
 
 
 class Decoder:

@@ -14,9 +14,9 @@ from mfwm_kernels import arguments as check
 
 from .blocks import RMSNorm
 from .heads_config import HeadsConfig
-from .model import WorldModel, WorldModelConfig
 from .rollout import check_range
 from .tokenizer import CausalStack, Patches, check_levels, quantiser
+from .world_model import WorldModel, WorldModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fsspec.core import url_to_fs
 from numcodecs import Blosc
 from numcodecs.checksum32 import CRC32
 
-from .data_check import ACTION, ENDS, IMG, LEVELS, TOKENS, action_problems, location, refuse, token_problems
+from .check import ACTION, ENDS, IMG, LEVELS, TOKENS, action_problems, location, refuse, token_problems
 
 CHUNK_FRAMES = 64
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data_check import (
+from .check import (
     ACTION,
     ENDS,
     IMG,

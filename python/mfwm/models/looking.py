@@ -9,7 +9,7 @@ from torch import Tensor
 from mfwm_kernels import GradMonitor, Horizons, video_pyramid
 
 from .maskgit import training_mask
-from .model import WorldModel
+from .world_model import WorldModel
 
 # Of a rollout: frames that it starts from.
 SEEN = 4

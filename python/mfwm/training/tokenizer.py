@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mfwm_kernels import video_pyramid
 
+from ..data.replay import Clips, Replay, split_levels
+from ..metrics.quality import psnr, similarity, squared_error
+from ..models.looking import strip
+from ..models.tokenizer import Tokenizer, TokenizerConfig
+from ..models.world_model import parameters_of
 from .checkpoints import write_atomically
-from .data import Clips, Replay, split_levels
-from .looking import strip
-from .model import parameters_of
-from .quality import psnr, similarity, squared_error
 from .run_config import read
-from .tokenizer import Tokenizer, TokenizerConfig
 from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
 
 

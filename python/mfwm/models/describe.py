@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfwm_kernels import use_backend
 
-from .model import WorldModel, WorldModelConfig, parameters_of
 from .sizes import TRUNKS, variants
+from .world_model import WorldModel, WorldModelConfig, parameters_of
 
 
 class Cost(NamedTuple):

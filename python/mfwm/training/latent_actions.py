@@ -19,16 +19,16 @@ from torch import Tensor
 
 from mfwm_kernels import Horizons, video_pyramid
 
+from ..data.replay import Clips, Replay, split_levels
+from ..metrics.intervals import interval
+from ..metrics.quality import psnr, squared_error
+from ..models.latent_actions import LatentActions, LatentActionsConfig
+from ..models.looking import strip
+from ..models.world_model import parameters_of
 from .checkpoints import write_atomically
-from .data import Clips, Replay, split_levels
-from .intervals import interval
-from .latent_actions import LatentActions, LatentActionsConfig
-from .looking import strip
-from .model import parameters_of
-from .quality import psnr, squared_error
 from .run_config import read
 from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
-from .training import positions_that_count
+from .world_model import positions_that_count
 
 
 @dataclass(frozen=True)

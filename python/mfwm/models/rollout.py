@@ -15,7 +15,7 @@ from .blocks import TimeCache
 from .maskgit import sample, sample_frame
 
 if TYPE_CHECKING:
-    from .model import WorldModel
+    from .world_model import WorldModel
 
 # The action at the last of the frames [B, V, ...] so far, [B] or [B, A].
 Policy = Callable[[Tensor], Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from .blocks import SpaceTimeBlock
+from ..models.blocks import SpaceTimeBlock
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Records CoinRun, or another procgen game, to standard output: a program of its own, run by `mfwm.collect`.
+"""Records CoinRun, or another procgen game, to standard output: a program of its own, run by `mfwm.data.collect`.
 
 procgen pins numpy < 2, which the rest of mfwm cannot live with, so this file runs in another Python environment, which
 has procgen and numpy and nothing of mfwm.

@@ -21,16 +21,16 @@ from tqdm import tqdm
 from mfwm_kernels import Horizons, __version__, video_pyramid
 from mfwm_kernels.info import cpu_name
 
-from .checkpoints import write_atomically
-from .data import Clips, Replay, split_levels
-from .intervals import drift_signal, interval
-from .looking import names_of
-from .lpips import LPIPS
-from .model import WorldModel, WorldModelConfig, parameters_of
-from .quality import psnr, similarity, squared_error
-from .run_log import read_log
-from .token_evaluation import Decoder, decoder_of, token_measures, token_summary
-from .training import TrainingConfig, load_config, load_model
+from ..data.replay import Clips, Replay, split_levels
+from ..metrics.intervals import drift_signal, interval
+from ..metrics.lpips import LPIPS
+from ..metrics.quality import psnr, similarity, squared_error
+from ..models.looking import names_of
+from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
+from ..training.checkpoints import write_atomically
+from ..training.run_log import read_log
+from ..training.world_model import TrainingConfig, load_config, load_model
+from .tokens import Decoder, decoder_of, token_measures, token_summary
 
 # Genie measures controllability after this many closed-loop steps.
 DELTA_STEP = 4
@@ -55,7 +55,7 @@ def evaluate(
     the run, as metrics.json and clips.npz.
 
     against: another run on the same data, whose rollouts are compared with this one's.
-    lpips: the file that holds the weights of LPIPS, as in mfwm.lpips; without it there is no LPIPS.
+    lpips: the file that holds the weights of LPIPS, as in mfwm.metrics.lpips; without it there is no LPIPS.
     """
     run = Path(run)
     model, config, step = load_model(run)

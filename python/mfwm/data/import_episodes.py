@@ -10,7 +10,7 @@ import numpy as np
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
-from .data_check import location
+from .check import location
 from .replay_writer import ReplayWriter, make_room
 
 

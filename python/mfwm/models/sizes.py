@@ -7,7 +7,7 @@ from dataclasses import replace
 from mfwm_kernels import Horizons
 
 from .heads_config import HeadsConfig
-from .model import WorldModelConfig
+from .world_model import WorldModelConfig
 
 # Named by the parameters of the trunk, 16 width^2 a layer. From 60M on, four pixels a token instead of eight.
 TRUNKS: dict[str, WorldModelConfig] = {

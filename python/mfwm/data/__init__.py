@@ -1,0 +1,6 @@
+"""Recorded video with its actions: recording, importing, checking and reading replay buffers."""
+
+from .replay import Clips, ClipSampler, Replay, split_levels
+from .replay_writer import ReplayWriter
+
+__all__ = ["ClipSampler", "Clips", "Replay", "ReplayWriter", "split_levels"]

@@ -1,0 +1,1 @@
+"""Measures of pictures, and the intervals that a handful of clips leaves."""
