@@ -221,7 +221,7 @@ def multi_horizon_linear_monitor(
                 added = tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
                 own -= share[:, None] * (state + added)
         if scale is not None:
-            total += own * tl.load(scale + i)
+            total += own * tl.load(scale + i).to(tl.float32)
         else:
             total += own
         if partial is not None:

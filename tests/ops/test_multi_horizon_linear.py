@@ -79,6 +79,17 @@ def test_grad_monitor(backend: str, scale: list[float] | None, norm: bool, absen
     torch.testing.assert_close(monitors[1].cosines, monitors[0].cosines, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_an_fp64_scale_is_as_good_as_an_fp32_one(backend: str) -> None:
+    kwargs, upstream = call_of(torch.bfloat16, 5), [torch.randn(2, 3, 5, n).bfloat16() for n in (7, 3, 1)]
+    scale = torch.tensor([0.5, 2.0, -1.0])
+    narrow, wide = (
+        gradients_of(backend, {**kwargs, "grad_monitor": GradMonitor(3, scale.to(dtype))}, upstream)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert all(relative_error(a, b) < 1e-2 for a, b in zip(wide, narrow, strict=True))
+
+
 class Storages(TorchDispatchMode):
     """Bytes of every storage that an op returns a tensor of, by address."""
 
