@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import mfwm.models.blocks
 import mfwm.models.heads
 import mfwm.models.world_model
 import torch
@@ -143,10 +144,14 @@ def written_out() -> Iterator[None]:
     def video_pyramid(video: Tensor, factors: Any, *, patch_sizes: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (rivals._patches(rivals._frames(video), patch_sizes[0]).to(dtype),)
 
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
     with contextlib.ExitStack() as patched:
         for formula in (fan_out, multi_horizon_linear, multi_horizon_loss):
             patched.enter_context(mock.patch.object(mfwm.models.heads, formula.__name__, formula))
         patched.enter_context(mock.patch.object(mfwm.models.world_model, "video_pyramid", video_pyramid))
+        patched.enter_context(mock.patch.object(mfwm.models.blocks, "rms_norm", rms_norm))
         yield
 
 

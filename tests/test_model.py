@@ -10,7 +10,7 @@ import pytest
 import torch
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.models.balance import surgery_scale
-from mfwm.models.blocks import SpaceTimeBlock, rotate, time_mask
+from mfwm.models.blocks import RMSNorm, SpaceTimeBlock, rotate, time_mask
 from mfwm.models.looking import look
 from mfwm.models.upsampler import Upsampler, patchify, unpatchify
 from mfwm.training.world_model import WorldModelLoss
@@ -426,6 +426,19 @@ def test_rotary_positions_tell_the_order_of_frames() -> None:
     q, k = torch.randn(2, 1, 3, 16)
     scores = rotate(q, 0) @ rotate(k, 0).mT
     torch.testing.assert_close(rotate(q, 5) @ rotate(k, 5).mT, scores)
+
+
+def test_norms_are_rms_norms_trained_and_not() -> None:
+    x, gradient = torch.randn(2, 2, 3, 4, 8)
+    x.requires_grad_()
+    norm = RMSNorm(8)
+    nn.init.normal_(norm.weight)
+    expected = nn.functional.rms_norm(x, (8,), norm.weight, 1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm(x), expected)
+    pairs = [torch.autograd.grad(y, (x, norm.weight), gradient) for y in (norm(x), expected)]
+    torch.testing.assert_close(*pairs)
 
 
 def test_uncertainty_is_kendalls_formula() -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfwm_kernels import mtp_combine
+from mfwm_kernels import Horizons, fan_out, mtp_combine
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +18,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+def rms_norm(x_BTSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """F.rms_norm over the last dimension of [B, T, ..., D].
+
+    Trained on the CPU without a compiler it is a fan_out with one horizon: torch 2.13 has no kernel for it there, and
+    forward and backward of 8 clips of 16 frames of 64 tokens, width 192, took 30 ms against 7 ms, on 2 cores in fp32.
+    """
+    if x_BTSD.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        no_actions = x_BTSD.new_zeros(x_BTSD.shape[0], x_BTSD.shape[1], x_BTSD.shape[-1])
+        return fan_out(x_BTSD, no_actions, Horizons.next_frame(), pool=(1,), norm_weight=weight_D, norm_eps=eps)[0]
+    return F.rms_norm(x_BTSD, x_BTSD.shape[-1:], weight_D, eps)
 
 
 class Attention(nn.Module):
@@ -136,13 +148,20 @@ class TimeAttention(Attention):
 
 
 def rotate(x: Tensor, first: int) -> Tensor:
-    """RoPE: pair (j, j + d/2) of x [..., T, d] turned by (first + t) * 10000^(-2j/d), in fp32."""
+    """RoPE: pair (2j, 2j + 1) of x [..., T, d] turned by (first + t) * 10000^(-2j/d), in fp32.
+
+    As products of complex numbers, which is one pass over memory, but for a compiler, which fuses real ones alone.
+    """
     T, d = x.shape[-2:]
     frequency = 10_000.0 ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
     angle = torch.arange(first, first + T, device=x.device, dtype=torch.float32)[:, None] * frequency
-    a, b = x.float().chunk(2, dim=-1)
-    turned = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), cos, sin = pairs.unbind(-1), angle.cos(), angle.sin()
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angle), angle))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -194,7 +213,7 @@ class SpaceTimeBlock(nn.Module):
         return x_BTSD + self.space(self.space_norm(x_BTSD))
 
     def _transform(self, x_BTSD: Tensor) -> Tensor:
-        return x_BTSD + self.down(F.gelu(self.up(self.mlp_norm(x_BTSD)), approximate="tanh"))
+        return x_BTSD + self.down(F.gelu(self.up(self.mlp_norm(x_BTSD))))
 
 
 class Join(nn.Module):
@@ -230,7 +249,7 @@ def time_mask(
     None where only m <= n counts: scaled_dot_product_attention then makes the causal mask itself.
     """
     if segment_ids is None:
-        return None if window is None else within(positions, positions, window, torch.device(device or "cpu"))
+        return None if window is None or window >= positions else within(positions, positions, window, torch.device(device or "cpu"))
     ids = segment_ids[:, :positions]
     same = (ids[:, :, None] == ids[:, None, :])[:, None]
     return same & within(positions, positions, window, ids.device)
