@@ -97,7 +97,7 @@ def refuse_late(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[t
     for place in undivided:
         assert weights is not None
         total = torch.where(weights.detach()[place] == 0, total, float("nan"))
-    return loss._replace(total=total)
+    return HorizonLoss(total, *loss[1:])  # torch 2.11 cannot compile _replace.
 
 
 def gradients_of_weights(

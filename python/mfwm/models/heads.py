@@ -238,7 +238,7 @@ class MultiFrameHeads(nn.Module):
         if self.uncertainty is None:
             return loss
         cost = self.uncertainty.cost(loss.counts > 0 if shares is None else shares.diagonal())
-        return loss._replace(total=loss.total + cost)
+        return HorizonLoss(loss.total + cost, *loss[1:])
 
     def _token_weights(self) -> list[Tensor] | Tensor:
         weights: list[Tensor] = [head.weight for head in self.heads]  # type: ignore[misc]
