@@ -59,14 +59,15 @@ struct Lanes {
 
   // The same of bf16, rounded to nearest even; C is float.
   static MFWM_INLINE type load(const bfloat16* from) {
-    return reinterpret_cast<type>(widened<Bits, uint32_t>(*reinterpret_cast<const Halves*>(from)) << 16);
+    return reinterpret_cast<type>(widened(*reinterpret_cast<const Halves*>(from)) << 16);
   }
   static MFWM_INLINE void store(const type& lanes, bfloat16* to) {
     *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded(lanes) >> 16, Halves);
   }
 
   // Neighbours of twice as many elements: those at even places, and those at odd ones. bf16 is read and written so
-  // without a shuffle, a word of 4 bytes holding a pair.
+  // without a shuffle, a word of 4 bytes holding a pair. Written without `any_nan`, a NaN must not have a one among its
+  // lower 16 bits, as none has that arithmetic makes of bf16: rounding could carry through all of it.
   struct Pairs {
     type even, odd;
   };
@@ -79,8 +80,9 @@ struct Lanes {
     return {reinterpret_cast<type>(words << 16), reinterpret_cast<type>(words & 0xffff0000u)};
   }
   static MFWM_INLINE Pairs load_pairs(const uint8_t* from) {
-    const Halves words = *reinterpret_cast<const Halves*>(from);
-    return {widened<type, float>(words & 0xff), widened<type, float>(words >> 8)};
+    const Bits words = widened(*reinterpret_cast<const Halves*>(from));
+    return {__builtin_convertvector(reinterpret_cast<Ints>(words & 0xff), type),
+            __builtin_convertvector(reinterpret_cast<Ints>(words >> 8), type)};
   }
   static MFWM_INLINE void store_pairs(const Pairs& pairs, C* to) {
     if constexpr (count == 8) {
@@ -91,20 +93,23 @@ struct Lanes {
       store(__builtin_shufflevector(pairs.even, pairs.odd, 2, 6, 3, 7), to + count);
     }
   }
+  template <bool any_nan = true>
   static MFWM_INLINE void store_pairs(const Pairs& pairs, bfloat16* to) {
-    *reinterpret_cast<StoredBits*>(to) = joined(pairs);
+    *reinterpret_cast<StoredBits*>(to) = joined<any_nan>(pairs);
   }
+  template <bool any_nan = true>
   static MFWM_INLINE void stream_pairs(const Pairs& pairs, bfloat16* to) {
-    stream_words(reinterpret_cast<Words>(joined(pairs)), to);
+    stream_words(reinterpret_cast<Words>(joined<any_nan>(pairs)), to);
   }
 
   // The elements at even, or odd, places of two neighbours.
   template <int odd>
   static MFWM_INLINE type every_other(const type& a, const type& b) {
-    if constexpr (count == 8)
-      return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6, odd + 8, odd + 10, odd + 12, odd + 14);
-    else
-      return __builtin_shufflevector(a, b, odd, odd + 2, odd + 4, odd + 6);
+    return in_order(alternate<odd>(a, b));
+  }
+  // The sums of each two elements of two neighbours.
+  static MFWM_INLINE type pair_sums(const type& a, const type& b) {
+    return in_order(alternate<0>(a, b) + alternate<1>(a, b));
   }
   // Each element of the lower, or upper, half twice.
   template <int upper>
@@ -119,30 +124,45 @@ struct Lanes {
  private:
   typedef C Stored __attribute__((vector_size(32), aligned(sizeof(C)), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(32)));
+  typedef int32_t Ints __attribute__((vector_size(32)));
   typedef long long Words __attribute__((vector_size(32)));
   typedef uint32_t StoredBits __attribute__((vector_size(32), aligned(2), may_alias));
   typedef uint16_t ManyHalves __attribute__((vector_size(32)));
   typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
 
   // In a loop: of the conversion of a vector GCC makes two of its halves.
-  template <class Vector, class Element>
-  static MFWM_INLINE Vector widened(const Halves& from) {
+  static MFWM_INLINE Bits widened(const Halves& from) {
     uint16_t narrow[8];
-    Element wide[8];
+    uint32_t wide[8];
     std::memcpy(narrow, &from, sizeof narrow);
-    for (int k = 0; k < 8; ++k) wide[k] = static_cast<Element>(static_cast<int32_t>(narrow[k]));
-    Vector made;
+    for (int k = 0; k < 8; ++k) wide[k] = narrow[k];
+    Bits made;
     std::memcpy(&made, wide, sizeof made);
     return made;
   }
-  // Nearest bf16 in the upper halves; a NaN becomes one of ones alone. The baseline compares one element at a time.
-  static MFWM_INLINE Bits rounded(const type& lanes) {
-    const Bits bits = reinterpret_cast<Bits>(lanes);
-    return (bits + 0x7fffu + ((bits << 15) >> 31)) | reinterpret_cast<Bits>(lanes != lanes);
+  // Every other element of both, in the order that costs one shuffle within halves of a register; the second shuffle
+  // brings them in order. As one, GCC makes three of it.
+  template <int odd>
+  static MFWM_INLINE type alternate(const type& a, const type& b) {
+    if constexpr (count == 8)
+      return __builtin_shufflevector(a, b, odd, odd + 2, odd + 8, odd + 10, odd + 4, odd + 6, odd + 12, odd + 14);
+    else
+      return __builtin_shufflevector(a, b, odd, odd + 4, odd + 2, odd + 6);
   }
+  static MFWM_INLINE type in_order(const type& alternated) {
+    const Words words = reinterpret_cast<Words>(alternated);
+    return reinterpret_cast<type>(__builtin_shufflevector(words, words, 0, 2, 1, 3));
+  }
+  // Nearest bf16 in the upper halves; a NaN becomes one of ones alone. The baseline compares one element at a time.
+  template <bool any_nan = true>
+  static MFWM_INLINE Bits rounded(const type& lanes) {
+    const Bits bits = reinterpret_cast<Bits>(lanes), nearest = bits + 0x7fffu + ((bits << 15) >> 31);
+    return any_nan ? nearest | reinterpret_cast<Bits>(lanes != lanes) : nearest;
+  }
+  template <bool any_nan>
   static MFWM_INLINE Bits joined(const Pairs& pairs) {
-    const auto even = reinterpret_cast<ManyHalves>(rounded(pairs.even) >> 16);
-    const auto odd = reinterpret_cast<ManyHalves>(rounded(pairs.odd));
+    const auto even = reinterpret_cast<ManyHalves>(rounded<any_nan>(pairs.even) >> 16);
+    const auto odd = reinterpret_cast<ManyHalves>(rounded<any_nan>(pairs.odd));
     return reinterpret_cast<Bits>(
         __builtin_shufflevector(even, odd, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31));
   }
@@ -150,8 +170,10 @@ struct Lanes {
   static MFWM_INLINE void stream_words(const Words& from, void* to) {
 #ifdef __SSE2__
     __m128i* at = static_cast<__m128i*>(to);
-    _mm_stream_si128(at, __builtin_shufflevector(from, from, 0, 1));
-    _mm_stream_si128(at + 1, __builtin_shufflevector(from, from, 2, 3));
+    __m128i halves[2];
+    std::memcpy(halves, &from, sizeof from);
+    _mm_stream_si128(at, halves[0]);
+    _mm_stream_si128(at + 1, halves[1]);
 #else
     std::memcpy(to, &from, sizeof from);
 #endif

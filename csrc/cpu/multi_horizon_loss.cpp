@@ -25,12 +25,15 @@ MFWM_INLINE X square_root(const X& x) {
   return Lanes<C>::load(root);
 }
 
-// The loss of d, and in `slope` its derivative. X is C or its Lanes.
+// By how much a slope of loss_of falls short of the derivative: a factor that goes into the coefficient instead.
+constexpr double omitted_factor(LossKind kind) { return kind == LossKind::mse ? 2 : 1; }
+
+// The loss of d, and in `slope` its derivative over omitted_factor(kind). X is C or its Lanes.
 template <LossKind kind, class X, class C>
 MFWM_INLINE X loss_of(const X& d, const Curve<C>& curve, X& slope) {
   const X zero{};
   if constexpr (kind == LossKind::mse) {
-    slope = d + d;
+    slope = d;
     return d * d;
   } else if constexpr (kind == LossKind::l1) {
     slope = d > zero ? zero + C(1) : d < zero ? zero - C(1) : d;  // 0, or NaN
@@ -91,7 +94,10 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
       const auto of_p = L::load_pairs(p);
       const typename L::Pairs made{gradient_of(of_p.even - L::load(t), add, 0),
                                    gradient_of(of_p.odd - L::load(t + lanes), other, 1)};
-      if constexpr (with_gradient) stream ? L::stream_pairs(made, g) : L::store_pairs(made, g);
+      // What is added, a tile in pairs and bf16 have no NaN with a one among its lower 16 bits.
+      constexpr bool any_nan = false;
+      if constexpr (with_gradient)
+        stream ? L::template stream_pairs<any_nan>(made, g) : L::template store_pairs<any_nan>(made, g);
       __builtin_prefetch(p + next, 0, 2);
     } else {
       piece(p, t, g, add, 0);
@@ -105,7 +111,7 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
   };
   const int64_t columns = target.columns;
   if constexpr (ratio == 2) {
-    for (int64_t y = 0; y < target.rows; y += 2) {
+    for (int64_t y = 0; y < target.rows; ++y) {
       const P* p = pred.row(y);
       const C *t = target.row(y), *a = added.row(y / 2);
       G* g = gradient.row(y);
@@ -115,13 +121,8 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, Tile<const C> target, Tile<G> g
         const auto left = in_pairs ? add : L::template doubled<0>(add);
         const auto right = in_pairs ? add : L::template doubled<1>(add);
         pieces(p + x, t + x, g + x, left, right);
-        pieces(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, left, right);
       }
-      for (; x < columns; ++x) {
-        const C add = a[x / 2] * weight;
-        element(p + x, t + x, g + x, add);
-        element(p + pred.pitch + x, t + target.pitch + x, g + gradient.pitch + x, add);
-      }
+      for (; x < columns; ++x) element(p + x, t + x, g + x, a[x / 2] * weight);
     }
   } else {
     for (int64_t y = 0; y < target.rows; ++y) {
@@ -214,20 +215,28 @@ MFWM_SIMD double loss_and_gradient(LossKind kind, const AnyTile<C>& pred, const 
 
 struct Pair {
   int near, far;
-  int level;  // the far factor's place in the near horizon's chain
+  int level;   // the far factor's place in the near horizon's chain
+  bool alone;  // no other pair adds to the far horizon's gradient, nor to that level's
 };
 
-// What a thread knows of the frame that it is at: an entry per horizon, then an entry per level of a near chain.
+// What a thread knows of the frame that it is at: an entry per horizon, or per horizon and level of its near chain.
 template <class C>
 struct Meeting {
   std::vector<char> counted;
   std::vector<AnyTile<C>> pred, gradient;
   std::vector<Addition<C>> addition;  // what the pairs add to the gradient
-  std::vector<Tile<const C>> average_of;
-  std::vector<char> has_gradient;
+  std::vector<Tile<const C>> average_of;    // of the levels of one chain
+  std::vector<std::vector<char>> is_asked;  // the near gradient of that level holds something
 
-  explicit Meeting(size_t count)
-      : counted(count), pred(count), gradient(count), addition(count), average_of(count), has_gradient(count) {}
+  explicit Meeting(const std::vector<std::vector<Level>>& near_chain)
+      : counted(near_chain.size()),
+        pred(counted.size()),
+        gradient(counted.size()),
+        addition(counted.size()),
+        average_of(counted.size()),
+        is_asked(counted.size()) {
+    for (size_t i = 0; i < is_asked.size(); ++i) is_asked[i].resize(near_chain[i].size());
+  }
 };
 
 template <class C>
@@ -278,8 +287,13 @@ struct Loss {
     }
     for (size_t k = 0; k < op.pairs.size(); k += 2) {
       const int near = static_cast<int>(op.pairs[k]), far = static_cast<int>(op.pairs[k + 1]);
-      pairs.push_back({near, far, index_of(near_chain[near], op.factors[far])});
+      pairs.push_back({near, far, index_of(near_chain[near], op.factors[far]), true});
     }
+    for (Pair& pair : pairs)
+      for (const Pair& other : pairs)
+        if (&other != &pair && (other.far == pair.far || other.near == pair.far ||
+                                (other.near == pair.near && other.level == pair.level)))
+          pair.alone = false;
     int64_t bytes = 0;
     for (const Frames& gradient : gradients)
       if (gradient.array)
@@ -351,7 +365,8 @@ struct Loss {
       const int i = k < preds.size() ? static_cast<int>(k) : pairs[k - count].far;
       counts[k] *= channels * preds[i].height * preds[i].width;
       const double weight = k < preds.size() ? op.weights[k] : op.pair_weights[k - count];
-      coefficient.push_back(counts[k] ? weight / static_cast<double>(counts[k]) : 0);
+      const double mean = weight / static_cast<double>(counts[k]);
+      coefficient.push_back(counts[k] == 0 ? 0 : std::isnan(mean) ? std::numeric_limits<double>::quiet_NaN() : mean);
     }
   }
 
@@ -364,7 +379,7 @@ struct Loss {
     return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, pairs};
   }
   MFWM_INLINE Curve<C> curve_of(size_t k) const {
-    return {static_cast<C>(coefficient[k]), static_cast<C>(op.delta), static_cast<C>(op.eps)};
+    return {static_cast<C>(coefficient[k] * omitted_factor(op.kind)), static_cast<C>(op.delta), static_cast<C>(op.eps)};
   }
 
   // The pyramid of frame t at the place, down to the level `coarsest`.
@@ -372,11 +387,12 @@ struct Loss {
                               int coarsest, bool pairs) const {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
     const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1, pairs);
-    if (pairs)
+    if (pairs) {
       video.load_in_pairs(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
-    else
+    } else {
       video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
-    video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
+      video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
+    }
     for (int l = 0; l <= coarsest; ++l) {
       const Level& level = chain[l];
       if (level.factor == 1) continue;
@@ -431,15 +447,15 @@ struct Loss {
     return tile;
   }
 
-  // The consistency pairs whose near side is horizon `near`.
-  MFWM_SIMD void agree(int near, const Place& place, Meeting<C>& here, double* sums, C* scratch) const {
+  // The losses of the consistency pairs whose near side is horizon `near`, and what the levels of its chain and the far
+  // horizons are asked for by them.
+  MFWM_SIMD void compare(int near, const Place& place, Meeting<C>& here, double* sums, C* scratch) const {
     const std::vector<Level>& levels = near_chain[near];
     const std::vector<AnyTile<C>>&pred = here.pred, &gradient = here.gradient;
     std::vector<Tile<const C>>& average_of = here.average_of;
-    std::vector<char>& has_gradient = here.has_gradient;
-    const int depth = static_cast<int>(levels.size());
-    std::fill(has_gradient.begin(), has_gradient.end(), 0);
-    for (int l = 0; l < depth; ++l) {
+    std::vector<char>& is_asked = here.is_asked[near];
+    std::fill(is_asked.begin(), is_asked.end(), 0);
+    for (size_t l = 0; l < levels.size(); ++l) {
       const Level& level = levels[l];
       if (level.parent < 0 && level.ratio == 1 && !pred[near].is_half) {
         average_of[l] = pred[near].template as<const C>();
@@ -460,27 +476,37 @@ struct Loss {
       const bool near_learns = op.detach != Detach::near && gradient[near].data;
       const bool far_learns = op.detach != Detach::far && gradient[pair.far].data;
       const bool first = far_learns && here.addition[pair.far].ratio == 0;
+      const Tile<C> asked = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
+      // The far gradient is made before what the level is asked for goes down the chain, so both may read one tile.
+      const bool in_level = near_learns && !is_asked[pair.level] && (pair.alone || !far_learns);
       Tile<C> difference{};
-      if (near_learns || far_learns)
+      if (in_level)
+        difference = asked;
+      else if (near_learns || far_learns)
         difference = tile_at(scratch, first ? addition_at[pair.far] : difference_at, place, op.factors[pair.far]);
       sums[count + k] += loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, {},
                                               curve_of(count + k), false, false);
-      if (near_learns) {
-        const Tile<C> level = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
-        if (has_gradient[pair.level])
-          add_repeated(read_only(difference), level, 1, C(1), scratch + spare);
+      if (near_learns && !in_level) {
+        if (is_asked[pair.level])
+          add_repeated(read_only(difference), asked, 1, C(1), scratch + spare);
         else
-          std::copy(difference.data, difference.data + difference.rows * difference.columns, level.data);
-        has_gradient[pair.level] = true;
+          std::copy(difference.data, difference.data + difference.rows * difference.columns, asked.data);
       }
+      is_asked[pair.level] |= near_learns;
       if (first)
         here.addition[pair.far] = {read_only(difference), 1, 1};
       else if (far_learns)
         add_repeated(read_only(difference), addition_tile(pair.far, place, here, scratch), 1, C(1), scratch + spare);
     }
-    // From the coarsest level down: what a level is asked for, its parent is asked for in equal parts.
-    for (int l = depth - 1; l >= 0; --l) {
-      if (!has_gradient[l]) continue;
+  }
+
+  // What the levels of horizon `near` are asked for, as an addition to its gradient: from the coarsest one down, each
+  // asks its parent for it in equal parts.
+  MFWM_SIMD void pass_down(int near, const Place& place, Meeting<C>& here, C* scratch) const {
+    const std::vector<Level>& levels = near_chain[near];
+    std::vector<char>& is_asked = here.is_asked[near];
+    for (int l = static_cast<int>(levels.size()) - 1; l >= 0; --l) {
+      if (!is_asked[l]) continue;
       const Level& level = levels[l];
       const Tile<const C> from = read_only(tile_at(scratch, near_gradient_at[near][l], place, level.factor));
       const C share = C(1) / static_cast<C>(level.ratio * level.ratio);
@@ -493,8 +519,8 @@ struct Loss {
       }
       const int64_t factor = levels[level.parent].factor;
       const Tile<C> to = tile_at(scratch, near_gradient_at[near][level.parent], place, factor);
-      if (!has_gradient[level.parent]) std::fill(to.data, to.data + to.rows * to.columns, C(0));
-      has_gradient[level.parent] = true;
+      if (!is_asked[level.parent]) std::fill(to.data, to.data + to.rows * to.columns, C(0));
+      is_asked[level.parent] = true;
       add_repeated(from, to, level.ratio, share, scratch + spare);
     }
   }
@@ -511,11 +537,13 @@ struct Loss {
       here.addition[i] = {};
     }
     for (int i = 0; i < count; ++i)
-      if (here.counted[i] && !near_chain[i].empty()) agree(i, place, here, sums, scratch);
-    for (int i = 0; i < count; ++i) {
+      if (here.counted[i] && !near_chain[i].empty()) compare(i, place, here, sums, scratch);
+    // From the last on: a far gradient comes before that of its near one.
+    for (int i = count - 1; i >= 0; --i) {
       if (!active(i, place.m)) continue;
       const AnyTile<C>& gradient = here.gradient[i];
       if (here.counted[i]) {
+        if (!near_chain[i].empty()) pass_down(i, place, here, scratch);
         const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i], in_pairs);
         sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, here.addition[i],
                                         curve_of(i), reads_in_place(i),
@@ -535,7 +563,7 @@ struct Loss {
     const int64_t units = positions == 0 ? 0 : batch * last * tiling.chunks;
     // A row of sums per unit, added in order at the end: the result does not depend on which thread did what.
     std::vector<double> sums(units * terms, 0.0);
-    std::vector<Meeting<C>> meetings(op.threads, Meeting<C>(count));
+    std::vector<Meeting<C>> meetings(op.threads, Meeting<C>(near_chain));
     parallel_for<C>(op.threads, units, scratch_size, [&](int64_t unit, C* scratch) {
       const int64_t chunk = unit % tiling.chunks, m = unit / tiling.chunks % last, b = unit / tiling.chunks / last;
       const int64_t top = chunk * tiling.chunk_rows, bottom = std::min(tiling.height, top + tiling.chunk_rows);

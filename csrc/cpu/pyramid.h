@@ -2,6 +2,8 @@
 // multi_horizon_loss.
 #pragma once
 
+#include <limits>
+
 #include "common.h"
 
 namespace mfwm::cpu {
@@ -115,7 +117,7 @@ struct Frames {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
       });
   }
-  // The same in pairs.
+  // The same in pairs, no NaN with a one among its lower 16 bits; asks for the rectangle below.
   template <class C>
   MFWM_INLINE void load_in_pairs(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
                                  C shift) const {
@@ -130,13 +132,20 @@ struct Frames {
             const auto pairs = L::load_pairs(from + k);
             L::store(pairs.even * scale + shift, row + k);
             L::store(pairs.odd * scale + shift, row + k + L::count);
+            __builtin_prefetch(from + to.rows * array.stride[3] + k, 0, 2);
           }
           for (; k < to.columns; ++k) row[k] = static_cast<C>(from[k]) * scale + shift;
         }
         return;
       }
     load(to.data, b, t, c, y, x, to.rows, to.columns, scale, shift);
-    for (int64_t r = 0; r < to.rows; ++r) into_pairs(to.row(r), to.row(r), to.columns);
+    for (int64_t r = 0; r < to.rows; ++r) {
+      C* row = to.row(r);
+      for (int64_t k = 0; k < to.columns; ++k)
+        row[k] = row[k] == row[k] ? row[k] : std::numeric_limits<C>::quiet_NaN();
+      into_pairs(row, row, to.columns);
+    }
+    prefetch(b, t, c, y + to.rows, x, to.rows, to.columns);
   }
   // Asks for a rectangle of a plain image, taken to be dense, that is read soon. Inlined: a call of a function that only
   // asks for memory is left out by the compiler.
@@ -209,7 +218,7 @@ MFWM_INLINE void average_pairs(const S* __restrict above, const S* __restrict be
       // The rows are added first: pairs within a row cost shuffles.
       const auto left = L::load(upper) + L::load(lower), right = L::load(upper + L::count) + L::load(lower + L::count);
       if constexpr (in_pairs) return (left + right) * C(0.25);
-      return (L::template every_other<0>(left, right) + L::template every_other<1>(left, right)) * C(0.25);
+      return L::pair_sums(left, right) * C(0.25);
     }
   };
   int64_t x = 0;
@@ -254,6 +263,7 @@ MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t r
 template <class C>
 MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int64_t ratio, C weight,
                               C* __restrict scratch) {
+  using L = Lanes<C>;
   for (int64_t y = 0; y < from.rows; ++y) {
     const C* __restrict row = from.row(y);
     if (ratio == 1) {
@@ -261,11 +271,26 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
       for (int64_t x = 0; x < to.columns; ++x) out[x] += row[x] * weight;
       continue;
     }
-    if (ratio == 2)
-      for (int64_t x = 0; x < from.columns; ++x) scratch[2 * x] = scratch[2 * x + 1] = row[x] * weight;
-    else
-      for (int64_t x = 0; x < from.columns; ++x)
-        for (int64_t dx = 0; dx < ratio; ++dx) scratch[x * ratio + dx] = row[x] * weight;
+    if (ratio == 2) {
+      C *upper = to.row(2 * y), *lower = to.row(2 * y + 1);
+      const auto add = [](const typename L::type& term, C* out) __attribute__((always_inline)) {
+        L::store(L::load(out) + term, out);
+      };
+      int64_t x = 0;
+      for (; x + L::count <= from.columns; x += L::count) {
+        const auto terms = L::load(row + x) * weight;
+        const auto left = L::template doubled<0>(terms), right = L::template doubled<1>(terms);
+        add(left, upper + 2 * x);
+        add(right, upper + 2 * x + L::count);
+        add(left, lower + 2 * x);
+        add(right, lower + 2 * x + L::count);
+      }
+      for (; x < from.columns; ++x)
+        for (C* out : {upper + 2 * x, lower + 2 * x}) out[0] += row[x] * weight, out[1] += row[x] * weight;
+      continue;
+    }
+    for (int64_t x = 0; x < from.columns; ++x)
+      for (int64_t dx = 0; dx < ratio; ++dx) scratch[x * ratio + dx] = row[x] * weight;
     for (int64_t dy = 0; dy < ratio; ++dy) {
       C* __restrict out = to.row(y * ratio + dy);
       for (int64_t x = 0; x < to.columns; ++x) out[x] += scratch[x];
@@ -273,15 +298,16 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
   }
 }
 
-// How frames are cut into tiles: a tile's rows and columns are multiples of every factor, and a tile of a few thousand
-// elements and its pyramid stay in the first-level cache. `chunks` groups of tile rows make a frame; they depend on the
-// shapes alone. As few of them as keep the threads busy: what is asked for in advance is the next tile of the chunk.
+// How frames are cut into tiles: a tile's rows and columns are multiples of every factor, and a tile of 8192 floats, its
+// pyramid and its predictions stay in the second-level cache; fewer would stay in the first, but the beginnings and ends
+// of so many loops cost more than that saves. `chunks` groups of tile rows make a frame; they depend on the shapes alone.
+// As few of them as keep the threads busy: what is asked for in advance is the next tile of the chunk.
 struct Tiling {
   int64_t rows, columns, height, width, chunks, chunk_rows;
 
   Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t element_bytes)
       : height(height_), width(width_) {
-    const int64_t wanted_elements = 16384 / element_bytes, most_elements = wanted_elements / 2, wanted_units = 128;
+    const int64_t wanted_elements = 32768 / element_bytes, most_elements = wanted_elements / 4, wanted_units = 128;
     int64_t step = 1;
     for (int64_t factor : factors) step = std::lcm(step, factor);
     columns = std::min(width, std::max(step, most_elements / step / step * step));

@@ -68,6 +68,7 @@ def test_pairs(horizons: Horizons, detach: str | None, dtype: torch.dtype) -> No
     preds, video = inputs(2, 6, 3, 24, 36, horizons, dtype)
     for residual in (False, True):
         check(preds, video, horizons, consistency_weights=ALL_PAIRS, detach=detach, residual=residual)
+    check(preds, video, horizons, consistency_weights=[0, 0.5, 0.25], detach=detach)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
