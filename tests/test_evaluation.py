@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 import torchmetrics.functional.image.lpips as peer
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm.demo import Demo
 from mfwm.evaluation import write_report
 from mfwm.evaluation.world_model import CONTEXT, closed_loop, evaluate
 from mfwm.metrics.intervals import drift_signal, interval
 from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
 from mfwm.training import train
+from mfwm.training.run_log import read_log
 from small_run import moving_squares, small_config
 from torch import Tensor, nn
 
@@ -113,6 +116,21 @@ def test_rollouts_are_measured_frame_by_frame(
     # The horizon of offset 2 speaks of a frame from the second step on. It is the far one's own, not the near one's.
     assert np.isnan(found["drift"][:, 0]).all() and (found["drift"][:, 1:] > 0).all()
     assert "drift" not in closed_loop(model_of(Horizons.next_frame()), clips)
+
+
+def test_the_demo_says_how_long_its_stages_took(tmp_path: Path) -> None:
+    """Those that an earlier command finished, too."""
+    moving_squares(tmp_path / "data")
+    (tmp_path / "data" / "complete").write_text("3.5\n")
+    Demo(tmp_path / "run", tmp_path / "data", steps=1).run()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (row,) = read_log(tmp_path / "run" / "log.jsonl")
+    seconds = results["seconds"]
+    assert seconds["collect"] == 3.5 and seconds["training"] == row["seconds"]
+    assert seconds["this_command"] > seconds["training"] + seconds["evaluation"]
+    assert (
+        list(results["world_model"]["psnr"]) == ["1", "2", "4", "8"] and "torch" in results["world_model"]["versions"]
+    )
 
 
 def test_a_run_beside_another(tmp_path: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .presets import DEMO, TOKENS
+from .training.checkpoints import write_atomically
 
 
 @dataclass
 class Demo:
-    """From nothing to a report: collect real game frames, train, evaluate. Goes on where it stopped."""
+    """From nothing to a report: collect real game frames, train, evaluate. Goes on where it stopped.
+
+    Figures, and the seconds that each stage took, are in results.json.
+    """
 
     out: Path | None = None
     """By default runs/demo, or runs/demo-tokens."""
@@ -27,13 +34,17 @@ class Demo:
     def run(self) -> None:
         from .data.collect import collect, default_environment
 
+        began = time.perf_counter()
         complete(self.data, lambda: collect(default_environment(), self.frames, self.data, overwrite=True))
-        if self.tokens:
-            self._tokens(self.out or Path("runs/demo-tokens"))
-        else:
-            self._pixels(self.out or Path("runs/demo"))
+        out = self.out or Path("runs/demo-tokens" if self.tokens else "runs/demo")
+        results = self._tokens(out) if self.tokens else self._pixels(out)
+        # What an earlier command did of it is not in the sum.
+        results["seconds"]["this_command"] = time.perf_counter() - began
+        results["seconds"]["collect"] = seconds_of(self.data)
+        write_atomically(out / "results.json", json.dumps(results, indent=2).encode())
+        print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in results["seconds"].items()))
 
-    def _pixels(self, out: Path) -> None:
+    def _pixels(self, out: Path) -> dict[str, Any]:
         from .data.replay import Replay
         from .evaluation.report import write_report
         from .evaluation.world_model import evaluate
@@ -47,8 +58,9 @@ class Demo:
         if "delta_psnr" in metrics:
             print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
         print(f"report: {write_report(out)}")
+        return {"world_model": metrics, "seconds": stages(metrics)}
 
-    def _tokens(self, out: Path) -> None:
+    def _tokens(self, out: Path) -> dict[str, Any]:
         from .data.replay import Replay
         from .encode import encode
         from .evaluation.report import write_report
@@ -75,10 +87,22 @@ class Demo:
         if "delta_psnr" in metrics:
             print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
         print(f"report: {write_report(model)}")
+        seconds = {"tokenizer": frames["training_seconds"], "encode": seconds_of(ids), **stages(metrics)}
+        return {"tokenizer": frames, "world_model": metrics, "seconds": seconds}
+
+
+def stages(metrics: dict[str, Any]) -> dict[str, float]:
+    return {"training": metrics["training_seconds"], "evaluation": metrics["evaluation_seconds"]}
 
 
 def complete(folder: Path, make: Callable[[], None]) -> None:
-    """Make what belongs in a folder, unless an earlier run did so to the end."""
+    """Make what belongs in a folder, unless an earlier run did so to the end; the file `complete` says how long."""
     if not (folder / "complete").exists():
+        began = time.perf_counter()
         make()
-        (folder / "complete").touch()
+        write_atomically(folder / "complete", f"{time.perf_counter() - began:.1f}\n".encode())
+
+
+def seconds_of(folder: Path) -> float:
+    """How long `complete` took to make it."""
+    return float((folder / "complete").read_text())

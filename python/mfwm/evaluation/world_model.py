@@ -100,6 +100,7 @@ def evaluate(
         "steps": step,
         "parameters": parameters_of(model),
         "frames_per_second": float(np.median([row["frames_per_second"] for row in log])),
+        "training_seconds": sum(row["seconds"] for row in log),
         # The share of the training time in which a step waited for its clips.
         "data_wait": sum(row["data_wait"] * row["seconds"] for row in log) / sum(row["seconds"] for row in log),
         "device": torch.cuda.get_device_name()

@@ -249,7 +249,11 @@ def time_mask(
     None where only m <= n counts: scaled_dot_product_attention then makes the causal mask itself.
     """
     if segment_ids is None:
-        return None if window is None or window >= positions else within(positions, positions, window, torch.device(device or "cpu"))
+        return (
+            None
+            if window is None or window >= positions
+            else within(positions, positions, window, torch.device(device or "cpu"))
+        )
     ids = segment_ids[:, :positions]
     same = (ids[:, :, None] == ids[:, None, :])[:, None]
     return same & within(positions, positions, window, ids.device)

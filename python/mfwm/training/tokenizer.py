@@ -20,6 +20,7 @@ from ..models.tokenizer import Tokenizer, TokenizerConfig
 from ..models.world_model import parameters_of
 from .checkpoints import write_atomically
 from .run_config import read
+from .run_log import read_log
 from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
 
 
@@ -98,6 +99,7 @@ def evaluate_tokenizer(run: Path, *, clips: int = 96, batch: int = 8, seed: int 
         "bits_per_token": float(-(share * np.log2(share)).sum()),
         "tokens_per_frame": int(np.prod(config.model.grid)),
         "steps": step,
+        "training_seconds": sum(row["seconds"] for row in read_log(run / "log.jsonl")),
         "parameters": parameters_of(model),
         "clips": len(chosen),
         "held_out_levels": len(np.unique(replay.episode_level[held_out])),
