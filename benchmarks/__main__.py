@@ -1,4 +1,4 @@
-"""python -m benchmarks: every op against its rivals, how costs grow, then the multi-frame tax of a training step.
+"""python -m benchmarks: every op against its rivals, how costs grow, the multi-frame tax of a training step, rollouts.
 
 Results are kept in benchmarks/results/<device>.json after every size, so a run that is cut off loses one; a second run
 replaces the rows that it measures again. `python -m benchmarks.report` makes the tables and the pictures.
@@ -20,17 +20,22 @@ import torch
 
 from mfwm_kernels.registry import OPS
 
-from . import bench_ops, bench_scaling, bench_train, measure
+from . import bench_ops, bench_rollout, bench_scaling, bench_train, measure
 
 RESULTS = Path(__file__).parent / "results"
-LINES = {"ops": bench_ops.line_of, "scaling": bench_scaling.line_of, "train": bench_train.line_of}
+LINES = {
+    "ops": bench_ops.line_of,
+    "scaling": bench_scaling.line_of,
+    "train": bench_train.line_of,
+    "rollout": bench_rollout.line_of,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("ops", "scaling", "train"))
+    parser.add_argument("--only", choices=tuple(LINES))
     parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
     parser.add_argument("--size", nargs="+", metavar="SIZE", help="by default all that suit the device")
     parser.add_argument("--dtype", nargs="+", choices=list(bench_ops.DTYPES), default=list(bench_ops.DTYPES))
@@ -87,6 +92,8 @@ def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[
             if size in bench_train.SIZES:
                 measured = functools.partial(bench_train.measure, size, device, arguments.budget)
                 yield f"training at {size}", "train", measured
+    if arguments.only == "rollout" or (arguments.only is None and not arguments.size):
+        yield "rollouts", "rollout", functools.partial(bench_rollout.measure, device, arguments.budget / 4)
 
 
 def slug(name: str) -> str:

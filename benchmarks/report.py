@@ -128,6 +128,23 @@ def train_table(results: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def rollout_table(results: dict[str, Any]) -> str:
+    lines = [
+        [row["contender"], f"{row['ms_per_frame']:.3g}", f"{row['over_cached']:.1f}x"] for row in results["rollout"]
+    ]
+    return table(("64 frames", "ms a frame", "to cached"), lines)
+
+
+def rollout_sentence(results: dict[str, Any]) -> str:
+    (row,) = (row for row in results["rollout"] if row["contender"] == "cached")
+    steps = row["steps"]
+    return (
+        f"One clip, fp32. Cached and uncached pixels, which lie in -1..1, are at most {row['apart_from_uncached']:.0e} "
+        f"apart; of its past a cached rollout holds {row[f'bytes_at_{steps // 2}'] / 2**20:.1f} MiB after {steps // 2} "
+        f"frames and {row[f'bytes_at_{steps}'] / 2**20:.1f} MiB after {steps}."
+    )
+
+
 def title(results: dict[str, Any]) -> str:
     here = results["environment"]
     versions = [f"torch {here['torch']}"]
@@ -229,6 +246,8 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
         parts.append(f"## {title(results)}")
         if results["train"]:
             parts += ["### The multi-frame tax", train_table(results)]
+        if results.get("rollout"):
+            parts += ["### Closed-loop rollouts of the demo's model", rollout_table(results), rollout_sentence(results)]
         for dtype in ("bf16", "fp32"):
             if any(row["dtype"] == dtype for row in results["ops"]):
                 by_default = all_results.get(stem + DEFAULT_ALLOCATOR)

@@ -1,0 +1,74 @@
+"""Closed-loop rollouts of the demo's model, 64 steps of one clip: with a cache, and without.
+
+    python -m benchmarks --only rollout
+
+"uncached" runs the trunk anew on all the frames that its windows reach, and gives the same rollout. "the last 16 frames
+anew" is cheaper and gives another: it forgets what lies further back than the trained context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mfwm.models.rollout import Roller, as_frames
+from mfwm.models.world_model import WorldModel
+from mfwm.presets import DEMO
+from torch import Tensor
+
+from .bench_ops import figures
+from .measure import Contender, interleaved
+
+SEEN, STEPS = 4, 64
+
+
+def measure(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    config = DEMO.model
+    model = WorldModel(config).to(device).eval()
+    # Heads of changes start at zero: the model would copy its last frame.
+    torch.nn.init.normal_(model.heads.heads[0].weight, std=0.02)  # type: ignore[arg-type]
+    of_context = WorldModel(replace(config, window=None)).to(device).eval()
+    of_context.load_state_dict(model.state_dict())
+    video = torch.randint(0, 256, (1, SEEN, *config.frame), dtype=torch.uint8, device=device)
+    actions = torch.randint(0, config.actions, (1, SEEN + STEPS), device=device)
+    anew = f"the last {config.context} frames anew"
+    calls = {
+        "cached": lambda: model.rollout(video, actions, STEPS),
+        "uncached": lambda: model.rollout(video, actions, STEPS, cached=False),
+        anew: lambda: of_context.rollout(video, actions, STEPS, cached=False, keep=config.context),
+    }
+    apart = (calls["cached"]() - calls["uncached"]()).abs().max().item()
+    times = interleaved([Contender(name, [call]) for name, call in calls.items()], device, budget, graphs=False)
+    half, whole = held_bytes(model, video, actions)
+    for name in calls:
+        row = {"size": "demo", "dtype": "float32", "contender": name, "steps": STEPS, **figures(times[name])}
+        row["ms_per_frame"] = row["median_ms"] / STEPS
+        row["over_cached"] = times[name].median / times["cached"].median
+        if name == "cached":
+            row |= {"apart_from_uncached": apart, f"bytes_at_{STEPS // 2}": half, f"bytes_at_{STEPS}": whole}
+        yield row
+
+
+def held_bytes(model: WorldModel, video: Tensor, actions: Tensor) -> tuple[int, int]:
+    """What a rollout holds of its past, half way and at its end."""
+    roller = Roller(model, as_frames(model, video), actions)
+    held = []
+    for step in range(1, STEPS + 1):
+        roller.step()
+        if step in (STEPS // 2, STEPS):
+            memory = roller.memory
+            tensors = [memory.frames, memory.actions, *memory.states.values()]
+            tensors += [x for cache in memory.caches for x in (cache.keys, cache.values)]
+            held.append(sum(x.untyped_storage().nbytes() for x in tensors if x is not None))
+    return held[0], held[1]
+
+
+def line_of(row: dict[str, Any]) -> str:
+    more = f"  {row['apart_from_uncached']:.0e} from uncached" if "apart_from_uncached" in row else ""
+    return (
+        f"rollout {row['size']:8}{row['contender']:26}{row['ms_per_frame']:9.2f} ms a frame"
+        f"{row['over_cached']:7.2f}x cached{more}"
+    )
