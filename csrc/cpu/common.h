@@ -48,9 +48,6 @@ void load_row(double* to, const void* from, DType dtype, int64_t offset, int64_t
 // to[offset + k * stride] = from[k], rounded to nearest even
 void store_row(const float* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
 void store_row(const double* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
-// The same of unit stride, past the caches where `to` allows: for what is not read soon. finish_streaming() comes after.
-void stream_row(const float* from, void* to, DType dtype, int64_t offset, int64_t count);
-void stream_row(const double* from, void* to, DType dtype, int64_t offset, int64_t count);
 
 // A rectangle in an array: element k of row r lies at offset + r * row_stride + k * stride.
 struct Rows {

@@ -1,396 +1,390 @@
-// fan_out on the CPU. A tile is L tokens high, L the least common multiple of the pools. It is read once; coarser cells
-// are sums of finer ones, made while the tokens pass. Backward, gradients go the other way: a coarse cell's first, then
-// those of the cells that it is made of, two neighbours at a time. What is done to a row is the same for each of its
-// elements, so rows of bf16 are held in pairs (pyramid.h): they are read and written without a shuffle.
+// fan_out on the CPU, a tile of tokens at a time (fan_tiles.h), level by level. Forward, sums over coarser cells come
+// first, then the states of each level's cells. Backward, gradients go the other way: a coarse cell's first, then those of
+// the cells that it is made of.
+//
+// What is done to a row is the same for each of its elements (row_steps.h), and four cells are gone through together: what
+// they share is read once, and their sums do not wait for each other.
 #include <cmath>
 #include <utility>
 
-#include "pyramid.h"
+#include "fan_tiles.h"
+#include "row_steps.h"
 
 namespace mfwm::cpu {
 namespace {
 
-// An array [B, T, y, x, D], one row of D per cell.
-inline int64_t cell_offset(const Array& a, int64_t b, int64_t n, int64_t y, int64_t x) {
-  return b * a.stride[0] + n * a.stride[1] + y * a.stride[2] + x * a.stride[3];
-}
+template <class C, class S>
+struct Fan : FanTiles {
+  using R = RowSteps<C, S>;
+  using Lane = typename R::Lane;
+  using Two = typename R::Two;
+  static constexpr int64_t step = R::step, line = R::line;
 
-inline int64_t smallest_prime(int64_t number) {
-  int64_t prime = 2;
-  while (number % prime) ++prime;
-  return prime;
-}
-
-template <class C>
-MFWM_INLINE void add_row(C* __restrict to, const C* __restrict from, int64_t count) {
-  for (int64_t d = 0; d < count; ++d) to[d] += from[d];
-}
-
-template <class C>
-MFWM_INLINE C dot(const C* __restrict one, const C* __restrict other, int64_t count) {
-  C sum = 0;
-  for (int64_t d = 0; d < count; ++d) sum += one[d] * other[d];
-  return sum;
-}
-
-template <class C>
-struct Fan {
   const FanOut& op;
   const int horizons = static_cast<int>(op.pool.size());
-  const int64_t batch = op.hidden.size[0], positions = op.hidden.size[1], height = op.hidden.size[2],
-                width = op.hidden.size[3], depth = op.hidden.size[4];
-  const int64_t row = padded<C>(depth);
-  int64_t side = 1;  // L
-  int64_t span = 1;  // the width of a tile: L or 2 L, even where it can be
-  std::vector<Level> chain;
-  std::vector<int> level_of;  // horizon -> level
-  const bool in_pairs = std::is_same_v<C, float> && op.hidden.dtype == DType::bfloat16;
-  std::vector<C> norm_weight, sums_in_pairs;
-  // Arrays larger than the caches are written past them.
-  const bool streams = batch * positions * height * width * depth * size_of(op.hidden.dtype) > int64_t(8) << 20;
-  // A position's tiles are cut into groups, so that few positions still occupy many threads. Shapes alone decide.
-  int64_t tiles, groups;
+  const int64_t depth = op.hidden.size[4];
+  const R access{depth};
+  const int64_t row = access.row;
+  const bool norms = bool(op.norm_weight);
+  std::vector<C> norm_weight;  // rows of the horizons, or one for all
 
-  explicit Fan(const FanOut& op_) : op(op_) {
-    // With every step down to 1 in the chain a cell is summed in one order, whichever other horizons there are.
-    std::vector<int64_t> pools{1};
-    for (int64_t pool : op.pool)
-      for (; pool > 1; pool /= smallest_prime(pool)) pools.push_back(pool);
-    chain = chain_of(1, pools);
-    for (int64_t pool : op.pool) {
-      side = std::lcm(side, pool);
-      level_of.push_back(index_of(chain, pool));
-    }
-    span = side % 2 && width / side % 2 == 0 ? 2 * side : side;
-    tiles = (height / side) * (width / span);
-    const int64_t all = std::max<int64_t>(batch * positions, 1);
-    groups = std::min(tiles, std::max<int64_t>(1, (64 + all - 1) / all));
-    norm_weight.resize(op.norm_weight ? horizons * depth : 0);
-    for (int i = 0; op.norm_weight && i < horizons; ++i)
-      load_row(&norm_weight[i * depth], op.norm_weight.data, op.norm_weight.dtype, i * op.norm_weight.stride[0],
-               op.norm_weight.stride[1], depth);
-    if (!in_pairs) return;
-    for (size_t k = 0; k < norm_weight.size(); k += depth) into_pairs(&norm_weight[k], &norm_weight[k], depth);
-    sums_in_pairs.resize(batch * positions * horizons * depth);
-    for (size_t k = 0; k < sums_in_pairs.size(); k += depth)
-      into_pairs(static_cast<const C*>(op.sums.data) + k, &sums_in_pairs[k], depth);
+  explicit Fan(const FanOut& op_) : FanTiles(op_), op(op_) {
+    const bool one = !norms || op.norm_weight.stride[0] == 0;
+    norm_weight.assign(one ? row : horizons * row, C(1));
+    for (int64_t i = 0; norms && i < (one ? 1 : horizons); ++i)
+      access.read_into(&norm_weight[i * row], op.norm_weight, i * op.norm_weight.stride[0], op.norm_weight.stride[1]);
+  }
+  const C* weight_of(int i) const { return &norm_weight[norm_weight.size() > static_cast<size_t>(row) ? i * row : 0]; }
+  C mean_of(int i) const { return C(1) / static_cast<C>(op.pool[i] * op.pool[i]); }
+  C scale_of(const Lane& squares) const {
+    return C(1) / std::sqrt(R::total(squares) / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
   }
 
-  struct Place {
-    int64_t b, n, y, x;  // of the tile, in tokens
+  // Where things lie in a thread's scratch, in rows.
+  struct Plan {
+    int64_t size = 0;
+    int64_t copies = 0, zeros = 0;          // copies of a group's rows: made from, read besides, written
+    int64_t adds = 0;                       // horizon -> window sum
+    std::vector<int64_t> sums{};            // level -> sums over its cells, but of the first
+    int64_t made = 0;                       // a group's gradients
+    int64_t of_windows = 0, of_weights = 0; // horizon -> gradients of its window sum and of its norm's weights
+    std::vector<int64_t> totals{};          // level -> gradients at the sums over its cells, but of the first
+    std::vector<int64_t> own{};             // horizon -> gradients at its states, kept for the Gram matrix
+    bool gram = false;
+    std::vector<bool> past_caches{};        // of each array that is written
+
+    int64_t take(int64_t rows) { return std::exchange(size, size + rows); }
   };
+  Plan plan() const {
+    Plan plan;
+    plan.copies = plan.take(12);
+    plan.zeros = plan.take(1);
+    plan.adds = plan.take(horizons);
+    for (size_t l = 0; l < chain.size(); ++l) plan.sums.push_back(plan.take(l == 0 ? 0 : cells(l)));
+    return plan;
+  }
+
+  // A tile at work.
+  struct Tile {
+    const Fan& fan;
+    const Plan& plan;
+    C* scratch;
+    Place place{}, after{};
+
+    MFWM_INLINE C* at(int64_t place) const { return scratch + place * fan.row; }
+    MFWM_INLINE S* copy(int k) const { return reinterpret_cast<S*>(at(plan.copies + k)); }
+    MFWM_INLINE int64_t offset(const Array& array, const Group& group, int c) const {
+      return fan.offset(array, place, group, c);
+    }
+    MFWM_INLINE const S* read(const Array& array, const Group& group, int c, S* copy) const {
+      return fan.access.read(array, offset(array, group, c), copy);
+    }
+    MFWM_INLINE S* target(const Array& array, const Group& group, int c, S* copy) const {
+      return fan.access.lies(array) ? R::row_in(array, offset(array, group, c)) : copy;
+    }
+    MFWM_INLINE void written(const Array& array, const Group& group, int c, const S* copy) const {
+      if (!fan.access.lies(array)) fan.access.write(array, offset(array, group, c), copy);
+    }
+  };
+
+  // The tiles of a unit one after the other, once its window sums are in place.
   template <class Body>
-  MFWM_INLINE void tiles_of(int64_t position, int64_t group, const Body& body) const {
-    const int64_t columns = width / span;
-    for (int64_t tile = group * tiles / groups; tile < (group + 1) * tiles / groups; ++tile)
-      body(Place{position / positions, position % positions, tile / columns * side, tile % columns * span});
+  MFWM_INLINE void visit(const Plan& plan, int64_t unit, C* scratch, const Body& body) const {
+    Tile tile{*this, plan, scratch};
+    std::fill_n(tile.at(plan.zeros), row, C(0));
+    for (int i = 0; i < horizons; ++i)
+      access.read_into(tile.at(plan.adds + i), op.sums, (unit / groups * horizons + i) * depth, 1);
+    tiles_of(unit, [&](const Place& place, const Place& after) {
+      tile.place = place;
+      tile.after = after;
+      body(tile);
+    });
   }
 
-  int64_t columns(size_t l) const { return span / chain[l].factor; }
-  int64_t cells(size_t l) const { return side / chain[l].factor * columns(l); }
+  // ---- sums over the cells of every level but the first
 
-  MFWM_INLINE const C* token(C* scratch, const Place& place, int64_t y, int64_t x) const {
-    const int64_t offset = cell_offset(op.hidden, place.b, place.n, place.y + y, place.x + x);
-    return row_at(scratch, op.hidden, offset);
-  }
-  MFWM_INLINE const C* row_at(C* scratch, const Array& array, int64_t offset) const {
-    if constexpr (std::is_same_v<C, float>)
-      if (in_pairs) {
-        if (array.stride[4] == 1) {
-          into_pairs(static_cast<const bfloat16*>(array.data) + offset, scratch, depth);
-        } else {
-          load_row(scratch, array.data, array.dtype, offset, array.stride[4], depth);
-          into_pairs(scratch, scratch, depth);
-        }
-        return scratch;
-      }
-    return row_of(scratch, array, offset, array.stride[4], depth);
-  }
-  // Cell y, x of the tile at one of `factor` tokens a side.
-  MFWM_INLINE int64_t cell_in(const Array& array, const Place& place, int64_t factor, int64_t y, int64_t x) const {
-    return cell_offset(array, place.b, place.n, place.y / factor + y, place.x / factor + x);
-  }
-  MFWM_INLINE const C* window_sum(const Place& place, int i) const {
-    const int64_t position = place.b * positions + place.n;
-    return (in_pairs ? sums_in_pairs.data() : static_cast<const C*>(op.sums.data)) + (position * horizons + i) * depth;
-  }
-  MFWM_INLINE void put(const C* from, const Array& array, int64_t offset) const {
-    if constexpr (std::is_same_v<C, float>)
-      if (in_pairs) return from_pairs(from, static_cast<bfloat16*>(array.data) + offset, array.stride[4], depth, streams);
-    if (streams && array.stride[4] == 1)
-      stream_row(from, array.data, array.dtype, offset, depth);
-    else
-      store_row(from, array.data, array.dtype, offset, array.stride[4], depth);
-  }
-
-  // 1 / rms of a state, and <weighted, state>: state = sum * mean + add is not kept, it is made again where it is needed.
-  struct Statistics {
-    C scale, product;
-  };
-  template <bool product>
-  MFWM_INLINE Statistics statistics(const C* __restrict sum, C mean, const C* __restrict add,
-                                    const C* __restrict weight, const C* __restrict upstream) const {
-    C squares[2] = {0, 0}, products[2] = {0, 0};
-    const int64_t half = depth / 2;
-    const auto visit = [&](int side_by_side, int64_t d) __attribute__((always_inline)) {
-      const C value = sum[d] * mean + add[d];
-      squares[side_by_side] += value * value;
-      if constexpr (product) products[side_by_side] += upstream[d] * weight[d] * value;
-    };
-    // In one sum each addition waits for the last; two halves go on side by side.
-    for (int64_t d = 0; d < half; ++d) {
-      visit(0, d);
-      visit(1, half + d);
+  // to = from[0] + .. of `count` rows, and what is there
+  template <int count, bool more, class Row>
+  MFWM_INLINE void add_rows(const Row* const* from, C* to) const {
+    for (int64_t d = 0; d < row; d += step) {
+      Two all = R::load(from[0] + d);
+      if constexpr (count == 4) all = (all + R::load(from[1] + d)) + (R::load(from[2] + d) + R::load(from[3] + d));
+      if constexpr (more) all = R::load(to + d) + all;
+      R::store(all, to + d);
     }
-    if (depth % 2) visit(0, depth - 1);
-    const C rms = std::sqrt((squares[0] + squares[1]) / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
-    return {C(1) / rms, products[0] + products[1]};
   }
-
-  // Sums over the cells of every level but the first, in `sums` (per level, cells by rows); done(level, y, x, row) is
-  // called once for every cell of every level, when its sum is complete.
-  template <class Done>
-  MFWM_INLINE void pool(const Place& place, C* token_scratch, C* sums, const Done& done) const {
-    for (int64_t y = 0; y < side; ++y)
-      for (int64_t x = 0; x < span; ++x) {
-        // A tile's rows are too short for the hardware to see the next one coming.
-        if (const int64_t next = y * span + x + 2; next < side * span)
-          prefetch_row(op.hidden, cell_in(op.hidden, place, 1, next / span, next % span), depth);
-        const C* tokens = token(token_scratch, place, y, x);
-        C* level_sums = sums;
-        for (size_t l = 0; l < chain.size(); ++l) {
-          const int64_t p = chain[l].factor;
-          if (l > 0 && ((y + 1) % p || (x + 1) % p)) {
-            level_sums += cells(l) * row;
-            continue;
-          }
-          const C* complete = l == 0 ? tokens : level_sums + (y / p * columns(l) + x / p) * row;
-          done(l, y / p, x / p, complete);
-          C* child_sums = sums;
-          for (size_t child = 1; child < chain.size(); ++child) {
-            if (chain[child].parent == static_cast<int>(l)) {
-              const int64_t q = chain[child].factor;
-              C* __restrict to = child_sums + (y / q * columns(child) + x / q) * row;
-              // The first part of a cell is its top left one.
-              if (y - y % p == y - y % q && x - x % p == x - x % q && y % q < p && x % q < p)
-                std::copy(complete, complete + depth, to);
-              else
-                for (int64_t d = 0; d < depth; ++d) to[d] += complete[d];
-            }
-            child_sums += cells(child) * row;
-          }
-          if (l > 0) level_sums += cells(l) * row;
+  // child(k, cell): the row of a cell of the level below, the k-th of at most 4
+  template <class Row, class Child>
+  MFWM_INLINE void add_children(const Group& cell, C* to, const Child& child) const {
+    const int64_t q = chain[cell.level].ratio;
+    const Group children{static_cast<size_t>(chain[cell.level].parent), cell.y * q, cell.x * q, q, q};
+    const Row* from[4];
+    if (q == 2) {
+      for (int c = 0; c < 4; ++c) from[c] = child(c, children, c);
+      return add_rows<4, false>(from, to);
+    }
+    for (int c = 0; c < q * q; ++c) {
+      from[0] = child(0, children, c);
+      c == 0 ? add_rows<1, false>(from, to) : add_rows<1, true>(from, to);
+    }
+  }
+  MFWM_INLINE void pool(const Tile& tile) const {
+    const Plan& plan = tile.plan;
+    for (size_t l = 1; l < chain.size(); ++l)
+      for (int64_t y = 0; y < rows(l); ++y)
+        for (int64_t x = 0; x < columns(l); ++x) {
+          const Group cell{l, y, x, 1, 1};
+          C* to = tile.at(plan.sums[l] + index(cell, 0));
+          if (chain[l].parent == 0)
+            add_children<S>(cell, to, [&](int k, const Group& tokens, int c) __attribute__((always_inline)) {
+              return tile.read(op.hidden, tokens, c, tile.copy(k));
+            });
+          else
+            add_children<C>(cell, to, [&](int, const Group& cells, int c) __attribute__((always_inline)) {
+              return tile.at(plan.sums[cells.level] + index(cells, c));
+            });
         }
-      }
   }
 
-  int64_t pool_scratch() const {
-    int64_t size = row;
-    for (size_t l = 1; l < chain.size(); ++l) size += cells(l) * row;
-    return size;
+  // The rows that a group's states are made of, and rows to ask for meanwhile: the tokens at the same place in the next tile.
+  template <int count, class Row>
+  struct Source {
+    const Row *from[count], *ahead[count];
+  };
+  template <int count>
+  MFWM_INLINE Source<count, S> tokens(const Tile& tile, const Group& group) const {
+    Source<count, S> made;
+    for (int c = 0; c < count; ++c) {
+      made.from[c] = tile.read(op.hidden, group, c, tile.copy(c));
+      made.ahead[c] = R::row_in(op.hidden, offset(op.hidden, tile.after, group, c));
+    }
+    return made;
+  }
+  template <int count>
+  MFWM_INLINE Source<count, C> sums(const Tile& tile, const Group& group) const {
+    Source<count, C> made;
+    for (int c = 0; c < count; ++c) made.from[c] = made.ahead[c] = tile.at(tile.plan.sums[group.level] + index(group, c));
+    return made;
   }
 
   // ---- forward
 
-  MFWM_SIMD void forward_tile(const Place& place, C* scratch) const {
-    C *__restrict state = scratch, *token_scratch = scratch + row, *sums = scratch + 2 * row;
-    pool(place, token_scratch, sums, [&](size_t l, int64_t y, int64_t x, const C* sum) __attribute__((always_inline)) {
-      const int64_t p = chain[l].factor;
-      const C mean = C(1) / static_cast<C>(p * p);
-      for (int i = 0; i < horizons; ++i) {
-        if (level_of[i] != static_cast<int>(l)) continue;
-        const C *__restrict add = window_sum(place, i), *__restrict from = sum;
-        if (norm_weight.empty()) {
-          for (int64_t d = 0; d < depth; ++d) state[d] = from[d] * mean + add[d];
-        } else {
-          const C* __restrict weight = &norm_weight[i * depth];
-          const C r = statistics<false>(from, mean, add, weight, nullptr).scale;
-          for (int64_t d = 0; d < depth; ++d) state[d] = (from[d] * mean + add[d]) * (r * weight[d]);
+  template <int count, class Row>
+  MFWM_INLINE void states(const Tile& tile, const Group& group, int i, const Source<count, Row> source) const {
+    const C *add = tile.at(tile.plan.adds + i), *weight = weight_of(i), mean = mean_of(i);
+    C scale[count];
+    std::fill(scale, scale + count, C(1));
+    if (norms) {
+      Lane squares[count] = {};
+      for (int64_t d = 0; d < row; d += step) {
+        const Two a = R::load(add + d);
+        for (int c = 0; c < count; ++c) {
+          const Two state = R::load(source.from[c] + d) * mean + a;
+          R::add_products(state, state, squares[c]);
+          __builtin_prefetch(source.ahead[c] + d, 0, 2);
         }
-        put(state, op.outputs[i], cell_in(op.outputs[i], place, p, y, x));
       }
-    });
+      for (int c = 0; c < count; ++c) scale[c] = scale_of(squares[c]);
+    }
+    const Array& output = op.outputs[i];
+    const bool past_caches = tile.plan.past_caches[i];
+    S* to[count];
+    for (int c = 0; c < count; ++c) to[c] = tile.target(output, group, c, tile.copy(8 + c));
+    for (int64_t d = 0; d < row; d += line)
+      for (int c = 0; c < count; ++c)
+        for (int64_t k = d; k < d + line; k += step) {
+          const Two state = R::load(source.from[c] + k) * mean + R::load(add + k);
+          R::store(state * scale[c] * R::load(weight + k), to[c] + k, past_caches);
+        }
+    for (int c = 0; c < count; ++c) tile.written(output, group, c, to[c]);
+  }
+
+  MFWM_SIMD void forward_tile(const Tile& tile) const {
+    pool(tile);
+    for (size_t l = 0; l < chain.size(); ++l)
+      groups_of(l, [&](auto cells, const Group& group) __attribute__((always_inline)) {
+        constexpr int count = decltype(cells)::value;
+        for (int i = 0; i < horizons; ++i) {
+          if (level_of[i] != l) continue;
+          if (l == 0)
+            states(tile, group, i, tokens<count>(tile, group));
+          else
+            states(tile, group, i, sums<count>(tile, group));
+        }
+      });
   }
 
   void forward() const {
-    parallel_for<C>(op.threads, batch * positions * groups, row + pool_scratch(), [&](int64_t unit, C* scratch) {
-      tiles_of(unit / groups, unit % groups, [&](const Place& place) { forward_tile(place, scratch); });
-      if (streams) finish_streaming();
+    Plan made = plan();
+    for (const Array& output : op.outputs) made.past_caches.push_back(access.streams(output));
+    parallel_for<C>(op.threads, units, made.size * row, [&](int64_t unit, C* scratch) {
+      visit(made, unit, scratch, [&](const Tile& tile) { forward_tile(tile); });
+      finish_streaming();
     });
   }
 
   // ---- backward
 
-  // Where things lie in a thread's scratch, in elements. What is of a cell is there twice, for two neighbours.
-  struct Plan {
-    const FanOutGradients& gradients;
-    bool norms, gram;
-    int64_t upstream_at = 0, token_at = 0, made_at = 0, zeros_at = 0, pooled_at = 0, size = 0;
-    int64_t window_at = 0, weight_at = 0;  // horizon -> gradients of its window sum and of its norm's weights
-    std::vector<int64_t> totals_at{};      // level -> gradients at the sums of its cells
-    std::vector<int64_t> own_at{};         // horizon -> gradients at its states, kept for the Gram matrix
-  };
-
   Plan plan(const FanOutGradients& gradients) const {
-    Plan plan{gradients, !norm_weight.empty(), bool(gradients.gram)};
-    const auto take = [&](int64_t rows) { return std::exchange(plan.size, plan.size + rows * row); };
-    plan.upstream_at = take(2);
-    plan.token_at = take(2);
-    plan.made_at = take(2);
-    plan.zeros_at = take(1);
-    plan.window_at = take(horizons);
-    plan.weight_at = take(horizons);
-    plan.pooled_at = take(pool_scratch() / row);
-    for (size_t l = 0; l < chain.size(); ++l) plan.totals_at.push_back(take(l == 0 ? 0 : cells(l)));
-    for (int i = 0; i < horizons; ++i) plan.own_at.push_back(take(plan.gram ? cells(level_of[i]) : 0));
-    return plan;
+    Plan made = plan();
+    made.gram = bool(gradients.gram);
+    made.past_caches.push_back(gradients.hidden && access.streams(gradients.hidden));
+    made.made = made.take(4);
+    made.of_windows = made.take(horizons);
+    made.of_weights = made.take(horizons);
+    for (size_t l = 0; l < chain.size(); ++l) made.totals.push_back(made.take(l == 0 ? 0 : cells(l)));
+    for (int i = 0; i < horizons; ++i) made.own.push_back(made.take(made.gram ? cells(level_of[i]) : 0));
+    return made;
   }
 
-  // One cell, or two neighbours: the sum over each, the gradient that each has from coarser cells and other horizons,
-  // and where its gradient goes (it may be the same place).
-  template <int count>
-  struct Cells {
-    const C *sum[count], *base[count];
-    C* to[count];
-  };
-
-  // Adds the gradients of horizon i's states at these cells, and to those of its window sum and its norm's weights:
+  // to = base + share * the gradients of horizon i's states at a group of cells, which are added to that of its window
+  // sum, and to that of its norm's weights:
   //   d state = r (g w) - state r^3 / D <g w, state>,  d weight = g state r
-  template <int count, bool keep>
-  MFWM_INLINE void add_states(const Plan& plan, int i, const Place& place, int64_t y, int64_t x, const Cells<count>& cells,
-                              C* scratch) const {
+  template <int count, class Row, class Out>
+  MFWM_INLINE void add_gradients(const Tile& tile, const Group& group, int i, const Source<count, Row> source,
+                                 const C* const* base, C share, Out* const* to, bool past_caches) const {
     const Array& g = op.outputs[i];
-    const int64_t p = op.pool[i];
-    const C share = static_cast<C>((plan.gradients.scale.empty() ? 1.0 : plan.gradients.scale[i]) / (p * p));
-    const C* upstream[count];
-    C* own[count];
+    const auto [next_group, next_tile] = next(group, tile.place, tile.after);
+    const S *upstream[count], *ahead[count];
     for (int c = 0; c < count; ++c) {
-      if (const int64_t next = y * (span / p) + x + c + count; next < side * span / (p * p))
-        prefetch_row(g, cell_in(g, place, p, next / (span / p), next % (span / p)), depth);
-      upstream[c] = row_at(scratch + plan.upstream_at + c * row, g, cell_in(g, place, p, y, x + c));
-      own[c] = scratch + plan.own_at[i] + (y * (span / p) + x + c) * row;
+      upstream[c] = tile.read(g, group, c, tile.copy(4 + c));
+      ahead[c] = R::row_in(g, offset(g, next_tile, next_group, c));
     }
-    C *window = scratch + plan.window_at + i * row, *weight_gradient = scratch + plan.weight_at + i * row;
-    if (!plan.norms) {
-#pragma GCC ivdep
-      for (int64_t d = 0; d < depth; ++d) {
-        C all = 0;
+    const C *add = tile.at(tile.plan.adds + i), *weight = weight_of(i), mean = mean_of(i);
+    C *of_window = tile.at(tile.plan.of_windows + i), *of_weight = tile.at(tile.plan.of_weights + i);
+    if (!norms) {  // Nothing of the states is needed.
+      for (int64_t d = 0; d < row; d += line) {
+        Two window[line / step];
+        for (int64_t k = 0; k < line; k += step) window[k / step] = R::load(of_window + d + k);
         for (int c = 0; c < count; ++c) {
-          const C made = upstream[c][d];
-          cells.to[c][d] = cells.base[c][d] + share * made;
-          if constexpr (keep) own[c][d] = made;
-          all += made;
+          __builtin_prefetch(ahead[c] + d);
+          for (int64_t k = 0; k < line; k += step) {
+            const Two made = R::load(upstream[c] + d + k);
+            window[k / step] = window[k / step] + made;
+            R::store(R::load(base[c] + d + k) + made * share, to[c] + d + k, past_caches);
+          }
         }
-        window[d] += all;
+        for (int64_t k = 0; k < line; k += step) R::store(window[k / step], of_window + d + k);
       }
       return;
     }
-    const C *add = window_sum(place, i), *weight = &norm_weight[i * depth], mean = C(1) / static_cast<C>(p * p);
+    Lane squares[count] = {}, products[count] = {};
+    for (int64_t d = 0; d < row; d += step) {
+      const Two a = R::load(add + d), w = R::load(weight + d);
+      for (int c = 0; c < count; ++c) {
+        const Two state = R::load(source.from[c] + d) * mean + a;
+        R::add_products(state, state, squares[c]);
+        R::add_products(R::load(upstream[c] + d) * w, state, products[c]);
+        __builtin_prefetch(source.ahead[c] + d, 0, 2);
+      }
+    }
     C r[count], along[count];
     for (int c = 0; c < count; ++c) {
-      const auto [scale, product] = statistics<true>(cells.sum[c], mean, add, weight, upstream[c]);
-      r[c] = scale;
-      along[c] = product * scale * scale * scale / static_cast<C>(depth);
+      r[c] = scale_of(squares[c]);
+      along[c] = R::total(products[c]) * r[c] * r[c] * r[c] / static_cast<C>(depth);
     }
-#pragma GCC ivdep
-    for (int64_t d = 0; d < depth; ++d) {
-      C all = 0, of_weight = 0;
+    for (int64_t d = 0; d < row; d += line) {
+      Two window[line / step], weights[line / step];
+      for (int64_t k = 0; k < line; k += step) {
+        window[k / step] = R::load(of_window + d + k);
+        weights[k / step] = R::load(of_weight + d + k);
+      }
       for (int c = 0; c < count; ++c) {
-        const C state = cells.sum[c][d] * mean + add[d], scaled = upstream[c][d] * r[c];
-        const C made = scaled * weight[d] - state * along[c];
-        cells.to[c][d] = cells.base[c][d] + share * made;
-        if constexpr (keep) own[c][d] = made;
-        all += made;
-        of_weight += scaled * state;
+        __builtin_prefetch(ahead[c] + d);
+        for (int64_t k = 0; k < line; k += step) {
+          const Two state = R::load(source.from[c] + d + k) * mean + R::load(add + d + k);
+          const Two scaled = R::load(upstream[c] + d + k) * r[c];
+          const Two made = scaled * R::load(weight + d + k) - state * along[c];
+          window[k / step] = window[k / step] + made;
+          weights[k / step] = weights[k / step] + scaled * state;
+          R::store(R::load(base[c] + d + k) + made * share, to[c] + d + k, past_caches);
+        }
       }
-      window[d] += all;
-      weight_gradient[d] += of_weight;
+      for (int64_t k = 0; k < line; k += step) {
+        R::store(window[k / step], of_window + d + k);
+        R::store(weights[k / step], of_weight + d + k);
+      }
     }
   }
 
-  // The gradients at the sums over cells x, x + 1 .. of row y of level l: of the states made of them, and of the coarser
-  // cells that they are parts of. Each lies in `to` or, where nothing is added, at its base.
-  template <int count>
-  MFWM_INLINE Cells<count> gradients_of(const Plan& plan, size_t l, const Place& place, int64_t y, int64_t x,
-                                        Cells<count> cells, C* scratch) const {
-    for (int c = 0; c < count; ++c) {
-      const C* zeros = scratch + plan.zeros_at;
-      cells.base[c] = zeros;
-      for (size_t coarse = l + 1; coarse < chain.size(); ++coarse) {
-        if (chain[coarse].parent != static_cast<int>(l)) continue;
-        const int64_t q = chain[coarse].ratio;
-        const C* total = scratch + plan.totals_at[coarse] + (y / q * columns(coarse) + (x + c) / q) * row;
-        if (cells.base[c] == zeros) {
-          cells.base[c] = total;
-        } else {
-#pragma GCC ivdep
-          for (int64_t d = 0; d < depth; ++d) cells.to[c][d] = cells.base[c][d] + total[d];
-          cells.base[c] = cells.to[c];
-        }
-      }
-    }
-    for (int i = 0; i < horizons; ++i) {
-      if (level_of[i] != static_cast<int>(l) || !op.outputs[i]) continue;
-      if (plan.gram)
-        add_states<count, true>(plan, i, place, y, x, cells, scratch);
-      else
-        add_states<count, false>(plan, i, place, y, x, cells, scratch);
-      for (int c = 0; c < count; ++c) cells.base[c] = cells.to[c];
-    }
-    return cells;
+  // to = base + share * made
+  template <int count, class Out>
+  MFWM_INLINE void combine(const C* const* base, C share, const C* const* made, Out* const* to, bool past_caches) const {
+    for (int c = 0; c < count; ++c)
+      for (int64_t d = 0; d < row; d += step)
+        R::store(R::load(base[c] + d) + R::load(made[c] + d) * share, to[c] + d, past_caches);
   }
 
-  template <int count>
-  MFWM_INLINE void backward_cells(const Plan& plan, size_t l, const Place& place, const C* sums, C* scratch) const {
-    Cells<count> cells{};
-    for (int64_t y = 0; y < side / chain[l].factor; ++y)
-      for (int64_t x = 0; x < columns(l); x += count) {
-        for (int c = 0; c < count; ++c) {
-          const int64_t cell = (y * columns(l) + x + c) * row;
-          cells.to[c] = scratch + (l > 0 ? plan.totals_at[l] + cell : plan.made_at + c * row);
-          if (!plan.norms) continue;  // The states themselves are not needed.
-          cells.sum[c] = l > 0 ? sums + cell : token(scratch + plan.token_at + c * row, place, y, x + c);
-        }
-        const Cells<count> made = gradients_of(plan, l, place, y, x, cells, scratch);
-        for (int c = 0; c < count; ++c) {
-          const Array& hidden = plan.gradients.hidden;
-          if (l > 0 && made.base[c] != made.to[c]) std::copy(made.base[c], made.base[c] + depth, made.to[c]);
-          if (l == 0 && hidden) put(made.base[c], hidden, cell_in(hidden, place, 1, y, x + c));
-        }
+  // to = the gradients at the sums over a group's cells: of the states made of them, and of the coarser cells that they
+  // are parts of. `made` is where they are added up meanwhile; it may be `to`.
+  template <int count, class Row, class Out>
+  MFWM_INLINE void gradients_of(const Tile& tile, const std::vector<double>& scale, const Group& group,
+                                const Source<count, Row>& source, C* const* made, Out* const* to, bool past_caches) const {
+    const size_t l = group.level;
+    const C *base[count], *zeros[count];
+    std::fill(zeros, zeros + count, tile.at(tile.plan.zeros));
+    std::copy(zeros, zeros + count, base);
+    for (size_t coarse = l + 1; coarse < chain.size(); ++coarse) {
+      if (chain[coarse].parent != static_cast<int>(l)) continue;
+      for (int c = 0; c < count; ++c) {
+        const Group parent{coarse, group.row(c) / chain[coarse].ratio, group.column(c) / chain[coarse].ratio, 1, 1};
+        const C* total = tile.at(tile.plan.totals[coarse] + index(parent, 0));
+        if (base[c] != zeros[c]) combine<1>(&base[c], C(1), &total, &made[c], false);
+        base[c] = base[c] == zeros[c] ? total : made[c];
       }
+    }
+    int last = -1;
+    for (int i = 0; i < horizons; ++i)
+      if (level_of[i] == l && op.outputs[i]) last = i;
+    if (last < 0) return combine<count>(base, C(0), zeros, to, past_caches);
+    for (int i = 0; i <= last; ++i) {
+      if (level_of[i] != l || !op.outputs[i]) continue;
+      const C share = mean_of(i) * (scale.empty() ? C(1) : static_cast<C>(scale[i]));
+      const bool gram = tile.plan.gram;
+      if (i == last && !gram) return add_gradients(tile, group, i, source, base, share, to, past_caches);
+      C* own[count];
+      for (int c = 0; c < count; ++c) own[c] = gram ? tile.at(tile.plan.own[i] + index(group, c)) : made[c];
+      add_gradients(tile, group, i, source, gram ? zeros : base, gram ? C(1) : share, own, false);
+      if (gram && i == last) return combine<count>(base, share, own, to, past_caches);
+      if (gram) combine<count>(base, share, own, made, false);
+      std::copy(made, made + count, base);
+    }
   }
 
-  MFWM_SIMD void backward_tile(const Plan& plan, const Place& place, C* scratch, double* gram) const {
-    C* sums = scratch + plan.pooled_at + row;
-    if (plan.norms)
-      pool(place, scratch + plan.pooled_at, sums, [](size_t, int64_t, int64_t, const C*) __attribute__((always_inline)) {});
-    sums += pool_scratch() - row;
-    for (size_t l = chain.size(); l-- > 0;) {
-      if (l > 0) sums -= cells(l) * row;
-      if (columns(l) % 2 == 0)
-        backward_cells<2>(plan, l, place, sums, scratch);
-      else
-        backward_cells<1>(plan, l, place, sums, scratch);
-    }
-    if (plan.gram) add_gram(plan, scratch, gram);
+  MFWM_SIMD void backward_tile(const Tile& tile, const FanOutGradients& gradients, double* gram) const {
+    if (norms) pool(tile);
+    for (size_t l = chain.size(); l-- > 0;)
+      groups_of(l, [&](auto cells, const Group& group) __attribute__((always_inline)) {
+        constexpr int count = decltype(cells)::value;
+        C* made[count];
+        for (int c = 0; c < count; ++c) made[c] = tile.at(l > 0 ? tile.plan.totals[l] + index(group, c) : tile.plan.made + c);
+        if (l > 0) return gradients_of(tile, gradients.scale, group, sums<count>(tile, group), made, made, false);
+        const Array& hidden = gradients.hidden;
+        S* to[count];
+        for (int c = 0; c < count; ++c)
+          to[c] = hidden ? tile.target(hidden, group, c, tile.copy(8 + c)) : tile.copy(8 + c);
+        gradients_of(tile, gradients.scale, group, tokens<count>(tile, group), made, to, tile.plan.past_caches[0]);
+        for (int c = 0; hidden && c < count; ++c) tile.written(hidden, group, c, to[c]);
+      });
+    if (gram) add_gram(tile, gram);
   }
 
   // <g_i, g_j> over the tile's tokens: each pair of cells that overlap, times the tokens in the overlap.
-  MFWM_INLINE void add_gram(const Plan& plan, C* scratch, double* gram) const {
+  MFWM_INLINE void add_gram(const Tile& tile, double* gram) const {
     for (int i = 0; i < horizons; ++i)
       for (int j = 0; j < horizons; ++j) {
         const int64_t p = op.pool[i], q = op.pool[j];
         if (!op.outputs[i] || !op.outputs[j] || p > q || (p == q && j < i)) continue;
         double sum = 0;
-        for (int64_t y = 0; y < side / p; ++y)
-          for (int64_t x = 0; x < span / p; ++x)
+        for (int64_t y = 0; y < tall / p; ++y)
+          for (int64_t x = 0; x < wide / p; ++x)
             for (int64_t v = y * p / q; v <= (y * p + p - 1) / q; ++v)
               for (int64_t u = x * p / q; u <= (x * p + p - 1) / q; ++u) {
-                const int64_t rows = std::min(y * p + p, v * q + q) - std::max(y * p, v * q);
-                const int64_t columns = std::min(x * p + p, u * q + q) - std::max(x * p, u * q);
-                sum += static_cast<double>(rows * columns) *
-                       static_cast<double>(dot(scratch + plan.own_at[i] + (y * (span / p) + x) * row,
-                                               scratch + plan.own_at[j] + (v * (span / q) + u) * row, depth));
+                const int64_t down = std::min(y * p + p, v * q + q) - std::max(y * p, v * q);
+                const int64_t across = std::min(x * p + p, u * q + q) - std::max(x * p, u * q);
+                const C product = access.dot(tile.at(tile.plan.own[i] + y * (wide / p) + x),
+                                             tile.at(tile.plan.own[j] + v * (wide / q) + u));
+                sum += static_cast<double>(down * across) * static_cast<double>(product);
               }
         sum /= static_cast<double>(p * p * q * q);
         gram[i * horizons + j] += sum;
@@ -399,63 +393,69 @@ struct Fan {
   }
 
   void backward(const FanOutGradients& gradients) const {
-    const Plan scratch_plan = plan(gradients);
-    const int64_t all = batch * positions, units = all * groups, slab = horizons * depth;
-    // Sums over tokens: per position and group for the window sums, per slot for the rest. A slot is a fixed range of
-    // units taken in order, and slots are added in order.
-    const int64_t slots = std::min<int64_t>(units, 256);
-    std::vector<C> window(gradients.sums ? units * slab : 0);
-    std::vector<double> weight(gradients.norm_weight ? slots * slab : 0, 0.0);
-    std::vector<double> gram(gradients.gram ? slots * horizons * horizons : 0, 0.0);
-    parallel_for<C>(op.threads, slots, scratch_plan.size, [&](int64_t slot, C* scratch) {
-      C *windows = scratch + scratch_plan.window_at, *weights = scratch + scratch_plan.weight_at;
-      std::fill(scratch + scratch_plan.zeros_at, scratch + scratch_plan.zeros_at + row, C(0));
-      for (int64_t unit = slot * units / slots; unit < (slot + 1) * units / slots; ++unit) {
-        std::fill(windows, windows + horizons * row, C(0));
-        std::fill(weights, weights + horizons * row, C(0));
-        tiles_of(unit / groups, unit % groups, [&](const Place& place) {
-          backward_tile(scratch_plan, place, scratch, gram.empty() ? nullptr : &gram[slot * horizons * horizons]);
+    const Plan made = plan(gradients);
+    const int64_t slab = horizons * depth, pairs = horizons * horizons;
+    // Sums over tokens: per unit for the window sums, per slot for the rest. A slot is a fixed range of units taken in
+    // order, and slots are added in order.
+    const int64_t slots = std::min<int64_t>(units, 64);
+    const bool apart = gradients.sums && groups > 1;
+    Scratch<C> windows(apart ? units * slab : 0);
+    C* of_windows = apart ? windows.data() : static_cast<C*>(gradients.sums.data);
+    Scratch<double> of_weights(gradients.norm_weight ? slots * slab : 0);
+    std::vector<double> gram(made.gram ? slots * pairs : 0, 0.0);
+    parallel_for<C>(op.threads, slots, made.size * row, [&](int64_t slot, C* scratch) {
+      const int64_t first = slot * units / slots;
+      C *window = scratch + made.of_windows * row, *weights = scratch + made.of_weights * row;
+      for (int64_t unit = first; unit < (slot + 1) * units / slots; ++unit) {
+        std::fill_n(window, horizons * row, C(0));
+        std::fill_n(weights, horizons * row, C(0));
+        visit(made, unit, scratch, [&](const Tile& tile) {
+          backward_tile(tile, gradients, gram.empty() ? nullptr : &gram[slot * pairs]);
         });
-        for (int i = 0; i < horizons; ++i) {
-          if (in_pairs) {
-            from_pairs(windows + i * row, windows + i * row, depth);
-            from_pairs(weights + i * row, weights + i * row, depth);
-          }
-          if (!window.empty()) std::copy_n(windows + i * row, depth, &window[unit * slab + i * depth]);
-          for (int64_t d = 0; !weight.empty() && d < depth; ++d) weight[slot * slab + i * depth + d] += weights[i * row + d];
+        for (int64_t i = 0; i < horizons; ++i) {
+          if (R::in_pairs) from_pairs(window + i * row, window + i * row, row);
+          if (R::in_pairs) from_pairs(weights + i * row, weights + i * row, row);
+          if (gradients.sums) std::copy_n(window + i * row, depth, of_windows + unit * slab + i * depth);
+          double* sum = of_weights.data() + slot * slab + i * depth;
+          for (int64_t d = 0; gradients.norm_weight && d < depth; ++d)
+            sum[d] = static_cast<double>(weights[i * row + d]) + (unit > first ? sum[d] : 0);
         }
       }
-      if (streams) finish_streaming();
+      finish_streaming();
     });
-    if (gradients.sums) add_groups(window, static_cast<C*>(gradients.sums.data), slab);
-    if (gradients.norm_weight) add_slots(weight, static_cast<double*>(gradients.norm_weight.data), slab);
-    if (gradients.gram) add_slots(gram, static_cast<double*>(gradients.gram.data), horizons * horizons);
+    if (apart) add_parts(of_windows, units / groups, groups, slab, static_cast<C*>(gradients.sums.data));
+    if (gradients.norm_weight) add_parts(of_weights.data(), 1, slots, slab, static_cast<double*>(gradients.norm_weight.data));
+    if (made.gram) add_parts(gram.data(), 1, slots, pairs, static_cast<double*>(gradients.gram.data));
   }
 
-  void add_groups(const std::vector<C>& window, C* to, int64_t slab) const {
-    parallel_for<C>(op.threads, batch * positions, 0, [&](int64_t position, C*) {
-      for (int64_t k = 0; k < slab; ++k) {
-        C sum = 0;
-        for (int64_t group = 0; group < groups; ++group) sum += window[(position * groups + group) * slab + k];
-        to[position * slab + k] = sum;
-      }
-    });
-  }
-
-  static void add_slots(const std::vector<double>& parts, double* to, int64_t size) {
-    std::fill(to, to + size, 0.0);
-    for (size_t k = 0; k < parts.size(); ++k) to[k % size] += parts[k];
+  // to[k] = sum of parts[k, part] over `each` parts, all rows of `size`
+  template <class T>
+  static void add_parts(const T* parts, int64_t count, int64_t each, int64_t size, T* to) {
+    std::fill_n(to, count * size, T(0));
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t part = k * each; part < (k + 1) * each; ++part)
+        for (int64_t d = 0; d < size; ++d) to[k * size + d] += parts[part * size + d];
   }
 };
+
+// run(C{}, S{})
+template <class Run>
+void with_types(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::float64: return run(double{}, double{});
+    case DType::bfloat16: return run(float{}, bfloat16{});
+    default: return run(float{}, float{});
+  }
+}
 
 }  // namespace
 
 void fan_out_forward(const FanOut& op) {
-  in_precision(op.hidden.dtype == DType::float64, [&](auto zero) { Fan<decltype(zero)>(op).forward(); });
+  with_types(op.hidden.dtype, [&](auto c, auto s) { Fan<decltype(c), decltype(s)>(op).forward(); });
 }
 
 void fan_out_backward(const FanOut& op, const FanOutGradients& gradients) {
-  in_precision(op.hidden.dtype == DType::float64, [&](auto zero) { Fan<decltype(zero)>(op).backward(gradients); });
+  with_types(op.hidden.dtype, [&](auto c, auto s) { Fan<decltype(c), decltype(s)>(op).backward(gradients); });
 }
 
 }  // namespace mfwm::cpu

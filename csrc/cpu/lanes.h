@@ -70,6 +70,11 @@ struct Lanes {
   // lower 16 bits, as none has that arithmetic makes of bf16: rounding could carry through all of it.
   struct Pairs {
     type even, odd;
+
+    friend MFWM_INLINE Pairs operator+(const Pairs& a, const Pairs& b) { return {a.even + b.even, a.odd + b.odd}; }
+    friend MFWM_INLINE Pairs operator-(const Pairs& a, const Pairs& b) { return {a.even - b.even, a.odd - b.odd}; }
+    friend MFWM_INLINE Pairs operator*(const Pairs& a, const Pairs& b) { return {a.even * b.even, a.odd * b.odd}; }
+    friend MFWM_INLINE Pairs operator*(const Pairs& a, C b) { return {a.even * b, a.odd * b}; }
   };
   static MFWM_INLINE Pairs load_pairs(const C* from) {
     const type a = load(from), b = load(from + count);

@@ -49,26 +49,6 @@ MFWM_INLINE void from_pairs(const C* from, C* to, int64_t count) {
     L::store_pairs({L::load(from + x), L::load(from + x + L::count)}, to + x);
   for (; x < count; ++x) to[x] = from[x];
 }
-// The same into bf16 of any stride; past the caches where they are to be, and lie as that asks.
-MFWM_INLINE void from_pairs(const float* from, bfloat16* to, int64_t stride, int64_t count, bool streams) {
-  using L = Lanes<float>;
-  streams = streams && reinterpret_cast<uintptr_t>(to) % 16 == 0;
-  int64_t x = 0;
-  for (; x + 2 * L::count <= count; x += 2 * L::count) {
-    const L::Pairs pairs{L::load(from + x), L::load(from + x + L::count)};
-    if (stride != 1) {
-      for (int64_t k = 0; k < L::count; ++k) {
-        narrow(from[x + k], to[(x + 2 * k) * stride]);
-        narrow(from[x + L::count + k], to[(x + 2 * k + 1) * stride]);
-      }
-    } else if (streams) {
-      L::stream_pairs(pairs, to + x);
-    } else {
-      L::store_pairs(pairs, to + x);
-    }
-  }
-  for (; x < count; ++x) narrow(from[x], to[x * stride]);
-}
 
 // Frames [b, t, c, y, x], stored as images or cut into tokens of patch x patch pixels with features in
 // (row, column, channel) order.

@@ -105,15 +105,6 @@ MFWM_INLINE void store(const C* from, void* to, DType dtype, const Rows& where) 
   });
 }
 
-template <class C>
-MFWM_INLINE void stream_as(const C* __restrict from, C* __restrict to, int64_t count) {
-  using L = Lanes<C>;
-  int64_t k = 0;
-  if (reinterpret_cast<uintptr_t>(to) % 16 == 0)
-    for (; k + L::count <= count; k += L::count) L::stream(L::load(from + k), to + k);
-  for (; k < count; ++k) to[k] = from[k];
-}
-
 }  // namespace
 
 MFWM_SIMD void load_row(float* to, const void* from, DType dtype, int64_t offset, int64_t stride, int64_t count) {
@@ -139,15 +130,6 @@ MFWM_SIMD void store_rows(const float* from, void* to, DType dtype, const Rows& 
 }
 MFWM_SIMD void store_rows(const double* from, void* to, DType dtype, const Rows& rows) {
   store(from, to, dtype, rows);
-}
-
-MFWM_SIMD void stream_row(const float* from, void* to, DType dtype, int64_t offset, int64_t count) {
-  if (dtype == DType::float32) return stream_as(from, static_cast<float*>(to) + offset, count);
-  store(from, to, dtype, Rows{offset, 0, 1, 1, count});
-}
-MFWM_SIMD void stream_row(const double* from, void* to, DType dtype, int64_t offset, int64_t count) {
-  if (dtype == DType::float64) return stream_as(from, static_cast<double*>(to) + offset, count);
-  store(from, to, dtype, Rows{offset, 0, 1, 1, count});
 }
 
 }  // namespace mfwm::cpu
