@@ -181,7 +181,22 @@ def cross_entropy_products(kwargs: dict[str, Any], dtype: torch.dtype) -> Callab
     return call
 
 
+def linear_products(kwargs: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
+    """The heads side by side; the outputs stand for their gradients."""
+    rows = kwargs["hidden"].detach().flatten(0, -2).to(dtype)
+    weight = torch.cat([head.detach() for head in kwargs["weights"]]).to(dtype)
+    outputs, of_rows, of_weight = rows @ weight.t(), torch.empty_like(rows), torch.empty_like(weight)
+
+    def call() -> None:
+        torch.mm(rows, weight.t(), out=outputs)
+        torch.mm(outputs, weight, out=of_rows)
+        torch.mm(outputs.t(), rows, out=of_weight)
+
+    return call
+
+
 PRODUCTS: dict[str, Callable[[dict[str, Any], torch.dtype], Callable[[], None]]] = {
+    "multi_horizon_linear": linear_products,
     "multi_horizon_linear_cross_entropy": cross_entropy_products,
 }
 
