@@ -209,8 +209,22 @@ def test_temperature_draws_tokens() -> None:
     assert torch.equal(rolled(1.0, 0), rolled(1.0, 0)) and not torch.equal(rolled(1.0, 0), rolled(1.0, 1))
     assert torch.equal(rolled(0.0, 0), rolled(0.0, 1))
     logits = torch.tensor([0.0, 1.0, 3.0]).expand(20_000, 3)
-    shares = sample(logits, 2.0, torch.Generator().manual_seed(0)).bincount() / 20_000
+    shares = sample(logits, 2.0, generator=torch.Generator().manual_seed(0)).bincount() / 20_000
     torch.testing.assert_close(shares, (logits[0] / 2).softmax(-1), atol=0.02, rtol=0)
+
+
+def test_of_the_top_k_tokens_alone_some_are_drawn() -> None:
+    logits = torch.tensor([0.0, 3.0, -1.0, 1.0]).expand(20_000, 4)
+    shares = sample(logits, 2.0, 2, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20_000
+    expected = torch.tensor([0.0, 1.5, 0.0, 0.5]).softmax(-1) * torch.tensor([0, 1, 0, 1])
+    torch.testing.assert_close(shares, expected / expected.sum(), atol=0.02, rtol=0)
+    for model in (build(**TOKENS), masked_model()):
+        video, actions = begin(model)
+        likeliest = model.rollout(video, actions, 3, masked_steps=3)
+        assert torch.equal(model.rollout(video, actions, 3, temperature=5.0, top_k=1, masked_steps=3), likeliest)
+        assert not torch.equal(model.rollout(video, actions, 3, temperature=5.0, top_k=3, masked_steps=3), likeliest)
+        with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
+            model.rollout(video, actions, 3, temperature=1.0, top_k=0)
 
 
 def test_training_mask_is_genies() -> None:

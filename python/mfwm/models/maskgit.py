@@ -20,11 +20,17 @@ def training_mask(clips: int, frames: int, grid: tuple[int, int], device: torch.
     return mask
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """Ids [...] from logits [..., V]; the most probable ones at temperature 0."""
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Ids [...] from logits [..., V]: the most probable ones at temperature 0, else drawn, of the top_k likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    scaled = logits.float() / temperature
+    if top_k is not None and top_k < scaled.shape[-1]:
+        least = scaled.topk(top_k, dim=-1).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    probabilities = scaled.softmax(-1)
     drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
     return drawn.view(logits.shape[:-1])
 
@@ -34,6 +40,7 @@ def sample_frame(
     ids: Tensor,
     steps: int,
     temperature: float,
+    top_k: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A frame of tokens, the most confident ones first.
@@ -49,7 +56,7 @@ def sample_frame(
     count = mask[0].numel()
     for step in range(1, steps + 1):
         logits = logits_of(ids, mask).float()
-        drawn = sample(logits, temperature, generator)
+        drawn = sample(logits, temperature, top_k, generator)
         confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0].sum(-1)
         ids = torch.where(mask[..., None], drawn, ids)
         left = int(count * math.cos(math.pi / 2 * step / steps))

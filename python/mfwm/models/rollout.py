@@ -135,7 +135,8 @@ class Roller:
         keep: frames to go on from where the context is full, half of it by default. With as many as fit, each step from
             there on costs a whole context. A model with a window has no need of it.
         cached: whether past positions are kept; the results are the same.
-        temperature: of tokens; 0 takes the most probable ones.
+        temperature: of tokens; 0 takes the most probable ones, of which a rollout may come to rest.
+        top_k: tokens are drawn from that many most probable ones; None: from all.
         masked_steps: steps of MaskGIT sampling.
         generator: of the tokens drawn.
     """
@@ -150,6 +151,7 @@ class Roller:
         keep: int | None = None,
         cached: bool = True,
         temperature: float = 0.0,
+        top_k: int | None = None,
         masked_steps: int = 25,
         generator: torch.Generator | None = None,
     ):
@@ -161,7 +163,8 @@ class Roller:
         if not 1 <= keep <= most:
             raise ValueError(f"keep must be in 1..{most} for a context of {context}, got {keep}")
         self.model, self.actions, self.policy = model, actions, policy
-        self.temperature, self.masked_steps, self.generator = temperature, masked_steps, generator
+        self.masked_steps = masked_steps
+        self.drawing = (temperature, top_k, generator)
         self.memory = Memory(model, keep, cached)
         # The frame whose action is still to be taken, and how many stand before it.
         self.last, self.count = video[:, -1:], video.shape[1] - 1
@@ -215,7 +218,7 @@ class Roller:
 
     def _near_frame(self) -> Tensor:
         near = self.near(self.memory.read())
-        return sample(near, self.temperature, self.generator) if self.model.tokens else near
+        return sample(near, *self.drawing) if self.model.tokens else near
 
     def _masked_frame(self) -> Tensor:
         parts = self.model.config.frame[0]
@@ -226,8 +229,15 @@ class Roller:
             return logits if parts > 1 else logits[..., None, :]
 
         ids = self.last[:, 0] if parts > 1 else self.last[:, 0, ..., None]
-        drawn = sample_frame(logits_of, ids, self.masked_steps, self.temperature, self.generator)
+        drawn = sample_frame(logits_of, ids, self.masked_steps, *self.drawing)
         return drawn[:, None] if parts > 1 else drawn[:, None, ..., 0]
+
+
+def check_drawing(temperature: float, top_k: int | None, masked_steps: int) -> None:
+    check.number("temperature", temperature, least=0)
+    check.integer("masked_steps", masked_steps, least=1)
+    if top_k is not None:
+        check.integer("top_k", top_k, least=1)
 
 
 def check_rollout(model: WorldModel, video: Tensor, actions: Tensor | None, steps: int, policy: Policy | None) -> None:

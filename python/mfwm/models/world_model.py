@@ -18,7 +18,7 @@ from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_m
 from .heads import MultiFrameHeads
 from .heads_config import HeadsConfig
 from .maskgit import training_mask
-from .rollout import Policy, Roller, as_frames, check_actions, check_rollout, in_jumps, with_drift
+from .rollout import Policy, Roller, as_frames, check_actions, check_drawing, check_rollout, in_jumps, with_drift
 
 
 @dataclass(frozen=True)
@@ -288,6 +288,7 @@ class WorldModel(nn.Module):
         keep: int | None = None,
         cached: bool = True,
         temperature: float = 0.0,
+        top_k: int | None = None,
         masked_steps: int = 25,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -298,6 +299,7 @@ class WorldModel(nn.Module):
         window reaches. The rest as in rollout.Roller.
         """
         check_rollout(self, video, actions, steps, policy)
+        check_drawing(temperature, top_k, masked_steps)
         roller = Roller(
             self,
             as_frames(self, video),
@@ -306,6 +308,7 @@ class WorldModel(nn.Module):
             keep=keep,
             cached=cached,
             temperature=temperature,
+            top_k=top_k,
             masked_steps=masked_steps,
             generator=generator,
         )
