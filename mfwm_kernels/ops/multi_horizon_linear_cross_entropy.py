@@ -202,12 +202,14 @@ def reference(
     if tokens.dim() == 4:
         ids = ids.unsqueeze(-1)
 
-    logits, losses, counts, hits = [], [], [], []
+    def logits(i: int, states: Tensor, taken: Tensor) -> Tensor:
+        """[..., F, V]; masked first: NaN where nothing counts would come back as 0 * NaN in the gradients."""
+        z = F.linear(torch.where(taken[..., None], states, 0), weight[i % len(weight)]).to(computed)
+        z = z.unflatten(-1, (factored, vocabulary))
+        return softcap * torch.tanh(z / softcap) if softcap else z
+
+    losses, counts, hits = [], [], []
     for i, (offset, factor) in enumerate(zip(offsets, factors, strict=True)):
-        z = F.linear(inputs[i], weight[i % len(weight)]).to(computed).unflatten(-1, (factored, vocabulary))
-        if softcap:
-            z = softcap * torch.tanh(z / softcap)
-        logits.append(z)
         inside = max(0, min(positions, frames - offset))
         keep = ids != ignore_index
         if offset == 0 and token_mask is not None:
@@ -216,8 +218,7 @@ def reference(
         position_counts = counts_at(offset, positions, frames, segment_ids, batch, tokens.device)[:, :inside]
         # [B, inside, h, w, F]: which ids' cross-entropies are taken.
         taken = any_left[:, offset : offset + inside] & position_counts[:, :, None, None, None]
-        # Masked first: NaN where nothing counts would come back as 0 * NaN in the gradient.
-        target, z = target[:, offset : offset + inside], torch.where(taken[..., None], z[:, :inside], 0)
+        target, z = target[:, offset : offset + inside], logits(i, inputs[i][:, :inside], taken.any(-1))
         normaliser = z.logsumexp(-1)
         loss = (1 - label_smoothing) * (normaliser - (target * z).sum(-1))
         loss = loss + label_smoothing * (normaliser - z.mean(-1)) + z_loss * normaliser.square()
@@ -234,13 +235,12 @@ def reference(
     for i, j in zip(pairs[::2], pairs[1::2], strict=True):
         apart = offsets[j] - offsets[i]
         inside = max(0, positions - apart)
-        near = logits[i].detach() if detach == "near" else logits[i]
-        far = logits[j].detach() if detach == "far" else logits[j]
         far_counts = counts_at(offsets[j], positions, frames, segment_ids, batch, tokens.device)
         near_counts = counts_at(offsets[i], positions, frames, segment_ids, batch, tokens.device)
         both = (far_counts[:, :inside] & near_counts[:, apart:])[:, :, None, None]
-        near = torch.where(both[..., None, None], near[:, apart:], 0)
-        far = torch.where(both[..., None, None], far[:, :inside], 0)
+        near, far = logits(i, inputs[i][:, apart:], both), logits(j, inputs[j][:, :inside], both)
+        near = near.detach() if detach == "near" else near
+        far = far.detach() if detach == "far" else far
         teacher = pool_grid(near.softmax(-1), factors[j] // factors[i])
         entropy = -(teacher * far.log_softmax(-1)).sum((-1, -2))
         count = both.sum() * (entropy.shape[2] * entropy.shape[3])

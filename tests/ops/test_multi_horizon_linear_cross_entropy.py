@@ -141,7 +141,7 @@ def test_a_horizon_of_which_nothing_counts(backend: str) -> None:
     assert all(gradient.isfinite().all() and gradient.any() for gradient in (gradients[0], gradients[1], gradients[3]))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_past_the_end_may_be_nan(backend: str) -> None:
     kwargs = call_of(backend)
     want = results(backend, kwargs)
