@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import integers
+from .arguments import integer, integers
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ class Horizons:
     @classmethod
     def low_res(cls, offsets: Sequence[int] = (1, 2, 4, 8), factor: int = 4) -> Horizons:
         """The near horizon at full resolution, every far one at 1/factor."""
-        return cls(tuple(offsets), (1,) + (factor,) * (len(offsets) - 1))
+        offsets, factor = integers("offsets", offsets), integer("factor", factor, least=1)
+        return cls(offsets, (1,) + (factor,) * (len(offsets) - 1))
 
     @classmethod
     def cascade(cls, count: int = 4) -> Horizons:
         """Twice as far, half the size, `count` times: ((1, 2, 4, 8), (1, 2, 4, 8)) for 4."""
-        (count,) = integers("count", (count,), least=1)
+        count = integer("count", count, least=1)
         powers = tuple(2**i for i in range(count))
         return cls(powers, powers)
 
@@ -67,6 +68,11 @@ class Horizons:
         """Each offset at several factors; by default {1: (1, 2, 4), 2: (2,), 4: (4,)}."""
         if factors_of_offset is None:
             factors_of_offset = {1: (1, 2, 4), 2: (2,), 4: (4,)}
+        if not isinstance(factors_of_offset, Mapping):
+            raise TypeError(
+                f"factors_of_offset must map offsets to lists of factors, got {type(factors_of_offset).__name__}"
+            )
+        integers("factors_of_offset", tuple(factors_of_offset), least=0)
         for offset, factors in factors_of_offset.items():
             if not isinstance(factors, Sequence):
                 raise TypeError(
