@@ -62,7 +62,7 @@ def mtp_combine(
 
     Source: DeepSeek-V3 technical report, arXiv 2412.19437, equation 21.
     """
-    check.tensor("hidden", hidden, tuple(range(2, 9)))
+    check.tensor("hidden", hidden, tuple(range(1, 9)))
     device = hidden.device
     check.tensor("embedding", embedding, hidden.dim())
     check.tensor("weight", weight, 2)
@@ -120,6 +120,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield {"hidden": normal(2, 3, 5, 16), "embedding": normal(2, 3, 5, 16), "weight": normal(16, 32), **norms(16)}
     yield {"hidden": normal(7, 4, 9).transpose(0, 1), "embedding": normal(4, 7, 18)[..., ::2],
            "weight": normal(18, 5).T, "order": "embedding_first", "eps": 1e-3, **norms(9)}  # fmt: skip
+    yield {"hidden": normal(8), "embedding": normal(8), "weight": normal(3, 16), **norms(8)}
     yield {"hidden": normal(0, 3, 8), "embedding": normal(0, 3, 8), "weight": normal(8, 16), **norms(8)}
 
 
