@@ -141,7 +141,8 @@ def rollout_sentence(results: dict[str, Any]) -> str:
     return (
         f"One clip, fp32. Cached and uncached pixels, which lie in -1..1, are at most {row['apart_from_uncached']:.0e} "
         f"apart; of its past a cached rollout holds {row[f'bytes_at_{steps // 2}'] / 2**20:.1f} MiB after {steps // 2} "
-        f"frames and {row[f'bytes_at_{steps}'] / 2**20:.1f} MiB after {steps}."
+        f"frames and {row[f'bytes_at_{steps}'] / 2**20:.1f} MiB after {steps}. A loop that reads the last 16 frames "
+        "anew forgets what lies further back, and gives other frames."
     )
 
 
