@@ -428,8 +428,10 @@ def test_rotary_positions_tell_the_order_of_frames() -> None:
     torch.testing.assert_close(rotate(q, 5) @ rotate(k, 5).mT, scores)
 
 
-def test_norms_are_rms_norms_trained_and_not() -> None:
-    x, gradient = torch.randn(2, 2, 3, 4, 8)
+@pytest.mark.parametrize("dimensions", [2, 3, 4])
+def test_norms_are_rms_norms_trained_and_not(dimensions: int) -> None:
+    shape = (2, 3, 4, 8)[4 - dimensions :]
+    x, gradient = torch.randn(2, *shape)
     x.requires_grad_()
     norm = RMSNorm(8)
     nn.init.normal_(norm.weight)

@@ -9,6 +9,7 @@ import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm.models.maskgit import sample, sample_frame, training_mask
 from mfwm.models.rollout import Roller, random_actions
+from mfwm.training.world_model import WorldModelLoss
 from torch import Tensor, nn
 
 from mfwm_kernels import Horizons, video_pyramid
@@ -249,6 +250,31 @@ def test_masked_tokens_are_not_seen_and_alone_count() -> None:
     logits = model.heads.heads[0](outputs[0][0])[token_mask]
     expected = nn.functional.cross_entropy(logits, video[token_mask])
     torch.testing.assert_close(loss.per_horizon[0], expected, check_dtype=False)
+
+
+def test_parts_of_a_masked_batch_make_the_gradient_of_the_batch() -> None:
+    """Their shares count masked cells, of which each part has others."""
+    model = build(trunk={"masked": True}, horizons=Horizons((0, 0, 1, 3), (1, 2, 2, 4)), **TOKENS)
+    video, actions = begin(model, frames=8, actions=8)
+    objective = WorldModelLoss(model)
+    clips = {"video": video, "actions": actions, "segment_ids": torch.tensor([[0] * 8, [0] * 3 + [1] * 5])}
+    clips |= objective.drawn(clips)
+    clips["token_mask"][0, :, :4] = False
+
+    def gradients(total: Tensor) -> Tensor:
+        found = torch.autograd.grad(total, list(model.heads.parameters()), allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    total, figures = objective(clips)
+    parts = [{name: value[i : i + 1] for name, value in clips.items()} for i in range(2)]
+    counts = torch.stack([objective.counts(part) for part in parts])
+    shares = 2 * counts / counts.sum(0).clamp_min(1)
+    assert shares[0, 0, 0] < 0.8
+    pairs = [objective(part, share) for part, share in zip(parts, shares, strict=True)]
+    mean = torch.stack([part for part, _ in pairs]).mean()
+    torch.testing.assert_close(mean, total)
+    torch.testing.assert_close(torch.stack([told["per_horizon"] for _, told in pairs]).mean(0), figures["per_horizon"])
+    torch.testing.assert_close(gradients(mean), gradients(total))
 
 
 def test_masked_positions_have_seen_the_action_before_theirs() -> None:

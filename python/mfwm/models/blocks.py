@@ -21,16 +21,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
-def rms_norm(x_BTSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """F.rms_norm over the last dimension of [B, T, ..., D].
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """F.rms_norm over the last dimension.
 
-    Trained on the CPU without a compiler it is a fan_out with one horizon: torch 2.13 has no kernel for it there, and
+    Of tokens [B, T, S, D] or [B, T, H, W, D], trained on the CPU without a compiler, it is a fan_out with one horizon: torch 2.13 has no kernel for it there, and
     forward and backward of 8 clips of 16 frames of 64 tokens, width 192, took 30 ms against 7 ms, on 2 cores in fp32.
     """
-    if x_BTSD.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        no_actions = x_BTSD.new_zeros(x_BTSD.shape[0], x_BTSD.shape[1], x_BTSD.shape[-1])
-        return fan_out(x_BTSD, no_actions, Horizons.next_frame(), pool=(1,), norm_weight=weight_D, norm_eps=eps)[0]
-    return F.rms_norm(x_BTSD, x_BTSD.shape[-1:], weight_D, eps)
+    if x.ndim > 3 and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        no_actions = x.new_zeros(x.shape[0], x.shape[1], x.shape[-1])
+        return fan_out(x, no_actions, Horizons.next_frame(), pool=(1,), norm_weight=weight_D, norm_eps=eps)[0]
+    return F.rms_norm(x, x.shape[-1:], weight_D, eps)
 
 
 class Attention(nn.Module):

@@ -144,6 +144,13 @@ class Objective(nn.Module):
 
     names: Sequence[str] = ()
 
+    def drawn(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What else a step draws at random, [B, ...] each, for a process's clips before they are cut into parts.
+
+        `counts` and forward find it in their clips.
+        """
+        return {}
+
     def counts(self, clips: dict[str, Tensor]) -> Tensor | None:
         return None
 
@@ -330,6 +337,7 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate(step)
         self.optimiser.zero_grad(set_to_none=True)
+        clips = {**clips, **self.objective.drawn(clips)}
         columns = {name: value.chunk(config.accumulate) for name, value in clips.items()}
         parts = [{name: column[i] for name, column in columns.items()} for i in range(config.accumulate)]
         totals: list[Tensor] = []

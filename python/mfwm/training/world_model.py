@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mfwm_kernels import Horizons
@@ -16,6 +17,7 @@ from mfwm_kernels.horizons import counts_at
 from ..data.replay import Replay
 from ..metrics.quality import psnr
 from ..models.looking import look, names_of, strips
+from ..models.maskgit import training_mask
 from ..models.world_model import WorldModel, WorldModelConfig
 from .run_config import read
 from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
@@ -50,16 +52,30 @@ class WorldModelLoss(Objective):
         self.model = model
         self.names = names_of(model.config.heads.horizons)
 
+    def drawn(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.model.config.masked:
+            return {}
+        video = clips["video"]
+        return {"token_mask": training_mask(video.shape[0], video.shape[1], self.model.grid, video.device)}
+
     def counts(self, clips: dict[str, Tensor]) -> Tensor:
         config = self.model.config
-        if config.masked or config.heads.weighting == "gradients" or config.heads.surgery:
+        if config.heads.weighting == "gradients" or config.heads.surgery:
             raise ValueError(
-                'masked, weighting "gradients" and surgery look at a whole batch: processes * accumulate must be 1'
+                'weighting "gradients" and surgery need the gradients of a whole batch at once: '
+                "processes * accumulate must be 1"
             )
-        return positions_that_count(config.heads.horizons, clips["segment_ids"], config.context)
+        segments, mask = clips["segment_ids"], clips.get("token_mask")
+        return positions_that_count(config.heads.horizons, segments, config.context, mask)
 
     def forward(self, clips: dict[str, Tensor], shares: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.model(clips["video"], clips.get("actions"), clips["segment_ids"], shares=shares)
+        loss = self.model(
+            clips["video"],
+            clips.get("actions"),
+            clips["segment_ids"],
+            token_mask=clips.get("token_mask"),
+            shares=shares,
+        )
         told = {"per_horizon": loss.per_horizon, "consistency": loss.consistency}
         if loss.accuracy is not None:
             told["accuracy"] = loss.accuracy
@@ -78,10 +94,13 @@ class WorldModelLoss(Objective):
         return figures, pictures
 
 
-def positions_that_count(horizons: Horizons, segment_ids: Tensor, context: int) -> Tensor:
+def positions_that_count(
+    horizons: Horizons, segment_ids: Tensor, context: int, token_mask: Tensor | None = None
+) -> Tensor:
     """[K, K]: on the diagonal the positions where each horizon counts, at [i, j] those of the consistency of i and j.
 
-    segment_ids [B, V]; the horizons are predicted from the first `context` frames of it.
+    segment_ids [B, V]; the horizons are predicted from the first `context` frames of it. With token_mask [B, V, H, W],
+    a horizon of offset 0 counts in cells: those with a masked token.
     """
     batch, frames = segment_ids.shape
     offsets, positions = horizons.offsets, min(frames, context)
@@ -90,7 +109,11 @@ def positions_that_count(horizons: Horizons, segment_ids: Tensor, context: int) 
     for i, j in itertools.combinations_with_replacement(range(len(offsets)), 2):
         # The far prediction at n against the near one at n + apart.
         apart = offsets[j] - offsets[i]
-        counts[i, j] = (valid[j][:, : max(0, positions - apart)] & valid[i][:, apart:]).sum()
+        both = valid[j][:, : max(0, positions - apart)] & valid[i][:, apart:]
+        if i == j and offsets[i] == 0 and token_mask is not None:
+            cells = F.max_pool2d(token_mask[:, :positions].float(), horizons.factors[i]) > 0
+            both = both[..., None, None] & cells
+        counts[i, j] = both.sum()
     return counts
 
 
