@@ -564,6 +564,7 @@ def test_continuous_actions_and_the_monitor() -> None:
             {"frame": (1, 4, 4), "patch": 4, "heads": HeadsConfig(**TOKENS)},
             "patch must be 1 for frames of tokens, got 4",
         ),
+        ({"positions": "sine"}, "positions must be one of 'learned', 'rope'; got 'sine'"),
         ({"window": 4}, 'window must be >= 1, with positions "rope"; got 4, with positions "learned"'),
         ({"width": 96, "head_width": 3, "positions": "rope"}, "head_width must be even for rotary positions, got 3"),
     ],
@@ -576,6 +577,9 @@ def test_configs_are_checked(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"attend": "past"}, "attend must be one of 'states', 'inputs'; got 'past'"),
+        ({"weighting": None}, "weighting must be one of 'fixed', 'uncertainty', 'gradients'; got None"),
+        ({"detach": "both"}, "detach must be one of 'near', 'far'; got 'both'"),
         ({"blocks": (0, 1)}, r"blocks must have one entry per horizon, 4; got \(0, 1\)"),
         ({"mlp_ratios": (4, 4, 0, 1)}, r"mlp_ratios must be >= 1, got \(4, 4, 0, 1\)"),
         ({"attend": "inputs"}, 'blocks must be given with attend "inputs"'),

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mfwm_kernels import Horizons
+from mfwm_kernels import arguments as check
+
+
+def check_choices(config: Any) -> None:
+    """Every field of a dataclass that is a Literal has one of its values; the command line checks, a caller may not."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), (hint, *get_args(hint))
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        if choices and not (value is None and type(None) in kinds):
+            check.choice(name, value, choices)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class HeadsConfig:
     tap: int | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.consistency is not None:
             rows = tuple(tuple(row) if isinstance(row, list | tuple) else row for row in self.consistency)
             object.__setattr__(self, "consistency", rows)

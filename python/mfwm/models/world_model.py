@@ -16,7 +16,7 @@ from mfwm_kernels import arguments as check
 
 from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
-from .heads_config import HeadsConfig
+from .heads_config import HeadsConfig, check_choices
 from .maskgit import training_mask
 from .rollout import Policy, Roller, as_frames, check_actions, check_drawing, check_rollout, in_jumps, with_drift
 
@@ -57,6 +57,7 @@ class WorldModelConfig:
     heads: HeadsConfig = field(default_factory=HeadsConfig)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         _, height, width = self.frame
         if height % self.patch or width % self.patch:
             raise ValueError(f"patch = {self.patch} does not divide the frame {height} x {width}")
