@@ -24,8 +24,9 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """F.rms_norm over the last dimension.
 
-    Of tokens [B, T, S, D] or [B, T, H, W, D], trained on the CPU without a compiler, it is a fan_out with one horizon: torch 2.13 has no kernel for it there, and
-    forward and backward of 8 clips of 16 frames of 64 tokens, width 192, took 30 ms against 7 ms, on 2 cores in fp32.
+    Of tokens [B, T, S, D] or [B, T, H, W, D], trained on the CPU without a compiler, it is a fan_out with one horizon:
+    torch 2.13 has no kernel for it there, and forward and backward of 8 clips of 16 frames of 64 tokens, width 192,
+    took 30 ms against 7 ms, on 2 cores in fp32.
     """
     if x.ndim > 3 and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         no_actions = x.new_zeros(x.shape[0], x.shape[1], x.shape[-1])
