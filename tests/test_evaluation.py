@@ -135,7 +135,8 @@ def test_the_demo_says_how_long_its_stages_took(tmp_path: Path) -> None:
 
 def test_a_run_beside_another(tmp_path: Path) -> None:
     moving_squares(tmp_path / "data")
-    config = replace(small_config(tmp_path / "data"), steps=1)
+    # Adam's first step is the same in both: it follows the signs of the near head's gradient.
+    config = replace(small_config(tmp_path / "data"), steps=3)
     alone = replace(config.model, heads=HeadsConfig(Horizons.next_frame()))
     for name, model in (("run", config.model), ("next", alone)):
         train(replace(config, model=model), tmp_path / name, progress=False)
