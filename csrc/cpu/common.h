@@ -66,6 +66,13 @@ void load_rows(double* to, const void* from, DType dtype, const Rows& rows, doub
 void store_rows(const float* from, void* to, DType dtype, const Rows& rows);
 void store_rows(const double* from, void* to, DType dtype, const Rows& rows);
 
+// The same of pixels whose channels lie side by side, rows.stride of them. Channel c of pixel k of row r goes to, or
+// comes from, c * plane + r * pitch + k.
+void load_planes(float* to, int64_t plane, int64_t pitch, const void* from, DType dtype, const Rows& rows);
+void load_planes(double* to, int64_t plane, int64_t pitch, const void* from, DType dtype, const Rows& rows);
+void store_planes(const float* from, int64_t plane, int64_t pitch, void* to, DType dtype, const Rows& rows);
+void store_planes(const double* from, int64_t plane, int64_t pitch, void* to, DType dtype, const Rows& rows);
+
 template <class C>
 MFWM_INLINE bool is_plain(const Array& array, int64_t stride) {
   return array.dtype == dtype_of<C> && stride == 1;

@@ -126,7 +126,33 @@ struct Lanes {
       return __builtin_shufflevector(a, a, k, k, k + 1, k + 1);
   }
 
+  // Three neighbours of triples, to a vector per place in the triple, and back. Of 8 lanes: 3 * k modulo 8 takes every
+  // value, so no two elements of one place lie in the same lane.
+  struct Triple {
+    type first, second, third;
+  };
+  static MFWM_INLINE Triple split_triples(const type& a, const type& b, const type& c) {
+    static_assert(count == 8);
+    const type first = blended(a, b, c), second = blended(c, a, b), third = blended(b, c, a);
+    return {__builtin_shufflevector(first, first, 0, 3, 6, 1, 4, 7, 2, 5),
+            __builtin_shufflevector(second, second, 1, 4, 7, 2, 5, 0, 3, 6),
+            __builtin_shufflevector(third, third, 2, 5, 0, 3, 6, 1, 4, 7)};
+  }
+  static MFWM_INLINE Triple join_triples(const Triple& planes) {
+    static_assert(count == 8);
+    const type first = __builtin_shufflevector(planes.first, planes.first, 0, 3, 6, 1, 4, 7, 2, 5);
+    const type second = __builtin_shufflevector(planes.second, planes.second, 5, 0, 3, 6, 1, 4, 7, 2);
+    const type third = __builtin_shufflevector(planes.third, planes.third, 2, 5, 0, 3, 6, 1, 4, 7);
+    return {blended(first, second, third), blended(third, first, second), blended(second, third, first)};
+  }
+
  private:
+  // Lanes 0, 3, 6 of a; 1, 4, 7 of b; 2, 5 of c.
+  static MFWM_INLINE type blended(const type& a, const type& b, const type& c) {
+    const type ab = __builtin_shufflevector(a, b, 0, 9, 2, 3, 12, 5, 6, 15);
+    return __builtin_shufflevector(ab, c, 0, 1, 10, 3, 4, 13, 6, 7);
+  }
+
   typedef C Stored __attribute__((vector_size(32), aligned(sizeof(C)), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));

@@ -270,7 +270,7 @@ struct Loss {
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
         tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1],
-               static_cast<int64_t>(sizeof(C))) {
+               static_cast<int64_t>(sizeof(C)) * channels_at_once()) {
     for (int i = 0; i < count; ++i) {
       Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
                   video.width / op.factors[i]};
@@ -303,9 +303,12 @@ struct Loss {
     count_elements();
   }
 
-  int64_t take(int64_t factor) {
+  // The channels of a token share its cache lines, so a tile of tokens is read and written with all of them.
+  int64_t channels_at_once() const { return op.patch_sizes.empty() ? 1 : channels; }
+  int64_t plane_of(int64_t factor) const { return padded<C>((tiling.rows / factor) * (tiling.columns / factor)); }
+  int64_t take(int64_t factor, int64_t planes = 1) {
     const int64_t at = scratch_size;
-    scratch_size += padded<C>((tiling.rows / factor) * (tiling.columns / factor));
+    scratch_size += planes * plane_of(factor);
     return at;
   }
 
@@ -322,8 +325,8 @@ struct Loss {
     addition_at.resize(count);
     int64_t finest = 0;  // of the far sides
     for (int i = 0; i < count; ++i) {
-      pred_at.push_back(reads_in_place(i) ? 0 : take(op.factors[i]));
-      gradient_at.push_back(writes_in_place(i) ? 0 : take(op.factors[i]));
+      pred_at.push_back(reads_in_place(i) ? 0 : take(op.factors[i], channels_at_once()));
+      gradient_at.push_back(writes_in_place(i) ? 0 : take(op.factors[i], channels_at_once()));
       for (const Level& level : near_chain[i]) {
         near_at[i].push_back(take(level.factor));
         near_gradient_at[i].push_back(take(level.factor));
@@ -382,6 +385,11 @@ struct Loss {
     return {static_cast<C>(coefficient[k] * omitted_factor(op.kind)), static_cast<C>(op.delta), static_cast<C>(op.eps)};
   }
 
+  // Where the place's channel begins in what holds all that are handled at once.
+  MFWM_INLINE int64_t plane_at(const Place& place, int64_t factor) const {
+    return channels_at_once() == 1 ? 0 : place.c * plane_of(factor);
+  }
+
   // The pyramid of frame t at the place, down to the level `coarsest`.
   MFWM_SIMD void make_pyramid(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at,
                               int coarsest, bool pairs) const {
@@ -406,9 +414,12 @@ struct Loss {
   MFWM_SIMD AnyTile<C> prediction(int i, const Place& place, C* scratch) const {
     const Frames& pred = preds[i];
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
-    const Tile<C> copy = tile_at(scratch, pred_at[i], place, factor);
+    const Tile<C> copy = tile_at(scratch, pred_at[i] + plane_at(place, factor), place, factor);
     if (reads_in_place(i)) return {pred.array, pred.image_offset(place.b, n, place.c, y, x), copy};
-    pred.load(copy.data, place.b, n, place.c, y, x, copy.rows, copy.columns);
+    if (channels_at_once() == 1)
+      pred.load(copy.data, place.b, n, place.c, y, x, copy.rows, copy.columns);
+    else if (place.c == 0)
+      pred.load_channels(copy.data, plane_of(factor), place.b, n, y, x, copy.rows, copy.columns);
     if (op.residual) {
       make_pyramid(n, place, scratch, other_level_at, level_of[i], false);
       const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, factor);
@@ -425,15 +436,19 @@ struct Loss {
     const Frames& gradient = gradients[i];
     if (!gradient.array) return {};
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
-    const Tile<C> made = tile_at(scratch, gradient_at[i], place, factor);
+    const Tile<C> made = tile_at(scratch, gradient_at[i] + plane_at(place, factor), place, factor);
     if (writes_in_place(i)) return {gradient.array, gradient.image_offset(place.b, n, place.c, y, x), made};
     return made;
   }
 
   MFWM_INLINE void store_gradient(int i, const Place& place, const AnyTile<C>& tile) const {
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
-    if (tile.data && !writes_in_place(i))
-      gradients[i].store(static_cast<const C*>(tile.data), place.b, n, place.c, y, x, tile.rows, tile.columns);
+    if (!tile.data || writes_in_place(i)) return;
+    const C* from = static_cast<const C*>(tile.data) - plane_at(place, factor);
+    if (channels_at_once() == 1)
+      gradients[i].store(from, place.b, n, place.c, y, x, tile.rows, tile.columns);
+    else if (place.c == channels - 1)
+      gradients[i].store_channels(from, plane_of(factor), place.b, n, y, x, tile.rows, tile.columns);
   }
 
   // What the pairs add to horizon i's gradient as a tile of its own size.
@@ -569,13 +584,14 @@ struct Loss {
       const int64_t top = chunk * tiling.chunk_rows, bottom = std::min(tiling.height, top + tiling.chunk_rows);
       Meeting<C>& here = meetings[omp_get_thread_num()];
       for (int i = 0; i < count; ++i) here.counted[i] = counted(i, b, m);
-      for (int64_t c = 0; c < channels; ++c)
+      for (int64_t first = 0; first < channels; first += channels_at_once())
         for (int64_t y = top; y < bottom; y += tiling.rows)
-          for (int64_t x = 0; x < tiling.width; x += tiling.columns) {
-            const Place place{b, m, c, y, x, std::min(tiling.rows, tiling.height - y),
-                              std::min(tiling.columns, tiling.width - x)};
-            meet(place, here, sums.data() + unit * terms, scratch);
-          }
+          for (int64_t x = 0; x < tiling.width; x += tiling.columns)
+            for (int64_t c = first; c < first + channels_at_once(); ++c) {
+              const Place place{b, m, c, y, x, std::min(tiling.rows, tiling.height - y),
+                                std::min(tiling.columns, tiling.width - x)};
+              meet(place, here, sums.data() + unit * terms, scratch);
+            }
       if (streams) finish_streaming();
     });
     MultiHorizonLossResult result;

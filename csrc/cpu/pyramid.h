@@ -58,6 +58,7 @@ struct Frames {
   int64_t channels = 1, height = 1, width = 1;
 
   bool is_plain_image() const { return patch == 0 && array.stride[4] == 1; }
+  bool is_plain_tokens() const { return patch > 0 && array.stride[3] == 1; }
   int64_t image_offset(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x) const {
     const int64_t* s = array.stride;
     return b * s[0] + t * s[1] + c * s[2] + y * s[3] + x * s[4];
@@ -97,7 +98,31 @@ struct Frames {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
       });
   }
-  // The same in pairs, no NaN with a one among its lower 16 bits; asks for the rectangle below.
+  // All channels of a rectangle, `plane` elements apart; asks for the tokens below it.
+  template <class C>
+  void load_channels(C* to, int64_t plane, int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows,
+                     int64_t columns) const {
+    if (is_plain_tokens()) {
+      const int64_t below = rows / patch * (width / patch) * array.stride[2], bytes = size_of(array.dtype);
+      return whole_tokens(b, t, y, x, rows, columns, [&](int64_t first, const Rows& pixels) {
+        const char* next = static_cast<const char*>(array.data) + (pixels.offset + below) * bytes;
+        for (int64_t k = 0; below > 0 && k < pixels.rows * pixels.row_stride * bytes; k += 64)
+          __builtin_prefetch(next + k, 0, 2);
+        load_planes(to + first, plane, columns, array.data, array.dtype, pixels);
+      });
+    }
+    for (int64_t c = 0; c < channels; ++c) load(to + c * plane, b, t, c, y, x, rows, columns);
+  }
+  template <class C>
+  void store_channels(const C* from, int64_t plane, int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows,
+                      int64_t columns) const {
+    if (is_plain_tokens())
+      return whole_tokens(b, t, y, x, rows, columns, [&](int64_t first, const Rows& pixels) {
+        store_planes(from + first, plane, columns, array.data, array.dtype, pixels);
+      });
+    for (int64_t c = 0; c < channels; ++c) store(from + c * plane, b, t, c, y, x, rows, columns);
+  }
+  // A rectangle of one channel in pairs, no NaN with a one among its lower 16 bits; asks for the rectangle below.
   template <class C>
   MFWM_INLINE void load_in_pairs(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
                                  C shift) const {
@@ -137,6 +162,23 @@ struct Frames {
   }
 
  private:
+  // run(first, pixels) for every plain token that the rectangle meets: what of it lies in the rectangle, all channels
+  // of a pixel side by side, and the place of its first pixel.
+  template <class Run>
+  MFWM_INLINE void whole_tokens(int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows, int64_t columns,
+                                const Run& run) const {
+    const int64_t frame = b * array.stride[0] + t * array.stride[1], across = width / patch;
+    for (int64_t top = y, bottom; top < y + rows; top = bottom) {
+      bottom = std::min(y + rows, (top / patch + 1) * patch);
+      int64_t token = top / patch * across + x / patch;
+      for (int64_t left = x, right; left < x + columns; left = right, ++token) {
+        right = std::min(x + columns, (token % across + 1) * patch);
+        const int64_t pixel = top % patch * patch + left % patch;
+        run((top - y) * columns + left - x, Rows{frame + token * array.stride[2] + pixel * channels, patch * channels,
+                                                 channels, bottom - top, right - left});
+      }
+    }
+  }
   Rows image_rows(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
     return {image_offset(b, t, c, y, x), array.stride[3], array.stride[4], rows, columns};
   }

@@ -105,6 +105,58 @@ MFWM_INLINE void store(const C* from, void* to, DType dtype, const Rows& where) 
   });
 }
 
+// Lanes<C> reads and writes S.
+template <class C, class S>
+constexpr bool has_lanes = std::is_same_v<C, float> && (std::is_same_v<S, float> || std::is_same_v<S, bfloat16>);
+
+template <class C>
+MFWM_INLINE void load_planes_as(C* to, int64_t plane, int64_t pitch, const void* from, DType dtype, const Rows& rows) {
+  using L = Lanes<C>;
+  with_type(dtype, [&](auto zero) __attribute__((always_inline)) {
+    using S = decltype(zero);
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const S* at = static_cast<const S*>(from) + rows.offset + r * rows.row_stride;
+      C* out = to + r * pitch;
+      int64_t k = 0;
+      if constexpr (has_lanes<C, S>)
+        for (; rows.stride == 3 && k + L::count <= rows.count; k += L::count) {
+          const S* triples = at + 3 * k;
+          const auto planes =
+              L::split_triples(L::load(triples), L::load(triples + L::count), L::load(triples + 2 * L::count));
+          L::store(planes.first, out + k);
+          L::store(planes.second, out + plane + k);
+          L::store(planes.third, out + 2 * plane + k);
+        }
+      for (; k < rows.count; ++k)
+        for (int64_t c = 0; c < rows.stride; ++c) out[c * plane + k] = static_cast<C>(widen(at[k * rows.stride + c]));
+    }
+  });
+}
+
+template <class C>
+MFWM_INLINE void store_planes_as(const C* from, int64_t plane, int64_t pitch, void* to, DType dtype, const Rows& rows) {
+  using L = Lanes<C>;
+  with_type(dtype, [&](auto zero) __attribute__((always_inline)) {
+    using S = decltype(zero);
+    if constexpr (!std::is_same_v<S, uint8_t>)
+      for (int64_t r = 0; r < rows.rows; ++r) {
+        S* at = static_cast<S*>(to) + rows.offset + r * rows.row_stride;
+        const C* in = from + r * pitch;
+        int64_t k = 0;
+        if constexpr (has_lanes<C, S>)
+          for (; rows.stride == 3 && k + L::count <= rows.count; k += L::count) {
+            const auto triples =
+                L::join_triples({L::load(in + k), L::load(in + plane + k), L::load(in + 2 * plane + k)});
+            L::store(triples.first, at + 3 * k);
+            L::store(triples.second, at + 3 * k + L::count);
+            L::store(triples.third, at + 3 * k + 2 * L::count);
+          }
+        for (; k < rows.count; ++k)
+          for (int64_t c = 0; c < rows.stride; ++c) narrow(in[c * plane + k], at[k * rows.stride + c]);
+      }
+  });
+}
+
 }  // namespace
 
 MFWM_SIMD void load_row(float* to, const void* from, DType dtype, int64_t offset, int64_t stride, int64_t count) {
@@ -130,6 +182,19 @@ MFWM_SIMD void store_rows(const float* from, void* to, DType dtype, const Rows& 
 }
 MFWM_SIMD void store_rows(const double* from, void* to, DType dtype, const Rows& rows) {
   store(from, to, dtype, rows);
+}
+
+MFWM_SIMD void load_planes(float* to, int64_t plane, int64_t pitch, const void* from, DType dtype, const Rows& rows) {
+  load_planes_as(to, plane, pitch, from, dtype, rows);
+}
+MFWM_SIMD void load_planes(double* to, int64_t plane, int64_t pitch, const void* from, DType dtype, const Rows& rows) {
+  load_planes_as(to, plane, pitch, from, dtype, rows);
+}
+MFWM_SIMD void store_planes(const float* from, int64_t plane, int64_t pitch, void* to, DType dtype, const Rows& rows) {
+  store_planes_as(from, plane, pitch, to, dtype, rows);
+}
+MFWM_SIMD void store_planes(const double* from, int64_t plane, int64_t pitch, void* to, DType dtype, const Rows& rows) {
+  store_planes_as(from, plane, pitch, to, dtype, rows);
 }
 
 }  // namespace mfwm::cpu

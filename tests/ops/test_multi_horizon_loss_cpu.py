@@ -83,6 +83,19 @@ def test_strides(dtype: torch.dtype) -> None:
     check([pred[:, :1].expand_as(pred) for pred in preds], video, CASCADE, **options)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels", [3, 2])
+def test_tokens_of_pixels(channels: int, dtype: torch.dtype) -> None:
+    """Rows of 12 pixels are one vector and a rest; a tile of three channels has 28 rows and cuts tokens."""
+    horizons, patches = Horizons((1, 2, 4), (1, 2, 4)), (12, 8, 3)
+    _, video = inputs(1, 6, channels, 48, 96, horizons, dtype)
+    sizes = [(48 // f // p * (96 // f // p), p * p * channels) for f, p in zip(horizons.factors, patches, strict=True)]
+    preds = [torch.randn(1, 6, *size).to(dtype) for size in sizes]
+    options: dict[str, Any] = {"patch_sizes": patches, "consistency_weights": [0, 0.5, 0.25]}
+    check(preds, video, horizons, residual=channels == 2, **options)
+    check([pred.transpose(-1, -2).contiguous().transpose(-1, -2) for pred in preds], video, horizons, **options)
+
+
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_latents(patch: int) -> None:
     horizons = Horizons((1, 2, 4), (1, 2, 2))
