@@ -176,12 +176,16 @@ struct Fan : FanTiles {
     std::fill(scale, scale + count, C(1));
     if (norms) {
       Lane squares[count] = {};
-      for (int64_t d = 0; d < row; d += step) {
-        const Two a = R::load(add + d);
-        for (int c = 0; c < count; ++c) {
-          const Two state = R::load(source.from[c] + d) * mean + a;
-          R::add_products(state, state, squares[c]);
-          __builtin_prefetch(source.ahead[c] + d, 0, 2);
+      for (int64_t d = 0; d < row; d += line) {
+        for (int c = 0; c < count; ++c) __builtin_prefetch(source.ahead[c] + d, 0, 2);
+        for (int64_t k = d; k < d + line; k += step) {
+          const Two a = R::load(add + k);
+                    for (int c = 0; c < count; ++c) {
+            const Two from = R::load(source.from[c] + k), state = from * mean + a;
+            R::add_products(state, state, squares[c]);
+            
+          }
+          
         }
       }
       for (int c = 0; c < count; ++c) scale[c] = scale_of(squares[c]);
@@ -269,13 +273,15 @@ struct Fan : FanTiles {
       return;
     }
     Lane squares[count] = {}, products[count] = {};
-    for (int64_t d = 0; d < row; d += step) {
-      const Two a = R::load(add + d), w = R::load(weight + d);
-      for (int c = 0; c < count; ++c) {
-        const Two state = R::load(source.from[c] + d) * mean + a;
-        R::add_products(state, state, squares[c]);
-        R::add_products(R::load(upstream[c] + d) * w, state, products[c]);
-        __builtin_prefetch(source.ahead[c] + d, 0, 2);
+    for (int64_t d = 0; d < row; d += line) {
+      for (int c = 0; c < count; ++c) __builtin_prefetch(source.ahead[c] + d, 0, 2);
+      for (int64_t k = d; k < d + line; k += step) {
+        const Two a = R::load(add + k), w = R::load(weight + k);
+        for (int c = 0; c < count; ++c) {
+          const Two state = R::load(source.from[c] + k) * mean + a;
+          R::add_products(state, state, squares[c]);
+          R::add_products(R::load(upstream[c] + k) * w, state, products[c]);
+        }
       }
     }
     C r[count], along[count];

@@ -126,6 +126,27 @@ def test_actions_of_another_episode_may_be_nan(backend: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("bits", [0x7F81, 0x7FC0, 0x7FFF, -1])
+def test_nan_of_any_bits_stays_nan_in_bf16(bits: int) -> None:
+    """In a state, in its neighbour's and in the pooled one; in the gradients too."""
+    hidden, actions = torch.randn(1, 1, 2, 2, 32).bfloat16(), torch.randn(1, 1, 32).bfloat16()
+    hidden.view(torch.int16)[0, 0, 0, 1, 5] = bits
+    hidden.requires_grad_()
+    for norm in (None, torch.randn(32).bfloat16()):
+        states = fan_out(hidden, actions, Horizons((1, 2), (1, 2)), pool=(1, 2), norm_weight=norm)
+        (gradient,) = torch.autograd.grad([states[0].sum(), states[1].sum()], hidden)
+        where = torch.zeros(1, 1, 2, 2, 32, dtype=torch.bool)
+        where[0, 0, 0, 1, slice(5, 6) if norm is None else slice(None)] = True
+        assert torch.equal(states[0].isnan(), where)
+        assert torch.equal(states[1].isnan(), where[:, :, :1, 1:])
+        assert bool(gradient.isnan().all()) == (norm is not None)
+        upstream = torch.ones_like(states[0].detach())
+        upstream.view(torch.int16)[0, 0, 1, 0, 3] = bits
+        clean = torch.randn(1, 1, 2, 2, 32).bfloat16().requires_grad_()
+        (state,) = fan_out(clean, actions, Horizons.next_frame(), pool=(1,), norm_weight=norm)
+        assert torch.autograd.grad(state, clean, upstream)[0][0, 0, 1, 0].isnan().any()
+
+
 def test_parameters_in_fp32_under_autocast() -> None:
     hidden, actions, norm = torch.randn(1, 3, 2, 2, 8).bfloat16(), torch.randn(1, 3, 8), torch.randn(8)
     with torch.autocast("cpu", torch.bfloat16):
