@@ -15,8 +15,8 @@ BACKENDS = ["reference", *(b for b in OPS["fan_out"].backends if not ABSENT[b])]
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton" or not torch.cuda.is_available()])
 def test_dropping_a_horizon_leaves_the_others_bit_equal(backend: str) -> None:
-    """Outputs, and the gradients of weights of a horizon's own: those not in Triton, where a program's block of tokens is
-    as wide as the largest pool, and with it the order of its sums over tokens."""
+    """Outputs, and the gradients of weights of a horizon's own: those not in Triton, where a program's block of tokens
+    is as wide as the largest pool, and with it the order of its sums over tokens."""
     hidden, actions = torch.randn(2, 4, 16, 8, 16), torch.randn(2, 4, 16)
     horizons, norms, gates = (1, 2, 4, 8), torch.randn(4, 16), torch.randn(4, 8, 16)
     upstream = [torch.randn(2, 4, 16 // p, 8 // p, 16) for p in horizons]
