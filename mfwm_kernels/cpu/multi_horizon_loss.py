@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..losses import DETACH, gradients_of_weights, place_of
+from ..losses import DETACH, gradients_of_weights
 from ..ops.multi_horizon_loss import KINDS, Arguments
 from ..registry import stored_dtype
 from . import kernels, precision, raw
@@ -19,16 +20,19 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         torch.empty_like(pred, dtype=stored_dtype(pred)) if want else None
         for pred, want in zip(args.preds, wanted[:count], strict=True)
     ]
-    shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
-    places = [place_of(pair, shape) for pair in zip(args.pairs[::2], args.pairs[1::2], strict=True)]
-    pair_weights = [] if args.consistency_weights is None else [args.consistency_weights[p].item() for p in places]
+    consistency = args.consistency_weights
+    shape = (count,) if consistency is None else tuple(consistency.shape)
+    pairs = zip(args.pairs[::2], args.pairs[1::2], strict=True)
+    places = [i * count + j if len(shape) == 2 else j for i, j in pairs]
+    # Of numbers, lists: to read or to set one element of a tensor is a call of its own.
+    entries = [] if consistency is None else consistency.flatten().tolist()
     total, per_horizon, counts, agreement, agreement_counts = kernels.multi_horizon_loss(
         [raw(pred) for pred in args.preds],
         [raw(gradient) for gradient in gradients],
         raw(args.video),
         raw(args.segment_ids),
         args.weights.tolist(),
-        pair_weights,
+        [entries[place] for place in places],
         args.offsets,
         args.factors,
         args.pairs,
@@ -42,19 +46,19 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         args.eps,
         torch.get_num_threads(),
     )
-    means = torch.zeros(shape, dtype=torch.float64)
-    mean_counts = torch.zeros(shape, dtype=torch.int64)
+    means, mean_counts = [0.0] * math.prod(shape), [0] * math.prod(shape)
     for place, mean, number in zip(places, agreement, agreement_counts, strict=True):
         means[place], mean_counts[place] = mean, number
-    horizon_means = torch.tensor(per_horizon, dtype=torch.float64)
     out = precision(args.preds[0].dtype)
     outputs = [
         torch.tensor(total, dtype=out),
-        horizon_means.to(out),
-        torch.tensor(counts, dtype=torch.int64),
-        means.to(out),
-        mean_counts,
+        torch.tensor(per_horizon, dtype=out),
+        torch.tensor(counts),
+        torch.tensor(means, dtype=out).view(shape),
+        torch.tensor(mean_counts).view(shape),
     ]
     extras = [gradient for gradient in gradients if gradient is not None]
-    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], horizon_means, means)
+    if any(wanted[count:]):
+        exact = torch.tensor(per_horizon, dtype=torch.float64), torch.tensor(means, dtype=torch.float64).view(shape)
+        extras += gradients_of_weights(args.weights, consistency, wanted[count:], *exact)
     return outputs, extras
