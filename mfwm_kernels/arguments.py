@@ -163,7 +163,11 @@ def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
 
 
-_remembered = functools.lru_cache(maxsize=128)(_filled)
+@functools.lru_cache(maxsize=128)
+def _remembered(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # A tensor of inference mode could not be saved for the backward of a later call.
+    with torch.inference_mode(False):
+        return _filled(values, device)
 
 
 def segments(

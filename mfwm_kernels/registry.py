@@ -18,6 +18,7 @@ for each. Where `gradients_in_forward`, `extras` are the gradients of outputs[0]
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -206,7 +207,12 @@ def first_tensor(args: Any) -> Tensor:
 
 
 def load(op: Op, backend: str) -> ModuleType:
-    return importlib.import_module(f"mfwm_kernels.{backend}.{op.name}")
+    return _module(backend, op.name)
+
+
+@functools.cache
+def _module(backend: str, name: str) -> ModuleType:
+    return importlib.import_module(f"mfwm_kernels.{backend}.{name}")
 
 
 # ---- flat arguments
