@@ -23,7 +23,7 @@ def action_window_sum(actions: Tensor, offsets: tuple[int, ...]) -> Outputs:
 
 
 def _window(actions: Tensor, offset: int) -> Tensor:
-    """The sum of the actions n + 1 .. n + offset - 1, in fp32."""
+    """The sum of the actions n + 1 .. n + offset - 1, taken in fp32, for every action n."""
     total = torch.zeros_like(actions, dtype=torch.float32)
     for lag in range(1, min(offset, actions.shape[1])):
         total = total + F.pad(actions[:, lag:], (0, 0, 0, lag)).float()
@@ -37,7 +37,7 @@ def fan_out(hidden: Tensor, actions: Tensor, horizons: Any, norm_weight: Tensor,
         if p > 1:
             height, width = hidden.shape[2:4]
             cells = hidden.unflatten(3, (width // p, p)).unflatten(2, (height // p, p)).mean((3, 5))
-        state = cells + _window(actions, offset)[:, :, None, None]
+        state = cells + _window(actions, offset)[:, : hidden.shape[1], None, None]
         states.append(F.rms_norm(state, (state.shape[-1],), norm_weight, 1e-6))
     return tuple(states)
 
@@ -47,7 +47,7 @@ def multi_horizon_linear(
 ) -> Outputs:
     outputs = []
     for offset, weight in zip(horizons.offsets, weights, strict=True):
-        state = hidden + _window(actions, offset)[:, :, None, None]
+        state = hidden + _window(actions, offset)[:, : hidden.shape[1], None, None]
         outputs.append(F.linear(F.rms_norm(state, (state.shape[-1],), norm_weight, 1e-6), weight))
     return tuple(outputs)
 
