@@ -180,12 +180,10 @@ struct Fan : FanTiles {
         for (int c = 0; c < count; ++c) __builtin_prefetch(source.ahead[c] + d, 0, 2);
         for (int64_t k = d; k < d + line; k += step) {
           const Two a = R::load(add + k);
-                    for (int c = 0; c < count; ++c) {
-            const Two from = R::load(source.from[c] + k), state = from * mean + a;
+          for (int c = 0; c < count; ++c) {
+            const Two state = R::load(source.from[c] + k) * mean + a;
             R::add_products(state, state, squares[c]);
-            
           }
-          
         }
       }
       for (int c = 0; c < count; ++c) scale[c] = scale_of(squares[c]);

@@ -65,23 +65,9 @@ struct RowSteps {
       L::store(two.odd, to + L::count);
     }
   }
+  // Of numbers made of bf16 alone, whose NaN need not be looked for.
   static MFWM_INLINE void store(const Two& two, bfloat16* to, bool past_caches = false) {
-    const Lane both = rounded(two);
-    if (past_caches)
-      L::stream(both, reinterpret_cast<C*>(to));
-    else
-      L::store(both, reinterpret_cast<C*>(to));
-  }
-  // Nearest bf16, ties to even, as Lanes rounds but for NaN: one of numbers made of bf16 alone has zeros in its lower half,
-  // or is the default one, and stays NaN without being asked for.
-  static MFWM_INLINE Lane rounded(const Two& two) {
-    typedef uint32_t Bits __attribute__((vector_size(32)));
-    typedef uint16_t Halves __attribute__((vector_size(32)));
-    const Bits even = reinterpret_cast<Bits>(two.even), odd = reinterpret_cast<Bits>(two.odd);
-    const auto low = reinterpret_cast<Halves>((even + 0x7fffu + ((even << 15) >> 31)) >> 16);
-    const auto high = reinterpret_cast<Halves>(odd + 0x7fffu + ((odd << 15) >> 31));
-    return reinterpret_cast<Lane>(
-        __builtin_shufflevector(low, high, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31));
+    past_caches ? L::template stream_pairs<false>(two, to) : L::template store_pairs<false>(two, to);
   }
 
   static MFWM_INLINE void add_products(const Two& one, const Two& other, Lane& to) {

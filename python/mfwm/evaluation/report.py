@@ -1,4 +1,4 @@
-"""report.html: one file with the pictures of a run. rollout.gif: truth and closed-loop prediction side by side."""
+"""report.html: one file with the pictures of a run. rollout.gif: truth above, closed-loop rollouts below."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ from .world_model import CONTEXT, rollout_steps
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+
+# How a rollout's tokens are chosen: the likeliest ones, which may come to rest, and some of them drawn.
+TOP_K = 8
+DRAWINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": TOP_K}]
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
@@ -75,16 +79,20 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
         (truth,) = video_pyramid(
             clips["pixels" if decoder else "video"][:, : CONTEXT + steps], (1,), dtype=torch.float32
         )
-        rolled = model.rollout(seen, actions, steps)
-        if decoder is not None:
-            rolled = decoder.pictures(torch.cat([seen, rolled], dim=1), CONTEXT)
-        rolled = torch.cat([truth[:, :CONTEXT], rolled], dim=1)
-        write_gif(run / "rollout.gif", truth, rolled)
+        rows = [truth]
+        for drawing in DRAWINGS if decoder else DRAWINGS[:1]:
+            generator = torch.Generator().manual_seed(seed)
+            rolled = model.rollout(seen, actions, steps, **drawing, generator=generator)
+            if decoder is not None:
+                rolled = decoder.pictures(torch.cat([seen, rolled], dim=1), CONTEXT)
+            rows.append(torch.cat([truth[:, :CONTEXT], rolled], dim=1))
+        write_gif(run / "rollout.gif", rows)
         sections += [
             (
                 "Closed-loop rollout",
-                picture(rollout_strip(truth, rolled)) + embedded_gif(run / "rollout.gif"),
-                f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth.",
+                picture(rollout_strip(rows)) + embedded_gif(run / "rollout.gif"),
+                f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth."
+                + (f" Then the likeliest tokens; below, tokens drawn from the {TOP_K} likeliest." if decoder else ""),
             ),
             (
                 "Quality against steps ahead",
@@ -236,13 +244,15 @@ def strip(model: WorldModel, clips: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def rollout_strip(truth: Tensor, rolled: Tensor) -> Figure:
-    columns = range(CONTEXT - 1, truth.shape[1], 2)
-    figure, axes = plt.subplots(2, len(columns), figsize=(1.5 * len(columns), 3.4), squeeze=False)
+def rollout_strip(rows: list[Tensor]) -> Figure:
+    """Every second frame of the first clip of each of `rows`."""
+    columns = range(CONTEXT - 1, rows[0].shape[1], 2)
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.5 * len(columns), 1.7 * len(rows)), squeeze=False)
     for place, frame in enumerate(columns):
         ahead = frame - CONTEXT + 1
-        show(axes[0, place], truth[0, frame], f"+{ahead}" if ahead else "last seen")
-        show(axes[1, place], rolled[0, frame], "")
+        title = f"+{ahead}" if ahead else "last seen"
+        for line, clips in enumerate(rows):
+            show(axes[line, place], clips[0, frame], "" if line else title)
     return figure
 
 
@@ -312,11 +322,12 @@ def embedded_gif(path: Path) -> str:
     return f'<img alt="" src="data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
-def write_gif(path: Path, truth: Tensor, rolled: Tensor, enlarge: int = 3) -> None:
-    """Clips side by side; truth above, the model's rollout below."""
+def write_gif(path: Path, rows: list[Tensor], enlarge: int = 3) -> None:
+    """Each of `rows` has clips [B, T, 3, H, W] side by side; truth above, the model's rollouts below."""
     frames = []
-    for t in range(truth.shape[1]):
-        rows = [np.concatenate([as_bytes(clip[t]) for clip in clips], axis=1) for clips in (truth, rolled)]
-        frame = np.concatenate([rows[0], np.full((2, rows[0].shape[1], 3), 255, np.uint8), rows[1]])
+    for t in range(rows[0].shape[1]):
+        lines = [np.concatenate([as_bytes(clip[t]) for clip in clips], axis=1) for clips in rows]
+        white = np.full((2, lines[0].shape[1], 3), 255, np.uint8)
+        frame = np.concatenate([part for line in lines for part in (line, white)][:-1])
         frames.append(frame.repeat(enlarge, 0).repeat(enlarge, 1))
     iio.imwrite(path, frames, extension=".gif", duration=200, loop=0)
