@@ -233,8 +233,8 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
         "# Benchmarks",
         "`make bench` (or `python -m benchmarks`) measures this machine: forward and backward of every op at the sizes "
         "of its record, eager PyTorch, torch.compile and the libraries that do the same work beside it, each checked "
-        "against the fp64 reference before it is timed, all of them interleaved; the bare matrix products of the token "
-        "loss stand beside it. The roof of a row is the larger of "
+        "against the fp64 reference before it is timed, all of them interleaved; the bare matrix products of "
+        "multi_horizon_linear and of the token loss stand beside them. The roof of a row is the larger of "
         "the fewest bytes over the copy bandwidth and the FLOPs over the rate of a large matrix product, both measured "
         "in the same run. Then the multi-frame tax: a training step with four horizons over the same trunk's "
         "next-frame step. `python -m benchmarks.report` makes this page.",
@@ -242,6 +242,8 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
         "gives large blocks back to the system, and every fresh output costs page faults. `python -m benchmarks "
         "--default-allocator --op OP` measures without; where that was done, the figures stand beside (ms, share of "
         "the roof, ratio to torch.compile).",
+        "A CPU without bf16 products (AVX2) does them in software, many times slower than in fp32. Ours are then taken "
+        "in fp32, as are the bare products and the roof; the formulas of the rivals stay in bf16.",
     ]
     for stem, results in devices(all_results):
         parts.append(f"## {title(results)}")
