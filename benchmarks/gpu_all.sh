@@ -59,7 +59,8 @@ else
   dtype=fp32
 fi
 export ARCH=${ARCH:-${found:-90}}
-if ! stage build 150 bash -c build; then
+# Nothing else can be done without it, and on two cores it takes three minutes.
+if ! stage build 300 bash -c build; then
   tail -30 "$out/build.log"
   exit 1
 fi
