@@ -59,7 +59,7 @@ else
   dtype=fp32
 fi
 export ARCH=${ARCH:-${found:-90}}
-# Nothing else can be done without it, and on two cores it takes three minutes.
+# Nothing else can be done without it, and on two cores it takes four minutes.
 if ! stage build 300 bash -c build; then
   tail -30 "$out/build.log"
   exit 1
@@ -69,12 +69,9 @@ grep -E "^FAIL|passed" "$out/check.log" | tail -40
 if [[ -n $found ]]; then
   stage tests 90 $python -m pytest -q tests/test_gpu.py
   tail -15 "$out/tests.log"
-else
-  skipped tests "compiled Triton and CUDA kernels, graphs, streams and devices need a GPU"
-fi
-if [[ -n $found ]]; then
   bench=(--stop-after "$(($(left) - 130))") ops=()
 else
+  skipped tests "compiled Triton and CUDA kernels, graphs, streams and devices need a GPU"
   # The rest takes a CPU longer than nine minutes.
   bench=(--only ops --size cpu) ops=(-k "not triton and not compile")
   skipped "bench of training, scaling, rollouts and further sizes" "make bench measures them on a CPU"

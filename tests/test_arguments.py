@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mfwm_kernels as m
-from mfwm_kernels import GradMonitor, Horizons
+from mfwm_kernels import GradMonitor, Horizons, arguments
 
 NAN = float("nan")
 CASCADE = Horizons.cascade(3)
@@ -163,3 +163,12 @@ def test_a_consistency_weight_needs_nested_factors() -> None:
     for weights in ([0, 1], torch.ones(2)):
         with pytest.raises(ValueError, match=r"consistency_weights\[1\] must be 0: factors\[1\] = 3 is not a multiple"):
             m.multi_horizon_loss(preds, video, horizons, consistency_weights=weights)
+
+
+def test_a_constant_remembered_in_inference_mode_may_be_saved_for_a_backward() -> None:
+    """On a GPU weights in lists are made once: a first call that needs no gradient must not spoil later ones."""
+    arguments._remembered.cache_clear()
+    with torch.inference_mode():
+        made = arguments._remembered((0.5, 0.25), torch.device("cpu"))
+    assert not made.is_inference() and made.tolist() == [0.5, 0.25]
+    assert arguments._remembered((0.5, 0.25), torch.device("cpu")) is made
