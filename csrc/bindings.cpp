@@ -52,6 +52,17 @@ MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, in
   return {array_of(hidden), array_of(sums), first, tokens, norm, norm_eps, threads};
 }
 
+MultiHorizonLoss loss_of(const py::list& preds, const py::list& gradients, const py::handle& video,
+                         const py::handle& segment_ids, const py::handle& weights, const py::handle& pair_weights,
+                         const Sizes& offsets, const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes,
+                         int kind, int detach, bool residual, double scale, double shift, double delta, double eps,
+                         const py::list& outputs) {
+  return {arrays_of(preds), arrays_of(gradients), array_of(video), array_of(segment_ids), array_of(weights),
+          array_of(pair_weights), offsets, factors, pairs, patch_sizes, static_cast<LossKind>(kind),
+          static_cast<Detach>(detach), residual, scale, shift, delta, eps, array_of(outputs[0]), array_of(outputs[1]),
+          array_of(outputs[2]), array_of(outputs[3]), array_of(outputs[4])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -170,20 +181,13 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
-                const Numbers& weights, const Numbers& pair_weights, const Sizes& offsets, const Sizes& factors,
+                py::object weights, py::object pair_weights, const Sizes& offsets, const Sizes& factors,
                 const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual, double scale,
-                double shift, double delta, double eps, int threads) {
-               const MultiHorizonLoss op{
-                   arrays_of(preds), arrays_of(gradients), array_of(video), array_of(segment_ids), weights,
-                   pair_weights, offsets, factors, pairs, patch_sizes, static_cast<LossKind>(kind),
-                   static_cast<Detach>(detach), residual, scale, shift, delta, eps, threads};
-               MultiHorizonLossResult result;
-               {
-                 py::gil_scoped_release release;
-                 result = cpu::multi_horizon_loss(op);
-               }
-               return py::make_tuple(result.total, result.per_horizon, result.counts, result.agreement,
-                                     result.agreement_counts);
+                double shift, double delta, double eps, const py::list& outputs, int threads) {
+               const auto op = loss_of(preds, gradients, video, segment_ids, weights, pair_weights, offsets, factors,
+                                       pairs, patch_sizes, kind, detach, residual, scale, shift, delta, eps, outputs);
+               py::gil_scoped_release release;
+               cpu::multi_horizon_loss(op, threads);
              });
 
 #ifdef MFWM_WITH_CUDA
@@ -195,20 +199,15 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("cuda_multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
-                const Sizes& offsets, const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes, int kind,
-                int detach, bool residual, double scale, double shift, double delta, double eps, py::object weights,
-                py::object pair_weights, py::object term_counts, py::object partial, const py::list& outputs,
-                uintptr_t stream) {
-               const MultiHorizonLoss op{
-                   arrays_of(preds), arrays_of(gradients), array_of(video), array_of(segment_ids), {}, {}, offsets,
-                   factors, pairs, patch_sizes, static_cast<LossKind>(kind), static_cast<Detach>(detach), residual,
-                   scale, shift, delta, eps, 0};
-               const MultiHorizonLossOnDevice device{
-                   array_of(weights), array_of(pair_weights), array_of(term_counts), array_of(partial),
-                   array_of(outputs[0]), array_of(outputs[1]), array_of(outputs[2]), array_of(outputs[3]),
-                   array_of(outputs[4])};
+                py::object weights, py::object pair_weights, const Sizes& offsets, const Sizes& factors,
+                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual, double scale,
+                double shift, double delta, double eps, const py::list& outputs, py::object term_counts,
+                py::object partial, uintptr_t stream) {
+               const auto op = loss_of(preds, gradients, video, segment_ids, weights, pair_weights, offsets, factors,
+                                       pairs, patch_sizes, kind, detach, residual, scale, shift, delta, eps, outputs);
+               const MultiHorizonLossScratch scratch{array_of(term_counts), array_of(partial)};
                py::gil_scoped_release release;
-               cuda::multi_horizon_loss(op, device, reinterpret_cast<void*>(stream));
+               cuda::multi_horizon_loss(op, scratch, reinterpret_cast<void*>(stream));
              });
   module.def("cuda_multi_horizon_loss_scale", [](const py::list& tensors, py::object upstream, uintptr_t stream) {
     const std::vector<Array> arrays = arrays_of(tensors);

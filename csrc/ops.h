@@ -150,8 +150,8 @@ struct MultiHorizonLoss {
   std::vector<Array> gradients;  // K, none where not wanted
   Array video;                   // [B, T_v, C, H, W]
   Array segment_ids;             // [B, T_v] or none
-  std::vector<double> weights;
-  std::vector<double> pair_weights;  // one per pair
+  Array weights;                 // [K] float32 or float64
+  Array pair_weights;            // [K], by the far side, or [K, K], or none
   std::vector<int64_t> offsets, factors;
   std::vector<int64_t> pairs;        // i0, j0, i1, j1, ...
   std::vector<int64_t> patch_sizes;  // empty: image layout
@@ -159,23 +159,15 @@ struct MultiHorizonLoss {
   Detach detach;
   bool residual;
   double scale, shift, delta, eps;
-  int threads;
+  // Written; float32 or float64, counts int64; contiguous.
+  Array total, per_horizon, counts;   // [], [K], [K]
+  Array agreement, agreement_counts;  // in the shape of pair_weights, [K] without: zeros where there is no pair
 };
 
-struct MultiHorizonLossResult {
-  double total = 0;
-  std::vector<double> per_horizon, agreement;
-  std::vector<int64_t> counts, agreement_counts;
-};
-
-// What the CUDA kernels of multi_horizon_loss take and give besides, all of it on the device; weights are read there.
-struct MultiHorizonLossOnDevice {
-  Array weights;       // [K] float32 or float64
-  Array pair_weights;  // [K], by the far side, or [K, K], or none
-  Array term_counts;   // [terms] int64 with segments, else none; scratch. The terms are the horizons, then the pairs.
-  Array partial;       // [terms, blocks] float32, scratch: no more blocks are launched
-  Array total, per_horizon, counts;   // [], [K], [K]; float32 and int64, contiguous
-  Array agreement, agreement_counts;  // in the shape of pair_weights
+// What the CUDA kernels of multi_horizon_loss use besides.
+struct MultiHorizonLossScratch {
+  Array term_counts;  // [terms] int64 with segments, else none. The terms are the horizons, then the pairs.
+  Array partial;      // [terms, blocks] float32: no more blocks are launched
 };
 
 namespace cpu {
@@ -194,12 +186,12 @@ void multi_horizon_linear_add(const Array& sum, const Array& term, int threads);
 void mtp_combine_norm(const MtpCombine&);
 void mtp_combine_gradient(const MtpCombine&, const std::vector<Array>& gradients);  // 2 of [R, D], each may be none
 void video_pyramid(const VideoPyramid&);
-MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss&);
+void multi_horizon_loss(const MultiHorizonLoss&, int threads);
 }  // namespace cpu
 
 namespace cuda {
 void video_pyramid(const VideoPyramid&, void* stream);
-void multi_horizon_loss(const MultiHorizonLoss&, const MultiHorizonLossOnDevice&, void* stream);
+void multi_horizon_loss(const MultiHorizonLoss&, const MultiHorizonLossScratch&, void* stream);
 // tensors *= upstream, a scalar on the device; the tensors are dense.
 void multi_horizon_loss_scale(const std::vector<Array>& tensors, const Array& upstream, void* stream);
 }  // namespace cuda

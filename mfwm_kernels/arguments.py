@@ -68,12 +68,17 @@ def non_zero_sizes(name: str, value: Tensor, may_be_zero: Sequence[int] = (0, 1)
             raise ValueError(f"{name} must not have size 0 in dimension {axis}, got shape {shape_of(value)}")
 
 
+def is_integer(value: Any) -> bool:
+    # Most are ints: to ask a number class of the standard library costs many times as much.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
 def integers(name: str, values: Any, *, least: int | None = None, count: int | None = None) -> tuple[int, ...]:
     """A sequence of Python integers, none below `least`, `count` of them."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of integers, got {type(values).__name__}")
     for i, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if not is_integer(value):
             raise TypeError(f"{name}[{i}] must be an integer, got {value!r}")
         if least is not None and value < least:
             raise ValueError(f"{name}[{i}] must be >= {least}, got {value}")
@@ -84,7 +89,7 @@ def integers(name: str, values: Any, *, least: int | None = None, count: int | N
 
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
     """A finite Python number, at least `least` or greater than `above`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     value = float(value)
     # Not math.isfinite: under torch.compile with dynamic shapes the number may be symbolic.
@@ -98,7 +103,7 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
 
 
 def integer(name: str, value: Any, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
@@ -126,15 +131,18 @@ def tensors(name: str, values: Any, count: int | None, rank: int | tuple[int, ..
     return [tensor(f"{name}[{i}]", value, rank) for i, value in enumerate(values)]
 
 
-def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """Weights as an fp32 or fp64 tensor, or as (nested) lists of finite numbers, of one of these shapes."""
+def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    """Weights as an fp32 or fp64 tensor, or as (nested) lists of finite numbers, of one of these shapes.
+
+    They are, or are put, on the device of `like`.
+    """
     meaning = " or ".join(str(list(s)) for s in shapes)
     if isinstance(value, Tensor):
         tensor(name, value, tuple({len(s) for s in shapes}), (torch.float32, torch.float64))
         if tuple(value.shape) not in shapes:
             raise ValueError(f"{name} must have shape {meaning}, got {shape_of(value)}")
-        if value.device != device:
-            raise ValueError(f"{name} must be on the device of the inputs, {device}; got {value.device}")
+        if value.device != like.device:
+            raise ValueError(f"{name} must be on the device of the inputs, {like.device}; got {value.device}")
         return value
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a tensor or a list of numbers, got {type(value).__name__}")
@@ -147,27 +155,39 @@ def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], de
     size = (len(value),) if rows[0] is value else (len(value), len(rows[0]))
     if size not in shapes or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"{name} must have shape {meaning}, got {value!r}")
-    return constant(tuple(entry for row in rows for entry in row), device).view(size)
+    return constant(tuple(entry for row in rows for entry in row), size, like)
 
 
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """An fp64 vector of known numbers, made on a GPU without waiting for it: a copy from the host would."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.float64, device=device)
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return _filled(values, device)
-    return _remembered(values, device)
+def has_data(tensor: Tensor) -> bool:
+    """Whether a pointer may be taken: a tensor of a class of its own (fake ones, sharded ones) may have none."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
+def constant(values: tuple[float, ...], size: tuple[int, ...], like: Tensor) -> Tensor:
+    """Known numbers as an fp64 tensor on the device of `like`, which nothing may write to: it is remembered.
+
+    To make one takes as long as a fiftieth of a loss on a CPU; on a GPU nothing may wait for a copy from the host.
+    """
+    device = like.device
+    # What is made in these cases is of no use outside them.
+    made_anew = torch.compiler.is_compiling() or not has_data(like)
+    if made_anew or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _made(values, size, device)
+    return _remembered(values, size, device)
 
 
-@functools.lru_cache(maxsize=128)
-def _remembered(values: tuple[float, ...], device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=1024)
+def _remembered(values: tuple[float, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
     # A tensor of inference mode could not be saved for the backward of a later call.
     with torch.inference_mode(False):
-        return _filled(values, device)
+        return _made(values, size, device)
+
+
+def _made(values: tuple[float, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.float64, device=device).view(size)
+    entries = [torch.full((), value, dtype=torch.float64, device=device) for value in values]
+    return torch.stack(entries).view(size)
 
 
 def segments(

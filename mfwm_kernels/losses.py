@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,17 +34,17 @@ class HorizonLoss(NamedTuple):
     accuracy: Tensor | None = None
 
 
-def check_weights(weights: Tensor | Sequence[float] | None, count: int, device: torch.device) -> Tensor:
+def check_weights(weights: Tensor | Sequence[float] | None, count: int, like: Tensor) -> Tensor:
     """[K] weights; ones by default."""
     if weights is None:
-        return torch.ones(count, device=device)
-    return check.horizon_weights("weights", weights, [(count,)], device)
+        return check.constant((1.0,) * count, (count,), like)
+    return check.horizon_weights("weights", weights, [(count,)], like)
 
 
 def check_consistency(
     consistency_weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None,
     horizons: Horizons,
-    device: torch.device,
+    like: Tensor,
     *,
     matrix: bool = True,
 ) -> tuple[Tensor | None, list[int], list[tuple[int, ...]]]:
@@ -58,44 +58,46 @@ def check_consistency(
         return None, [], []
     count = len(horizons)
     shapes = [(count,), (count, count)] if matrix else [(count,)]
-    tensor = check.horizon_weights("consistency_weights", consistency_weights, shapes, device)
+    tensor = check.horizon_weights("consistency_weights", consistency_weights, shapes, like)
     listed = not isinstance(consistency_weights, Tensor)
-    readable = listed or (device.type == "cpu" and not torch.compiler.is_compiling())
+    readable = listed or (like.device.type == "cpu" and not torch.compiler.is_compiling())
     pairs: list[int] = []
     undivided: list[tuple[int, ...]] = []
-    for i, j in consistency_pairs(count, tensor.shape):
-        place = f"[{j}]" if tensor.dim() == 1 else f"[{i}][{j}]"
-        if listed:
-            entry = consistency_weights[j] if tensor.dim() == 1 else consistency_weights[i][j]  # type: ignore[index]
-            used = entry != 0
-        else:
-            used = True
-        if not used:
+    shape = tensor.shape
+    for i, j in consistency_pairs(count, shape):
+        where = place_of((i, j), shape)
+        if listed and _entry(consistency_weights, where) == 0:
             continue
         if horizons.factors[j] % horizons.factors[i]:
-            where = place_of((i, j), tensor.shape)
             if not readable:
                 undivided.append(where)
             if not readable or (not listed and tensor.detach()[where] == 0):
                 continue
+            place = "".join(f"[{index}]" for index in where)
             raise ValueError(
                 f"consistency_weights{place} must be 0: factors[{j}] = {horizons.factors[j]} is not a multiple of "
                 f"factors[{i}] = {horizons.factors[i]}"
             )
         pairs += [i, j]
-    if listed and tensor.dim() == 2:
+    if listed and len(shape) == 2:
         for i in range(count):
             for j in range(i + 1):
-                if consistency_weights[i][j] != 0:  # type: ignore[index]
+                if _entry(consistency_weights, (i, j)) != 0:
                     raise ValueError(f"consistency_weights[{i}][{j}] must be 0: only pairs [i][j] with i < j exist")
     return tensor, pairs, undivided
 
 
+def _entry(numbers: Any, place: tuple[int, ...]) -> float:
+    return numbers[place[0]] if len(place) == 1 else numbers[place[0]][place[1]]
+
+
 def refuse_late(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[tuple[int, ...]]) -> HorizonLoss:
     """The total is NaN where a weight that could not be read beforehand asks for a pair that cannot be computed."""
+    if not undivided:
+        return loss
+    assert weights is not None
     total = loss.total
     for place in undivided:
-        assert weights is not None
         total = torch.where(weights.detach()[place] == 0, total, float("nan"))
     return HorizonLoss(total, *loss[1:])  # torch 2.11 cannot compile _replace.
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import names
+from .arguments import has_data, names
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -271,7 +271,7 @@ def call(op: Op, args: Any) -> list[Tensor]:
     leaves = leaves_of(op, args)
     grad = torch.is_grad_enabled()
     wanted = [grad and leaf.requires_grad for leaf in leaves]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_data(first_tensor(args)):
         if backend == "reference":
             outputs = list(op.reference(*args))
         else:
@@ -342,18 +342,17 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
-        tensors = ctx.saved_tensors
         module = load(op, ctx.backend)
         if op.gradients_in_forward:
             # The first backward scales the stored gradients in place and lets go of them; another one makes them again.
             extras, ctx.extras = ctx.extras, None
             if extras is None:
-                extras = module.forward(kept(ctx, op, tensors)[0], wanted)[1]
+                extras = module.forward(kept(ctx, op)[0], wanted)[1]
             assert grads[0] is not None
             scaled = getattr(module, "scale", scale_in_place)(extras, grads[0])
-            gradients = [gradient.to(dtype) for dtype, gradient in zip(ctx.dtypes, scaled, strict=True)]
+            gradients = [g if g.dtype == dtype else g.to(dtype) for dtype, g in zip(ctx.dtypes, scaled, strict=True)]
         else:
-            args, outputs = kept(ctx, op, tensors)
+            args, outputs = kept(ctx, op)
             gradients = module.backward(args, wanted, list(grads), *([outputs] if op.outputs_in_backward else []))
         return (None, None, None, None, *spread(wanted, gradients))
 
@@ -383,9 +382,9 @@ def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
     return tensors
 
 
-def kept(ctx: Any, op: Op, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+def kept(ctx: Any, op: Op) -> tuple[Any, list[Tensor]]:
     """The flat arguments again, and what was saved after them."""
-    rest = iter(tensors)
+    rest = iter(ctx.saved_tensors)
 
     def take(value: Any) -> Any:
         if isinstance(value, list):
@@ -496,7 +495,7 @@ def _register_with_torch(op: Op) -> None:
         ctx.save_for_backward(*keep(ctx, op, args), *(output if op.outputs_in_backward else extras))
 
     def autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        args, extras = kept(ctx, op, ctx.saved_tensors)
+        args, extras = kept(ctx, op)
         if op.gradients_in_forward:
             upstream = grads[0]
             assert upstream is not None

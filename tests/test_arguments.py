@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import mfwm_kernels as m
 from mfwm_kernels import GradMonitor, Horizons, arguments
+from mfwm_kernels.check import tensors_of
+from mfwm_kernels.registry import OPS
 
 NAN = float("nan")
 CASCADE = Horizons.cascade(3)
@@ -165,10 +169,42 @@ def test_a_consistency_weight_needs_nested_factors() -> None:
             m.multi_horizon_loss(preds, video, horizons, consistency_weights=weights)
 
 
-def test_a_constant_remembered_in_inference_mode_may_be_saved_for_a_backward() -> None:
-    """On a GPU weights in lists are made once: a first call that needs no gradient must not spoil later ones."""
+@pytest.fixture
+def nothing_remembered() -> None:
     arguments._remembered.cache_clear()
-    with torch.inference_mode():
-        made = arguments._remembered((0.5, 0.25), torch.device("cpu"))
-    assert not made.is_inference() and made.tolist() == [0.5, 0.25]
-    assert arguments._remembered((0.5, 0.25), torch.device("cpu")) is made
+
+
+def gradient_of_a_loss() -> torch.Tensor:
+    """Of a loss whose weights are a list, of which a tensor is made once."""
+    preds = [torch.ones(1, 4, 3, 8 // f, 8 // f, requires_grad=True) for f in (1, 2, 4)]
+    total = loss(preds=preds, video=torch.zeros(1, 5, 3, 8, 8), weights=[1.0, 0.5, 2.0]).total
+    return torch.autograd.grad(total, preds[0])[0]
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+def test_a_list_of_weights_is_made_a_tensor_once() -> None:
+    like = torch.zeros(3)
+    made = arguments.constant((0.5, 0.25), (2,), like)
+    assert made.dtype == torch.float64 and made.tolist() == [0.5, 0.25]
+    assert arguments.constant((0.5, 0.25), (2,), torch.ones(1)) is made
+    assert arguments.constant((0.5, 0.25), (1, 2), like).tolist() == [[0.5, 0.25]]
+    assert arguments.constant((0.5, 0.125), (2,), like).tolist() == [0.5, 0.125]
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode], ids=["inference", "fake tensors"])
+def test_what_is_made_in_a_mode_does_not_spoil_calls_outside_it(mode: Callable[[], Any]) -> None:
+    with mode():
+        assert loss(weights=[1.0, 0.5, 2.0]).total.shape == ()
+    assert torch.equal(gradient_of_a_loss(), torch.full((1, 4, 3, 8, 8), 2 / (4 * 3 * 8 * 8)))
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_fake_tensors_give_fake_results_of_the_right_shapes(op: Any) -> None:
+    """In eager mode too, where a pointer to their data would be one to nothing."""
+    for sample in op.samples(torch.float32, torch.device("cpu")):
+        want = op.public(**sample)
+        with FakeTensorMode() as mode:
+            got = op.public(**tree_map_only(torch.Tensor, mode.from_tensor, sample))
+        for fake, real in zip(tensors_of(got), tensors_of(want), strict=True):
+            assert type(fake) is FakeTensor and (fake.shape, fake.dtype) == (real.shape, real.dtype)

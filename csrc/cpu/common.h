@@ -99,6 +99,18 @@ inline int64_t id_at(const Array& ids, int64_t row, int64_t column) {
                                    : static_cast<const int64_t*>(ids.data)[offset];
 }
 
+// An element of an array of float32 or float64.
+inline double number_at(const Array& array, int64_t offset) {
+  return array.dtype == DType::float64 ? static_cast<const double*>(array.data)[offset]
+                                       : static_cast<const float*>(array.data)[offset];
+}
+inline void set_number(const Array& array, int64_t offset, double value) {
+  if (array.dtype == DType::float64)
+    static_cast<double*>(array.data)[offset] = value;
+  else
+    static_cast<float*>(array.data)[offset] = static_cast<float>(value);
+}
+
 // Two steps lie in one segment (always, where there are no segments).
 inline bool same_segment(const Array& ids, int64_t row, int64_t one, int64_t other) {
   return !ids || id_at(ids, row, one) == id_at(ids, row, other);

@@ -61,8 +61,23 @@ struct Lanes {
   static MFWM_INLINE type load(const bfloat16* from) {
     return reinterpret_cast<type>(widened(*reinterpret_cast<const Halves*>(from)) << 16);
   }
+  static MFWM_INLINE type load(const uint8_t* from) {
+    type made;
+    C wide[count];
+    for (int k = 0; k < count; ++k) wide[k] = static_cast<C>(from[k]);
+    std::memcpy(&made, wide, sizeof made);
+    return made;
+  }
   static MFWM_INLINE void store(const type& lanes, bfloat16* to) {
-    *reinterpret_cast<Halves*>(to) = __builtin_convertvector(rounded(lanes) >> 16, Halves);
+    *reinterpret_cast<Halves*>(to) = narrowed(lanes);
+  }
+  static MFWM_INLINE void stream(const type& lanes, bfloat16* to) {
+    const Halves halves = narrowed(lanes);
+#ifdef __SSE2__
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(halves));
+#else
+    *reinterpret_cast<Halves*>(to) = halves;
+#endif
   }
 
   // Neighbours of twice as many elements: those at even places, and those at odd ones. bf16 is read and written so
@@ -88,6 +103,15 @@ struct Lanes {
     const Bits words = widened(*reinterpret_cast<const Halves*>(from));
     return {__builtin_convertvector(reinterpret_cast<Ints>(words & 0xff), type),
             __builtin_convertvector(reinterpret_cast<Ints>(words >> 8), type)};
+  }
+  // The sums of 2 x 2 bytes, as pairs of 16 neighbours; C is float.
+  static MFWM_INLINE Pairs sums_of_squares(const uint8_t* upper, const uint8_t* lower) {
+    const ManyHalves above = *reinterpret_cast<const StoredHalves*>(upper);
+    const ManyHalves below = *reinterpret_cast<const StoredHalves*>(lower);
+    const ManyHalves sums = ((above & 0xff) + (above >> 8)) + ((below & 0xff) + (below >> 8));
+    const Bits words = reinterpret_cast<Bits>(sums);
+    return {__builtin_convertvector(reinterpret_cast<Ints>(words & 0xffff), type),
+            __builtin_convertvector(reinterpret_cast<Ints>(words >> 16), type)};
   }
   static MFWM_INLINE void store_pairs(const Pairs& pairs, C* to) {
     if constexpr (count == 8) {
@@ -159,7 +183,8 @@ struct Lanes {
   typedef long long Words __attribute__((vector_size(32)));
   typedef uint32_t StoredBits __attribute__((vector_size(32), aligned(2), may_alias));
   typedef uint16_t ManyHalves __attribute__((vector_size(32)));
-  typedef uint16_t Halves __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint16_t StoredHalves __attribute__((vector_size(32), aligned(1), may_alias));
+  typedef uint16_t Halves __attribute__((vector_size(16), aligned(1), may_alias));
 
   // In a loop: of the conversion of a vector GCC makes two of its halves.
   static MFWM_INLINE Bits widened(const Halves& from) {
@@ -189,6 +214,9 @@ struct Lanes {
   static MFWM_INLINE Bits rounded(const type& lanes) {
     const Bits bits = reinterpret_cast<Bits>(lanes), nearest = bits + 0x7fffu + ((bits << 15) >> 31);
     return any_nan ? nearest | reinterpret_cast<Bits>(lanes != lanes) : nearest;
+  }
+  static MFWM_INLINE Halves narrowed(const type& lanes) {
+    return __builtin_convertvector(rounded(lanes) >> 16, Halves);
   }
   template <bool any_nan>
   static MFWM_INLINE Bits joined(const Pairs& pairs) {

@@ -2,6 +2,7 @@
 // of it made at m - k_i, their losses, the consistency between them, their gradients) meets in the first-level cache,
 // so video, predictions and gradients are each moved once.
 #include <cmath>
+#include <cstring>
 
 #include "loss_tile.h"
 
@@ -37,6 +38,7 @@ struct Meeting {
 template <class C>
 struct Loss {
   const MultiHorizonLoss& op;
+  const int threads;
   const int count = static_cast<int>(op.preds.size());
   const int64_t batch = op.video.size[0], frames = op.video.size[1], channels = op.video.size[2];
   const int64_t positions = op.preds[0].size[1];
@@ -55,13 +57,16 @@ struct Loss {
   bool streams = false;
   // All gradients are of bf16 and written in place, and targets are in pairs.
   bool in_pairs = std::is_same_v<C, float>;
+  // Besides, the frames are bytes of which no tile of C is made: they are averaged, and compared with, as they lie.
+  bool from_bytes;
   // Scratch, in elements from its start.
   int64_t scratch_size = 0, spare, base, difference_at;
   std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, addition_at;
   std::vector<std::vector<int64_t>> near_at, near_gradient_at;
 
-  explicit Loss(const MultiHorizonLoss& op_)
+  Loss(const MultiHorizonLoss& op_, int threads_)
       : op(op_),
+        threads(threads_),
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
         tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1],
@@ -80,6 +85,10 @@ struct Loss {
         if (op.pairs[k] == i) far.push_back(op.factors[op.pairs[k + 1]]);
       near_chain[i] = chain_of(op.factors[i], far);
     }
+    from_bytes = in_pairs && op.video.dtype == DType::uint8 && video.is_plain_image();
+    for (int i = 0; i < count; ++i) from_bytes = from_bytes && (op.factors[i] > 1 || reads_in_place(i));
+    for (const Level& level : chain)
+      from_bytes = from_bytes && (level.factor == 1 || level.ratio == 2 || !is_of_frame(level));
     for (size_t k = 0; k < op.pairs.size(); k += 2) {
       const int near = static_cast<int>(op.pairs[k]), far = static_cast<int>(op.pairs[k + 1]);
       pairs.push_back({near, far, index_of(near_chain[near], op.factors[far]), true});
@@ -151,6 +160,17 @@ struct Loss {
     return m < frames && active(i, m) && same_segment(op.segment_ids, b, m - op.offsets[i], m);
   }
 
+  // Of a term in an array of the horizons' numbers, or in one of the pairs'.
+  int64_t offset_in(const Array& array, size_t term) const {
+    if (term < preds.size()) return static_cast<int64_t>(term) * array.stride[0];
+    const Pair& pair = pairs[term - count];
+    return array.rank == 2 ? pair.near * array.stride[0] + pair.far * array.stride[1] : pair.far * array.stride[0];
+  }
+  double weight_of(size_t term) const {
+    const Array& array = term < preds.size() ? op.weights : op.pair_weights;
+    return number_at(array, offset_in(array, term));
+  }
+
   void count_elements() {
     counts.assign(count + pairs.size(), 0);
     for (int64_t b = 0; b < batch; ++b)
@@ -162,11 +182,13 @@ struct Loss {
     for (size_t k = 0; k < counts.size(); ++k) {
       const int i = k < preds.size() ? static_cast<int>(k) : pairs[k - count].far;
       counts[k] *= channels * preds[i].height * preds[i].width;
-      const double weight = k < preds.size() ? op.weights[k] : op.pair_weights[k - count];
-      const double mean = weight / static_cast<double>(counts[k]);
+      const double mean = weight_of(k) / static_cast<double>(counts[k]);
       coefficient.push_back(counts[k] == 0 ? 0 : std::isnan(mean) ? std::numeric_limits<double>::quiet_NaN() : mean);
     }
   }
+
+  // A level of the video's chain is averaged from the frame as it is.
+  bool is_of_frame(const Level& level) const { return level.parent < 0 || chain[level.parent].factor == 1; }
 
   // A tile of one channel of frame m of clip b, at pixel y, x.
   struct Place {
@@ -177,7 +199,8 @@ struct Loss {
     return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, pairs};
   }
   MFWM_INLINE Curve<C> curve_of(size_t k) const {
-    return {static_cast<C>(coefficient[k] * omitted_factor(op.kind)), static_cast<C>(op.delta), static_cast<C>(op.eps)};
+    return {op.kind, static_cast<C>(coefficient[k] * omitted_factor(op.kind)), static_cast<C>(op.delta),
+            static_cast<C>(op.eps)};
   }
 
   // Where the place's channel begins in what holds all that are handled at once.
@@ -185,20 +208,30 @@ struct Loss {
     return channels_at_once() == 1 ? 0 : place.c * plane_of(factor);
   }
 
+  MFWM_INLINE Tile<const uint8_t> bytes_at(int64_t t, const Place& place) const {
+    return {static_cast<const uint8_t*>(video.array.data) + video.image_offset(place.b, t, place.c, place.y, place.x),
+            video.array.stride[3], place.rows, place.columns};
+  }
+
   // The pyramid of frame t at the place, down to the level `coarsest`.
   MFWM_SIMD void make_pyramid(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at,
                               int coarsest, bool pairs) const {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
     const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1, pairs);
-    if (pairs) {
-      video.load_in_pairs(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
-    } else {
+    const bool bytes = pairs && from_bytes;
+    if (pairs && !bytes) video.load_in_pairs(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
+    if (!pairs) {
       video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
       video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
     }
     for (int l = 0; l <= coarsest; ++l) {
       const Level& level = chain[l];
       if (level.factor == 1) continue;
+      if constexpr (std::is_same_v<C, float>)
+        if (bytes && is_of_frame(level)) {
+          average_bytes(bytes_at(t, place), tile_at(scratch, at[l], place, level.factor, true), scale, shift);
+          continue;
+        }
       const Tile<C> from =
           level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor, pairs);
       average(read_only(from), tile_at(scratch, at[l], place, level.factor, pairs), level.ratio, scratch + spare);
@@ -294,7 +327,7 @@ struct Loss {
         difference = asked;
       else if (near_learns || far_learns)
         difference = tile_at(scratch, first ? addition_at[pair.far] : difference_at, place, op.factors[pair.far]);
-      sums[count + k] += loss_and_gradient<C>(op.kind, pred[pair.far], average_of[pair.level], difference, {},
+      sums[count + k] += loss_and_gradient<C>(pred[pair.far], {average_of[pair.level]}, difference, {},
                                               curve_of(count + k), false, false);
       if (near_learns && !in_level) {
         if (is_asked[pair.level])
@@ -354,9 +387,10 @@ struct Loss {
       const AnyTile<C>& gradient = here.gradient[i];
       if (here.counted[i]) {
         if (!near_chain[i].empty()) pass_down(i, place, here, scratch);
-        const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i], in_pairs);
-        sums[i] += loss_and_gradient<C>(op.kind, here.pred[i], read_only(target), gradient, here.addition[i],
-                                        curve_of(i), reads_in_place(i),
+        Target<C> target{read_only(tile_at(scratch, level_at[level_of[i]], place, op.factors[i], in_pairs))};
+        if (from_bytes && op.factors[i] == 1)
+          target = {target.tile, bytes_at(place.m, place), static_cast<C>(op.scale), static_cast<C>(op.shift)};
+        sums[i] += loss_and_gradient<C>(here.pred[i], target, gradient, here.addition[i], curve_of(i), reads_in_place(i),
                                         streams && writes_in_place(i) && gradient.is_aligned());
       } else if (gradient.data) {
         gradient.visit([&](const auto& tile) {
@@ -368,13 +402,13 @@ struct Loss {
     }
   }
 
-  MultiHorizonLossResult run() const {
+  void run() const {
     const size_t terms = coefficient.size();
     const int64_t units = positions == 0 ? 0 : batch * last * tiling.chunks;
     // A row of sums per unit, added in order at the end: the result does not depend on which thread did what.
     std::vector<double> sums(units * terms, 0.0);
-    std::vector<Meeting<C>> meetings(op.threads, Meeting<C>(near_chain));
-    parallel_for<C>(op.threads, units, scratch_size, [&](int64_t unit, C* scratch) {
+    std::vector<Meeting<C>> meetings(threads, Meeting<C>(near_chain));
+    parallel_for<C>(threads, units, scratch_size, [&](int64_t unit, C* scratch) {
       const int64_t chunk = unit % tiling.chunks, m = unit / tiling.chunks % last, b = unit / tiling.chunks / last;
       const int64_t top = chunk * tiling.chunk_rows, bottom = std::min(tiling.height, top + tiling.chunk_rows);
       Meeting<C>& here = meetings[omp_get_thread_num()];
@@ -389,25 +423,28 @@ struct Loss {
             }
       if (streams) finish_streaming();
     });
-    MultiHorizonLossResult result;
+    for (const Array* array : {&op.agreement, &op.agreement_counts})
+      std::memset(array->data, 0, array->size[0] * array->size[1] * size_of(array->dtype));
+    double total = 0;
     for (size_t k = 0; k < terms; ++k) {
       double sum = 0;
       for (int64_t unit = 0; unit < units; ++unit) sum += sums[unit * terms + k];
       const double mean = counts[k] ? sum / static_cast<double>(counts[k]) : 0;
-      const bool horizon = k < preds.size();
-      (horizon ? result.per_horizon : result.agreement).push_back(mean);
-      (horizon ? result.counts : result.agreement_counts).push_back(counts[k]);
-      result.total += (horizon ? op.weights[k] : op.pair_weights[k - count]) * mean;
+      const Array &means = k < preds.size() ? op.per_horizon : op.agreement,
+                  &numbers = k < preds.size() ? op.counts : op.agreement_counts;
+      set_number(means, offset_in(means, k), mean);
+      static_cast<int64_t*>(numbers.data)[offset_in(numbers, k)] = counts[k];
+      total += weight_of(k) * mean;
     }
-    return result;
+    set_number(op.total, 0, total);
   }
 };
 
 }  // namespace
 
-MultiHorizonLossResult multi_horizon_loss(const MultiHorizonLoss& op) {
+void multi_horizon_loss(const MultiHorizonLoss& op, int threads) {
   const bool is_double = op.video.dtype == DType::float64 || op.preds[0].dtype == DType::float64;
-  return in_precision(is_double, [&](auto zero) { return Loss<decltype(zero)>(op).run(); });
+  in_precision(is_double, [&](auto zero) { Loss<decltype(zero)>(op, threads).run(); });
 }
 
 }  // namespace mfwm::cpu

@@ -281,6 +281,33 @@ MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t r
   }
 }
 
+// to = scale * box average over 2 x 2 bytes + shift, in pairs: their sums are, as words of two. Asks for the bytes that
+// many rows below.
+template <class C>
+MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& to, C scale, C shift) {
+  using L = Lanes<C>;
+  const C quarter = scale * C(0.25);
+  const int64_t below = from.rows * from.pitch;
+  for (int64_t y = 0; y < to.rows; ++y) {
+    const uint8_t *upper = from.row(2 * y), *lower = from.row(2 * y + 1);
+    C* row = to.row(y);
+    int64_t x = 0;
+    for (; x + 2 * L::count <= to.columns; x += 2 * L::count) {
+      const auto sums = L::sums_of_squares(upper + 2 * x, lower + 2 * x);
+      L::store(sums.even * quarter + shift, row + x);
+      L::store(sums.odd * quarter + shift, row + x + L::count);
+      __builtin_prefetch(upper + below + 2 * x, 0, 2);
+      __builtin_prefetch(lower + below + 2 * x, 0, 2);
+    }
+    for (; x + L::count <= to.columns; x += L::count) {
+      const auto sums = L::load_pairs(upper + 2 * x) + L::load_pairs(lower + 2 * x);
+      L::store((sums.even + sums.odd) * quarter + shift, row + x);
+    }
+    for (; x < to.columns; ++x)
+      row[x] = static_cast<C>(upper[2 * x] + upper[2 * x + 1] + lower[2 * x] + lower[2 * x + 1]) * quarter + shift;
+  }
+}
+
 // to += weight * from, each element of `from` repeated over ratio x ratio; `scratch` holds one row of `to`.
 template <class C>
 MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int64_t ratio, C weight,
@@ -322,17 +349,21 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
 
 // How frames are cut into tiles: a tile's rows and columns are multiples of every factor, and a tile of 8192 floats, its
 // pyramid and its predictions stay in the second-level cache; fewer would stay in the first, but the beginnings and ends
-// of so many loops cost more than that saves. `chunks` groups of tile rows make a frame; they depend on the shapes alone.
-// As few of them as keep the threads busy: what is asked for in advance is the next tile of the chunk.
+// of so many loops cost more than that saves. A tile is as wide as the frame where it can be: its rows then make one long
+// row, and none ends within a cache line, which would be written twice past the caches. `chunks` groups of tile rows make a
+// frame; they depend on the shapes alone. As few of them as keep the threads busy: what is asked for in advance is the
+// next tile of the chunk.
 struct Tiling {
   int64_t rows, columns, height, width, chunks, chunk_rows;
 
   Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t element_bytes)
       : height(height_), width(width_) {
-    const int64_t wanted_elements = 32768 / element_bytes, most_elements = wanted_elements / 4, wanted_units = 128;
+    const int64_t wanted_elements = 32768 / element_bytes, wanted_units = 128;
     int64_t step = 1;
     for (int64_t factor : factors) step = std::lcm(step, factor);
-    columns = std::min(width, std::max(step, most_elements / step / step * step));
+    const int64_t most_columns = std::max(step, wanted_elements / step / step * step);
+    const int64_t across = (width + most_columns - 1) / most_columns;
+    columns = (width / step + across - 1) / across * step;
     rows = std::min(height, std::max(step, wanted_elements / columns / step * step));
     const int64_t tile_rows = (height + rows - 1) / rows;
     const int64_t wanted = (wanted_units + frames - 1) / std::max<int64_t>(frames, 1);

@@ -294,8 +294,8 @@ Numbers numbers_of(const Array& array) {
 
 }  // namespace
 
-void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevice& device, void* stream_handle) {
-  const DeviceGuard guard(device.total.data);
+void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratch& scratch, void* stream_handle) {
+  const DeviceGuard guard(op.total.data);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   Parameters p{};
   p.count = static_cast<int>(op.preds.size());
@@ -310,9 +310,9 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
   p.positions = op.preds[0].size[1];
   p.video = frames_of(op.video, 0, p.channels, p.width, 0);
   p.segment_ids = op.segment_ids;
-  p.weights = numbers_of(device.weights);
+  p.weights = numbers_of(op.weights);
   std::swap(p.weights.step[0], p.weights.step[1]);
-  if (device.pair_weights) p.pair_weights = numbers_of(device.pair_weights);
+  if (op.pair_weights) p.pair_weights = numbers_of(op.pair_weights);
   p.residual = op.residual;
   p.kind = op.kind;
   p.scale = static_cast<float>(op.scale);
@@ -323,8 +323,8 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
   for (const Array& gradient : op.gradients) any_gradient = any_gradient || gradient;
   p.near_learns = any_gradient && op.detach != Detach::near;
   p.far_learns = any_gradient && op.detach != Detach::far;
-  p.partial = static_cast<float*>(device.partial.data);
-  p.term_counts = static_cast<const int64_t*>(device.term_counts.data);
+  p.partial = static_cast<float*>(scratch.partial.data);
+  p.term_counts = static_cast<const int64_t*>(scratch.term_counts.data);
 
   for (int i = 0; i < p.count; ++i) {
     Horizon& h = p.horizons[i];
@@ -351,9 +351,9 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
   std::stable_sort(p.order, p.order + p.count, finer);
   std::stable_sort(p.pairs, p.pairs + p.pair_count, [&](Pair a, Pair b) { return finer(a.far, b.far); });
 
-  if (device.term_counts)
+  if (scratch.term_counts)
     launch("multi_horizon_loss: counts", count_kernel, terms, threads, warps * sizeof(int64_t), stream, p,
-           static_cast<int64_t*>(device.term_counts.data));
+           static_cast<int64_t*>(scratch.term_counts.data));
 
   // Predictions of frames beyond the video only get their zero gradient.
   const int64_t last = p.positions + p.horizons[p.count - 1].offset;
@@ -378,20 +378,20 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossOnDevi
                                 " and " + std::to_string(programs));
   p.tiles = static_cast<int>(tiles);
   p.programs = static_cast<unsigned>(programs);
-  const int64_t blocks = std::min(programs, device.partial.size[1]);
+  const int64_t blocks = std::min(programs, scratch.partial.size[1]);
   if (blocks > 0) {
     const auto by_dtype = op.preds[0].dtype == DType::float32    ? patch_kernel<float>
                           : op.preds[0].dtype == DType::bfloat16 ? patch_kernel<__nv_bfloat16>
                                                                  : patch_kernel<__half>;
     launch("multi_horizon_loss", by_patches ? by_dtype : gather_kernel, blocks, threads, shared_bytes(), stream, p);
   }
-  const Results results{static_cast<float*>(device.total.data),
-                        static_cast<float*>(device.per_horizon.data),
-                        static_cast<float*>(device.agreement.data),
-                        static_cast<int64_t*>(device.counts.data),
-                        static_cast<int64_t*>(device.agreement_counts.data),
-                        device.agreement.size[0] * device.agreement.size[1],
-                        device.agreement.rank == 2};
+  const Results results{static_cast<float*>(op.total.data),
+                        static_cast<float*>(op.per_horizon.data),
+                        static_cast<float*>(op.agreement.data),
+                        static_cast<int64_t*>(op.counts.data),
+                        static_cast<int64_t*>(op.agreement_counts.data),
+                        op.agreement.size[0] * op.agreement.size[1],
+                        op.agreement.rank == 2};
   launch("multi_horizon_loss: finish", finish_kernel, 1, threads, terms * sizeof(float), stream, p, results, blocks);
 }
 

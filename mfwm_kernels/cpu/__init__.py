@@ -30,7 +30,7 @@ def raw(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ..
     """What csrc/bindings.cpp makes an Array of. The caller keeps `tensor` alive until the kernel returns."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def precision(*dtypes: torch.dtype) -> torch.dtype:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..losses import DETACH, gradients_of_weights
-from ..ops.multi_horizon_loss import KINDS, Arguments
+from ..ops.multi_horizon_loss import KINDS, Arguments, fake
 from ..registry import stored_dtype
-from . import kernels, precision, raw
+from . import kernels, raw
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
@@ -20,19 +19,26 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         torch.empty_like(pred, dtype=stored_dtype(pred)) if want else None
         for pred, want in zip(args.preds, wanted[:count], strict=True)
     ]
-    consistency = args.consistency_weights
-    shape = (count,) if consistency is None else tuple(consistency.shape)
-    pairs = zip(args.pairs[::2], args.pairs[1::2], strict=True)
-    places = [i * count + j if len(shape) == 2 else j for i, j in pairs]
-    # Of numbers, lists: to read or to set one element of a tensor is a call of its own.
-    entries = [] if consistency is None else consistency.flatten().tolist()
-    total, per_horizon, counts, agreement, agreement_counts = kernels.multi_horizon_loss(
+    outputs = fake(args)
+    learnt = any(wanted[count:])
+    written = [o.double() if learnt and o.is_floating_point() else o for o in outputs]
+    kernels.multi_horizon_loss(*described(args, gradients, written), torch.get_num_threads())
+    extras = [gradient for gradient in gradients if gradient is not None]
+    if learnt:
+        extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], written[1], written[3])
+        outputs = [exact.to(output.dtype) for exact, output in zip(written, outputs, strict=True)]
+    return outputs, extras
+
+
+def described(args: Arguments, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> tuple[object, ...]:
+    """What csrc/bindings.cpp makes a MultiHorizonLoss of; the outputs are in the order of the reference's."""
+    return (
         [raw(pred) for pred in args.preds],
         [raw(gradient) for gradient in gradients],
         raw(args.video),
         raw(args.segment_ids),
-        args.weights.tolist(),
-        [entries[place] for place in places],
+        raw(args.weights),
+        raw(args.consistency_weights),
         args.offsets,
         args.factors,
         args.pairs,
@@ -44,21 +50,5 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         args.shift,
         args.delta,
         args.eps,
-        torch.get_num_threads(),
+        [raw(output) for output in outputs],
     )
-    means, mean_counts = [0.0] * math.prod(shape), [0] * math.prod(shape)
-    for place, mean, number in zip(places, agreement, agreement_counts, strict=True):
-        means[place], mean_counts[place] = mean, number
-    out = precision(args.preds[0].dtype)
-    outputs = [
-        torch.tensor(total, dtype=out),
-        torch.tensor(per_horizon, dtype=out),
-        torch.tensor(counts),
-        torch.tensor(means, dtype=out).view(shape),
-        torch.tensor(mean_counts).view(shape),
-    ]
-    extras = [gradient for gradient in gradients if gradient is not None]
-    if any(wanted[count:]):
-        exact = torch.tensor(per_horizon, dtype=torch.float64), torch.tensor(means, dtype=torch.float64).view(shape)
-        extras += gradients_of_weights(args.weights, consistency, wanted[count:], *exact)
-    return outputs, extras

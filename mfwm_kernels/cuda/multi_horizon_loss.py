@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..cpu import raw
-from ..losses import DETACH, gradients_of_weights
-from ..ops.multi_horizon_loss import KINDS, Arguments
+from ..cpu.multi_horizon_loss import described
+from ..losses import gradients_of_weights
+from ..ops.multi_horizon_loss import Arguments, fake
 from ..registry import stored_dtype
 from . import launch
 
@@ -25,21 +26,11 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     ]
     terms = count + len(args.pairs) // 2
     term_counts = None if args.segment_ids is None else torch.empty(terms, dtype=torch.int64, device=device)
-    shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
-    total, means, agreement = (torch.empty(size, device=device) for size in ((), (count,), shape))
-    counts, agreement_counts = (torch.empty(size, dtype=torch.int64, device=device) for size in ((count,), shape))
-    outputs = [total, means, counts, agreement, agreement_counts]
-    launch(
-        "cuda_multi_horizon_loss", device,
-        [raw(pred) for pred in args.preds], [raw(gradient) for gradient in gradients],
-        raw(args.video), raw(args.segment_ids), args.offsets, args.factors, args.pairs, args.patch_sizes or [],
-        KINDS.index(args.kind), 0 if args.detach == "none" else DETACH.index(args.detach), args.residual,
-        args.scale, args.shift, args.delta, args.eps,
-        raw(args.weights), raw(args.consistency_weights), raw(term_counts),
-        raw(torch.empty(terms, BLOCKS, device=device)), [raw(output) for output in outputs],
-    )  # fmt: skip
+    outputs = fake(args)
+    scratch = torch.empty(terms, BLOCKS, device=device)
+    launch("cuda_multi_horizon_loss", device, *described(args, gradients, outputs), raw(term_counts), raw(scratch))
     extras = [gradient for gradient in gradients if gradient is not None]
-    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], means, agreement)
+    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], outputs[1], outputs[3])
     return outputs, extras
 
 

@@ -150,12 +150,12 @@ def multi_horizon_linear_cross_entropy(
     label_smoothing = check.number("label_smoothing", label_smoothing, least=0)
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be <= 1, got {label_smoothing}")
-    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, device, matrix=False)
+    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, tokens, matrix=False)
     args = Arguments(
         inputs,
         heads,
         tokens,
-        check_weights(weights, count, device),
+        check_weights(weights, count, tokens),
         consistency,
         segment_ids,
         token_mask,

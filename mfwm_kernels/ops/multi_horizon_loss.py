@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments as check
-from ..autocast import follow
+from ..autocast import enabled, follow
 from ..horizons import Horizons, check_horizons, counts_at
 from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, place_of, refuse_late
 from ..registry import Backend, Cost, Op, call, register
@@ -113,7 +113,8 @@ def multi_horizon_loss(
     patch_sizes = check_patch_sizes(patch_sizes, count)
     check_divisible(video, horizons.factors, patch_sizes)
     preds = check.tensors("preds", preds, count, 5 if patch_sizes is None else 4)
-    preds = [follow(pred, preds[0]) for pred in preds]
+    if enabled(video.device):
+        preds = [follow(pred, preds[0]) for pred in preds]
     positions = preds[0].shape[1]
     for i, pred in enumerate(preds):
         expected = list(output_shape(video, horizons.factors[i], None if patch_sizes is None else patch_sizes[i]))
@@ -128,11 +129,11 @@ def multi_horizon_loss(
         )
     segment_ids = check.segments(segment_ids, video.shape[0], video.shape[1], "T_v", "video", video)
     scale, shift = check_normalisation(video, scale, shift)
-    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, video.device)
+    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, video)
     args = Arguments(
         preds,
         video,
-        check_weights(weights, count, video.device),
+        check_weights(weights, count, video),
         consistency,
         segment_ids,
         list(horizons.offsets),

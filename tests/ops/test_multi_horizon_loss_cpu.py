@@ -46,8 +46,9 @@ def check(preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber", "charbonnier"])
-@pytest.mark.parametrize("size", [(8, 4), (12, 36), (8, 68), (20, 132)])
+@pytest.mark.parametrize("size", [(8, 4), (12, 36), (8, 68), (20, 132), (8, 2076)])
 def test_widths_that_no_number_of_lanes_fills(size: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    """The widest is cut into tiles that are not."""
     preds, video = inputs(2, 6, 1, *size, CASCADE, dtype)
     check(preds, video, CASCADE, kind=kind, consistency_weights=[0, 0.5, 0.25])
 
@@ -81,13 +82,15 @@ def test_strides(dtype: torch.dtype) -> None:
     # Rows in place that neither touch nor start on a cache line.
     check([torch.nn.functional.pad(pred, (3, 2))[..., 3:-2] for pred in preds], video, CASCADE, **options)
     check([pred[:, :1].expand_as(pred) for pred in preds], video, CASCADE, **options)
+    check(preds, torch.nn.functional.pad(video, (3, 2, 1, 4))[..., 1:-4, 3:-2], CASCADE, **options)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("channels", [3, 2])
-def test_tokens_of_pixels(channels: int, dtype: torch.dtype) -> None:
-    """Rows of 12 pixels are one vector and a rest; a tile of three channels has 28 rows and cuts tokens."""
-    horizons, patches = Horizons((1, 2, 4), (1, 2, 4)), (12, 8, 3)
+@pytest.mark.parametrize("patches", [(12, 8, 3), (4, 4, 4), (2, 1, 6)])
+@pytest.mark.parametrize("channels", [3, 2, 4, 12])
+def test_tokens_of_pixels(channels: int, patches: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Rows of 12 pixels are one vector and a rest; tiles have fewer rows than the frame and cut tokens."""
+    horizons = Horizons((1, 2, 4), (1, 2, 4))
     _, video = inputs(1, 6, channels, 48, 96, horizons, dtype)
     sizes = [(48 // f // p * (96 // f // p), p * p * channels) for f, p in zip(horizons.factors, patches, strict=True)]
     preds = [torch.randn(1, 6, *size).to(dtype) for size in sizes]
