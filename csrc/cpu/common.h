@@ -66,12 +66,24 @@ void load_rows(double* to, const void* from, DType dtype, const Rows& rows, doub
 void store_rows(const float* from, void* to, DType dtype, const Rows& rows);
 void store_rows(const double* from, void* to, DType dtype, const Rows& rows);
 
-// The same of pixels whose channels lie side by side, rows.stride of them. Channel c of pixel k of row r goes to, or
-// comes from, c * plane + r * pitch + k.
-void load_planes(float* to, int64_t plane, int64_t pitch, const void* from, DType dtype, const Rows& rows);
-void load_planes(double* to, int64_t plane, int64_t pitch, const void* from, DType dtype, const Rows& rows);
-void store_planes(const float* from, int64_t plane, int64_t pitch, void* to, DType dtype, const Rows& rows);
-void store_planes(const double* from, int64_t plane, int64_t pitch, void* to, DType dtype, const Rows& rows);
+// A rectangle of pixels in tokens of patch x patch of them, whose channels lie side by side.
+struct TokenPixels {
+  int64_t frame, token_stride;  // in elements: where token 0 begins, and from one to the next
+  int64_t across, patch, channels;
+  int64_t y, x, rows, columns;
+
+  int64_t row_at(int64_t r) const {
+    return frame + (y + r) / patch * across * token_stride + (y + r) % patch * patch * channels;
+  }
+  int64_t column_at(int64_t k) const { return (x + k) / patch * token_stride + (x + k) % patch * channels; }
+};
+
+// Channel c of the pixel in row r and column k goes to, or comes from, c * plane + r * columns + k. To load one asks for
+// the rectangle below.
+void load_planes(float* to, int64_t plane, const void* from, DType dtype, const TokenPixels& pixels);
+void load_planes(double* to, int64_t plane, const void* from, DType dtype, const TokenPixels& pixels);
+void store_planes(const float* from, int64_t plane, void* to, DType dtype, const TokenPixels& pixels);
+void store_planes(const double* from, int64_t plane, void* to, DType dtype, const TokenPixels& pixels);
 
 template <class C>
 MFWM_INLINE bool is_plain(const Array& array, int64_t stride) {

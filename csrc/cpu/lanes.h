@@ -170,6 +170,46 @@ struct Lanes {
     return {blended(first, second, third), blended(third, first, second), blended(second, third, first)};
   }
 
+
+  // Four elements at each of two places; C is float.
+  static MFWM_INLINE type load_halves(const float* lower, const float* upper) {
+    const Half a = *reinterpret_cast<const StoredHalf*>(lower), b = *reinterpret_cast<const StoredHalf*>(upper);
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+  static MFWM_INLINE type load_halves(const bfloat16* lower, const bfloat16* upper) {
+    const Quarters quarters{*reinterpret_cast<const StoredQuarter*>(lower),
+                            *reinterpret_cast<const StoredQuarter*>(upper)};
+    return reinterpret_cast<type>(widened(reinterpret_cast<Halves>(quarters)) << 16);
+  }
+  static MFWM_INLINE void store_halves(const type& lanes, float* lower, float* upper) {
+    *reinterpret_cast<StoredHalf*>(lower) = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3);
+    *reinterpret_cast<StoredHalf*>(upper) = __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7);
+  }
+  static MFWM_INLINE void store_halves(const type& lanes, bfloat16* lower, bfloat16* upper) {
+    const auto quarters = reinterpret_cast<Quarters>(narrowed(lanes));
+    *reinterpret_cast<StoredQuarter*>(lower) = quarters[0];
+    *reinterpret_cast<StoredQuarter*>(upper) = quarters[1];
+  }
+  // The lower halves of four vectors as a matrix, transposed, and their upper halves likewise.
+  static MFWM_INLINE void transpose_halves(type* rows) {
+    static_assert(count == 8);
+    const type a = __builtin_shufflevector(rows[0], rows[1], 0, 8, 1, 9, 4, 12, 5, 13);
+    const type b = __builtin_shufflevector(rows[2], rows[3], 0, 8, 1, 9, 4, 12, 5, 13);
+    const type c = __builtin_shufflevector(rows[0], rows[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const type d = __builtin_shufflevector(rows[2], rows[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    rows[0] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+    rows[1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    rows[2] = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13);
+    rows[3] = __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  // The lower halves of both, or the upper ones.
+  static MFWM_INLINE type lower_halves(const type& a, const type& b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+  }
+  static MFWM_INLINE type upper_halves(const type& a, const type& b) {
+    return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+
  private:
   // Lanes 0, 3, 6 of a; 1, 4, 7 of b; 2, 5 of c.
   static MFWM_INLINE type blended(const type& a, const type& b, const type& c) {
@@ -178,6 +218,10 @@ struct Lanes {
   }
 
   typedef C Stored __attribute__((vector_size(32), aligned(sizeof(C)), may_alias));
+  typedef C Half __attribute__((vector_size(16)));
+  typedef C StoredHalf __attribute__((vector_size(16), aligned(sizeof(C)), may_alias));
+  typedef uint64_t Quarters __attribute__((vector_size(16)));
+  typedef uint64_t StoredQuarter __attribute__((aligned(2), may_alias));
   typedef uint32_t Bits __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
   typedef long long Words __attribute__((vector_size(32)));

@@ -69,8 +69,8 @@ struct Loss {
         threads(threads_),
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
-        tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1],
-               static_cast<int64_t>(sizeof(C)) * channels_at_once()) {
+        tiling(video.height, video.width, op_.factors, batch * frames,
+               wanted_pixels<C>(op_.factors, channels_at_once(), 2)) {
     for (int i = 0; i < count; ++i) {
       Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
                   video.width / op.factors[i]};
@@ -390,8 +390,9 @@ struct Loss {
         Target<C> target{read_only(tile_at(scratch, level_at[level_of[i]], place, op.factors[i], in_pairs))};
         if (from_bytes && op.factors[i] == 1)
           target = {target.tile, bytes_at(place.m, place), static_cast<C>(op.scale), static_cast<C>(op.shift)};
+        const bool stream = streams && writes_in_place(i) && gradient.is_aligned();
         sums[i] += loss_and_gradient<C>(here.pred[i], target, gradient, here.addition[i], curve_of(i), reads_in_place(i),
-                                        streams && writes_in_place(i) && gradient.is_aligned());
+                                        stream);
       } else if (gradient.data) {
         gradient.visit([&](const auto& tile) {
           for (int64_t r = 0; r < tile.rows; ++r)

@@ -98,28 +98,17 @@ struct Frames {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
       });
   }
-  // All channels of a rectangle, `plane` elements apart; asks for the tokens below it.
+  // All channels of a rectangle, `plane` elements apart.
   template <class C>
   void load_channels(C* to, int64_t plane, int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows,
                      int64_t columns) const {
-    if (is_plain_tokens()) {
-      const int64_t below = rows / patch * (width / patch) * array.stride[2], bytes = size_of(array.dtype);
-      return whole_tokens(b, t, y, x, rows, columns, [&](int64_t first, const Rows& pixels) {
-        const char* next = static_cast<const char*>(array.data) + (pixels.offset + below) * bytes;
-        for (int64_t k = 0; below > 0 && k < pixels.rows * pixels.row_stride * bytes; k += 64)
-          __builtin_prefetch(next + k, 0, 2);
-        load_planes(to + first, plane, columns, array.data, array.dtype, pixels);
-      });
-    }
+    if (is_plain_tokens()) return load_planes(to, plane, array.data, array.dtype, pixels(b, t, y, x, rows, columns));
     for (int64_t c = 0; c < channels; ++c) load(to + c * plane, b, t, c, y, x, rows, columns);
   }
   template <class C>
   void store_channels(const C* from, int64_t plane, int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows,
                       int64_t columns) const {
-    if (is_plain_tokens())
-      return whole_tokens(b, t, y, x, rows, columns, [&](int64_t first, const Rows& pixels) {
-        store_planes(from + first, plane, columns, array.data, array.dtype, pixels);
-      });
+    if (is_plain_tokens()) return store_planes(from, plane, array.data, array.dtype, pixels(b, t, y, x, rows, columns));
     for (int64_t c = 0; c < channels; ++c) store(from + c * plane, b, t, c, y, x, rows, columns);
   }
   // A rectangle of one channel in pairs, no NaN with a one among its lower 16 bits; asks for the rectangle below.
@@ -162,22 +151,9 @@ struct Frames {
   }
 
  private:
-  // run(first, pixels) for every plain token that the rectangle meets: what of it lies in the rectangle, all channels
-  // of a pixel side by side, and the place of its first pixel.
-  template <class Run>
-  MFWM_INLINE void whole_tokens(int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows, int64_t columns,
-                                const Run& run) const {
-    const int64_t frame = b * array.stride[0] + t * array.stride[1], across = width / patch;
-    for (int64_t top = y, bottom; top < y + rows; top = bottom) {
-      bottom = std::min(y + rows, (top / patch + 1) * patch);
-      int64_t token = top / patch * across + x / patch;
-      for (int64_t left = x, right; left < x + columns; left = right, ++token) {
-        right = std::min(x + columns, (token % across + 1) * patch);
-        const int64_t pixel = top % patch * patch + left % patch;
-        run((top - y) * columns + left - x, Rows{frame + token * array.stride[2] + pixel * channels, patch * channels,
-                                                 channels, bottom - top, right - left});
-      }
-    }
+  TokenPixels pixels(int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
+    const int64_t* s = array.stride;
+    return {b * s[0] + t * s[1], s[2], width / patch, patch, channels, y, x, rows, columns};
   }
   Rows image_rows(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
     return {image_offset(b, t, c, y, x), array.stride[3], array.stride[4], rows, columns};
@@ -347,24 +323,22 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
   }
 }
 
-// How frames are cut into tiles: a tile's rows and columns are multiples of every factor, and a tile of 8192 floats, its
-// pyramid and its predictions stay in the second-level cache; fewer would stay in the first, but the beginnings and ends
-// of so many loops cost more than that saves. A tile is as wide as the frame where it can be: its rows then make one long
-// row, and none ends within a cache line, which would be written twice past the caches. `chunks` groups of tile rows make a
-// frame; they depend on the shapes alone. As few of them as keep the threads busy: what is asked for in advance is the
-// next tile of the chunk.
+// How frames are cut into tiles of about so many pixels: a tile's rows and columns are multiples of every factor. It is as
+// wide as the frame where it can be: its rows then make one long row, and none ends within a cache line, which would be
+// written twice past the caches. `chunks` groups of tile rows make a frame; they depend on the shapes alone. As few of
+// them as keep the threads busy: what is asked for in advance is the next tile of the chunk.
 struct Tiling {
   int64_t rows, columns, height, width, chunks, chunk_rows;
 
-  Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t element_bytes)
+  Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t wanted_pixels)
       : height(height_), width(width_) {
-    const int64_t wanted_elements = 32768 / element_bytes, wanted_units = 128;
+    const int64_t wanted_units = 128;
     int64_t step = 1;
     for (int64_t factor : factors) step = std::lcm(step, factor);
-    const int64_t most_columns = std::max(step, wanted_elements / step / step * step);
+    const int64_t most_columns = std::max(step, 2 * wanted_pixels / step / step * step);
     const int64_t across = (width + most_columns - 1) / most_columns;
     columns = (width / step + across - 1) / across * step;
-    rows = std::min(height, std::max(step, wanted_elements / columns / step * step));
+    rows = std::min(height, std::max(step, wanted_pixels / columns / step * step));
     const int64_t tile_rows = (height + rows - 1) / rows;
     const int64_t wanted = (wanted_units + frames - 1) / std::max<int64_t>(frames, 1);
     const int64_t tiles_in_chunk = tile_rows / std::clamp<int64_t>(wanted, 1, tile_rows);
@@ -372,5 +346,17 @@ struct Tiling {
     chunks = (height + chunk_rows - 1) / chunk_rows;
   }
 };
+
+// The pixels of a tile. With one channel at once 32 KiB of them: the tile, its pyramid and its predictions stay in the
+// second-level cache; fewer would stay in the first, but the beginnings and ends of so many loops cost more than that
+// saves. With several, so many that the `copies` that are made of all channels, at each of the factors, stay there.
+template <class C>
+int64_t wanted_pixels(const std::vector<int64_t>& factors, int64_t channels, int64_t copies) {
+  const int64_t bytes = sizeof(C);
+  if (channels == 1) return (int64_t(32) << 10) / bytes;
+  double elements = 0;  // a pixel
+  for (int64_t factor : factors) elements += static_cast<double>(channels * copies) / static_cast<double>(factor * factor);
+  return static_cast<int64_t>((256 << 10) / (static_cast<double>(bytes) * elements));
+}
 
 }  // namespace mfwm::cpu

@@ -7,62 +7,67 @@ namespace {
 template <class C>
 struct Pyramid {
   const VideoPyramid& op;
-  Frames video;
+  const int64_t batch = op.video.size[0], frames = op.video.size[1], channels = op.video.size[2];
+  // The channels of a token share its cache lines, so tokens are written with all of them.
+  const int64_t channels_at_once = op.patch_sizes.empty() ? 1 : channels;
+  Frames video{op.video, 0, channels, op.video.size[3], op.video.size[4]};
   std::vector<Frames> outputs;
   std::vector<Level> chain;
-  std::vector<int64_t> level_offset;
   Tiling tiling;
-  int64_t scratch_size;
+  // Scratch, in elements from its start: two rows for averaging, the tile of the frame, and one per coarser level.
+  int64_t scratch_size = 0;
+  std::vector<int64_t> level_at;
 
   explicit Pyramid(const VideoPyramid& op_)
       : op(op_),
         chain(chain_of(1, op_.factors)),
-        tiling(op_.video.size[3], op_.video.size[4], op_.factors, op_.video.size[0] * op_.video.size[1],
-               static_cast<int64_t>(sizeof(C))) {
-    const int64_t* size = op.video.size;
-    video = Frames{op.video, 0, size[2], size[3], size[4]};
+        tiling(video.height, video.width, op_.factors, batch * frames,
+               wanted_pixels<C>(op_.factors, channels_at_once, 1)) {
     for (size_t i = 0; i < op.outputs.size(); ++i)
-      outputs.push_back(Frames{op.outputs[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], size[2],
-                               size[3] / op.factors[i], size[4] / op.factors[i]});
-    // The base, then two rows for averaging, then a tile per level.
-    scratch_size = padded<C>(tiling.rows * tiling.columns) + 2 * padded<C>(tiling.columns);
+      outputs.push_back(Frames{op.outputs[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels,
+                               video.height / op.factors[i], video.width / op.factors[i]});
+    scratch_size = frame_at() + channels_at_once * plane_of(1);
     for (const Level& level : chain) {
-      level_offset.push_back(scratch_size);
-      scratch_size += padded<C>((tiling.rows / level.factor) * (tiling.columns / level.factor));
+      level_at.push_back(level.factor == 1 ? frame_at() : scratch_size);
+      if (level.factor > 1) scratch_size += channels_at_once * plane_of(level.factor);
     }
   }
 
-  MFWM_SIMD void tile(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C* scratch) const {
+  int64_t plane_of(int64_t factor) const { return padded<C>((tiling.rows / factor) * (tiling.columns / factor)); }
+  int64_t frame_at() const { return 2 * padded<C>(tiling.columns); }
+
+  // All factors of channels first .. first + channels_at_once - 1.
+  MFWM_SIMD void tile(int64_t b, int64_t t, int64_t first, int64_t y, int64_t x, C* scratch) const {
     const int64_t rows = std::min(tiling.rows, tiling.height - y), columns = std::min(tiling.columns, tiling.width - x);
-    const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
-    const Tile<C> base{scratch, columns, rows, columns};
-    C* spare = scratch + padded<C>(tiling.rows * tiling.columns);
-    video.load(base.data, b, t, c, y, x, rows, columns, scale, shift);
+    const auto tile_of = [&](int64_t at, int64_t factor, int64_t c) __attribute__((always_inline)) {
+      return Tile<C>{scratch + at + c * plane_of(factor), columns / factor, rows / factor, columns / factor};
+    };
+    for (int64_t c = 0; c < channels_at_once; ++c)
+      video.load(tile_of(frame_at(), 1, c).data, b, t, first + c, y, x, rows, columns, static_cast<C>(op.scale),
+                 static_cast<C>(op.shift));
     for (size_t l = 0; l < chain.size(); ++l) {
-      const Level& level = chain[l];
-      const Tile<C> out = level_tile(l, rows, columns, base, scratch);
-      if (level.factor > 1)
-        average(read_only(level.parent < 0 ? base : level_tile(level.parent, rows, columns, base, scratch)), out,
-                level.ratio, spare);
-      for (size_t i = 0; i < outputs.size(); ++i)
-        if (op.factors[i] == level.factor)
-          outputs[i].store(out.data, b, t, c, y / level.factor, x / level.factor, out.rows, out.columns);
+      const auto [factor, parent, ratio] = chain[l];
+      const int64_t from = parent < 0 ? frame_at() : level_at[parent];
+      for (int64_t c = 0; c < channels_at_once && factor > 1; ++c)
+        average(read_only(tile_of(from, factor / ratio, c)), tile_of(level_at[l], factor, c), ratio, scratch);
+      const Tile<C> made = tile_of(level_at[l], factor, 0);
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        if (op.factors[i] != factor) continue;
+        if (channels_at_once == 1)
+          outputs[i].store(made.data, b, t, first, y / factor, x / factor, made.rows, made.columns);
+        else
+          outputs[i].store_channels(made.data, plane_of(factor), b, t, y / factor, x / factor, made.rows, made.columns);
+      }
     }
-  }
-
-  MFWM_INLINE Tile<C> level_tile(size_t l, int64_t rows, int64_t columns, const Tile<C>& base, C* scratch) const {
-    const int64_t factor = chain[l].factor;
-    return factor == 1 ? base : Tile<C>{scratch + level_offset[l], columns / factor, rows / factor, columns / factor};
   }
 
   void run() const {
-    const int64_t channels = op.video.size[2], frames = op.video.size[1];
-    parallel_for<C>(op.threads, op.video.size[0] * frames * tiling.chunks, scratch_size, [&](int64_t unit, C* scratch) {
+    parallel_for<C>(op.threads, batch * frames * tiling.chunks, scratch_size, [&](int64_t unit, C* scratch) {
       const int64_t chunk = unit % tiling.chunks, t = unit / tiling.chunks % frames, b = unit / tiling.chunks / frames;
       const int64_t top = chunk * tiling.chunk_rows, bottom = std::min(tiling.height, top + tiling.chunk_rows);
-      for (int64_t c = 0; c < channels; ++c)
+      for (int64_t first = 0; first < channels; first += channels_at_once)
         for (int64_t y = top; y < bottom; y += tiling.rows)
-          for (int64_t x = 0; x < tiling.width; x += tiling.columns) tile(b, t, c, y, x, scratch);
+          for (int64_t x = 0; x < tiling.width; x += tiling.columns) tile(b, t, first, y, x, scratch);
     });
   }
 };
