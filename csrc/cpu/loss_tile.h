@@ -97,9 +97,9 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, const Target<C> of, Tile<G> gra
   const C weight = addition.weight;
   Tile<const S> target = of.template as<S>();
   Tile<const C> added = addition.tile;
-  // Asks for what the next tile reads, since a tile is too short for the hardware to see it coming. Into the second-level
-  // cache: the first is full of this tile.
-  const int64_t next = fetch ? target.rows * pred.pitch : 0;
+  // Asks for what the next tile reads, since a tile is too short for the hardware to see it coming: here, where all reads
+  // hit the first-level cache, and requests wait for no others. fp32 only into the second: the first is full of this tile.
+  const int64_t next = fetch ? target.rows * pred.pitch : 0, next_bytes = fetch ? target.rows * target.pitch : 0;
   if (ratio < 2 && pred.is_dense() && target.is_dense() && gradient.is_dense() && added.is_dense()) {
     pred = pred.joined(), target = target.joined(), gradient = gradient.joined(), added = added.joined();
   }
@@ -129,7 +129,8 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, const Target<C> of, Tile<G> gra
       constexpr bool any_nan = false;
       if constexpr (with_gradient)
         stream ? L::template stream_pairs<any_nan>(made, g) : L::template store_pairs<any_nan>(made, g);
-      __builtin_prefetch(p + next, 0, 2);
+      __builtin_prefetch(p + next, 0, 3);
+      if constexpr (std::is_same_v<S, uint8_t>) __builtin_prefetch(t + next_bytes, 0, 3);
     } else {
       piece(p, t, g, add, 0);
       piece(p + lanes, t + lanes, g + lanes, other, 1);

@@ -257,13 +257,11 @@ MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t r
   }
 }
 
-// to = scale * box average over 2 x 2 bytes + shift, in pairs: their sums are, as words of two. Asks for the bytes that
-// many rows below.
+// to = scale * box average over 2 x 2 bytes + shift, in pairs: their sums are, as words of two.
 template <class C>
 MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& to, C scale, C shift) {
   using L = Lanes<C>;
   const C quarter = scale * C(0.25);
-  const int64_t below = from.rows * from.pitch;
   for (int64_t y = 0; y < to.rows; ++y) {
     const uint8_t *upper = from.row(2 * y), *lower = from.row(2 * y + 1);
     C* row = to.row(y);
@@ -272,8 +270,6 @@ MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& t
       const auto sums = L::sums_of_squares(upper + 2 * x, lower + 2 * x);
       L::store(sums.even * quarter + shift, row + x);
       L::store(sums.odd * quarter + shift, row + x + L::count);
-      __builtin_prefetch(upper + below + 2 * x, 0, 2);
-      __builtin_prefetch(lower + below + 2 * x, 0, 2);
     }
     for (; x + L::count <= to.columns; x += L::count) {
       const auto sums = L::load_pairs(upper + 2 * x) + L::load_pairs(lower + 2 * x);
