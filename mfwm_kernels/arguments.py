@@ -6,7 +6,6 @@ traceable by torch.compile.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -173,14 +172,26 @@ def constant(values: tuple[float, ...], size: tuple[int, ...], like: Tensor) -> 
     made_anew = torch.compiler.is_compiling() or not has_data(like)
     if made_anew or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return _made(values, size, device)
-    return _remembered(values, size, device)
+    key = (values, size, device)
+    found = _remembered.get(key)
+    if found is None:
+        # A tensor of inference mode could not be saved for the backward of a later call.
+        with torch.inference_mode(False):
+            found = _made(values, size, device)
+        if len(_remembered) < 1024 and _outlives_modes(found):
+            _remembered[key] = found
+    return found
 
 
-@functools.lru_cache(maxsize=1024)
-def _remembered(values: tuple[float, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
-    # A tensor of inference mode could not be saved for the backward of a later call.
-    with torch.inference_mode(False):
-        return _made(values, size, device)
+_remembered: dict[tuple[tuple[float, ...], tuple[int, ...], torch.device], Tensor] = {}
+
+
+def _outlives_modes(tensor: Tensor) -> bool:
+    """Not a fake tensor, nor a wrapper of torch.func."""
+    try:
+        return has_data(tensor) and tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _made(values: tuple[float, ...], size: tuple[int, ...], device: torch.device) -> Tensor:

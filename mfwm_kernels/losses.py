@@ -60,7 +60,8 @@ def check_consistency(
     shapes = [(count,), (count, count)] if matrix else [(count,)]
     tensor = check.horizon_weights("consistency_weights", consistency_weights, shapes, like)
     listed = not isinstance(consistency_weights, Tensor)
-    readable = listed or (like.device.type == "cpu" and not torch.compiler.is_compiling())
+    on_cpu = like.device.type == "cpu" and check.has_data(tensor)
+    readable = listed or (on_cpu and not torch.compiler.is_compiling())
     pairs: list[int] = []
     undivided: list[tuple[int, ...]] = []
     shape = tensor.shape

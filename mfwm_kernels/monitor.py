@@ -40,7 +40,7 @@ class GradMonitor:
         self.cosines = torch.zeros(K, K, device=device)
         self.scale: Tensor | None = None
         if scale is not None:
-            self.scale = check.horizon_weights("scale", scale, [(K,)], self.norms).detach()
+            self.scale = check.horizon_weights("scale", scale, [(K,)], self.norms).detach().clone()
 
 
 def fields_of(monitor: GradMonitor | None, count: int, hidden: Tensor) -> tuple[Tensor | None, ...]:

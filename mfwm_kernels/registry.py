@@ -1,8 +1,8 @@
 """The Op record, the choice of a backend, and the two ways a call reaches it.
 
 In eager mode a call goes straight to an autograd.Function: the registered-op boundary costs tens of microseconds.
-Under torch.compile it goes through `torch.ops.mfwm.<name>`, registered here from the same record. The `reference`
-backend is plain PyTorch: the compiler traces through it.
+Under torch.compile, and with tensors that have no data (fake ones), it goes through `torch.ops.mfwm.<name>`,
+registered here from the same record. The `reference` backend is plain PyTorch: the compiler traces through it.
 
 An op's *flat arguments* are a NamedTuple of tensors, tensor lists, numbers and strings, in the order of its schema.
 A backend is a module `mfwm_kernels.<backend>.<op>` with
@@ -364,8 +364,8 @@ _SAVED = object()
 def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
     """Put all but the tensors of `args` on ctx; the tensors, to be saved through autograd.
 
-    Saved so, a tensor that is changed in place before the backward is an error. What the backward itself writes stays
-    on ctx: it may be written again.
+    Saved so, a tensor that is changed in place before a backward that reads it is an error. What the backward itself
+    writes stays on ctx: it may be written again.
     """
     written = [getattr(args, name) for name in op.mutated_in_backward]
     tensors: list[Tensor] = []

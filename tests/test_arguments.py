@@ -171,7 +171,7 @@ def test_a_consistency_weight_needs_nested_factors() -> None:
 
 @pytest.fixture
 def nothing_remembered() -> None:
-    arguments._remembered.cache_clear()
+    arguments._remembered.clear()
 
 
 def gradient_of_a_loss() -> torch.Tensor:
@@ -192,11 +192,62 @@ def test_a_list_of_weights_is_made_a_tensor_once() -> None:
 
 
 @pytest.mark.usefixtures("nothing_remembered")
-@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode], ids=["inference", "fake tensors"])
-def test_what_is_made_in_a_mode_does_not_spoil_calls_outside_it(mode: Callable[[], Any]) -> None:
-    with mode():
-        assert loss(weights=[1.0, 0.5, 2.0]).total.shape == ()
+def test_a_list_is_its_receivers_own_where_that_may_be_written() -> None:
+    GradMonitor(3, scale=[1.0, 0.5, 2.0]).scale.mul_(100)  # type: ignore[union-attr]
     assert torch.equal(gradient_of_a_loss(), torch.full((1, 4, 3, 8, 8), 2 / (4 * 3 * 8 * 8)))
+
+
+def in_inference_mode() -> None:
+    with torch.inference_mode():
+        loss(weights=[1.0, 0.5, 2.0])
+
+
+def with_fake_tensors() -> None:
+    with FakeTensorMode():
+        loss(weights=[1.0, 0.5, 2.0])
+
+
+def with_real_tensors_in_a_mode_of_fake_ones(allow: bool) -> None:
+    call = {
+        "preds": [torch.randn(2, 5, 3, 8, 8)],
+        "video": torch.zeros(2, 6, 3, 8, 8),
+        "horizons": Horizons((1,), (1,)),
+    }
+    with FakeTensorMode(allow_non_fake_inputs=allow), pytest.raises((AssertionError, TypeError, RuntimeError)):
+        m.multi_horizon_loss(**call, weights=[1.0])
+
+
+def under_torch_func() -> None:
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda pred: loss(preds=[pred], horizons=Horizons((1,), (1,)), weights=[1.0]).total)(
+            torch.randn(2, 5, 3, 8, 8)
+        )
+
+
+@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.parametrize(
+    "call",
+    [
+        in_inference_mode,
+        with_fake_tensors,
+        lambda: with_real_tensors_in_a_mode_of_fake_ones(False),
+        lambda: with_real_tensors_in_a_mode_of_fake_ones(True),
+        under_torch_func,
+    ],
+    ids=["inference", "fake tensors", "real tensors in their mode", "where they are allowed", "torch.func"],
+)
+def test_what_is_made_in_a_mode_does_not_spoil_calls_outside_it(call: Callable[[], None]) -> None:
+    call()
+    assert torch.equal(gradient_of_a_loss(), torch.full((1, 4, 3, 8, 8), 2 / (4 * 3 * 8 * 8)))
+    loss(preds=[torch.zeros(2, 5, 3, 8, 8)], horizons=Horizons((1,), (1,)), weights=[1.0])
+
+
+def test_fake_consistency_weights_are_not_read() -> None:
+    with FakeTensorMode():
+        preds = [torch.randn(2, 5, 3, 12 // f, 12 // f) for f in (1, 2, 3)]
+        weights = torch.zeros(3, 3)
+        call = {"preds": preds, "video": torch.zeros(2, 6, 3, 12, 12), "horizons": Horizons((1, 2, 3), (1, 2, 3))}
+        assert loss(**call, consistency_weights=weights).total.shape == ()
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)

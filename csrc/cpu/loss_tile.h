@@ -88,7 +88,7 @@ struct Target {
 
 // `squares`: the kind is mse; the others share a loop that asks which it is, for each would be built a hundred times.
 // P and G are C or bf16, S is C or a byte; a target of C is in pairs where G is bf16. With `stream`, gradients are written
-// past the caches. Sums of float lanes stay short: a tile adds a few hundred elements to each.
+// past the caches. Sums of float lanes stay short: a tile adds at most some thousand elements to each.
 template <bool squares, bool with_gradient, int ratio, bool in_pairs, bool stream, class S, class C, class P, class G>
 MFWM_INLINE double loss_tile(Tile<const P> pred, const Target<C> of, Tile<G> gradient, const Addition<C>& addition,
                              const Curve<C> curve, bool fetch) {
@@ -97,8 +97,9 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, const Target<C> of, Tile<G> gra
   const C weight = addition.weight;
   Tile<const S> target = of.template as<S>();
   Tile<const C> added = addition.tile;
-  // Asks for what the next tile reads, since a tile is too short for the hardware to see it coming: here, where all reads
-  // hit the first-level cache, and requests wait for no others. fp32 only into the second: the first is full of this tile.
+  // Asks for what the next tile reads, since a tile is too short for the hardware to see it coming: here, where reads
+  // of this tile are near, since it was averaged, and requests wait for few others. fp32 only into the second-level cache:
+  // the first is full of this tile.
   const int64_t next = fetch ? target.rows * pred.pitch : 0, next_bytes = fetch ? target.rows * target.pitch : 0;
   if (ratio < 2 && pred.is_dense() && target.is_dense() && gradient.is_dense() && added.is_dense()) {
     pred = pred.joined(), target = target.joined(), gradient = gradient.joined(), added = added.joined();

@@ -1,5 +1,5 @@
 // multi_horizon_loss on the CPU, frame-major: everything that concerns a tile of frame m (its pyramid, the predictions
-// of it made at m - k_i, their losses, the consistency between them, their gradients) meets in the first-level cache,
+// of it made at m - k_i, their losses, the consistency between them, their gradients) meets in the caches of a core,
 // so video, predictions and gradients are each moved once.
 #include <cmath>
 #include <cstring>
@@ -70,7 +70,7 @@ struct Loss {
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
         tiling(video.height, video.width, op_.factors, batch * frames,
-               wanted_pixels<C>(op_.factors, channels_at_once(), 2)) {
+               wanted_pixels<C>(op_.factors, channels_at_once(), 2, 1)) {
     for (int i = 0; i < count; ++i) {
       Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
                   video.width / op.factors[i]};
@@ -229,7 +229,8 @@ struct Loss {
       if (level.factor == 1) continue;
       if constexpr (std::is_same_v<C, float>)
         if (bytes && is_of_frame(level)) {
-          average_bytes(bytes_at(t, place), tile_at(scratch, at[l], place, level.factor, true), scale, shift);
+          average_bytes(bytes_at(t, place), tile_at(scratch, at[l], place, level.factor, true), scale, shift,
+                        op.factors[0] > 1);
           continue;
         }
       const Tile<C> from =
@@ -253,7 +254,10 @@ struct Loss {
       const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, factor);
       for (int64_t r = 0; r < copy.rows; ++r) {
         C *__restrict to = copy.row(r), *__restrict add = current.row(r);
-        for (int64_t k = 0; k < copy.columns; ++k) to[k] += add[k];
+        for (int64_t k = 0; k < copy.columns; ++k) {
+          const C sum = to[k] + add[k];  // no NaN with a one among its lower 16 bits
+          to[k] = sum == sum ? sum : std::numeric_limits<C>::quiet_NaN();
+        }
       }
     }
     return copy;

@@ -95,7 +95,8 @@ MFWM_INLINE void load(C* to, int64_t plane, const void* from, DType dtype, const
       for (int64_t r = 0; r < near.rows; ++r, row += pixels.patch * channels, out += pixels.columns) {
         if constexpr (has_lanes<C, S>)
           if (near.count == 8 && (threes || fours)) {
-            for (int j = 0; j < 8; j += channels < 16 ? 4 : 1) __builtin_prefetch(row + at[j] + below, 0, 2);
+            for (int j = 0; below > 0 && j < 8; j += channels < 16 ? 4 : 1)
+              __builtin_prefetch(row + at[j] + below, 0, 2);
             if (fours) {
               load_eight<C, S>(out, plane, channels, [&](int j) { return row + at[j]; });
               continue;

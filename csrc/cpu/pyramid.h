@@ -257,13 +257,18 @@ MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t r
   }
 }
 
-// to = scale * box average over 2 x 2 bytes + shift, in pairs: their sums are, as words of two.
+// to = scale * box average over 2 x 2 bytes + shift, in pairs: their sums are, as words of two. With `fetch`, asks for the
+// bytes that many rows below.
 template <class C>
-MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& to, C scale, C shift) {
+MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& to, C scale, C shift, bool fetch) {
   using L = Lanes<C>;
   const C quarter = scale * C(0.25);
   for (int64_t y = 0; y < to.rows; ++y) {
     const uint8_t *upper = from.row(2 * y), *lower = from.row(2 * y + 1);
+    for (int64_t x = 0; fetch && x < from.columns; x += 64) {
+      __builtin_prefetch(upper + from.rows * from.pitch + x, 0, 2);
+      __builtin_prefetch(lower + from.rows * from.pitch + x, 0, 2);
+    }
     C* row = to.row(y);
     int64_t x = 0;
     for (; x + 2 * L::count <= to.columns; x += 2 * L::count) {
@@ -343,16 +348,16 @@ struct Tiling {
   }
 };
 
-// The pixels of a tile. With one channel at once 32 KiB of them: the tile, its pyramid and its predictions stay in the
-// second-level cache; fewer would stay in the first, but the beginnings and ends of so many loops cost more than that
-// saves. With several, so many that the `copies` that are made of all channels, at each of the factors, stay there.
+// The pixels of a tile. 32 KiB of one channel: the tile, its pyramid and its predictions stay in the second-level cache;
+// fewer would stay in the first, but the beginnings and ends of so many loops cost more than that saves. With several
+// channels at once so many that `planes` of the frame, and the `copies` of all channels at each factor, stay there.
 template <class C>
-int64_t wanted_pixels(const std::vector<int64_t>& factors, int64_t channels, int64_t copies) {
-  const int64_t bytes = sizeof(C);
-  if (channels == 1) return (int64_t(32) << 10) / bytes;
-  double elements = 0;  // a pixel
+int64_t wanted_pixels(const std::vector<int64_t>& factors, int64_t channels, int64_t copies, int64_t planes) {
+  const int64_t most = (int64_t(32) << 10) / sizeof(C);
+  if (channels == 1) return most;
+  double elements = static_cast<double>(planes);  // for a pixel
   for (int64_t factor : factors) elements += static_cast<double>(channels * copies) / static_cast<double>(factor * factor);
-  return static_cast<int64_t>((256 << 10) / (static_cast<double>(bytes) * elements));
+  return std::min(most, static_cast<int64_t>((256 << 10) / (static_cast<double>(sizeof(C)) * elements)));
 }
 
 }  // namespace mfwm::cpu

@@ -22,7 +22,7 @@ struct Pyramid {
       : op(op_),
         chain(chain_of(1, op_.factors)),
         tiling(video.height, video.width, op_.factors, batch * frames,
-               wanted_pixels<C>(op_.factors, channels_at_once, 1)) {
+               wanted_pixels<C>(op_.factors, channels_at_once, 1, channels_at_once)) {
     for (size_t i = 0; i < op.outputs.size(); ++i)
       outputs.push_back(Frames{op.outputs[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels,
                                video.height / op.factors[i], video.width / op.factors[i]});

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import has_data
 from ..registry import native
 
 # As DType in csrc/ops.h.
@@ -30,6 +31,8 @@ def raw(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ..
     """What csrc/bindings.cpp makes an Array of. The caller keeps `tensor` alive until the kernel returns."""
     if tensor is None:
         return None
+    if not has_data(tensor):
+        raise TypeError(f"a kernel cannot read a {type(tensor).__name__}: it has no data of its own")
     return tensor.data_ptr(), CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 

@@ -91,12 +91,28 @@ def test_strides(dtype: torch.dtype) -> None:
 def test_tokens_of_pixels(channels: int, patches: tuple[int, ...], dtype: torch.dtype) -> None:
     """Rows of 12 pixels are one vector and a rest; tiles have fewer rows than the frame and cut tokens."""
     horizons = Horizons((1, 2, 4), (1, 2, 4))
-    _, video = inputs(1, 6, channels, 48, 96, horizons, dtype)
-    sizes = [(48 // f // p * (96 // f // p), p * p * channels) for f, p in zip(horizons.factors, patches, strict=True)]
-    preds = [torch.randn(1, 6, *size).to(dtype) for size in sizes]
+    preds, video = tokens(channels, 144, 96, patches, horizons, dtype)
     options: dict[str, Any] = {"patch_sizes": patches, "consistency_weights": [0, 0.5, 0.25]}
     check(preds, video, horizons, residual=channels == 2, **options)
     check([pred.transpose(-1, -2).contiguous().transpose(-1, -2) for pred in preds], video, horizons, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("patches", [(8, 4, 2), (8, 2, 1)])
+def test_tokens_in_frames_wider_than_a_tile(patches: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Two tiles of 532 pixels, of which the second begins within a token."""
+    horizons = Horizons((1, 2, 4), (1, 2, 4))
+    preds, video = tokens(12, 16, 1064, patches, horizons, dtype)
+    check(preds, video, horizons, patch_sizes=patches, consistency_weights=[0, 0.5, 0.25])
+
+
+def tokens(
+    channels: int, height: int, width: int, patches: tuple[int, ...], horizons: Horizons, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    video = torch.randint(0, 256, (1, 6, channels, height, width), dtype=torch.uint8)
+    places = zip(horizons.factors, patches, strict=True)
+    sizes = [(height // f // p * (width // f // p), p * p * channels) for f, p in places]
+    return [torch.randn(1, 6, *size).to(dtype) for size in sizes], video
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
@@ -144,15 +160,16 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_nan_stays_nan_in_bf16() -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_nan_stays_nan_in_bf16(residual: bool) -> None:
     """Whatever its bits: rounded as a number, one of ones alone would become zero."""
     horizons = Horizons.next_frame()
     for bits in (0x7FFFFFFF, -1, 0x7FC00000):
         video = torch.randn(1, 2, 1, 2, 40)
-        video[0, 1, 0, 1, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        video[0, 0 if residual else 1, 0, 1, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
         pred = torch.randn(1, 2, 1, 2, 40).bfloat16().requires_grad_()
         with use_backend("cpu"):
-            loss = multi_horizon_loss([pred], video, horizons, scale=1.0, shift=0.0)
+            loss = multi_horizon_loss([pred], video, horizons, scale=1.0, shift=0.0, residual=residual)
         (gradient,) = torch.autograd.grad(loss.total, [pred])
         assert gradient.isnan().sum() == 1 and gradient[0, 0, 0, 1, 3].isnan()
 
