@@ -158,7 +158,7 @@ def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], li
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether a pointer may be taken: a tensor of a class of its own (fake ones, sharded ones) may have none."""
+    """Whether `tensor` surely has data: one of a class of its own (a fake one, a sharded one) may have none."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 

@@ -242,6 +242,17 @@ def test_what_is_made_in_a_mode_does_not_spoil_calls_outside_it(call: Callable[[
     loss(preds=[torch.zeros(2, 5, 3, 8, 8)], horizons=Horizons((1,), (1,)), weights=[1.0])
 
 
+class Frames(torch.Tensor):
+    """As libraries of transforms have them."""
+
+
+def test_a_video_of_a_class_of_its_own_is_read() -> None:
+    call = {"preds": [torch.randn(2, 5, 3, 8, 8)], "horizons": Horizons((1,), (1,))}
+    video = torch.randint(0, 256, (2, 6, 3, 8, 8), dtype=torch.uint8)
+    want, got = (m.multi_horizon_loss(video=v, **call).total for v in (video, video.as_subclass(Frames)))
+    assert torch.equal(got, want)
+
+
 def test_fake_consistency_weights_are_not_read() -> None:
     with FakeTensorMode():
         preds = [torch.randn(2, 5, 3, 12 // f, 12 // f) for f in (1, 2, 3)]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import has_data
 from ..registry import native
 
 # As DType in csrc/ops.h.
@@ -31,9 +30,10 @@ def raw(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ..
     """What csrc/bindings.cpp makes an Array of. The caller keeps `tensor` alive until the kernel returns."""
     if tensor is None:
         return None
-    if not has_data(tensor):
-        raise TypeError(f"a kernel cannot read a {type(tensor).__name__}: it has no data of its own")
-    return tensor.data_ptr(), CODES[tensor.dtype], tensor.shape, tensor.stride()
+    pointer = tensor.data_ptr()
+    if pointer == 0 and tensor.numel() > 0:
+        raise TypeError(f"a kernel cannot read a {type(tensor).__name__} without data")
+    return pointer, CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def precision(*dtypes: torch.dtype) -> torch.dtype:
