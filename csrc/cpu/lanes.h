@@ -170,7 +170,6 @@ struct Lanes {
     return {blended(first, second, third), blended(third, first, second), blended(second, third, first)};
   }
 
-
   // Four elements at each of two places; C is float.
   static MFWM_INLINE type load_halves(const float* lower, const float* upper) {
     const Half a = *reinterpret_cast<const StoredHalf*>(lower), b = *reinterpret_cast<const StoredHalf*>(upper);

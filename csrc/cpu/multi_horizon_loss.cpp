@@ -230,7 +230,7 @@ struct Loss {
       if constexpr (std::is_same_v<C, float>)
         if (bytes && is_of_frame(level)) {
           average_bytes(bytes_at(t, place), tile_at(scratch, at[l], place, level.factor, true), scale, shift,
-                        op.factors[0] > 1);
+                        chain[0].factor > 1);
           continue;
         }
       const Tile<C> from =
