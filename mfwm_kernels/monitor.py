@@ -40,7 +40,9 @@ class GradMonitor:
         self.cosines = torch.zeros(K, K, device=device)
         self.scale: Tensor | None = None
         if scale is not None:
-            self.scale = check.horizon_weights("scale", scale, [(K,)], self.norms).detach().clone()
+            made = check.horizon_weights("scale", scale, [(K,)], self.norms)
+            # The tensor of a list is remembered, so others have it too.
+            self.scale = made.detach() if isinstance(scale, Tensor) else made.clone()
 
 
 def fields_of(monitor: GradMonitor | None, count: int, hidden: Tensor) -> tuple[Tensor | None, ...]:

@@ -197,6 +197,13 @@ def test_a_list_is_its_receivers_own_where_that_may_be_written() -> None:
     assert torch.equal(gradient_of_a_loss(), torch.full((1, 4, 3, 8, 8), 2 / (4 * 3 * 8 * 8)))
 
 
+def test_a_monitor_follows_the_tensor_that_it_was_given() -> None:
+    scale = torch.ones(3)
+    monitor = GradMonitor(3, scale=scale)
+    scale.mul_(2)
+    assert monitor.scale is not None and monitor.scale.tolist() == [2.0, 2.0, 2.0]
+
+
 def in_inference_mode() -> None:
     with torch.inference_mode():
         loss(weights=[1.0, 0.5, 2.0])
