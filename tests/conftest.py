@@ -14,7 +14,17 @@ if not torch.cuda.is_available():
 import pytest
 from torch import Tensor
 
+from mfwm_kernels import cpu, info
 from mfwm_kernels.check import tensors_of
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say which CPU runs the suite and what it multiplies: some bounds and most times depend on it."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        products = str(cpu.product_dtype(torch.bfloat16)).removeprefix("torch.")
+        capability = torch.backends.cpu.get_cpu_capability()
+        reporter.write_line(f"{info.cpu_name()}, {capability}: bf16 states are multiplied in {products}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["bf16", "fp32"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """What the cpu backend multiplies bf16 states in, both ways on any machine."""
+    monkeypatch.setattr(cpu, "_MULTIPLIES_BF16", request.param == "bf16")
+    return cpu.product_dtype(torch.bfloat16)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from conftest import differentiable_outputs, gradients, leaves, require_grad
 
 import mfwm_kernels
-from mfwm_kernels import cpu, registry
+from mfwm_kernels import registry
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
 from mfwm_kernels.registry import ABSENT, OPS, BackendError, served_devices, use_backend
 
@@ -103,11 +103,9 @@ def test_values_and_gradients(op: Any, backend: str, dtype: torch.dtype, poisone
 
 
 @pytest.mark.parametrize("name", ["multi_horizon_linear", "mtp_combine", "multi_horizon_linear_cross_entropy"])
-def test_products_that_this_machine_would_not_choose(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 states multiplied in bf16 where it is slow, in fp32 where it is not."""
+def test_bf16_states_multiplied_either_way(name: str, products: torch.dtype, poisoned_empty: None) -> None:
     if ABSENT["cpu"]:
         pytest.fail("the module mfwm_kernels._native is part of a test installation")
-    monkeypatch.setattr(cpu, "_MULTIPLIES_BF16", not cpu._MULTIPLIES_BF16)
     test_values_and_gradients(OPS[name], "cpu", torch.bfloat16, None)
 
 

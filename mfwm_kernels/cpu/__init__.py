@@ -5,6 +5,7 @@ The kernels read inputs of any strides in place. They run on torch's number of t
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -42,10 +43,11 @@ def precision(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a matrix product takes: bf16 where the machine multiplies it in hardware, fp32 for fp16.
+    """The dtype of the operands of a matrix product: bf16 where the CPU multiplies it in hardware, fp32 for fp16.
 
     Without such instructions bf16 products are many times slower than fp32 ones. So are fp16 products on most machines,
-    and their range is too small for states that are not normed yet.
+    and their range is too small for states that are not normed yet. MFWM_CPU_PRODUCTS=bf16 or fp32 overrides what the
+    CPU reports.
     """
     if dtype == torch.bfloat16 and not _MULTIPLIES_BF16:
         return torch.float32
@@ -53,9 +55,14 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _multiplies_bf16() -> bool:
-    # Private, and not in every version of torch: without an answer bf16 stays bf16.
-    asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    known = [ask() for ask in asked if ask is not None]
+    chosen = os.environ.get("MFWM_CPU_PRODUCTS") or "auto"
+    if chosen not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"MFWM_CPU_PRODUCTS must be one of auto, bf16, fp32; got {chosen!r}")
+    if chosen != "auto":
+        return chosen == "bf16"
+    # Private torch functions that some versions lack; if none exists, assume that bf16 is fast.
+    supported = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    known = [is_supported() for is_supported in supported if is_supported is not None]
     return not known or any(known)
 
 
