@@ -1,8 +1,9 @@
-"""mtp_combine in Triton: two matrix products in one tile, row statistics taken from the tiles that are multiplied.
+"""mtp_combine in Triton: two matrix products in one tile, and the row statistics that scale them.
 
-forward   A program makes a tile of rows x columns with two loops, one for each state. Both norms are row factors, so
-          they are applied to the two products, not to the states. Bytes: both states once for each block of columns.
-backward  torch's matrix products and two passes over rows, see mfwm_kernels/join.py.
+forward   A program computes a tile of rows x columns. For each state it sums squares along the rows, then multiplies.
+          Both norms are row factors, so they scale the two products, not the states. Bytes: both states once for each
+          block of columns; what a program reads again comes from L2.
+backward  torch's matrix products and two passes over rows, see products/mtp_combine.py.
 norm      Bytes: both states once, the normed states.
 gradient  Bytes: both states and the gradients at the normed ones once, the gradients of the states.
 """
@@ -35,8 +36,16 @@ def mtp_combine_forward(
     in_rows, in_columns = row < rows, column < columns
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for half in tl.static_range(2):
+        # The statistics have a loop of their own: a tile that feeds wgmma and is read in registers too gets one buffer
+        # too few (Triton 3.6), and the copy of a later tile overwrites it while wgmma still reads. The second read hits
+        # L2.
+        squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            state = load_tile(states[half], row, d, in_rows, d < depth, state_strides[half][0], state_strides[half][1])
+            squares += state * state
+        scale = tl.rsqrt(tl.sum(squares, 1) / depth + eps)
         product = tl.zeros([ROWS, COLUMNS], tl.float32)
-        squares = tl.zeros([ROWS], tl.float32)
         for start in range(0, depth, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             in_d = d < depth
@@ -45,9 +54,7 @@ def mtp_combine_forward(
             place = (column.to(tl.int64) * (2 * depth))[None, :] + (half * depth + d)[:, None]
             factor = tl.load(weight + place, in_columns[None, :] & in_d[:, None], 0)
             product = add_product(product, state, factor, PRECISION)
-            wide = state.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-        total += product * tl.rsqrt(squares / depth + eps)[:, None]
+        total += product * scale[:, None]
     place = (tl.arange(0, ROWS) * columns)[:, None] + column[None, :]
     tl.store(out + first * columns + place, total.to(out.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
 

@@ -1,8 +1,8 @@
-"""multi_horizon_linear in Triton: a matrix product that takes the row statistics of all horizons on the way.
+"""multi_horizon_linear in Triton: the row statistics of all horizons and one matrix product, in one kernel.
 
-forward   A program makes a tile of rows x columns, the heads side by side. While a tile of hidden is in registers it
-          goes into the product and, with each horizon's window sum added, into that horizon's sum of squares. The
-          epilogue adds the actions' part, scales by each row's norm, adds the bias and stores to the outputs it covers.
+forward   A program computes a tile of rows x columns, the heads side by side. It first reads its rows of hidden for the
+          sums of squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue
+          adds the actions' part, scales by each row's norm, adds the bias and stores to the outputs it covers.
           Bytes: hidden once for each block of columns (one, up to 256 columns), the outputs.
 backward  torch's matrix products and three passes, see products/multi_horizon_linear.py. Sums over the tokens of a
           position are made per program and added afterwards in a fixed order.
@@ -41,7 +41,7 @@ def multi_horizon_linear_forward(
     hidden, sums, heads, projected, bias, outputs, firsts, positions, width, tokens, rows, depth, columns,
     column_blocks, pieces, eps, hidden_strides,
     COUNT: tl.constexpr, NORM: tl.constexpr, WITHIN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = (program % column_blocks * COLUMNS).to(tl.int32) + tl.arange(0, COLUMNS)
@@ -62,10 +62,32 @@ def multi_horizon_linear_forward(
     base = position // positions * hidden_strides[0] + position % positions * hidden_strides[1]
     base = base + (token // width).to(tl.int64) * hidden_strides[2] + (token % width).to(tl.int64) * hidden_strides[3]
 
+    # The statistics have a loop of their own: a tile that feeds wgmma and is read in registers too gets one buffer too
+    # few (Triton 3.6), and the copy of a later tile overwrites it while wgmma still reads. The second read hits L2.
+    scales = ()
+    if NORM:
+        squares = ()
+        for _ in tl.static_range(COUNT):
+            squares = squares + (tl.zeros([ROWS, STEP], tl.float32),)
+        for start in tl.range(0, depth, STEP):
+            d = start + tl.arange(0, STEP)
+            in_d = d < depth
+            state = tl.load(hidden + base[:, None] + (d.to(tl.int64) * hidden_strides[4])[None, :],
+                            in_rows[:, None] & in_d[None, :], 0).to(tl.float32)  # fmt: skip
+            added_squares = ()
+            for i in tl.static_range(COUNT):
+                if WITHIN:
+                    added = tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
+                else:
+                    added = tl.load(sums + ((position * COUNT + i) * depth)[:, None] + d[None, :],
+                                    in_rows[:, None] & in_d[None, :], 0)  # fmt: skip
+                biased = state + added
+                added_squares = added_squares + (squares[i] + biased * biased,)
+            squares = added_squares
+        for i in tl.static_range(COUNT):
+            scales = scales + (tl.rsqrt(tl.sum(squares[i], 1) / depth + eps),)
+
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = ()
-    for _ in tl.static_range(COUNT):
-        squares = squares + (tl.zeros([ROWS], tl.float32),)
     for start in range(0, depth, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         in_d = d < depth
@@ -74,18 +96,6 @@ def multi_horizon_linear_forward(
         head = tl.load(heads + column[None, :].to(tl.int64) * depth + d[:, None],
                        in_columns[None, :] & in_d[:, None], 0)  # fmt: skip
         total = add_product(total, state, head, PRECISION)
-        if NORM:
-            wide = state.to(tl.float32)
-            added_squares = ()
-            for i in tl.static_range(COUNT):
-                if WITHIN:
-                    added = tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
-                else:
-                    added = tl.load(sums + ((position * COUNT + i) * depth)[:, None] + d[None, :],
-                                    in_rows[:, None] & in_d[None, :], 0)  # fmt: skip
-                biased = wide + added
-                added_squares = added_squares + (squares[i] + tl.sum(biased * biased, 1),)
-            squares = added_squares
 
     if WITHIN:
         total += tl.load(projected + position * columns + column, in_columns, 0)[None, :]
@@ -99,7 +109,7 @@ def multi_horizon_linear_forward(
         own = (column >= firsts[i]) & (column < firsts[i + 1])
         out = total
         if NORM:
-            out = total * tl.rsqrt(squares[i] / depth + eps)[:, None]
+            out = total * scales[i][:, None]
         out += shift[None, :]
         # Offsets within the tile, in 32 bits: registers for 64 would spill.
         count = firsts[i + 1] - firsts[i]
@@ -257,7 +267,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         args.norm_eps, strides(hidden, 5),
         COUNT=count, NORM=args.norm_weight is not None, WITHIN=within, PRECISION=dot_precision(),
         ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
-        num_warps=8 if tile_columns >= 128 else 4, num_stages=3,
+        STEP=min(32, power_of_2(depth)), num_warps=8 if tile_columns >= 128 else 4, num_stages=3,
     )  # fmt: skip
     return outputs, []
 
