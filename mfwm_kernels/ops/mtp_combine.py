@@ -122,6 +122,9 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
            "weight": normal(18, 5).T, "order": "embedding_first", "eps": 1e-3, **norms(9)}  # fmt: skip
     yield {"hidden": normal(8), "embedding": normal(8), "weight": normal(3, 16), **norms(8)}
     yield {"hidden": normal(0, 3, 8), "embedding": normal(0, 3, 8), "weight": normal(8, 16), **norms(8)}
+    # Wide enough for the loops of GPU kernels to be pipelined, and sliced in time: the rows do not flatten.
+    yield {"hidden": normal(2, 3, 40, 512)[:, :2], "embedding": normal(2, 3, 40, 512)[:, 1:],
+           "weight": normal(72, 1024) / 32, **norms(512)}  # fmt: skip
 
 
 def cost(kwargs: dict[str, Any]) -> Cost:

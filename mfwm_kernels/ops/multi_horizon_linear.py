@@ -162,6 +162,11 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
            "weights": [normal(6, 8) for _ in range(4)]}  # fmt: skip
     yield {"hidden": normal(0, 4, 3, 8), "actions": normal(0, 4, 8), "horizons": Horizons.next_frame(),
            "weights": [normal(6, 8)]}  # fmt: skip
+    # Wide enough for the loops of GPU kernels to be pipelined, and sliced in time: the rows do not flatten.
+    yield {
+        "hidden": normal(2, 3, 40, 512)[:, :2], "actions": normal(2, 2, 512), "horizons": cascade,
+        "weights": [normal(n, 512) / 512**0.5 for n in (48, 12, 3, 3)], "norm_weight": normal(512),
+    }  # fmt: skip
 
 
 def cost(kwargs: dict[str, Any]) -> Cost:

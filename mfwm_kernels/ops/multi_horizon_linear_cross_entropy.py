@@ -322,6 +322,12 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "tokens": ids(6, 2, 3, 4, 4),
         "horizons": cascade,
     }
+    # As wide as real states, and sliced in time, as next-frame trainers do: the rows do not flatten.
+    yield {
+        "inputs": [states[:, :3] for states in inputs(cascade, 2, 4, 4, 8, 512)],
+        "weight": normal(40, 512) / 512**0.5, "tokens": ids(40, 2, 3, 4, 8), "horizons": cascade,
+        "consistency_weights": [0, 0.5, 0.25],
+    }  # fmt: skip
 
 
 def cost(kwargs: dict[str, Any]) -> Cost:
