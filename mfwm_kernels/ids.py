@@ -6,13 +6,30 @@ call, or `check_errors()`, raises. In either case an id that is out of range is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-# One pinned record per device: [how many, the first one's value, its place in the flattened tokens, vocabulary].
-_records: dict[torch.device, Tensor] = {}
-# The same on the device: a clean call must not wipe out the report of an earlier one that nobody has read yet.
-_sticky: dict[torch.device, Tensor] = {}
+from .arguments import Shared
+
+
+@dataclass
+class _Report:
+    """What the calls on one GPU have met so far; only the device writes it, so nothing reported is lost or repeated.
+
+    found     [2, 4] on the device: how many bad ids in all, then one of them, its place in the flattened tokens and the
+              vocabulary. The second row takes what calls without a bad id write.
+    pinned    the first row, copied to the host after every call
+    raised    how many of them an error has reported
+    """
+
+    found: Shared
+    pinned: Tensor
+    raised: int = 0
+
+
+_reports: dict[torch.device, _Report] = {}
 
 
 def checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
@@ -22,22 +39,34 @@ def checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
 
 def check_errors() -> None:
     """Wait for the GPUs' work so far and raise for any out-of-range id that it met."""
-    for device in list(_records):
+    for device in list(_reports):
         torch.cuda.synchronize(device)
     raise_pending()
 
 
 def raise_pending() -> None:
     """Raise for what has been reported so far, without waiting."""
-    for device, record in _records.items():
-        if record[0]:
-            count, value, place, vocabulary = record.tolist()
-            record.zero_()
-            _sticky[device].zero_()
+    for device, report in _reports.items():
+        count, value, place, vocabulary = report.pinned.tolist()
+        if count > report.raised:
+            new, report.raised = count - report.raised, count
             raise ValueError(
-                f"tokens must be in [0, {vocabulary}) or ignore_index: an earlier call on {device} met {count} "
-                f"that are not, the first {value} at flat index {place}"
+                f"tokens must be in [0, {vocabulary}) or ignore_index: an earlier call on {device} met {new} "
+                f"that are not, such as {value} at flat index {place}"
             )
+
+
+def _report_of(device: torch.device) -> _Report:
+    report = _reports.get(device)
+    if report is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"multi_horizon_linear_cross_entropy must run once on {device} before it is captured in a CUDA graph: "
+                "it allocates pinned memory then, which capture does not allow"
+            )
+        found = Shared(torch.zeros(2, 4, dtype=torch.int64, device=device))
+        report = _reports[device] = _Report(found, torch.zeros(4, dtype=torch.int64, device="cpu").pin_memory())
+    return report
 
 
 def _checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
@@ -51,15 +80,22 @@ def _checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
                 f"tokens{place} = {ids[tuple(place)]}"
             )
         return ids.clone() if ids is tokens else ids
-    if tokens.numel():
-        record = _records.setdefault(tokens.device, torch.zeros(4, dtype=torch.int64).pin_memory())
-        first = bad.flatten().int().argmax()
-        count = bad.sum()
-        verdict = torch.stack([count, ids.flatten().take(first), first, torch.full_like(count, vocabulary)])
-        sticky = _sticky.setdefault(tokens.device, torch.zeros(4, dtype=torch.int64, device=tokens.device))
-        sticky.copy_(torch.where(count > 0, verdict, sticky))
-        record.copy_(sticky, non_blocking=True)
+    if tokens.device.type == "cuda" and tokens.numel():
+        report = _report_of(tokens.device)
+        found = report.found.ready()
+        write(found, ids, bad, vocabulary)
+        report.pinned.copy_(found[0], non_blocking=True)
     return ids.masked_fill(bad, ignore_index)
+
+
+def write(found: Tensor, ids: Tensor, bad: Tensor, vocabulary: int) -> None:
+    """Add a call's bad ids to `found`. Calls on several streams may overlap: the count is added atomically, and a call
+    without bad ids leaves the details alone."""
+    count = bad.sum().view(1)
+    place = bad.flatten().int().argmax().view(1)
+    details = torch.stack([ids.flatten()[place], place, torch.full_like(place, vocabulary)], 1)
+    found[:, 1:].index_copy_(0, (count == 0).long(), details)
+    found[:, 0].index_add_(0, torch.zeros_like(place), count)
 
 
 _library = torch.library.Library("mfwm", "FRAGMENT")

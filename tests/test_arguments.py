@@ -170,18 +170,18 @@ def test_a_consistency_weight_needs_nested_factors() -> None:
 
 
 @pytest.fixture
-def nothing_remembered() -> None:
-    arguments._remembered.clear()
+def no_constants() -> None:
+    arguments._constants.clear()
 
 
 def gradient_of_a_loss() -> torch.Tensor:
-    """Of a loss whose weights are a list, of which a tensor is made once."""
+    """Of a loss whose weights are a list, which becomes a cached tensor."""
     preds = [torch.ones(1, 4, 3, 8 // f, 8 // f, requires_grad=True) for f in (1, 2, 4)]
     total = loss(preds=preds, video=torch.zeros(1, 5, 3, 8, 8), weights=[1.0, 0.5, 2.0]).total
     return torch.autograd.grad(total, preds[0])[0]
 
 
-@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.usefixtures("no_constants")
 def test_a_list_of_weights_is_made_a_tensor_once() -> None:
     like = torch.zeros(3)
     made = arguments.constant((0.5, 0.25), (2,), like)
@@ -191,7 +191,7 @@ def test_a_list_of_weights_is_made_a_tensor_once() -> None:
     assert arguments.constant((0.5, 0.125), (2,), like).tolist() == [0.5, 0.125]
 
 
-@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.usefixtures("no_constants")
 def test_a_list_is_its_receivers_own_where_that_may_be_written() -> None:
     GradMonitor(3, scale=[1.0, 0.5, 2.0]).scale.mul_(100)  # type: ignore[union-attr]
     assert torch.equal(gradient_of_a_loss(), torch.full((1, 4, 3, 8, 8), 2 / (4 * 3 * 8 * 8)))
@@ -231,7 +231,7 @@ def under_torch_func() -> None:
         )
 
 
-@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.usefixtures("no_constants")
 @pytest.mark.parametrize(
     "call",
     [

@@ -12,7 +12,7 @@ import torch
 from conftest import differentiable_outputs, gradients, leaves, require_grad
 
 import mfwm_kernels
-from mfwm_kernels import Horizons, fan_out, multi_horizon_loss, use_backend, video_pyramid
+from mfwm_kernels import Horizons, arguments, fan_out, multi_horizon_loss, use_backend, video_pyramid
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
 from mfwm_kernels.registry import OPS, Op
 
@@ -220,12 +220,23 @@ def test_multi_horizon_loss_past_2_31(backend: str) -> None:
     assert not gradient[:, -1:].any()
 
 
-def test_an_id_out_of_range_is_reported_later() -> None:
+def test_an_id_out_of_range_is_reported_later_and_once() -> None:
     op = OPS["multi_horizon_linear_cross_entropy"]
     kwargs = samples_of(op)[0]
-    kwargs["tokens"] = kwargs["tokens"].clone()
-    kwargs["tokens"].view(-1)[3] = 10**6
     op.public(**kwargs)
+    tokens = kwargs["tokens"].clone()
+    tokens.view(-1)[3] = 10**6
+    op.public(**{**kwargs, "tokens": tokens})
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="1000000"):
         mfwm_kernels.check_errors()
+    op.public(**kwargs)
+    mfwm_kernels.check_errors()
+
+
+def test_cached_constants_serve_captured_calls() -> None:
+    like = torch.zeros(1, device=CUDA)
+    first = arguments.constant((1.0, 0.5, 0.25), (3,), like)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert arguments.constant((1.0, 0.5, 0.25), (3,), like) is first
+        like.add_(1)

@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backend
+from mfwm_kernels import ids as token_ids
+from mfwm_kernels.arguments import Shared
 from mfwm_kernels.check import relative_error
 from mfwm_kernels.registry import ABSENT, OPS
 
@@ -177,6 +179,29 @@ def test_an_id_out_of_range_is_named(backend: str, value: int) -> None:
     message = rf"tokens must be in \[0, 37\) or ignore_index = -100; tokens\[1, 5, 2, 7\] = {value}"
     with use_backend(backend), pytest.raises(ValueError, match=message):
         multi_horizon_linear_cross_entropy(**kwargs)
+
+
+def test_a_bad_id_on_a_gpu_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the device's record that arrive after the error, with no new bad id, raise nothing."""
+    found, pinned = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr(token_ids, "_reports", {"a GPU": token_ids._Report(Shared(found), pinned)})
+
+    def call(*tokens: int) -> None:
+        ids = torch.tensor(tokens)
+        token_ids.write(found, ids, (ids < 0) | (ids >= 7), 7)
+        pinned.copy_(found[0])
+
+    call(1, 2)
+    token_ids.raise_pending()
+    call(1, 9, -3)
+    call(4, 5)
+    with pytest.raises(ValueError, match=r"\[0, 7\).* a GPU met 2 that are not, such as 9 at flat index 1"):
+        token_ids.raise_pending()
+    call(4, 5)
+    token_ids.raise_pending()
+    call(8)
+    with pytest.raises(ValueError, match="met 1 that are not, such as 8 at flat index 0"):
+        token_ids.raise_pending()
 
 
 @pytest.mark.skipif("triton" not in KERNELS, reason="needs Triton")
