@@ -56,4 +56,12 @@ def consistency(
     )  # fmt: skip
 
 
-PASSES = Passes(CHUNK_BYTES, product_dtype, True, add, cross_entropy, consistency)
+PASSES = Passes(
+    chunk_bytes=CHUNK_BYTES,
+    product_dtype=product_dtype,
+    drops=True,
+    batched=False,
+    add=add,
+    cross_entropy=cross_entropy,
+    consistency=consistency,
+)

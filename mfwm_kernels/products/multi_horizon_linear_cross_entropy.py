@@ -24,7 +24,7 @@ from ..ids import checked_ids
 from ..losses import gradients_of_weights
 from ..ops.multi_horizon_linear_cross_entropy import OP, Arguments
 from ..registry import gradients_by_field, stored_dtype
-from .rows import flat, rows_at
+from .rows import by_clip, flat, pieces, rows_at, rows_of
 
 # The share of a chunk from which on rows are multiplied where they lie, by themselves: there a copy costs more than
 # a launch.
@@ -38,6 +38,7 @@ class Passes(NamedTuple):
     product_dtype(dtype)   what matrix products take
     drops                  rows that do not count stay out of the products. Where finding them would mean waiting for
                            the device, only those stay out whose frame is past the end
+    batched                rows of several clips are one batched product, because a launch each would cost too much
     add(total, product)    total += product; total is fp32, the product bf16
     cross_entropy(args, logits, ids, starts, scales, losses, hits, learns)
         losses and hits [R * F] of logits [R * F, V], row r asked for ids[starts[r] : starts[r + 1]]; if `learns`, each
@@ -50,15 +51,16 @@ class Passes(NamedTuple):
     chunk_bytes: int
     product_dtype: Callable[[torch.dtype], torch.dtype]
     drops: bool
+    batched: bool
     add: Callable[[Tensor, Tensor], object]
     cross_entropy: Callable[..., None]
     consistency: Callable[..., None]
 
 
 class Targets(NamedTuple):
-    """What rows are asked for, those of one horizon after those of another.
+    """The target ids of each row, horizons concatenated.
 
-    rows      of each horizon, their numbers among its B * T * h * w; None for all
+    rows      of each horizon: how many positions of every clip they cover, or their numbers among its B * T * h * w
     sizes     how many they are, all horizons' sum being R
     ids       the ids of each row's F cells, one cell after the other, int32; -1 for what is left out
     starts    [R * F + 1] int64, where a cell's ids start
@@ -66,7 +68,7 @@ class Targets(NamedTuple):
     terms     [K] how many of their F cross-entropies
     """
 
-    rows: list[Tensor | None]
+    rows: list[int | Tensor]
     sizes: list[int]
     ids: Tensor
     starts: Tensor
@@ -75,7 +77,7 @@ class Targets(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows of the inputs of one horizon, by their numbers."""
+    """Rows of the inputs of one horizon: a slice of the rows that its targets cover, or their numbers."""
 
     horizon: int
     rows: Tensor | slice
@@ -83,13 +85,16 @@ class Part(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Parts that are multiplied with one weight, their states [R, D], and which rows of a chunk they are.
+    """Parts that are multiplied with one weight, and which rows of a chunk they are.
 
-    `gathered` states are a copy, whose place their gradients take; others lie in the inputs.
+    states      [R, D] or [clips, R, D]: in the inputs, or a copy
+    gradient    where the gradient of states in the inputs goes, if it is needed
+    gathered    states are a copy, which their gradients overwrite
     """
 
     parts: list[Part]
     states: Tensor
+    gradient: Tensor | None
     at: slice
     gathered: bool
 
@@ -180,6 +185,7 @@ class Heads:
         dtype = args.inputs[0].dtype
         self.computed = torch.promote_types(dtype, torch.float32)
         self.dtype, self.add = passes.product_dtype(dtype), passes.add
+        self.batched = passes.batched
         self.weights = [weight.to(self.dtype) for weight in args.weight]
         columns, depth = self.weights[0].shape
         # With a small vocabulary the states are what is large.
@@ -198,53 +204,69 @@ class Heads:
         """Whether the gradients of horizon i's logits are needed."""
         return self.want["inputs"][i] or self.want["weight"][self._place(i)]
 
-    def begin(self, rows: Sequence[Tensor | None]) -> None:
-        """Zeros in the gradients of inputs of which `rows` are not all."""
-        for gradient, its_rows in zip(self.of_inputs, rows, strict=True):
-            if gradient is not None and its_rows is not None:
-                gradient.zero_()
+    def begin(self, rows: Sequence[int | Tensor]) -> None:
+        """Zero the gradients of the inputs outside `rows`, and view both by clip where rows are those of positions."""
+        self.covered = rows
+        self.views: list[tuple[Tensor | None, Tensor | None]] = []
+        for states, gradient, covered in zip(self.args.inputs, self.of_inputs, rows, strict=True):
+            if isinstance(covered, Tensor):
+                if gradient is not None:
+                    gradient.zero_()
+                self.views.append((None, None))
+                continue
+            if gradient is not None:
+                gradient[:, covered:].zero_()
+            views = by_clip(states, covered), None if gradient is None else by_clip(gradient, covered)
+            dense = [None if view is None else flat(view) for view in views]
+            if all((d is None) == (view is None) for d, view in zip(dense, views, strict=True)):
+                # One long clip: a product of matrices instead of a batched one.
+                views = tuple(None if d is None else d.unsqueeze(0) for d in dense)  # type: ignore[assignment]
+            self.views.append(views)
 
     def products(self, parts: Sequence[Part], first: int = 0) -> list[Product]:
-        """How `parts` are multiplied, their logits lying in the buffer from row `first` on."""
+        """How `parts` are multiplied; their logits fill the buffer from row `first` on."""
         shared, rows = len(self.weights) == 1, sum(part.size for part in parts)
 
         def stays(part: Part) -> bool:
-            states = self.args.inputs[part.horizon]
-            lies_ready = isinstance(part.rows, slice) and states.dtype == self.dtype and flat(states) is not None
-            return lies_ready and (not shared or part.size >= LARGE * rows)
+            clips, _ = self.views[part.horizon]
+            if clips is None or clips.dtype != self.dtype or not isinstance(part.rows, slice):
+                return False
+            # Every clip has a gradient of the weight of its own to add: below V / 2 rows that moves more than a copy.
+            long = clips.shape[0] == 1 or 2 * clips.shape[1] >= self.weights[0].shape[0]
+            return long and (not shared or part.size >= LARGE * rows)
 
         made = []
-        for _, run in itertools.groupby(parts, lambda part: None if shared and not stays(part) else part.horizon):
+        for in_place, run in itertools.groupby(parts, stays):
             together = list(run)
-            last = first + sum(part.size for part in together)
-            gathered = not stays(together[0])
-            states = self._gather(together) if gathered else self._rows(together[0])
-            made.append(Product(together, states, slice(first, last), gathered))
-            first = last
+            groups = [[part] for part in together] if in_place or not shared else [together]
+            for group in groups:
+                states = self._pieces(group[0], 0) if in_place else [self._gather(group)]
+                gradients = self._pieces(group[0], 1) if in_place else [None]
+                for piece, gradient in itertools.zip_longest(states, gradients):
+                    last = first + piece.shape[:-1].numel()
+                    made.append(Product(group, piece, gradient, slice(first, last), not in_place))
+                    first = last
         return made
 
     def logits(self, products: Sequence[Product]) -> Tensor:
         for product in products:
             weight = self.weights[self._place(product.parts[0].horizon)]
-            torch.mm(product.states, weight.t(), out=self.buffer[product.at])
+            multiply(product.states, weight.t(), self._of_chunk(product))
         return self.buffer[products[0].at.start : products[-1].at.stop]
 
     def learn(self, products: Sequence[Product], *, added: bool) -> None:
         """From the gradients in the buffer: those of inputs, added to what is there or not, and of weights, added."""
         for product in products:
-            of_logits, place = self.buffer[product.at], self._place(product.parts[0].horizon)
+            of_logits, place = self._of_chunk(product), self._place(product.parts[0].horizon)
             if self.want["weight"][place]:
-                self.of_weights[place] = self._sum(self.of_weights[place], of_logits.t(), product.states)
-            to = [self.of_inputs[part.horizon] for part in product.parts]
-            if not product.gathered and to[0] is not None:
-                torch.mm(of_logits, self.weights[place], out=rows_at(to[0], product.parts[0].rows))
-            elif any(gradient is not None for gradient in to):
-                torch.mm(of_logits, self.weights[place], out=product.states)
+                self.of_weights[place] = self._sum(self.of_weights[place], of_logits, product.states)
+            if product.gradient is not None:
+                multiply(of_logits, self.weights[place], product.gradient)
+            elif product.gathered and any(self.want["inputs"][part.horizon] for part in product.parts):
+                multiply(of_logits, self.weights[place], product.states)
                 parts = product.states.split([part.size for part in product.parts])
-                for part, made, gradient in zip(product.parts, parts, to, strict=True):
-                    if gradient is not None:
-                        rows = gradient.view(-1, gradient.shape[-1])
-                        rows[part.rows] = (rows[part.rows] + made if added else made).to(gradient.dtype)
+                for part, computed in zip(product.parts, parts, strict=True):
+                    self._scatter(part, computed, added)
 
     def gradients(self) -> list[Tensor]:
         """Those of the inputs and weights that are wanted."""
@@ -259,32 +281,77 @@ class Heads:
         """Which weight is a horizon's."""
         return horizon % len(self.weights)
 
-    def _rows(self, part: Part) -> Tensor:
-        return rows_at(self.args.inputs[part.horizon], part.rows)
+    def _of_chunk(self, product: Product) -> Tensor:
+        """The logits of a product, or their gradients, shaped as its states are."""
+        return self.buffer[product.at].view(*product.states.shape[:-1], -1)
+
+    def _pieces(self, part: Part, which: int) -> list[Tensor]:
+        """The part's rows in the inputs (0) or in their gradients (1): views [R, D] or [clips, R, D]."""
+        clips = self.views[part.horizon][which]
+        assert isinstance(part.rows, slice)
+        found = [] if clips is None else list(pieces(clips, part.rows))
+        if not self.batched:
+            found = [clip.unsqueeze(0) for piece in found for clip in piece]
+        return [piece[0] if piece.shape[0] == 1 else piece for piece in found]
 
     def _gather(self, parts: Sequence[Part]) -> Tensor:
         counts = [part.size for part in parts]
-        states = self._empty(sum(counts), self.args.inputs[0].shape[-1])
-        for part, to in zip(parts, states.split(counts), strict=True):
-            to.copy_(self._rows(part))
-        return states
+        gathered = self._empty(sum(counts), self.args.inputs[0].shape[-1])
+        for part, to in zip(parts, gathered.split(counts), strict=True):
+            states = self.args.inputs[part.horizon]
+            if isinstance(part.rows, Tensor):
+                to.copy_(rows_at(states, part.rows))
+                continue
+            found = self._pieces(part, 0)
+            if not found:
+                # Strides that have no view by clip.
+                found = [rows_of(states[:, : self.covered[part.horizon]], part.rows.start, part.rows.stop)]
+            for piece, place in zip(found, to.split([piece.shape[:-1].numel() for piece in found]), strict=True):
+                place.view(piece.shape).copy_(piece)
+        return gathered
 
-    def _sum(self, total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-        """total + left @ right, in fp32 (fp64 for fp64); a product that remains the only one stays as it is."""
+    def _scatter(self, part: Part, computed: Tensor, added: bool) -> None:
+        """Write the computed gradients of a part's states to their rows, or add them."""
+        gradient = self.of_inputs[part.horizon]
+        if gradient is None:
+            return
+        if isinstance(part.rows, Tensor):
+            rows = gradient.view(-1, gradient.shape[-1])
+            rows[part.rows] = (rows[part.rows] + computed if added else computed).to(gradient.dtype)
+            return
+        to = self._pieces(part, 1)
+        for piece, rows in zip(to, computed.split([piece.shape[:-1].numel() for piece in to]), strict=True):
+            piece.copy_(piece + rows.view(piece.shape) if added else rows.view(piece.shape))
+
+    def _sum(self, total: Tensor | None, of_logits: Tensor, states: Tensor) -> Tensor:
+        """total + of_logits^T @ states, summed over clips, in fp32 (fp64 for fp64); a product of matrices that remains
+        the only one stays as it is."""
+        if states.dim() == 3:
+            # A matrix a clip: as many at once as a chunk holds.
+            size = max(1, self.size // states.shape[-1])
+            for left, right in zip(of_logits.split(size), states.split(size), strict=True):
+                by_clip = self._empty(left.shape[0], left.shape[2], right.shape[2])
+                summed = torch.bmm(left.transpose(1, 2), right, out=by_clip).sum(0, dtype=self.computed)
+                total = summed if total is None else total.to(self.computed).add_(summed)
+            assert total is not None
+            return total
         if total is None:
-            return self._product(left, right)
+            return multiply(of_logits.t(), states, self._empty(of_logits.shape[1], states.shape[1]))
         total = total.to(self.computed)
         if self.dtype == self.computed:
-            return torch.addmm(total, left, right, out=total)
-        self.add(total, self._product(left, right))
+            return torch.addmm(total, of_logits.t(), states, out=total)
+        self.add(total, multiply(of_logits.t(), states, self._empty(*total.shape)))
         return total
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        # Products are given their output: so autocast leaves them alone.
-        return torch.mm(left, right, out=self._empty(left.shape[0], right.shape[1]))
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.args.tokens.device)
 
-    def _empty(self, rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=self.dtype, device=self.args.tokens.device)
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """out = left @ right, for one `left` [R, D] or a batch [clips, R, D]. With an output autocast leaves it alone."""
+    if left.dim() == 2:
+        return torch.mm(left, right, out=out)
+    return torch.bmm(left, right.expand(left.shape[0], -1, -1), out=out)
 
 
 def pairs_of(args: Arguments) -> list[tuple[int, int]]:
@@ -317,8 +384,8 @@ def targets_of(args: Arguments, drops: bool) -> Targets:
     )
 
 
-def asked_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[Tensor | None, Tensor]:
-    """The rows of horizon i, None for all, and the ids [R, F, f * f] that each is asked for."""
+def asked_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | Tensor, Tensor]:
+    """The rows of horizon i, as in Targets, and the target ids [R, F, f * f] of each."""
     offset, factor = args.offsets[i], args.factors[i]
     states = args.inputs[i]
     batch, positions, height, width = states.shape[:4]
@@ -331,11 +398,11 @@ def asked_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[Tensor 
         counts = counts_at(offset, positions, frames, args.segment_ids, batch, ids.device)[:, :inside]
         ids = torch.where(counts[:, :, None, None, None], ids, -1)
     ids = cells_of(ids, height, width).permute(0, 1, 2, 3, 5, 4).reshape(-1, args.factored, factor * factor)
-    counted = (ids >= 0).any(-1).any(-1) if drops else None
-    if inside == positions and (counted is None or counted.all()):
-        return None, ids
-    rows = numbered(states)[:, :inside].flatten()
-    return (rows, ids) if counted is None else (rows[counted], ids[counted])
+    if drops:
+        counted = (ids >= 0).any(-1).any(-1)
+        if not counted.all():
+            return numbered(states)[:, :inside].flatten()[counted], ids[counted]
+    return inside, ids
 
 
 def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]:
@@ -351,7 +418,7 @@ def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]
             begin = end - targets.sizes[i]
             part = slice(max(first, begin) - begin, min(last, end) - begin)
             if part.start < part.stop:
-                parts.append(Part(i, part if rows is None else rows[part], part.stop - part.start))
+                parts.append(Part(i, part if isinstance(rows, int) else rows[part], part.stop - part.start))
         yield first, last, parts
 
 

@@ -27,16 +27,47 @@ def flat(states: Tensor) -> Tensor | None:
         return None
 
 
+def by_clip(states: Tensor, positions: int) -> Tensor | None:
+    """The rows of the first `positions` of every clip of [B, T, ..., D] as [B, rows, D]; None where the strides do not
+    allow it without a copy."""
+    inside = states[:, :positions]
+    try:
+        return inside.view(inside.shape[0], inside.shape[1:-1].numel(), inside.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def pieces(clips: Tensor, rows: slice) -> Iterator[Tensor]:
+    """Rows of [B, R, D], numbered from clip to clip, in order: views [clips, rows, D], as few as there can be."""
+    first, size = rows.start, clips.shape[1]
+    while first < rows.stop:
+        clip, row = divmod(first, size)
+        whole = 0 if row else (rows.stop - first) // size
+        if whole:
+            yield clips[clip : clip + whole]
+            first += whole * size
+        else:
+            end = min(size, row + rows.stop - first)
+            yield clips[clip : clip + 1, row:end]
+            first += end - row
+
+
 def rows_of(states: Tensor, first: int, last: int) -> Tensor:
     """Rows first .. last of [..., D]; a copy only where the strides have no other way."""
-    return rows_at(states, slice(first, last))
-
-
-def rows_at(states: Tensor, place: slice | Tensor) -> Tensor:
-    """Rows of [..., D] by their numbers; of a slice a copy only where the strides have no other way."""
     rows = flat(states)
     if rows is not None:
-        return rows[place]
-    if isinstance(place, slice):
-        place = torch.arange(place.start, place.stop, device=states.device)
-    return states[torch.unravel_index(place, states.shape[:-1])]
+        return rows[first:last]
+    return rows_at(states, torch.arange(first, last, device=states.device))
+
+
+def rows_at(states: Tensor, numbers: Tensor) -> Tensor:
+    """Rows of [..., D] by their numbers, copied."""
+    rows = flat(states)
+    if rows is not None:
+        return rows[numbers]
+    # Not torch.unravel_index: it copies the sizes from the host, and waits for that.
+    places = []
+    for size in reversed(states.shape[:-1]):
+        places.append(numbers % size)
+        numbers = numbers // size
+    return states[tuple(reversed(places))]

@@ -301,10 +301,11 @@ def consistency(
 
 
 PASSES = Passes(
-    CHUNK_BYTES,
-    lambda dtype: dtype if dtype == torch.bfloat16 else torch.float32,
-    False,
-    Tensor.add_,
-    cross_entropy,
-    consistency,
+    chunk_bytes=CHUNK_BYTES,
+    product_dtype=lambda dtype: dtype if dtype == torch.bfloat16 else torch.float32,
+    drops=False,
+    batched=True,
+    add=Tensor.add_,
+    cross_entropy=cross_entropy,
+    consistency=consistency,
 )
