@@ -11,11 +11,35 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from collections.abc import Iterator
+
 import pytest
 from torch import Tensor
 
 from mfwm_kernels import cpu, info
 from mfwm_kernels.check import tensors_of
+from mfwm_kernels.registry import ABSENT, OPS, served_devices
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tensors are: on the GPU if there is one, compiled, except for the cpu backend."""
+    return torch.device("cpu") if backend == "cpu" else DEVICE
+
+
+def kernels_of(name: str) -> list[str]:
+    """The backends of an op that are present, the reference not among them."""
+    return [b for b in OPS[name].backends if not ABSENT[b] and device_of(b).type in served_devices(b)]
+
+
+def backends_of(name: str) -> list[str]:
+    return ["reference", *kernels_of(name)]
+
+
+def interpreted(backend: str) -> bool:
+    """Triton's interpreter takes seconds for a large tensor, and truncates where a GPU rounds to bf16."""
+    return backend == "triton" and DEVICE.type == "cpu"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -37,6 +61,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def on_the_backends_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test of a `backend` creates its tensors on that backend's device, unless it names one."""
+    callspec = getattr(request.node, "callspec", None)
+    backend = callspec.params.get("backend") if callspec is not None else None
+    if backend is None or device_of(backend).type == "cpu":
+        yield
+        return
+    with torch.device(device_of(backend)):
+        yield
 
 
 @pytest.fixture(params=["bf16", "fp32"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import differentiable_outputs, gradients, leaves, require_grad
+from conftest import backends_of, device_of, differentiable_outputs, gradients, leaves, require_grad
 
 import mfwm_kernels
 from mfwm_kernels import registry
@@ -34,24 +34,11 @@ def profiled_backend() -> Iterator[list[str]]:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def backends_of(op: Any) -> list[str]:
-    """The backends of `op` that can run on this machine, the reference among them."""
-    present = [name for name in op.backends if not ABSENT[name] and DEVICE.type in served_devices(name)]
-    if torch.cuda.is_available():
-        present += [name for name in op.backends if name == "cpu" and not ABSENT[name]]
-    return ["reference", *present]
-
-
-def device_of(backend: str) -> torch.device:
-    return torch.device("cpu") if backend == "cpu" else DEVICE
 
 
 def cases() -> Iterator[Any]:
     for op in OPS.values():
-        for backend in backends_of(op):
+        for backend in backends_of(op.name):
             for dtype in DTYPES:
                 if backend != "reference" and dtype not in op.backends[backend].dtypes:
                     continue
@@ -59,7 +46,7 @@ def cases() -> Iterator[Any]:
 
 
 def per_backend() -> list[Any]:
-    return [pytest.param(op, b, id=f"{op.name}-{b}") for op in OPS.values() for b in backends_of(op)]
+    return [pytest.param(op, b, id=f"{op.name}-{b}") for op in OPS.values() for b in backends_of(op.name)]
 
 
 def samples(op: Any, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
@@ -182,7 +169,7 @@ def test_backward_again_and_create_graph(op: Any, backend: str) -> None:
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS.values()])
 def test_gradcheck(op: Any) -> None:
     """The gradient formulas against finite differences, in fp64: reference, and the CPU kernels where they are."""
-    for backend in [b for b in backends_of(op) if b in ("reference", "cpu")]:
+    for backend in [b for b in backends_of(op.name) if b in ("reference", "cpu")]:
         for sample in samples(op, torch.float64, torch.device("cpu"))[:3]:
             if "detach" in op.arguments._fields:
                 # A detached side makes the gradient differ from the derivative, on purpose.
@@ -287,7 +274,7 @@ def test_use_backend_may_be_entered_twice() -> None:
     assert registry._forced == before
 
 
-@pytest.mark.parametrize("backend", [b for b in backends_of(OPS["action_window_sum"]) if b != "triton"])
+@pytest.mark.parametrize("backend", [b for b in backends_of("action_window_sum") if b != "triton"])
 def test_zeros_where_nothing_depends_on_an_input(backend: str) -> None:
     """A window without actions: gradients are zeros on every backend, not None on some."""
     actions = torch.randn(1, 3, 4, requires_grad=True)

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import interpreted, kernels_of
 from torch import Tensor
 
 from mfwm_kernels import Horizons, fan_out, multi_horizon_linear, use_backend
 from mfwm_kernels.check import relative_error
-from mfwm_kernels.registry import ABSENT, OPS
 
-BACKENDS = [b for b in OPS["fan_out"].backends if not ABSENT[b] and (b != "triton" or not torch.cuda.is_available())]
-# Triton's interpreter cuts numbers off where they become bf16, and does not round them.
-ROUNDED = [(b, t) for b in BACKENDS for t in (torch.float32, torch.bfloat16) if b != "triton" or t == torch.float32]
+BACKENDS = kernels_of("fan_out")
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+ROUNDED = [(b, dtype) for b in BACKENDS for dtype in ([FLOAT32] if interpreted(b) else [FLOAT32, BFLOAT16])]
 HORIZONS = Horizons((1, 2, 4), (1, 1, 1))
 
 
@@ -94,7 +94,7 @@ def test_actions_that_nearly_cancel_the_hidden_state(backend: str, dtype: torch.
 @pytest.mark.parametrize(("depth", "grid", "horizons"), [(8, 64, 2), (24, 1, 8), (1000, 2, 3), (8192, 1, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_width_grid_and_number_of_horizons(backend: str, depth: int, grid: int, horizons: int) -> None:
-    grid = min(grid, 8) if backend == "triton" else grid  # A program at a time in the interpreter.
+    grid = min(grid, 8) if interpreted(backend) else grid
     chosen = Horizons(tuple(range(1, horizons + 1)), (1,) * horizons)
     leaves = [torch.randn(1, 2, grid, grid, depth), torch.randn(1, 9, depth), torch.randn(depth)]
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import backends_of
 
 from mfwm_kernels import mtp_combine, use_backend
-from mfwm_kernels.registry import ABSENT, OPS
-
-BACKENDS = ["reference", *(b for b in OPS["mtp_combine"].backends if not ABSENT[b])]
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton" or not torch.cuda.is_available()])
+@pytest.mark.parametrize("backend", backends_of("mtp_combine"))
 def test_megatron_layout(backend: str) -> None:
     """Tensors named and laid out as Megatron's MultiTokenPredictionLayer stores them: the embedding comes first."""
     width = 24

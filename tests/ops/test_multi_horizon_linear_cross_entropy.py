@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import device_of, interpreted, kernels_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
@@ -16,17 +17,15 @@ from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backe
 from mfwm_kernels import ids as token_ids
 from mfwm_kernels.arguments import Shared
 from mfwm_kernels.check import relative_error
-from mfwm_kernels.registry import ABSENT, OPS
 
-KERNELS = [b for b in OPS["multi_horizon_linear_cross_entropy"].backends if not ABSENT[b]]
+KERNELS = kernels_of("multi_horizon_linear_cross_entropy")
 BACKENDS = ["reference", *KERNELS]
-DEVICES = {b: torch.device("cuda" if torch.cuda.is_available() and b == "triton" else "cpu") for b in BACKENDS}
 CASCADE = Horizons.cascade(3)
 
 
 def call_of(backend: str, horizons: Horizons = CASCADE, batch: int = 2, vocabulary: int = 37, **changes: Any) -> Any:
     """Random rows for 5 positions of 4 x 8 tokens, of 2 clips."""
-    device = DEVICES[backend]
+    device = device_of(backend)
     dtype = torch.float32 if backend == "triton" else torch.float64
     return {
         "inputs": [torch.randn(batch, 5, 4 // f, 8 // f, 6, device=device, dtype=dtype) for f in horizons.factors],
@@ -43,7 +42,7 @@ def tolerance(backend: str) -> float:
 
 def few_clips(backend: str) -> int:
     """Triton's interpreter takes seconds for what shows in one clip."""
-    return 1 if backend == "triton" and DEVICES[backend].type == "cpu" else 2
+    return 1 if interpreted(backend) else 2
 
 
 def results(backend: str, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
@@ -108,7 +107,7 @@ def test_any_chunk_size(backend: str, options: str) -> None:
 def test_consistency(backend: str, detach: str | None) -> None:
     """Factors (1, 2, 4), two episodes in a clip, softcapped; alone, without weight on the cross-entropies."""
     batch = few_clips(backend)
-    segments = torch.tensor([[0, 0, 0, 0, 0, 1], [2, 2, 2, 2, 2, 2]], device=DEVICES[backend])[:batch]
+    segments = torch.tensor([[0, 0, 0, 0, 0, 1], [2, 2, 2, 2, 2, 2]], device=device_of(backend))[:batch]
     kwargs = call_of(backend, batch=batch, detach=detach, segment_ids=segments, softcap=2.0, weights=[0, 0, 0])
     kwargs["consistency_weights"] = [0, 0.5, 2]
     want = results("reference", kwargs)
@@ -154,7 +153,7 @@ def test_rows_past_the_end_may_be_nan(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accuracy(backend: str) -> None:
     """Cells of 2 x 2 ids, logits are the inputs; the smallest of the most frequent ids is asked for, and predicted."""
-    device = DEVICES[backend]
+    device = device_of(backend)
     tokens = torch.tensor([[3, 3, 0, 2], [0, 2, 2, 0], [-100, 1, -100, -100], [-100, -100, -100, -100]], device=device)
     # The most frequent are 3, then 0 (as often as 2), then 1, and none.
     logits = torch.zeros(1, 1, 2, 2, 4, device=device)
@@ -170,7 +169,7 @@ def test_accuracy(backend: str) -> None:
     assert abs(loss.accuracy.item() - 2 / 3) < 1e-6
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if DEVICES[b].type == "cpu"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if device_of(b).type == "cpu"])
 @pytest.mark.parametrize("value", [37, -1, 2**31 - 1])
 def test_an_id_out_of_range_is_named(backend: str, value: int) -> None:
     kwargs = call_of(backend)

@@ -6,21 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import backends_of, device_of
 from torch import Tensor
 
 from mfwm_kernels import Horizons, multi_horizon_loss, use_backend
 from mfwm_kernels.check import relative_error
-from mfwm_kernels.registry import ABSENT, OPS
 
-BACKENDS = ["reference", *(b for b in OPS["multi_horizon_loss"].backends if not ABSENT[b])]
-DEVICES = {b: torch.device("cuda" if torch.cuda.is_available() and b != "cpu" else "cpu") for b in BACKENDS}
+BACKENDS = backends_of("multi_horizon_loss")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber", "charbonnier"])
 def test_what_does_not_count_may_be_nan(backend: str, kind: str) -> None:
     """Positions whose frame is past the end or in another episode: no trace in loss or gradients."""
-    device = DEVICES[backend]
+    device = device_of(backend)
     horizons = Horizons((1, 2), (1, 2))
     preds = [torch.randn(1, 5, 2, 4 // f, 4 // f, device=device) for f in (1, 2)]
     video = torch.randn(1, 5, 2, 4, 4, device=device)
@@ -48,7 +47,7 @@ def test_fp16_gradients_survive_a_loss_scale(backend: str, compiled: bool) -> No
     """1 / 786,432 is subnormal in fp16; the scale lifts it before it is stored in fp16."""
     if backend == "triton" and compiled:
         pytest.skip("Triton's interpreter is not traceable")
-    device = DEVICES[backend]
+    device = device_of(backend)
     pred = torch.randn(2, 8, 3, 128, 128, device=device).half().requires_grad_()
     video = torch.randn(2, 9, 3, 128, 128, device=device)
 
