@@ -36,8 +36,8 @@ class GradMonitor:
         K = check.integer("K", K, least=1)
         if isinstance(scale, Tensor) and device is None:
             device = scale.device
-        self.norms = torch.zeros(K, device=device)
-        self.cosines = torch.zeros(K, K, device=device)
+        self.norms = torch.zeros(K, dtype=torch.float32, device=device)
+        self.cosines = torch.zeros(K, K, dtype=torch.float32, device=device)
         self.scale: Tensor | None = None
         if scale is not None:
             made = check.horizon_weights("scale", scale, [(K,)], self.norms)

@@ -24,7 +24,7 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
 def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
     """[B, positions, K, D]: the sums at the first positions."""
     batch, _, width = args.actions.shape
-    sums = torch.empty(batch, positions, len(args.offsets), width, dtype=dtype)
+    sums = torch.empty(batch, positions, len(args.offsets), width, dtype=dtype, device=args.actions.device)
     kernels.action_window_sum_forward(
         raw(args.actions),
         raw(args.lag_weight),
@@ -41,7 +41,8 @@ def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor)
     """The gradients of those of (actions, lag_weight) that are wanted, from the sums' gradient [B, N, K, D]."""
     leaves = [args.actions] if args.lag_weight is None else [args.actions, args.lag_weight]
     made = [
-        torch.empty(leaf.shape, dtype=leaf.dtype) if want else None for leaf, want in zip(leaves, wanted, strict=True)
+        torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if want else None
+        for leaf, want in zip(leaves, wanted, strict=True)
     ]
     kernels.action_window_sum_backward(
         raw(args.actions),

@@ -37,11 +37,12 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
     computed = precision(hidden.dtype)
     sums = window_sums(window_of(args), hidden.shape[1], computed)
     upstream = [None if grad is None else on_grid(grad) for grad in grads]
-    of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype) if want["hidden"] else None
+    of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if want["hidden"] else None
     needs_sums = want["actions"] or want["lag_weight"]
     of_sums = hidden.new_empty(*hidden.shape[:2], count, depth, dtype=computed) if needs_sums else None
-    of_norm = torch.empty(count, depth, dtype=torch.float64) if want["norm_weight"] else None
-    gram = torch.empty(count, count, dtype=torch.float64) if want["hidden"] and args.norms is not None else None
+    of_norm = torch.empty(count, depth, dtype=torch.float64, device=hidden.device) if want["norm_weight"] else None
+    monitored = want["hidden"] and args.norms is not None
+    gram = torch.empty(count, count, dtype=torch.float64, device=hidden.device) if monitored else None
     kernels.fan_out_backward(
         *conditioned(args, hidden, sums),
         [raw(grad) for grad in upstream],

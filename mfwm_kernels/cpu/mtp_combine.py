@@ -18,9 +18,9 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     hidden, (columns, depth) = args.hidden, args.weight.shape
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     weight = (args.weight.to(computed) * norms_of(args, computed)).to(dtype)
-    out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype)
+    out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
     pieces = list(chunks(hidden, (depth + (0 if dtype == hidden.dtype else columns)) * dtype.itemsize))
-    joined_all = torch.empty(pieces[0][1] if pieces else 0, depth, dtype=dtype)
+    joined_all = torch.empty(pieces[0][1] if pieces else 0, depth, dtype=dtype, device=hidden.device)
     for first, last in pieces:
         joined, to = joined_all[: last - first], rows_of(out, first, last)
         norm([rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)], joined, args.eps)

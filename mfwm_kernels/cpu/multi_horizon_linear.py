@@ -28,13 +28,13 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     hidden, columns = args.hidden, columns_of(args)
     _, tokens = shape_of(hidden)
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
-    outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype) for n in columns]
+    outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
     sums = window_sums(window_of(args), hidden.shape[1], computed)
     heads, bias = heads_of(args, dtype), bias_of(args, computed)
     projected = projected_of(args, sums, heads)
     copies = 0 if dtype == hidden.dtype else 1
     pieces = list(chunks(hidden, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
-    product = torch.empty(pieces[0][1] if pieces else 0, sum(columns), dtype=dtype)
+    product = torch.empty(pieces[0][1] if pieces else 0, sum(columns), dtype=dtype, device=hidden.device)
     for first, last in pieces:
         rows = Rows(rows_of(hidden, first, last), first, tokens, sums)
         torch.mm(rows.hidden.to(dtype), heads.t(), out=product[: last - first])

@@ -27,7 +27,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     terms = count + len(args.pairs) // 2
     term_counts = None if args.segment_ids is None else torch.empty(terms, dtype=torch.int64, device=device)
     outputs = fake(args)
-    scratch = torch.empty(terms, BLOCKS, device=device)
+    scratch = torch.empty(terms, BLOCKS, dtype=torch.float32, device=device)
     launch("cuda_multi_horizon_loss", device, *described(args, gradients, outputs), raw(term_counts), raw(scratch))
     extras = [gradient for gradient in gradients if gradient is not None]
     extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], outputs[1], outputs[3])

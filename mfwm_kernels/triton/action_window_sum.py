@@ -183,7 +183,7 @@ def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor)
         rows = batch * positions
         tile = tile_of(min(rows, CHUNK), width)
         blocks, chunks = ceil_div(width, tile[1]), ceil_div(rows, CHUNK)
-        partial = torch.empty(chunks, count, lags, width, device=device)
+        partial = torch.empty(chunks, count, lags, width, dtype=torch.float32, device=device)
         launch(
             action_window_sum_gates, chunks * count * lags * blocks, device,
             actions, gradient, segments, partial, columns, positions, rows, width, blocks, lags,

@@ -386,14 +386,16 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
     programs = batch * positions * plan.chunks
     of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if want["hidden"] else None
     of_cells = [
-        None if plan.s % p == 0 else torch.empty(batch, positions, height // p, width // p, depth, device=device)
+        None
+        if plan.s % p == 0
+        else torch.empty(batch, positions, height // p, width // p, depth, dtype=torch.float32, device=device)
         for p in (args.pool[i] for i in plan.order)
     ]
     needs_sums = want["actions"] or want["lag_weight"]
-    of_sums = torch.empty(programs, count, depth, device=device) if needs_sums else None
-    of_norm = torch.empty(programs, count, depth, device=device) if want["norm_weight"] else None
+    of_sums = torch.empty(programs, count, depth, dtype=torch.float32, device=device) if needs_sums else None
+    of_norm = torch.empty(programs, count, depth, dtype=torch.float32, device=device) if want["norm_weight"] else None
     monitored = want["hidden"] and args.norms is not None
-    gram = torch.empty(programs, count, count, device=device) if monitored else None
+    gram = torch.empty(programs, count, count, dtype=torch.float32, device=device) if monitored else None
     launch(
         fan_out_backward, programs, device,
         hidden, sums, norm_weight, tuple(upstream), args.scale, of_hidden, tuple(of_cells), of_sums, of_norm, gram,

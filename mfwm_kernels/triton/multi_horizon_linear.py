@@ -318,7 +318,9 @@ def scale(
 ) -> None:
     columns, (_, depth), device = columns_of(args), rows.hidden.shape, scaled.device
     dealt = Dealt(rows, 16)
-    partial = None if scaled_sums is None else torch.empty(dealt.programs, sum(columns), device=device)
+    partial = None
+    if scaled_sums is not None:
+        partial = torch.empty(dealt.programs, sum(columns), dtype=torch.float32, device=device)
     launch(
         multi_horizon_linear_scale, dealt.programs, device,
         rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, partial,
@@ -341,7 +343,7 @@ def combine(
 ) -> None:
     (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
     dealt, block = Dealt(rows, 64), min(64, power_of_2(depth))
-    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, device=device)
+    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, dtype=torch.float32, device=device)
     blocks = ceil_div(depth, block)
     launch(
         multi_horizon_linear_combine, dealt.programs * blocks, device,
@@ -363,9 +365,9 @@ def monitor(
 ) -> None:
     (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
     dealt, block = Dealt(rows, 16), min(64, power_of_2(depth))
-    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, device=device)
+    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, dtype=torch.float32, device=device)
     blocks = ceil_div(depth, block)
-    grams = torch.empty(dealt.programs * blocks, count, count, device=device)
+    grams = torch.empty(dealt.programs * blocks, count, count, dtype=torch.float32, device=device)
     launch(
         multi_horizon_linear_monitor, dealt.programs * blocks, device,
         rows.hidden, rows.sums, tuple(states), shares, args.scale, of_hidden, partial, grams,

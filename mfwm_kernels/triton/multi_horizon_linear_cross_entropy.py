@@ -269,7 +269,7 @@ def cross_entropy(
 def normalisers_of(args: Arguments, logits: Tensor) -> Tensor:
     """[rows * F] of logits [rows, F * V]."""
     rows, vocabulary = logits.shape[0] * args.factored, logits.shape[1] // args.factored
-    out = torch.empty(rows, device=logits.device)
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     tile_rows, block, warps = tile_of(vocabulary, LOOPED)
     launch(
         multi_horizon_linear_normalisers, ceil_div(rows, tile_rows), logits.device,

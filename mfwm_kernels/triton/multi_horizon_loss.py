@@ -310,10 +310,10 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         done += len(members)
         met.update(horizons)
 
-    total = torch.empty((), device=device)
-    means = torch.empty(count, device=device)
+    total = torch.empty((), dtype=torch.float32, device=device)
+    means = torch.empty(count, dtype=torch.float32, device=device)
     counts_out = torch.empty(count, dtype=torch.int64, device=device)
-    agreement = torch.empty(shape, device=device)
+    agreement = torch.empty(shape, dtype=torch.float32, device=device)
     agreement_counts = torch.empty(shape, dtype=torch.int64, device=device)
     launch(
         multi_horizon_loss_finish, 1, device,
@@ -350,7 +350,7 @@ def _launch_chain(
     last = positions + args.offsets[horizons[-1]]
     moments = max(0, (last if any(g is not None for g in outputs) else min(last, frames)) - first)
     programs = batch * moments * tiling.tiles if positions else 0
-    partial = torch.empty(len(members), programs, device=video.device)
+    partial = torch.empty(len(members), programs, dtype=torch.float32, device=video.device)
     levels = [tiling.level(args.factors[i]) for i in horizons]
     rows = tuple(row for row, t in enumerate(members) if t >= count)
     near = tuple(horizons.index(pairs[members[row] - count][0]) for row in rows)
