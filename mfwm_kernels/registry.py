@@ -1,8 +1,9 @@
 """The Op record, the choice of a backend, and the two ways a call reaches it.
 
 In eager mode a call goes straight to an autograd.Function: the registered-op boundary costs tens of microseconds.
-Under torch.compile, and with tensors that have no data (fake ones), it goes through `torch.ops.mfwm.<name>`,
-registered here from the same record. The `reference` backend is plain PyTorch: the compiler traces through it.
+Under torch.compile, and where torch watches or transforms the call (transforms.py), it goes through
+`torch.ops.mfwm.<name>`, registered here from the same record. The `reference` backend is plain PyTorch: the compiler
+traces through it.
 
 An op's *flat arguments* are a NamedTuple of tensors, tensor lists, numbers and strings, in the order of its schema.
 A backend is a module `mfwm_kernels.<backend>.<op>` with
@@ -30,7 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import has_data, names
+from .arguments import names
+from .transforms import is_watched, refuse_transforms, resolved
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -267,14 +269,18 @@ def spread(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 
 def call(op: Op, args: Any) -> list[Tensor]:
     """Run `op` on checked flat arguments; the outputs are those of `op.reference`."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        args = resolved(args)
     backend = choose(op, args)
     leaves = leaves_of(op, args)
     grad = torch.is_grad_enabled()
     wanted = [grad and leaf.requires_grad for leaf in leaves]
-    if torch.compiler.is_compiling() or not has_data(first_tensor(args)):
+    if compiling or is_watched(args):
         if backend == "reference":
             outputs = list(op.reference(*args))
         else:
+            refuse_transforms(op.name, args)
             flat = getattr(torch.ops.mfwm, op.name).default(*args, wanted, backend)
             outputs = list(flat[: len(flat) - (sum(wanted) if op.gradients_in_forward else 0)])
         return [outputs[0], *(o.detach() for o in outputs[1:])] if op.gradients_in_forward else outputs
@@ -342,18 +348,25 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
-        module = load(op, ctx.backend)
+        grads = resolved(grads)
+        module, watched = load(op, ctx.backend), is_watched(grads)
         if op.gradients_in_forward:
-            # The first backward scales the stored gradients in place and lets go of them; another one makes them again.
+            # The first backward scales the stored gradients in place and releases them; another one recomputes them.
             extras, ctx.extras = ctx.extras, None
             if extras is None:
                 extras = module.forward(kept(ctx, op)[0], wanted)[1]
             assert grads[0] is not None
-            scaled = getattr(module, "scale", scale_in_place)(extras, grads[0])
+            if watched:
+                scaled = multiplied(extras, grads[0])
+            else:
+                scaled = getattr(module, "scale", scale_in_place)(extras, grads[0])
             gradients = [g if g.dtype == dtype else g.to(dtype) for dtype, g in zip(ctx.dtypes, scaled, strict=True)]
         else:
             args, outputs = kept(ctx, op)
-            gradients = module.backward(args, wanted, list(grads), *([outputs] if op.outputs_in_backward else []))
+            if watched:
+                gradients = registered_backward(op, args, list(grads), wanted, ctx.backend, outputs)
+            else:
+                gradients = module.backward(args, wanted, list(grads), *([outputs] if op.outputs_in_backward else []))
         return (None, None, None, None, *spread(wanted, gradients))
 
 
@@ -408,6 +421,11 @@ def laid_out_like(leaf: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == expected else torch.empty_like(leaf, dtype=gradient.dtype).copy_(gradient)
 
 
+def multiplied(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """gradients * upstream, in fp32 (fp64 for fp64): a loss scale may not be representable in the gradients' dtype."""
+    return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * upstream for gradient in gradients]
+
+
 def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
     """gradients *= upstream, without touching them where it is known to be 1."""
     if upstream.device.type == "cpu":
@@ -445,12 +463,25 @@ def schema_of(op: Op) -> str:
     return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
 
 
+def registered_backward(
+    op: Op, args: Any, grads: list[Tensor | None], wanted: list[bool], backend: str, outputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The gradients of the wanted leaves, by the registered op."""
+    backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default
+    returned = backward_op(*args, grads, wanted, backend, *([outputs] if op.outputs_in_backward else []))
+    gradients, written = returned[: sum(wanted)], returned[sum(wanted) :]
+    targets = [getattr(args, name) for name in op.mutated_in_backward if getattr(args, name) is not None]
+    for target, value in zip(targets, written, strict=True):
+        target.copy_(value)
+    return gradients
+
+
 def _register_with_torch(op: Op) -> None:
     count = len(op.arguments.__annotations__)
 
     def forward(*flat: Any) -> list[Tensor]:
         args, (wanted, backend) = op.arguments(*flat[:count]), flat[count:]
-        outputs, extras = load(op, backend).forward(args, list(wanted))
+        outputs, extras = load(op, backend).forward(args, list(map(bool, wanted)))
         leaves = [leaf for leaf, want in zip(leaves_of(op, args), wanted, strict=True) if want]
         return [*outputs, *(laid_out_like(leaf, extra) for leaf, extra in zip(leaves, extras, strict=bool(extras)))]
 
@@ -463,7 +494,8 @@ def _register_with_torch(op: Op) -> None:
         return outputs
 
     schema = schema_of(op)
-    _library.define(f"{op.name}({schema}, bool[] wanted, str backend) -> Tensor[]")
+    # Flags as int[], because torch.jit.trace knows no bool[].
+    _library.define(f"{op.name}({schema}, int[] wanted, str backend) -> Tensor[]")
     _library.impl(op.name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mfwm::{op.name}", forward_fake, lib=_library)
 
@@ -475,7 +507,10 @@ def _register_with_torch(op: Op) -> None:
             # A backward that has nothing to say of them leaves them as they are.
             written = {n: getattr(args, n).clone() for n in op.mutated_in_backward if getattr(args, n) is not None}
             args = args._replace(**written)
-            return [*load(op, backend).backward(args, list(wanted), list(grads), *outputs), *written.values()]
+            return [
+                *load(op, backend).backward(args, list(map(bool, wanted)), list(grads), *outputs),
+                *written.values(),
+            ]
 
         def backward_fake(*flat: Any) -> list[Tensor]:
             args, (_, wanted, *_) = op.arguments(*flat[:count]), flat[count:]
@@ -483,7 +518,7 @@ def _register_with_torch(op: Op) -> None:
             written = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
             return [*(leaf.new_empty(leaf.shape) for leaf in leaves), *(torch.empty_like(w) for w in written)]
 
-        given = "Tensor?[] grads, bool[] wanted, str backend" + (", Tensor[] outputs" if op.outputs_in_backward else "")
+        given = "Tensor?[] grads, int[] wanted, str backend" + (", Tensor[] outputs" if op.outputs_in_backward else "")
         _library.define(f"{op.name}_backward({schema}, {given}) -> Tensor[]")
         _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mfwm::{op.name}_backward", backward_fake, lib=_library)
@@ -499,20 +534,11 @@ def _register_with_torch(op: Op) -> None:
         if op.gradients_in_forward:
             upstream = grads[0]
             assert upstream is not None
-            # Multiplied in fp32 (fp64 for fp64): a loss scale may not be representable in the gradients' dtype.
             leaves = [leaf for leaf, want in zip(leaves_of(op, args), ctx.wanted, strict=True) if want]
-            gradients = [
-                (extra.to(torch.promote_types(extra.dtype, torch.float32)) * upstream).to(leaf.dtype)
-                for leaf, extra in zip(leaves, extras, strict=True)
-            ]
+            scaled = multiplied(extras, upstream)
+            gradients = [gradient.to(leaf.dtype) for leaf, gradient in zip(leaves, scaled, strict=True)]
         else:
-            backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default
-            outputs = [extras] if op.outputs_in_backward else []
-            returned = backward_op(*args, grads, ctx.wanted, ctx.backend, *outputs)
-            gradients, written = returned[: sum(ctx.wanted)], returned[sum(ctx.wanted) :]
-            targets = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
-            for target, value in zip(targets, written, strict=True):
-                target.copy_(value)
+            gradients = registered_backward(op, args, grads, ctx.wanted, ctx.backend, extras)
         nested = gradients_by_field(op, args, spread(ctx.wanted, gradients))
         # torch takes an empty list, whatever it is of, for a list of tensors.
         by_field = [nested.get(n, [] if getattr(args, n) == [] else None) for n in op.arguments.__annotations__]

@@ -254,7 +254,7 @@ def reference(
 
 def pooled_target(ids: Tensor, keep: Tensor, factor: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean one-hot of the kept ids of each factor x factor cell, [B, T_v, h, w, F, V], and whether any is kept."""
-    one_hot = F.one_hot(ids.where(keep, 0), vocabulary).to(dtype) * keep[..., None]
+    one_hot = ((ids[..., None] == torch.arange(vocabulary, device=ids.device)) & keep[..., None]).to(dtype)
     kept = pool_grid(keep.to(dtype)[..., None], factor)
     return pool_grid(one_hot, factor) / kept.where(kept > 0, 1), kept[..., 0] > 0
 
