@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .arguments import names
-from .transforms import is_watched, refuse_transforms, resolved
+from .transforms import refuse_transforms, settle
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -269,14 +269,13 @@ def spread(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 
 def call(op: Op, args: Any) -> list[Tensor]:
     """Run `op` on checked flat arguments; the outputs are those of `op.reference`."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        args = resolved(args)
+    # The compiler sees the registered op in any case.
+    args, watched = (args, True) if torch.compiler.is_compiling() else settle(args)
     backend = choose(op, args)
     leaves = leaves_of(op, args)
     grad = torch.is_grad_enabled()
     wanted = [grad and leaf.requires_grad for leaf in leaves]
-    if compiling or is_watched(args):
+    if watched:
         if backend == "reference":
             outputs = list(op.reference(*args))
         else:
@@ -348,8 +347,7 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
-        grads = resolved(grads)
-        module, watched = load(op, ctx.backend), is_watched(grads)
+        (grads, watched), module = settle(grads), load(op, ctx.backend)
         if op.gradients_in_forward:
             # The first backward scales the stored gradients in place and releases them; another one recomputes them.
             extras, ctx.extras = ctx.extras, None
@@ -380,13 +378,13 @@ def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
     Saved so, a tensor that is changed in place before a backward that reads it is an error. What the backward itself
     writes stays on ctx: it may be written again.
     """
-    written = [getattr(args, name) for name in op.mutated_in_backward]
+    written = [getattr(args, name) for name in op.mutated_in_backward if getattr(args, name) is not None]
     tensors: list[Tensor] = []
 
     def put(value: Any) -> Any:
-        if isinstance(value, list):
+        if type(value) is list and not is_numbers(value):
             return [put(entry) for entry in value]
-        if not isinstance(value, Tensor) or any(value is w for w in written):
+        if not isinstance(value, Tensor) or (written and any(value is w for w in written)):
             return value
         tensors.append(value)
         return _SAVED
@@ -395,12 +393,17 @@ def keep(ctx: Any, op: Op, args: Any) -> list[Tensor]:
     return tensors
 
 
+def is_numbers(value: list[Any]) -> bool:
+    """Whether a list of the flat arguments holds numbers, and no tensors."""
+    return bool(value) and type(value[0]) in (int, float)
+
+
 def kept(ctx: Any, op: Op) -> tuple[Any, list[Tensor]]:
     """The flat arguments again, and what was saved after them."""
     rest = iter(ctx.saved_tensors)
 
     def take(value: Any) -> Any:
-        if isinstance(value, list):
+        if type(value) is list and not is_numbers(value):
             return [take(entry) for entry in value]
         return next(rest) if value is _SAVED else value
 

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
-
-# Other classes, such as FakeTensor and DTensor, may have no storage to read, or more to do than an op shows.
-PLAIN = (Tensor, torch.nn.Parameter)
+from torch.nn import Parameter
 
 
 def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
@@ -28,16 +26,47 @@ def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from (entry for entry in value if isinstance(entry, Tensor))
 
 
-def is_watched(args: Iterable[Any]) -> bool:
-    """Whether torch must see the call as an op: something watches this thread (a tracer, a dispatch mode, a transform
-    of torch.func, a level of forward mode), or a tensor is of a class of its own."""
+def settle(args: Any) -> tuple[Any, bool]:
+    """Flat arguments with pending negations carried out, since a kernel would read the memory without the sign; and
+    whether torch must see the call as an op.
+
+    It must where something watches this thread (a tracer, a dispatch mode, a transform of torch.func, a level of
+    forward mode), or where a tensor is of a class of its own. One pass in plain loops: every eager call pays for it.
+    """
+    watched = is_thread_watched()
+    negated = False
+    for value in args:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            negated |= value.is_neg()
+        elif kind is list:
+            for entry in value:
+                kind = type(entry)
+                if kind is Tensor or kind is Parameter:
+                    negated |= entry.is_neg()
+                elif isinstance(entry, Tensor):
+                    watched = True
+        elif isinstance(value, Tensor):
+            # FakeTensor, DTensor and others may have no storage to read, or more to do than an op shows.
+            watched = True
+    return (resolved(args) if negated else args), watched
+
+
+def is_thread_watched() -> bool:
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
         or _functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
-        or any(type(tensor) not in PLAIN for tensor in tensors_of(args))
     )
+
+
+def resolved(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.resolve_neg()
+    if hasattr(value, "_fields"):
+        return type(value)(*map(resolved, value))
+    return [resolved(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def refuse_transforms(name: str, args: Iterable[Any]) -> None:
@@ -60,16 +89,3 @@ def layers_of(tensor: Tensor) -> Iterator[Tensor]:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         yield tensor
         tensor = _functorch.get_unwrapped(tensor)
-
-
-def resolved(args: Any) -> Any:
-    """Flat arguments whose pending negations are carried out: a kernel would read the memory without the sign."""
-    if not any(tensor.is_neg() for tensor in tensors_of(args)):
-        return args
-
-    def resolve(value: Any) -> Any:
-        if type(value) is list:
-            return [resolve(entry) for entry in value]
-        return value.resolve_neg() if isinstance(value, Tensor) else value
-
-    return type(args)(*map(resolve, args)) if hasattr(args, "_fields") else [resolve(value) for value in args]

@@ -67,7 +67,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(registry.ABSENT, backend, "")
     monkeypatch.setattr(registry, "served_devices", lambda backend: ("meta",))
     # The mode is to see what happens within an op.
-    monkeypatch.setattr(registry, "is_watched", lambda args: False)
+    monkeypatch.setattr(registry, "settle", lambda args: (args, False))
     for name in ("cpu.multi_horizon_loss", "cuda.multi_horizon_loss", "cuda.video_pyramid"):
         module = importlib.import_module(f"mfwm_kernels.{name}")
         monkeypatch.setattr(module, "raw", lambda tensor: None)
