@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from mfwm.models.rollout import Roller, as_frames
+from mfwm.models.sizes import DEMO_MODEL
 from mfwm.models.world_model import WorldModel
-from mfwm.presets import DEMO
 from torch import Tensor
 
 from .bench_ops import figures
@@ -26,7 +26,7 @@ SEEN, STEPS = 4, 64
 
 def measure(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
-    config = DEMO.model
+    config = DEMO_MODEL
     model = WorldModel(config).to(device).eval()
     # Heads of changes start at zero: the model would copy its last frame.
     torch.nn.init.normal_(model.heads.heads[0].weight, std=0.02)  # type: ignore[arg-type]

@@ -10,28 +10,13 @@ from dataclasses import replace
 from mfwm_kernels import Horizons
 
 from .models.heads_config import HeadsConfig
-from .models.sizes import TRUNKS, variants
+from .models.sizes import DEMO_MODEL, TRUNKS, variants
 from .models.tokenizer import TokenizerConfig
 from .models.world_model import WorldModelConfig
 from .training.world_model import TrainingConfig
 
-# The run of benchmarks/results/demo.json: 4.3 million parameters; one block per far horizon on a grid of half the
-# resolution. Far losses are larger (the world has moved on), and with equal weights they crowd out the next frame early
-# in training. Attention reaches half the context back, so a rollout goes on for ever at one position a frame.
-DEMO = TrainingConfig(
-    data="",
-    model=WorldModelConfig(
-        positions="rope",
-        window=8,
-        heads=HeadsConfig(
-            patch_sizes=(8, 8, 4, 2),
-            blocks=(0, 1, 1, 1),
-            lag_gate=True,
-            weights=(1.0, 0.5, 0.25, 0.125),
-            consistency=(0.0, 0.05, 0.05, 0.05),
-        ),
-    ),
-)
+# The run of benchmarks/results/demo.json.
+DEMO = TrainingConfig(data="", model=DEMO_MODEL)
 
 # What the tokens of `mfwm demo --tokens` are predicted with.
 TOKENS = TrainingConfig(

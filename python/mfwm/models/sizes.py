@@ -1,4 +1,4 @@
-"""Sizes of world models from 1M to 1B parameters, and the heads that are compared on each."""
+"""The demo's world model, sizes from 1M to 1B parameters, and the heads that are compared on each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from mfwm_kernels import Horizons
 from .heads_config import HeadsConfig
 from .world_model import WorldModelConfig
 
+# 4.3 million parameters; one block per far horizon on a grid of half the resolution. Far losses are larger (the world
+# has moved on), and with equal weights they crowd out the next frame early in training. Attention reaches half the
+# context back, so a rollout goes on for ever at one position a frame.
+DEMO_MODEL = WorldModelConfig(
+    positions="rope",
+    window=8,
+    heads=HeadsConfig(
+        patch_sizes=(8, 8, 4, 2),
+        blocks=(0, 1, 1, 1),
+        lag_gate=True,
+        weights=(1.0, 0.5, 0.25, 0.125),
+        consistency=(0.0, 0.05, 0.05, 0.05),
+    ),
+)
 # Named by the parameters of the trunk, 16 width^2 a layer. From 60M on, four pixels a token instead of eight.
 TRUNKS: dict[str, WorldModelConfig] = {
     "1m": WorldModelConfig(patch=8, width=128, layers=4, head_width=32),
