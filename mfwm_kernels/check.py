@@ -1,19 +1,27 @@
-"""python -m mfwm_kernels.check [--json FILE]: is this installation right, and how fast is it?
+"""python -m mfwm_kernels.check [--op OP ...] [--backend ...] [--dtype ...] [--json FILE]: is this installation right?
 
 Every op on every backend present, in every dtype that it serves, on the op's own samples: values and gradients against
-`reference` in fp64. Then the time of a forward and backward at the op's smallest benchmark size, the achieved GB/s or
-TFLOP/s, and the share of the roof that was measured on this device in the same run. Exit status 1 if anything fails.
+`reference` in fp64. And is it fast: the time of a forward and backward in bf16 at the op's smallest benchmark size, the
+achieved GB/s or TFLOP/s, and the share of the roof that was measured on this device in the same run.
+
+What fails is printed when it fails, and FILE is replaced after every row, so a run that is cut off loses only the rows
+that it had not finished. Exit status 1 if anything fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +32,25 @@ from .registry import OPS, Op, use_backend
 
 # Relative norm of the difference, of the contract.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 2e-2}
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The ops with the most intricate kernels come first: a run that is cut off has then told the most.
+ORDER = ("multi_horizon_loss", "multi_horizon_linear_cross_entropy", "multi_horizon_linear", "fan_out", "video_pyramid")
+
+
+class Case(NamedTuple):
+    """What a row is about."""
+
+    op: str
+    backend: str
+    device: torch.device
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.op} on {self.backend}, {self.dtype}"
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device.type == "cpu"
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -83,22 +109,49 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def largest_error(op: Op, backend: str, dtype: torch.dtype, device: torch.device) -> float:
-    """Over all samples, outputs and gradients; infinite where the backend raises or shapes differ."""
-    torch.manual_seed(1)
-    worst = 0.0
-    for sample in op.samples(dtype, device):
-        exact_sample = doubled(sample)
-        got, want = run(op, sample, backend), run(op, exact_sample, "reference")
-        for a, b in zip([*got[0], *got[1]], [*want[0], *want[1]], strict=True):
-            if a.shape != b.shape:
-                return float("inf")
-            error = relative_error(a, b)
-            # Weights of horizons stay fp32 in a fp64 call, and so does their gradient's rounding.
-            if a.is_floating_point() and TOLERANCE[a.dtype] > TOLERANCE[dtype] and error <= TOLERANCE[a.dtype]:
-                continue
-            worst = max(worst, error)
-    return worst
+def places_of(op: Op, kwargs: dict[str, Any], outputs: int) -> list[str]:
+    """What each tensor of `run` is, in its order."""
+    names = [f"output {i}" for i in range(outputs)]
+    for name in op.differentiable:
+        value = kwargs.get(name)
+        entries = (
+            [(name, value)] if isinstance(value, Tensor) else [(f"{name}[{i}]", t) for i, t in enumerate(value or ())]
+        )
+        names += [f"gradient of {place}" for place, t in entries if isinstance(t, Tensor) and t.is_floating_point()]
+    return names
+
+
+def compare(op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype) -> tuple[float, list[str]]:
+    """The largest relative error of outputs and gradients, and what is wrong with each tensor that is not right."""
+    got, want = run(op, sample, backend), run(op, doubled(sample), "reference")
+    worst, problems = 0.0, []
+    places = places_of(op, sample, len(got[0]))
+    for place, a, b in zip(places, [*got[0], *got[1]], [*want[0], *want[1]], strict=False):
+        if a.shape != b.shape:
+            worst = float("inf")
+            problems.append(f"{place} has shape {list(a.shape)}, not {list(b.shape)}")
+            continue
+        error = relative_error(a, b)
+        # Weights of horizons stay fp32 in a fp64 call, and so does their gradient's rounding.
+        if a.is_floating_point() and TOLERANCE[a.dtype] > TOLERANCE[dtype] and error <= TOLERANCE[a.dtype]:
+            continue
+        worst = max(worst, error)
+        if not error <= TOLERANCE[dtype]:
+            problems.append(f"{place}: relative error {error:.2e} is above {TOLERANCE[dtype]:.0e}, {farthest(a, b)}")
+    if len(got[0]) + len(got[1]) != len(want[0]) + len(want[1]):
+        worst = float("inf")
+        problems.append(f"{len(got[0])} outputs and {len(got[1])} gradients, not {len(want[0])} and {len(want[1])}")
+    return worst, problems
+
+
+def farthest(got: Tensor, want: Tensor) -> str:
+    """Where two tensors of one shape differ most."""
+    got, want = got.double(), want.double()
+    wrong = int((~got.isfinite()).sum())
+    place = int((got - want).abs().nan_to_num(float("inf")).argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(place), got.shape)]
+    values = f"{got.flatten()[place].item():.4g} for {want.flatten()[place].item():.4g}"
+    return f"at {index} of {list(got.shape)} {values}" + (f", {wrong} of {got.numel()} not finite" if wrong else "")
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device, budget: float) -> float:
@@ -164,72 +217,170 @@ def backends_of(op: Op) -> list[tuple[str, torch.device]]:
     return pairs
 
 
+def cases(ops: Sequence[str], backends: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
+    """All that can run here, the ops of ORDER first."""
+    first = {name: place for place, name in enumerate(ORDER)}
+    return [
+        Case(name, backend, device, dtype)
+        for name in sorted(ops, key=lambda name: first.get(name, len(first)))
+        for backend, device in backends_of(OPS[name])
+        for dtype in dtypes
+        if backend in backends and (backend == "reference" or DTYPES[dtype] in OPS[name].backends[backend].dtypes)
+    ]
+
+
+def check_row(case: Case) -> dict[str, Any]:
+    """The row of a case. Each sample that fails is printed when it does; the others run all the same."""
+    op, dtype = OPS[case.op], DTYPES[case.dtype]
+    torch.manual_seed(1)
+    worst, count = 0.0, 0
+    problems: list[str] = []
+    failed: list[int] = []
+
+    def report(problem: str) -> None:
+        problems.append(problem)
+        print(f"      {case}, {problem}", flush=True)
+
+    try:
+        for number, sample in enumerate(op.samples(dtype, case.device)):
+            count = number + 1
+            try:
+                error, wrong = compare(op, case.backend, sample, dtype)
+            except Exception as raised:  # A backend that raises is a row that fails, not the end of the check.
+                error, wrong = float("inf"), [f"{type(raised).__name__}: {raised}"]
+                print(traceback.format_exc(limit=-4), end="", flush=True)
+            worst = max(worst, error)
+            for problem in wrong:
+                report(f"sample {number}: {problem}")
+            if wrong:
+                failed.append(number)
+                if case.device.type == "cuda":
+                    torch.cuda.synchronize()
+    except Exception as raised:
+        # After a fault on the GPU nothing runs in this process any more, not even what makes a sample.
+        worst = float("inf")
+        report(f"nothing runs after {count} samples: {type(raised).__name__}: {raised}")
+    return row_of(case, worst, problems, f"{len(failed)} of {count} samples" if problems else "")
+
+
+def row_of(case: Case, error: float, problems: Sequence[str], failed: str) -> dict[str, Any]:
+    return {
+        "op": case.op,
+        "backend": case.backend,
+        "device": str(case.device),
+        "interpreted": case.interpreted,
+        "dtype": case.dtype,
+        "error": error,
+        "tolerance": TOLERANCE[DTYPES[case.dtype]],
+        "passed": not problems,
+        "failed": failed,
+        "problem": problems[0] if problems else "",
+        "problems": list(problems),
+    }
+
+
+def rows_here(chosen: Sequence[Case], measured: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
+    """The rows of all cases; right bf16 kernels are timed where a roof was measured."""
+    for case in chosen:
+        row = check_row(case)
+        if row["passed"] and case.dtype == "bfloat16" and case.device.type in measured and not case.interpreted:
+            try:
+                row.update(timing(OPS[case.op], case.backend, case.device, measured[case.device.type], 0.5))
+            except Exception as raised:  # As in check_row.
+                problem = f"it cannot be timed: {type(raised).__name__}: {raised}"
+                print(f"      {case}, {problem}", flush=True)
+                row = row_of(case, row["error"], [problem], "no sample")
+        yield row
+
+
+def rows_apart(chosen: Sequence[Case], jobs: int) -> Iterator[dict[str, Any]]:
+    """The rows of all cases as they end, each from a process of its own: a fault on a GPU ends one process's work."""
+    context = multiprocessing.get_context("spawn")
+    waiting, running = list(chosen), dict[Connection, tuple[Any, Case]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                case = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_send_row, args=(sender, case), daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = process, case
+            ready = wait(list(running))
+            for receiver in [r for r in running if r in ready]:
+                process, case = running.pop(receiver)
+                try:
+                    yield receiver.recv()
+                except EOFError:
+                    process.join()
+                    problem = f"its process ended with exit code {process.exitcode}"
+                    print(f"      {case}, {problem}", flush=True)
+                    yield row_of(case, float("inf"), [problem], "all samples")
+    finally:
+        for process, _ in running.values():
+            process.kill()
+
+
+def _send_row(sender: Connection, case: Case) -> None:
+    # An interrupt goes to the whole group; the parent process ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sender.send(check_row(case))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.check", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--json", metavar="FILE", help="keep the rows in FILE")
+    parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
+    parser.add_argument("--backend", nargs="+", choices=registry.BACKENDS, help="by default all that are present")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--json", metavar="FILE", type=Path, help="keep the rows in FILE")
     parser.add_argument("--no-timing", action="store_true", help="values and gradients only")
+    parser.add_argument("--jobs", type=int, metavar="N", help="each row in a process of its own, N at a time, untimed")
     arguments = parser.parse_args()
+    if arguments.jobs is not None and (arguments.jobs < 1 or not arguments.no_timing):
+        parser.error(f"--jobs must be at least 1 and needs --no-timing; got {arguments.jobs}")
 
-    measured = {
-        device.type: roofs(device, 0.5)
-        for device in {device for op in OPS.values() for _, device in backends_of(op)}
-        if not arguments.no_timing
-    }
+    absent = [name for name in arguments.backend or () if registry.ABSENT[name]]
+    for name in absent:
+        print(f"FAIL  {name} is absent: {registry.ABSENT[name]}", flush=True)
+    chosen = cases(arguments.op, arguments.backend or registry.BACKENDS, arguments.dtype)
+    devices = {case.device for case in chosen if not arguments.no_timing and not case.interpreted}
+    measured = {device.type: roofs(device, 0.5) for device in devices}
     for device_type, roof in measured.items():
         print(
             f"roofs on {device_type}: copy {roof['bytes_per_s'] / 1e9:.1f} GB/s, "
             f"GEMM {roof['flops_per_s'] / 1e12:.2f} TFLOP/s"
         )
     rows: list[dict[str, Any]] = []
-    for op in OPS.values():
-        for backend, device in backends_of(op):
-            speed: dict[str, Any] = {}
-            interpreted = backend == "triton" and device.type == "cpu"
-            if not arguments.no_timing and not interpreted:
-                speed = timing(op, backend, device, measured[device.type], 0.5)
-            for dtype in DTYPES:
-                if backend != "reference" and dtype not in op.backends[backend].dtypes:
-                    continue
-                rows.append(check_row(op, backend, device, dtype, interpreted))
-                if dtype == torch.bfloat16:
-                    rows[-1].update(speed)
-                print(line_of(rows[-1]), flush=True)
-    failed = [row for row in rows if not row["passed"]]
-    print(f"{len(rows) - len(failed)} passed, {len(failed)} failed")
-    for row in failed:
-        print(f"FAILED {row['op']} on {row['backend']}, {row['dtype']}: {row['problem']}")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"environment": info.environment(), "roofs": measured, "rows": rows}, file, indent=2)
-    sys.exit(bool(failed))
-
-
-def check_row(op: Op, backend: str, device: torch.device, dtype: torch.dtype, interpreted: bool) -> dict[str, Any]:
-    problem = ""
+    environment = info.environment()
     try:
-        error = largest_error(op, backend, dtype, device)
-    except Exception as raised:  # A backend that raises is a row that fails, not the end of the check.
-        error, problem = float("inf"), f"{type(raised).__name__}: {raised}"
-    passed = error <= TOLERANCE[dtype]
-    if not passed and not problem:
-        problem = f"relative error {error:.2e} is above {TOLERANCE[dtype]:.0e}"
-    return {
-        "op": op.name,
-        "backend": backend,
-        "device": str(device),
-        "interpreted": interpreted,
-        "dtype": str(dtype).removeprefix("torch."),
-        "error": error,
-        "tolerance": TOLERANCE[dtype],
-        "passed": passed,
-        "problem": problem,
-    }
+        for row in rows_apart(chosen, arguments.jobs) if arguments.jobs else rows_here(chosen, measured):
+            rows.append(row)
+            print(line_of(row), flush=True)
+            if arguments.json:
+                keep(arguments.json, {"environment": environment, "roofs": measured, "rows": rows})
+    finally:
+        failed = [row for row in rows if not row["passed"]]
+        print(f"{len(rows) - len(failed)} passed, {len(failed)} failed, {len(chosen) - len(rows)} did not end")
+        for row in failed:
+            print(f"FAILED {row['op']} on {row['backend']}, {row['dtype']}: {row['failed']}, {row['problem']}")
+        ended = {(row["op"], row["backend"], row["dtype"]) for row in rows}
+        for case in chosen:
+            if (case.op, case.backend, case.dtype) not in ended:
+                print(f"NOT ENDED {case}", flush=True)
+    sys.exit(bool(failed or absent))
+
+
+def keep(file: Path, results: dict[str, Any]) -> None:
+    """Written beside and renamed, so that FILE is whole at any time."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(results, indent=2))
+    partial.replace(file)
 
 
 def line_of(row: dict[str, Any]) -> str:
     line = (
         f"{'PASS' if row['passed'] else 'FAIL'}  {row['op']:36} {row['backend']:10} {row['dtype']:9} "
-        f"error {row['error']:.1e} (<= {row['tolerance']:.0e})"
+        f"error {row['error']:.1e} (<= {row['tolerance']:.0e})" + (row["failed"] and f", {row['failed']} fail")
     )
     if "seconds" in row:
         line += (
