@@ -29,6 +29,8 @@ LINES = {
     "train": bench_train.line_of,
     "rollout": bench_rollout.line_of,
 }
+# Of ops and of training steps.
+CONTENDERS = tuple(dict.fromkeys((*bench_ops.CONTENDERS, *bench_train.CONTENDERS)))
 
 
 def main() -> None:
@@ -39,6 +41,9 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
     parser.add_argument("--size", nargs="+", metavar="SIZE", help="by default all that suit the device")
     parser.add_argument("--dtype", nargs="+", choices=list(bench_ops.DTYPES), default=list(bench_ops.DTYPES))
+    parser.add_argument(
+        "--contender", nargs="+", choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}"
+    )
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of measuring per contender and size")
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further size after that")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
@@ -67,21 +72,24 @@ def main() -> None:
             print(f"stopped after {arguments.stop_after:.0f} s: {what} and what follows did not run")
             return
         rows = []
-        for row in rows_of():
-            rows.append(row)
-            print(LINES[table](row), flush=True)
-        keep(out, table, rows)
+        try:
+            for row in rows_of():
+                rows.append(row)
+                print(LINES[table](row), flush=True)
+        finally:
+            keep(out, table, rows)
         bench_ops.release(device)
 
 
 def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, Callable[[], Iterator[Any]]]]:
     """(what, table, function that measures its rows), the most telling first."""
+    chosen = arguments.contender or CONTENDERS
     if arguments.only in (None, "ops"):
         for name in arguments.op:
             op = OPS[name]
             sizes = arguments.size or bench_ops.sizes_of(op, device)
             for size, dtype in itertools.product([s for s in sizes if s in op.bench], arguments.dtype):
-                measured = functools.partial(bench_ops.measure, op, size, dtype, device, arguments.budget)
+                measured = functools.partial(bench_ops.measure, op, size, dtype, device, arguments.budget, chosen)
                 yield f"{name} at {size} in {dtype}", "ops", measured
     if arguments.only == "scaling" or (arguments.only is None and not arguments.size):
         for axis, dtype in itertools.product(bench_scaling.AXES, arguments.dtype):
@@ -90,7 +98,8 @@ def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[
     if arguments.only in (None, "train"):
         for size in arguments.size or bench_train.sizes_of(device):
             if size in bench_train.SIZES:
-                measured = functools.partial(bench_train.measure, size, device, arguments.budget)
+                stepped = [name for name in bench_train.CONTENDERS if name in chosen]
+                measured = functools.partial(bench_train.measure, size, device, arguments.budget, stepped)
                 yield f"training at {size}", "train", measured
     if arguments.only == "rollout" or (arguments.only is None and not arguments.size):
         yield "rollouts", "rollout", functools.partial(bench_rollout.measure, device, arguments.budget / 4)

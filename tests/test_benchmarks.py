@@ -1,20 +1,30 @@
-"""What the benchmarks compare does the same work."""
+"""What the benchmarks compare does the same work, is checked before it is timed, and needs few packages."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mfwm.models.world_model import WorldModel, WorldModelConfig
 
-from benchmarks import bench_train
+import benchmarks.__main__ as program
+from benchmarks import bench_ops, bench_train, measure
+from mfwm_kernels.registry import OPS
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("only_next", [False, True], ids=["multi-frame", "next frame"])
 def test_the_written_out_training_step_is_the_same_step(only_next: bool) -> None:
-    config = replace(bench_train.CPU_MODEL, width=32, layers=1, context=10)
+    config = bench_train.SIZES["tiny"][1]
     config = bench_train.next_frame(config) if only_next else config
 
     def loss_and_gradients(written_out: bool) -> list[torch.Tensor]:
@@ -36,3 +46,109 @@ def clips(config: WorldModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     frames = config.context + max(bench_train.OFFSETS)
     video = torch.randint(0, 256, (2, frames, *config.frame), dtype=torch.uint8)
     return video, torch.randint(0, config.actions, (2, frames))
+
+
+# ---- contenders
+
+
+def compiled_as(factor: float, batches: list[int]) -> Callable[..., Any]:
+    """A torch.compile whose code multiplies its outputs by `factor`; it lists the clips of each call."""
+
+    def compile(formula: Any, **_: Any) -> Any:
+        def compiled(actions: torch.Tensor, **rest: Any) -> Any:
+            batches.append(actions.shape[0])
+            return tuple(output * factor for output in formula(actions=actions, **rest))
+
+        return compiled
+
+    return compile
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1.0, True), (1.01, False)])
+def test_torch_compile_is_checked_at_the_size_that_it_is_timed_at(
+    factor: float, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, batches = OPS["action_window_sum"], []
+    monkeypatch.setattr(torch, "compile", compiled_as(factor, batches))
+    rows = {
+        row["contender"]: row
+        for row in bench_ops.measure(op, "cpu", "fp32", CPU, 1e-3, ("eager", "mfwm", "torch.compile"))
+    }
+    assert set(rows) == {"eager", "mfwm cpu", "torch.compile"}
+    assert rows["eager"]["status"] == rows["mfwm cpu"]["status"] == "ok"
+    assert rows["torch.compile"]["status"].startswith("ok" if right else "wrong: relative error 1.0e-02")
+    assert set(batches) == {op.bench["cpu"](torch.float32, CPU)["actions"].shape[0]}
+    assert rows["torch.compile"]["error"] >= rows["eager"]["error"]
+
+
+def test_a_contender_that_fails_is_reported_and_kept_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What follows a fault on a GPU fails too, and can end the program."""
+
+    def faulty(op: Any, backend: str) -> Any:
+        def formula(**_: Any) -> Any:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        return formula
+
+    def dead(*_: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(bench_ops, "ours", faulty)
+    monkeypatch.setattr(bench_ops, "release", dead)
+    monkeypatch.setattr(measure, "keep_blocks", lambda: None)
+    out = tmp_path / "results.json"
+    command = "--only ops --op action_window_sum --size cpu --dtype fp32 --contender mfwm --out"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *command.split(), str(out)])
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        program.main()
+    (row,) = json.loads(out.read_text())["ops"]
+    assert row["status"] == "failed: RuntimeError: an illegal memory access was encountered"
+    assert "illegal memory access" in capsys.readouterr().out
+
+
+# ---- a machine with torch, Triton, numpy, pytest and pybind11 alone
+
+ABSENT = (
+    "av", "einops", "imageio", "matplotlib", "numcodecs", "PIL", "pyarrow", "pytest_benchmark",
+    "safetensors", "tensorboard", "torchmetrics", "tqdm", "tyro", "vector_quantize_pytorch", "zarr",
+)  # fmt: skip
+# Python imports a module of this name as it starts.
+SITECUSTOMIZE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {ABSENT} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "benchmarks --only ops --op action_window_sum --size cpu --dtype fp32 --budget 0.01 --contender eager mfwm",
+        "benchmarks --only train --size tiny --budget 0.01 --contender eager mfwm",
+        "mfwm_kernels.check --no-timing --op action_window_sum multi_horizon_loss",
+        "benchmarks --only rollout --help",
+    ],
+)
+def test_a_bare_machine_checks_and_measures(command: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    module, *arguments = command.split()
+    if module == "benchmarks":
+        arguments += ["--out", str(tmp_path / "results.json")]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **measure.ALLOCATOR, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "--contender" in command:
+        results = json.loads((tmp_path / "results.json").read_text())
+        rows = [*results["ops"], *results["train"]]
+        assert {row["status"] for row in rows} == {"ok"} and len(rows) == 2
