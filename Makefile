@@ -1,4 +1,4 @@
-# make setup | demo | test | bench: everything lives in .venv, runs/ and data/.
+# make setup | demo | test | bench: everything lives in .venv, runs/ and data/. make prebuild: see docs/gpu.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.up-to-date
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup demo test bench clean
+.PHONY: setup demo test bench prebuild clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,18 @@ test: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.report
+
+# The kernels' objects, for benchmarks/gpu_all.sh: they hold no Python, and on the GPU machine only the bindings are left
+# to compile. The list of sums tells there whether the sources are still the same.
+GPU_ARCH ?= 90
+prebuild: setup
+	rm -rf build/prebuilt
+	$(BIN)/cmake -S . -B build/objects -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DMFWM_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=$(GPU_ARCH) -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/objects --target mfwm_cpu mfwm_cuda
+	$(BIN)/cmake --install build/objects --component objects --prefix build/prebuilt
+	find csrc CMakeLists.txt -type f -exec sha256sum {} + >build/prebuilt/sources
 
 clean:
 	rm -rf build dist *.egg-info mfwm_kernels/_native*.so
