@@ -1,7 +1,8 @@
 """python -m benchmarks: every op against its rivals, how costs grow, the multi-frame tax of a training step, rollouts.
 
 Results are kept in benchmarks/results/<device>.json after every size, so a run that is cut off loses one; a second run
-replaces the rows that it measures again. `python -m benchmarks.report` makes the tables and the pictures.
+replaces the rows that it measures again. Exit status 1 if a contender of ours fails or is wrong.
+`python -m benchmarks.report` makes the tables and the pictures.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import itertools
 import json
 import re
-import time
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,6 @@ def main() -> None:
         "--contender", nargs="+", choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}"
     )
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of measuring per contender and size")
-    parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further size after that")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument(
         "--default-allocator",
@@ -66,23 +66,26 @@ def main() -> None:
     out = arguments.out or RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{measure.device_name()}; results in {out}")
-    started = time.monotonic()
-    for what, table, rows_of in work(arguments, device):
-        if arguments.stop_after is not None and time.monotonic() - started > arguments.stop_after:
-            print(f"stopped after {arguments.stop_after:.0f} s: {what} and what follows did not run")
-            return
+    counts = {"passed": 0, "failed": 0, "absent": 0}
+    wrong = False
+    for table, rows_of in work(arguments, device):
         rows = []
         try:
             for row in rows_of():
                 rows.append(row)
                 print(LINES[table](row), flush=True)
+                status = row.get("status", "ok")
+                counts["passed" if status == "ok" else "absent" if status.startswith("absent") else "failed"] += 1
+                wrong |= status != "ok" and row["contender"].startswith("mfwm")
         finally:
             keep(out, table, rows)
         bench_ops.release(device)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    sys.exit(wrong)
 
 
-def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, Callable[[], Iterator[Any]]]]:
-    """(what, table, function that measures its rows), the most telling first."""
+def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
+    """(table, function that measures its rows)."""
     chosen = arguments.contender or CONTENDERS
     if arguments.only in (None, "ops"):
         for name in arguments.op:
@@ -90,19 +93,19 @@ def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[
             sizes = arguments.size or bench_ops.sizes_of(op, device)
             for size, dtype in itertools.product([s for s in sizes if s in op.bench], arguments.dtype):
                 measured = functools.partial(bench_ops.measure, op, size, dtype, device, arguments.budget, chosen)
-                yield f"{name} at {size} in {dtype}", "ops", measured
+                yield "ops", measured
     if arguments.only == "scaling" or (arguments.only is None and not arguments.size):
         for axis, dtype in itertools.product(bench_scaling.AXES, arguments.dtype):
             measured = functools.partial(bench_scaling.measure, axis, dtype, device, arguments.budget / 4)
-            yield f"{axis} in {dtype}", "scaling", measured
+            yield "scaling", measured
     if arguments.only in (None, "train"):
         for size in arguments.size or bench_train.sizes_of(device):
             if size in bench_train.SIZES:
                 stepped = [name for name in bench_train.CONTENDERS if name in chosen]
                 measured = functools.partial(bench_train.measure, size, device, arguments.budget, stepped)
-                yield f"training at {size}", "train", measured
+                yield "train", measured
     if arguments.only == "rollout" or (arguments.only is None and not arguments.size):
-        yield "rollouts", "rollout", functools.partial(bench_rollout.measure, device, arguments.budget / 4)
+        yield "rollout", functools.partial(bench_rollout.measure, device, arguments.budget / 4)
 
 
 def slug(name: str) -> str:

@@ -234,7 +234,8 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
         "`make bench` (or `python -m benchmarks`) measures this machine: forward and backward of every op at the sizes "
         "of its record, eager PyTorch, torch.compile and the libraries that do the same work beside it, each checked "
         "against the fp64 reference before it is timed (torch.compile, which would compile twice, at the full size "
-        "against the eager formula), all of them interleaved; the bare matrix products of multi_horizon_linear and of the token loss stand beside them. The roof of a row is the larger of "
+        "against the eager formula), all of them interleaved; the bare matrix products of "
+        "multi_horizon_linear and of the token loss stand beside them. The roof of a row is the larger of "
         "the fewest bytes over the copy bandwidth and the FLOPs over the rate of a large matrix product, both measured "
         "in the same run. Then the multi-frame tax: a training step with four horizons over the same trunk's "
         "next-frame step. `python -m benchmarks.report` makes this page.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 # Before Triton is imported anywhere: without a GPU its kernels are checked in the interpreter.
@@ -49,6 +50,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         products = str(cpu.product_dtype(torch.bfloat16)).removeprefix("torch.")
         capability = torch.backends.cpu.get_cpu_capability()
         reporter.write_line(f"{info.cpu_name()}, {capability}: bf16 states are multiplied in {products}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--at-once", action="store_true", help="print a failure when it happens, for a run that may be killed"
+    )
+
+
+class AtOnce:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            print(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}", file=sys.__stdout__, flush=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--at-once"):
+        config.pluginmanager.register(AtOnce())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
