@@ -48,8 +48,8 @@ def main() -> None:
                 call()
                 torch.cuda.synchronize()
             print(f"{name} on {backend}, {arguments.size}, {arguments.dtype}, one forward and backward")
-            kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.device_time_total)
-            for kernel in kernels:
+            kernels = [kernel for kernel in profile.key_averages() if kernel.device_time_total]
+            for kernel in sorted(kernels, key=lambda kernel: -kernel.device_time_total):
                 print(f"{kernel.device_time_total:10.1f} us {kernel.count:5} x  {kernel.key[:90]}", flush=True)
 
 
