@@ -32,7 +32,8 @@ from .registry import OPS, Op, use_backend
 
 # Relative norm of the difference, of the contract.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 2e-2}
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 # The ops with the most intricate kernels come first: a run that is cut off has then told the most.
 ORDER = ("multi_horizon_loss", "multi_horizon_linear_cross_entropy", "multi_horizon_linear", "fan_out", "video_pyramid")
 
@@ -225,13 +226,13 @@ def cases(ops: Sequence[str], backends: Sequence[str], dtypes: Sequence[str]) ->
         for name in sorted(ops, key=lambda name: first.get(name, len(first)))
         for backend, device in backends_of(OPS[name])
         for dtype in dtypes
-        if backend in backends and (backend == "reference" or DTYPES[dtype] in OPS[name].backends[backend].dtypes)
+        if backend in backends and (backend == "reference" or NAMED[dtype] in OPS[name].backends[backend].dtypes)
     ]
 
 
 def check_row(case: Case) -> dict[str, Any]:
     """The row of a case. Each sample that fails is printed when it does; the others run all the same."""
-    op, dtype = OPS[case.op], DTYPES[case.dtype]
+    op, dtype = OPS[case.op], NAMED[case.dtype]
     torch.manual_seed(1)
     worst, count = 0.0, 0
     problems: list[str] = []
@@ -271,7 +272,7 @@ def row_of(case: Case, error: float, problems: Sequence[str], failed: str) -> di
         "interpreted": case.interpreted,
         "dtype": case.dtype,
         "error": error,
-        "tolerance": TOLERANCE[DTYPES[case.dtype]],
+        "tolerance": TOLERANCE[NAMED[case.dtype]],
         "passed": not problems,
         "failed": failed,
         "problem": problems[0] if problems else "",
@@ -331,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.check", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
     parser.add_argument("--backend", nargs="+", choices=registry.BACKENDS, help="by default all that are present")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=list(NAMED), default=list(NAMED))
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep the rows in FILE")
     parser.add_argument("--no-timing", action="store_true", help="values and gradients only")
     parser.add_argument("--jobs", type=int, metavar="N", help="each row in a process of its own, N at a time, untimed")
