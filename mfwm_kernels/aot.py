@@ -1,39 +1,52 @@
-"""python -m mfwm_kernels.aot [--arch sm_80 sm_90 sm_100] [--json FILE]: registers and spills of every GPU kernel.
+"""python -m mfwm_kernels.aot [--arch sm_80 sm_90 sm_100] [--json FILE]: every GPU kernel, compiled without a GPU.
 
-The launchers of each op run at the op's benchmark sizes on tensors without storage (device "meta"), in fp32 and bf16,
-forward and backward; what they would launch is compiled instead, with the specialisation that those arguments get.
-Registers, local memory (spills) and shared memory are read from the cubin; those of the CUDA C++ kernels from the
-compiled module, where it was built with nvcc. No GPU is needed. Exit status 1 if a kernel spills.
+All that the launchers of each op launch (mfwm_kernels.launches) is compiled once for each way in which Triton would
+specialise it. A row fails where a kernel does not compile, spills registers, needs more shared memory than the GPU has,
+or overwrites a tile that a dot still reads (mfwm_kernels.pipelines). Registers, local memory and shared memory are read
+from the cubin; those of the CUDA C++ kernels from the compiled module, where it was built with nvcc. Exit status 1 if a
+row fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-import torch
+from typing import Any, NamedTuple
 
 from . import registry
-from .check import converted, tensors_of
-from .registry import OPS, Op, leaves_of
+from .launches import Launch, Pointer, calls, recorded
+from .pipelines import races
+from .registry import OPS, Op
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-DTYPES = (torch.bfloat16, torch.float32)
-META = torch.device("meta")
+# Bytes that a block may have, by the CUDA programming guide.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 
-class _Driver:
+class Variant(NamedTuple):
+    """A launch that Triton compiles in a way of its own, of the call that met it first; `kernel` by module and name."""
+
+    op: str
+    call: str
+    kernel: tuple[str, str]
+    given: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class Driver:
     """Stands for a GPU of one architecture where Triton asks what to compile for."""
 
     def __init__(self, architecture: str) -> None:
@@ -52,62 +65,89 @@ class _Driver:
         return 0
 
 
-def cases(op: Op) -> Iterator[tuple[str, torch.dtype]]:
-    for size in op.bench:
-        for dtype in DTYPES:
-            if dtype in op.backends["triton"].dtypes:
-                yield size, dtype
+def variants(ops: Sequence[Op]) -> list[Variant]:
+    """Of all launches of `ops`, those that differ in what Triton specialises on, by its own key."""
+    from triton.runtime import driver
+
+    # The key is the same on every architecture.
+    driver.set_active(Driver(ARCHITECTURES[0]))
+    found: dict[Any, Variant] = {}
+    for op in ops:
+        for call in calls(op):
+            for launch in recorded(call):
+                function = launch.kernel.fn
+                name = (function.__module__, function.__name__)
+                found.setdefault(
+                    (name, key_of(launch)), Variant(op.name, call.name, name, launch.given, launch.constants)
+                )
+    return list(found.values())
 
 
-def arguments_of(op: Op, size: str, dtype: torch.dtype) -> Any:
-    """The flat arguments of a call at a benchmark size, whose differentiable tensors want gradients."""
-    seen: list[Any] = []
-    kwargs = op.bench[size](dtype, META)
-    kwargs = {
-        name: converted(value, lambda t: t.detach().requires_grad_()) if name in op.differentiable else value
-        for name, value in kwargs.items()
-        if name != "grad_monitor"
-    }
+def key_of(launch: Launch) -> str:
+    """Dtypes, alignments, integers that are 1 or multiples of 16, constants and options, as Triton keys them."""
+    from triton.runtime import driver
 
-    def remember(_: Op, args: Any) -> str:
-        seen.append(args)
-        return "reference"
-
-    with mock.patch.object(registry, "choose", remember):
-        op.public(**kwargs)
-    return seen[0]
+    *_, binder = launch.kernel.device_caches[driver.active.get_current_device()]
+    _, specialization, options = binder(*launch.given, **launch.constants)
+    return f"{specialization} {options}"
 
 
-def launches(op: Op, size: str, dtype: torch.dtype) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(kernel, arguments, constants) of everything that a forward and a backward launch."""
-    from .triton import launch as launcher
-
-    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    args = arguments_of(op, size, dtype)
-    wanted = [leaf.requires_grad for leaf in leaves_of(op, args)]
-    module = registry.load(op, "triton")
-    launcher.instead = lambda kernel, given, constants: recorded.append((kernel, given, constants))
+def compiled_row(architecture: str, variant: Variant) -> dict[str, Any]:
+    row = row_of(architecture, variant)
     try:
-        with torch.no_grad():
-            outputs, extras = module.forward(args, wanted)
-            if op.gradients_in_forward:
-                getattr(module, "scale", registry.scale_in_place)(extras, outputs[0])
-            elif any(wanted):
-                given = [outputs] if op.outputs_in_backward else []
-                module.backward(args, wanted, [torch.empty_like(output) for output in outputs], *given)
-    finally:
-        launcher.instead = None
-    return iter(recorded)
+        compiled = compile_for(architecture, variant)
+        return judged({**row, **resources(compiled)}, races(compiled.asm["ttgir"]))
+    except Exception as raised:  # A kernel that does not compile is a row that fails, not the end of the run.
+        return {**row, "problem": f"{type(raised).__name__}: {raised}"}
 
 
-def compile_for(architecture: str, kernel: Any, given: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+def row_of(architecture: str, variant: Variant) -> dict[str, Any]:
+    config = config_of(variant.given, variant.constants)
+    return {"kernel": variant.kernel[1], "op": variant.op, "arch": architecture, "call": variant.call, "config": config}
+
+
+def judged(row: dict[str, Any], raced: Sequence[str]) -> dict[str, Any]:
+    """The row with its problem, '' for none."""
+    problems = list(raced)
+    if row["local_bytes"]:
+        problems.append(f"spills {row['local_bytes']} bytes")
+    if row["shared_bytes"] > SHARED_BYTES[row["arch"]]:
+        problems.append(f"needs {row['shared_bytes']} bytes of shared memory, a block has {SHARED_BYTES[row['arch']]}")
+    return {**row, "problem": "; ".join(problems)}
+
+
+def compile_for(architecture: str, variant: Variant) -> Any:
     """The compiled kernel, specialised as a launch with these arguments would be."""
     from triton.runtime import driver
 
-    driver.set_active(_Driver(architecture))
-    compiled = kernel.run(*given, grid=(1,), warmup=True, **constants)
+    driver.set_active(Driver(architecture))
+    module, name = variant.kernel
+    kernel = getattr(importlib.import_module(module), name)
+    compiled = kernel.run(*variant.given, grid=(1,), warmup=True, **variant.constants)
     assert compiled.metadata.target.arch == int(architecture.removeprefix("sm_"))
     return compiled
+
+
+def compiled_rows(architectures: Sequence[str], ops: Sequence[Op], jobs: int) -> Iterator[dict[str, Any]]:
+    """A row for each variant of `ops` and architecture, compiled in `jobs` processes."""
+    work = [(architecture, variant) for architecture in architectures for variant in variants(ops)]
+    # Forked, so that a process has the kernels as they are here.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        rows = [pool.submit(compiled_row, *arguments) for arguments in work]
+        for row, arguments in zip(rows, work, strict=True):
+            try:
+                yield row.result()
+            except BrokenProcessPool:
+                yield compiled_alone(*arguments)
+
+
+def compiled_alone(architecture: str, variant: Variant) -> dict[str, Any]:
+    """For what was under way when the compiler ended a process: which variant does that?"""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(compiled_row, architecture, variant).result()
+        except BrokenProcessPool:
+            return {**row_of(architecture, variant), "problem": "the compiler ended its process"}
 
 
 def binary(name: str) -> str:
@@ -117,11 +157,12 @@ def binary(name: str) -> str:
     return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def resources(compiled: Any, folder: str) -> dict[str, int]:
+def resources(compiled: Any) -> dict[str, int]:
     """Registers per thread and bytes of local and shared memory."""
-    cubin = Path(folder) / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    (used,) = (usage_of(line) for line in listing(cubin) if "REG:" in line)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        (used,) = (usage_of(line) for line in listing(cubin) if "REG:" in line)
     # Triton allots shared memory at launch, where the cubin does not see it.
     return {**used, "shared_bytes": int(compiled.metadata.shared)}
 
@@ -153,8 +194,8 @@ def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
             function = line.split()[1].rstrip(":")
         elif "REG:" in line and found == architecture:
             source, kernel, arguments = name_of(function)
-            row = {"kernel": kernel, "op": source, "arch": architecture, "size": "", "config": arguments}
-            yield {**row, **usage_of(line)}
+            row = {"kernel": kernel, "op": source, "arch": architecture, "call": "", "config": arguments}
+            yield judged({**row, **usage_of(line)}, [])
 
 
 def name_of(mangled: str) -> tuple[str, str, str]:
@@ -164,58 +205,55 @@ def name_of(mangled: str) -> tuple[str, str, str]:
 
 
 def config_of(given: tuple[Any, ...], constants: dict[str, Any]) -> str:
-    """What tells two compilations of a kernel apart: dtypes, then the constants."""
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors_of(given)})
+    """What tells most compilations of a kernel apart: dtypes, then the constants."""
+    dtypes = sorted({str(pointer.dtype).removeprefix("torch.") for pointer in pointers_of(given)})
     return " ".join([*dtypes, *(f"{name}={value}".replace(" ", "") for name, value in constants.items())])
 
 
-def rows_of(op: Op, architecture: str, folder: str) -> Iterator[dict[str, Any]]:
-    seen = set()
-    for size, dtype in cases(op):
-        for kernel, given, constants in launches(op, size, dtype):
-            name, config = kernel.fn.__name__, config_of(given, constants)
-            if (name, config) in seen:
-                continue
-            seen.add((name, config))
-            compiled = compile_for(architecture, kernel, given, constants)
-            row = {"kernel": name, "op": op.name, "arch": architecture, "size": size, "config": config}
-            yield {**row, **resources(compiled, folder)}
+def pointers_of(value: Any) -> list[Pointer]:
+    if isinstance(value, tuple):
+        return [pointer for entry in value for pointer in pointers_of(entry)]
+    return [value] if isinstance(value, Pointer) else []
+
+
+def line_of(row: dict[str, Any]) -> str:
+    dtypes = " ".join(word for word in row["config"].split() if "=" not in word)
+    used = "".join(f"{row.get(name, ''):>10}" for name in ("registers", "local_bytes", "shared_bytes"))
+    return f"{row['kernel']:36} {row['arch']:7} {row['call']:30} {dtypes:30}{used} {row['problem'][:60]}".rstrip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.aot", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, metavar="ARCH")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS), metavar="OP")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes that compile")
     parser.add_argument("--json", metavar="FILE", help="keep the rows in FILE")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must not be 1: the interpreter compiles nothing")
     if importlib.util.find_spec("triton") is None:
         parser.error("Triton is not installed")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be >= 1, got {arguments.jobs}")
 
+    chosen = [op for op in OPS.values() if op.name in arguments.op]
+    compiled = compiled_rows(arguments.arch, [op for op in chosen if "triton" in op.backends], arguments.jobs)
+    built = (row for arch in arguments.arch for row in cuda_rows(arch) if row["op"] in arguments.op)
     rows = []
-    print(f"{'kernel':30} {'op':20} {'arch':7} {'size':10} {'dtypes':28} registers   local  shared (bytes)")
-    with tempfile.TemporaryDirectory() as folder:
-        for architecture in arguments.arch:
-            chosen = [OPS[name] for name in arguments.op]
-            compiled = (row for op in chosen if "triton" in op.backends for row in rows_of(op, architecture, folder))
-            built = (row for row in cuda_rows(architecture) if row["op"] in arguments.op)
-            for row in itertools.chain(compiled, built):
-                rows.append(row)
-                dtypes = " ".join(word for word in row["config"].split() if "=" not in word)
-                print(
-                    f"{row['kernel']:30} {row['op']:20} {row['arch']:7} {row['size']:10} {dtypes:28} "
-                    f"{row['registers']:9} {row['local_bytes']:7} {row['shared_bytes']:7}",
-                    flush=True,
-                )
-    spilling = [row for row in rows if row["local_bytes"] > 0]
-    print(f"{len(rows)} compiled, {len(spilling)} spill")
-    for row in spilling:
-        print(f"SPILLS {row['kernel']} of {row['op']} on {row['arch']}: {row['local_bytes']} bytes, {row['config']}")
+    print(f"{'kernel':36} {'arch':7} {'call':30} {'dtypes':30} registers     local    shared (bytes)")
+    for row in itertools.chain(compiled, built):
+        rows.append(row)
+        print(line_of(row), flush=True)
+    failed = [row for row in rows if row["problem"]]
+    for row in failed:
+        where = f"{row['kernel']} of {row['op']} on {row['arch']}"
+        print(f"FAILED {where}, {row['call']}: {row['problem']} ({row['config']})")
+    spilling = sum(row.get("local_bytes", 0) > 0 for row in rows)
+    print(f"{len(rows)} compiled, {len(failed)} failed, {spilling} spill")
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=2)
-    sys.exit(bool(spilling))
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

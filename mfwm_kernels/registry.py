@@ -98,6 +98,8 @@ class Op:
     fake               (args) -> outputs as empty tensors: shapes and dtypes only
     public             the function users call
     samples            (dtype, device) -> keyword arguments of `public`, odd shapes and strides included
+    variants           (dtype, device) -> keyword arguments of further calls: options that `samples` leave out and that
+                       are compiled in their own way. They are compiled ahead of time (mfwm_kernels.aot), never run
     cost               (keyword arguments) -> Cost, forward and backward
     bench              benchmark size -> (dtype, device[, batch]) -> keyword arguments; those named cpu... suit a CPU
     backends           name -> Backend, the faster ones first: `auto` takes the first that serves
@@ -114,6 +116,7 @@ class Op:
     public: Callable[..., Any]
     samples: Callable[[torch.dtype, torch.device], Iterator[dict[str, Any]]]
     cost: Callable[[dict[str, Any]], Cost]
+    variants: Callable[[torch.dtype, torch.device], Iterator[dict[str, Any]]] = lambda dtype, device: iter(())
     bench: Mapping[str, Callable[..., dict[str, Any]]] = field(default_factory=dict)
     backends: Mapping[str, Backend] = field(default_factory=dict)
     gradients_in_forward: bool = False

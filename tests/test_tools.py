@@ -1,8 +1,7 @@
-"""The commands that tell a user what is installed, whether it is right, and how kernels compile."""
+"""The commands that tell a user what is installed and whether it is right."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -12,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from mfwm_kernels import aot, check, registry
+from mfwm_kernels import check, registry
 from mfwm_kernels.registry import OPS
-
-NO_TRITON = importlib.util.find_spec("triton") is None
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,13 +37,6 @@ def test_info_json_lists_the_kernels_of_each_backend() -> None:
         for backend, record in op.backends.items():
             assert table["ops"][name]["backends"][backend]["kernels"] == list(record.kernels)
     assert table["environment"]["native"] == getattr(registry.native, "build_info", None)
-
-
-@pytest.mark.skipif(NO_TRITON, reason="needs Triton")
-def test_no_triton_kernel_is_launched_that_is_not_listed() -> None:
-    for name, op in OPS.items():
-        launched = {kernel.fn.__name__ for size in op.bench for kernel, *_ in aot.launches(op, size, torch.bfloat16)}
-        assert launched <= set(op.backends["triton"].kernels), name
 
 
 def test_info_shows_a_forced_backend() -> None:
@@ -156,25 +145,3 @@ def test_check_starts_with_the_most_telling_ops() -> None:
     named = [case.op for case in check.cases(list(OPS), registry.BACKENDS, ["float32"])]
     assert list(dict.fromkeys(named))[:2] == ["multi_horizon_loss", "multi_horizon_linear_cross_entropy"]
     assert set(named) == set(OPS) and set(check.ORDER) <= set(OPS)
-
-
-@pytest.mark.skipif(NO_TRITON, reason="needs Triton")
-def test_kernels_compile_for_sm_90_without_spills(tmp_path: Path) -> None:
-    done = python(
-        "-m", "mfwm_kernels.aot", "--arch", "sm_90", "--json", str(tmp_path / "aot.json"), TRITON_INTERPRET="0"
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "aot.json").read_text())
-    assert {row["op"] for row in rows} == {name for name, op in OPS.items() if "triton" in op.backends}
-    assert all(row["arch"] == "sm_90" and row["registers"] > 0 and row["local_bytes"] == 0 for row in rows)
-
-
-@pytest.mark.skipif(NO_TRITON, reason="needs Triton")
-def test_a_tile_far_too_large_spills_and_fails() -> None:
-    code = (
-        "import sys; from mfwm_kernels import aot; from mfwm_kernels.triton import video_pyramid as kernels;"
-        "kernels.TARGET = 262144; sys.argv[1:] = ['--arch', 'sm_90', '--op', 'video_pyramid']; aot.main()"
-    )
-    done = python("-c", code, TRITON_INTERPRET="0")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "SPILLS video_pyramid of video_pyramid on sm_90: " in done.stdout

@@ -182,7 +182,7 @@ OP = register(
         },
         backends={
             "cpu": Backend(KERNELS, dtypes=check.FLOATING),
-            "triton": Backend(KERNELS),
+            "triton": Backend((*KERNELS, "action_window_sum_gates")),
         },
     )
 )

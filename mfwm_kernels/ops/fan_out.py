@@ -212,6 +212,23 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
            "norm_weight": normal(8)}  # fmt: skip
 
 
+def conditioning_variants(make: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Variants that fan_out and multi_horizon_linear share, of their genie size: monitors, lag gates, segments."""
+    kwargs = make(dtype, device)
+    batch, positions, width = kwargs["actions"].shape
+    count, offsets = len(kwargs["horizons"]), kwargs["horizons"].offsets
+    lag_weight = torch.empty(count, offsets[-1], width, dtype=dtype, device=device)
+    segment_ids = torch.empty(batch, positions, dtype=torch.int64, device=device)
+    yield {**kwargs, "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}
+    yield {**kwargs, "norm_weight": None, "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}
+    yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids}
+    yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids.int(), "norm_weight": None}
+
+
+def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    yield from conditioning_variants(OP.bench["genie"], dtype, device)
+
+
 def cost(kwargs: dict[str, Any]) -> Cost:
     hidden = kwargs["hidden"]
     pooled = sum(hidden.numel() // p**2 for p in kwargs["pool"])
@@ -249,6 +266,7 @@ OP = register(
         fake=fake,
         public=fan_out,
         samples=samples,
+        variants=variants,
         cost=cost,
         bench={
             "cpu": _bench(4, 16, 16, 512),
@@ -258,7 +276,10 @@ OP = register(
             "1x": _bench(16, 16, 16, 256),
             "wide": _bench(16, 4, 16, 2048),
         },
-        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING), "triton": Backend(KERNELS)},
+        backends={
+            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "triton": Backend((*KERNELS, "action_window_sum_gates")),
+        },
         mutated_in_backward=("norms", "cosines"),
     )
 )

@@ -169,6 +169,11 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     }  # fmt: skip
 
 
+def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    for kwargs in fan_out_op.conditioning_variants(OP.bench["genie"], dtype, device):
+        yield {**kwargs, "biases": [weight[:, 0] for weight in kwargs["weights"]]}
+
+
 def cost(kwargs: dict[str, Any]) -> Cost:
     hidden, columns = kwargs["hidden"], sum(weight.shape[0] for weight in kwargs["weights"])
     rows, width = hidden.numel() // hidden.shape[-1], hidden.shape[-1]
@@ -204,6 +209,7 @@ OP = register(
         fake=fake,
         public=multi_horizon_linear,
         samples=samples,
+        variants=variants,
         cost=cost,
         bench={
             "cpu": _bench(4, 16, 16, 512, (192, 48, 12, 3)),
@@ -211,7 +217,10 @@ OP = register(
             "pixels": _bench(32, 24, 32, 1024, (192, 48, 12, 3)),
             "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
         },
-        backends={"cpu": Backend(KERNELS, dtypes=check.FLOATING), "triton": Backend(KERNELS)},
+        backends={
+            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "triton": Backend((*KERNELS, "action_window_sum_gates")),
+        },
         outputs_in_backward=True,
         mutated_in_backward=("norms", "cosines"),
     )

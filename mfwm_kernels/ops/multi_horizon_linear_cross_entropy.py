@@ -330,6 +330,19 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     }  # fmt: skip
 
 
+def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    kwargs = OP.bench["genie"](dtype, device)
+    tokens, positions = kwargs["tokens"], kwargs["inputs"][0].shape[1]
+    # As many frames as positions: rows of the far horizons are picked by number.
+    yield {**kwargs, "tokens": tokens[:, :positions]}
+    mask = torch.empty(tokens.shape, dtype=torch.bool, device=device)
+    yield {**kwargs, "horizons": Horizons((0, 2, 4, 8), (1, 2, 4, 8)), "token_mask": mask}
+    segment_ids = torch.empty(tokens.shape[:2], dtype=torch.int64, device=device)
+    kwargs.update(softcap=30.0, z_loss=1e-4, label_smoothing=0.1, return_accuracy=True, segment_ids=segment_ids)
+    for detach in DETACH:
+        yield {**kwargs, "consistency_weights": CONSISTENCY, "detach": detach}
+
+
 def cost(kwargs: dict[str, Any]) -> Cost:
     inputs, weight = kwargs["inputs"], kwargs["weight"]
     heads = [weight] if isinstance(weight, Tensor) else list(weight)
@@ -385,6 +398,7 @@ OP = register(
         fake=fake,
         public=multi_horizon_linear_cross_entropy,
         samples=samples,
+        variants=variants,
         cost=cost,
         bench={
             "cpu": _bench(4, 8, 16, 1024, 512),

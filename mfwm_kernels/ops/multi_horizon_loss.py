@@ -292,6 +292,22 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield inputs(bytes_(2, 3, 3, 8, 8), cascade, 0)
 
 
+def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    def with_all(size: str, kind: str) -> dict[str, Any]:
+        kwargs = OP.bench[size](dtype, device)
+        segment_ids = torch.empty(kwargs["video"].shape[:2], dtype=torch.int64, device=device)
+        return {**kwargs, "kind": kind, "residual": True, "segment_ids": segment_ids}
+
+    for kind in KINDS:
+        yield with_all("genie", kind)
+    yield with_all("latents", "l1")
+    tokens = with_all("pixels", "huber")
+    yield tokens
+    shapes = [output_shape(tokens["video"], factor, None) for factor in tokens["horizons"].factors]
+    images = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    yield {**tokens, "preds": images, "patch_sizes": None}
+
+
 def cost(kwargs: dict[str, Any]) -> Cost:
     video, preds = kwargs["video"], kwargs["preds"]
     elements = sum(pred.numel() for pred in preds)
@@ -331,6 +347,7 @@ OP = register(
         fake=fake,
         public=multi_horizon_loss,
         samples=samples,
+        variants=variants,
         cost=cost,
         bench={
             "cpu": _bench(8, 24, 3, 128, (1, 2, 4, 8), None),
@@ -341,7 +358,12 @@ OP = register(
         backends={
             "cpu": Backend(kernels=("multi_horizon_loss",), dtypes=check.FLOATING),
             "triton": Backend(
-                kernels=("multi_horizon_loss", "multi_horizon_loss_finish", "multi_horizon_loss_scale"),
+                kernels=(
+                    "multi_horizon_loss",
+                    "multi_horizon_loss_counts",
+                    "multi_horizon_loss_finish",
+                    "multi_horizon_loss_scale",
+                ),
                 refuses=lambda args: "video is float64" if args.video.dtype == torch.float64 else "",
             ),
             "cuda": Backend(kernels=("multi_horizon_loss", "multi_horizon_loss_scale"), refuses=refused_by_cuda),

@@ -182,6 +182,13 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield {"video": bytes_(2, 0, 3, 8, 8), "factors": (4,), "dtype": dtype}
 
 
+def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    # As tokens, at the benchmarks' sizes.
+    for size, patch in (("genie", 4), ("pixels", 8), ("latents", 2)):
+        kwargs = OP.bench[size](dtype, device)
+        yield {**kwargs, "patch_sizes": (patch,) * len(kwargs["factors"])}
+
+
 def cost(kwargs: dict[str, Any]) -> Cost:
     video, factors = kwargs["video"], kwargs["factors"]
     out = kwargs.get("dtype") or (torch.float32 if video.dtype == torch.uint8 else video.dtype)
@@ -209,6 +216,7 @@ OP = register(
         fake=fake,
         public=video_pyramid,
         samples=samples,
+        variants=variants,
         cost=cost,
         bench={
             "cpu": _bench(8, 24, 3, 128, (1, 2, 4, 8)),

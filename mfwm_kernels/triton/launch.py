@@ -19,8 +19,8 @@ from ..registry import INTERPRETED
 # In the interpreter tl.dot of bf16 gives garbage.
 EMULATED = tl.constexpr(INTERPRETED)
 
-# mfwm_kernels.aot sets this to see what would be launched: it is called in place of the launch.
-instead: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
+# mfwm_kernels.launches sets this to see what would be launched: it is called in place of the launch.
+instead: Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None] | None = None
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
@@ -31,7 +31,7 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **optio
         raise ValueError(f"the call needs {programs} programs of {kernel.__name__}, a launch has fewer than 2**31")
 
     if instead is not None:
-        instead(kernel, args, options)
+        instead(kernel, programs, args, options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **options)
