@@ -77,9 +77,8 @@ def variants(ops: Sequence[Op]) -> list[Variant]:
             for launch in recorded(call):
                 function = launch.kernel.fn
                 name = (function.__module__, function.__name__)
-                found.setdefault(
-                    (name, key_of(launch)), Variant(op.name, call.name, name, launch.given, launch.constants)
-                )
+                variant = Variant(op.name, call.name, name, launch.given, launch.constants)
+                found.setdefault((name, key_of(launch)), variant)
     return list(found.values())
 
 
@@ -98,7 +97,7 @@ def compiled_row(architecture: str, variant: Variant) -> dict[str, Any]:
         compiled = compile_for(architecture, variant)
         return judged({**row, **resources(compiled)}, races(compiled.asm["ttgir"]))
     except Exception as raised:  # A kernel that does not compile is a row that fails, not the end of the run.
-        return {**row, "problem": f"{type(raised).__name__}: {raised}"}
+        return {**row, "problem": f"{type(raised).__name__}: {' '.join(str(raised).split())}"}
 
 
 def row_of(architecture: str, variant: Variant) -> dict[str, Any]:
@@ -130,24 +129,34 @@ def compile_for(architecture: str, variant: Variant) -> Any:
 
 def compiled_rows(architectures: Sequence[str], ops: Sequence[Op], jobs: int) -> Iterator[dict[str, Any]]:
     """A row for each variant of `ops` and architecture, compiled in `jobs` processes."""
-    work = [(architecture, variant) for architecture in architectures for variant in variants(ops)]
-    # Forked, so that a process has the kernels as they are here.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-        rows = [pool.submit(compiled_row, *arguments) for arguments in work]
-        for row, arguments in zip(rows, work, strict=True):
-            try:
-                yield row.result()
-            except BrokenProcessPool:
-                yield compiled_alone(*arguments)
+    found = variants(ops)
+    rest = [(architecture, variant) for architecture in architectures for variant in found]
+    while rest:
+        done = 0
+        with processes(jobs) as pool:
+            rows = [pool.submit(compiled_row, *arguments) for arguments in rest]
+            for row, arguments in zip(rows, rest, strict=True):
+                done += 1
+                try:
+                    yield row.result()
+                except BrokenProcessPool:
+                    # The compiler ended a process, which ends them all. Was it this variant?
+                    yield compiled_alone(*arguments)
+                    break
+        rest = rest[done:]
 
 
 def compiled_alone(architecture: str, variant: Variant) -> dict[str, Any]:
-    """For what was under way when the compiler ended a process: which variant does that?"""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with processes(1) as pool:
         try:
             return pool.submit(compiled_row, architecture, variant).result()
         except BrokenProcessPool:
             return {**row_of(architecture, variant), "problem": "the compiler ended its process"}
+
+
+def processes(jobs: int) -> ProcessPoolExecutor:
+    """Forked, so that they have the kernels as they are here."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"))
 
 
 def binary(name: str) -> str:
