@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mfwm_kernels import check, registry
 from mfwm_kernels.registry import OPS

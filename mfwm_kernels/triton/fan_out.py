@@ -396,6 +396,8 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
     of_norm = torch.empty(programs, count, depth, dtype=torch.float32, device=device) if want["norm_weight"] else None
     monitored = want["hidden"] and args.norms is not None
     gram = torch.empty(programs, count, count, dtype=torch.float32, device=device) if monitored else None
+    # Where a row does not span all threads, its sums take more registers than two programs on an SM leave.
+    registers = 128 if plan.block_d >= 32 * plan.warps else 255
     launch(
         fan_out_backward, programs, device,
         hidden, sums, norm_weight, tuple(upstream), args.scale, of_hidden, tuple(of_cells), of_sums, of_norm, gram,
@@ -404,7 +406,7 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
         HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order), UNITS=tuple(plan.units),
         COARSER=tuple(high // low for high, low in zip([plan.s, *plan.units], plan.units, strict=False)),
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
-        VECTOR=plan.vector, num_warps=plan.warps, maxnreg=128,
+        VECTOR=plan.vector, num_warps=plan.warps, maxnreg=registers,
     )  # fmt: skip
     if gram is not None:
         assert args.norms is not None and args.cosines is not None

@@ -378,6 +378,6 @@ def _launch_chain(
         KIND=args.kind, DETACH=args.detach, RESIDUAL=args.residual,
         TRUE=tiling.true, PADS=tiling.pads,
         CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
-        LONG=needs_long(video, *preds, *outputs), num_warps=warps_of(tiling.elements, 8),
+        LONG=needs_long(video, *preds, *outputs), num_warps=warps_of(tiling.elements, 4),
     )  # fmt: skip
     return partial.sum(1)
