@@ -18,7 +18,7 @@ from _pytest.mark.expression import Expression
 
 import benchmarks.__main__ as program
 from benchmarks import gpu_all, kernels
-from mfwm_kernels import check
+from mfwm_kernels import aot, check
 from mfwm_kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +152,12 @@ class Parsed(Exception):
     """A program has read its options."""
 
 
-MAINS = {"mfwm_kernels.check": check.main, "benchmarks": program.main, "benchmarks.kernels": kernels.main}
+MAINS = {
+    "mfwm_kernels.aot": aot.main,
+    "mfwm_kernels.check": check.main,
+    "benchmarks": program.main,
+    "benchmarks.kernels": kernels.main,
+}
 
 
 @pytest.mark.parametrize("name", ["check", "bench"])
@@ -176,7 +181,9 @@ def test_commands_call_programs_by_options_that_exist(
             if module == "benchmarks" and "--op" in arguments:
                 op = OPS[arguments[arguments.index("--op") + 1]]
                 assert arguments[arguments.index("--size") + 1] in op.bench
-    assert tried == ({"mfwm_kernels.check"} if name == "check" else {"benchmarks", "benchmarks.kernels"})
+    assert tried == {"mfwm_kernels.aot"} | (
+        {"mfwm_kernels.check"} if name == "check" else {"benchmarks", "benchmarks.kernels"}
+    )
 
 
 def test_each_test_of_a_gpu_runs_once(commands: Callable[[str], list[list[str]]]) -> None:
