@@ -1,0 +1,85 @@
+"""How far a command is: a bar on a terminal; in a file or a pipe a line every ten seconds, which stays readable."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Counts `unit`s of the work `name` up to `total`, on standard error; to be entered as a context.
+
+    done: what an earlier run did of it. shown: False prints nothing.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, *, done: int = 0, shown: bool = True) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, done
+        self.first, self.began, self.figures = done, time.monotonic(), ""
+        self.last_line = self.began
+        self.lines = shown and not sys.stderr.isatty()
+        self.bar: Any = None
+        if shown and not self.lines:
+            self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def update(self, count: int = 1, **figures: str) -> None:
+        """`count` more are done; `figures` are shown beside them."""
+        self.done += count
+        if self.bar is not None:
+            if figures:
+                self.bar.set_postfix(figures, refresh=False)
+            self.bar.update(count)
+        elif self.lines:
+            self.figures = "".join(f", {name} {value}" for name, value in figures.items())
+            if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+                self._line()
+
+    def over(self, items: Iterable[Item], size: Callable[[Item], int] = lambda _: 1) -> Iterator[Item]:
+        """The items, each counted, as `size` of it, when the next one is asked for."""
+        with self:
+            for item in items:
+                yield item
+                self.update(size(item))
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif self.lines:
+            print(text, file=sys.stderr, flush=True)
+
+    def _line(self) -> None:
+        now = time.monotonic()
+        self.last_line = now
+        seconds, new = now - self.began, self.done - self.first
+        left = f", {clock(seconds * (self.total - self.done) / new)} left" if new and self.done < self.total else ""
+        print(
+            f"{self.name}: {self.done} of {self.total} {self.unit}s{self.figures}, {clock(seconds)}{left}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.lines and error is None:
+            self._line()
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
