@@ -106,7 +106,7 @@ def test_the_next_frame_is_told_by_its_code_alone() -> None:
         (TokenizerConfig, {"patch": 5}, "patch = 5 does not divide the frame 16 x 16"),
         (TokenizerConfig, {"levels": (8, 1)}, r"levels must be one or more numbers >= 2, got \(8, 1\)"),
         (TokenizerConfig, {"head_width": 3}, "head_width must be even and divide width = 32, got 3"),
-        (TokenizerConfig, {"window": 0}, "layers and window must be >= 1, got 2 and 0"),
+        (TokenizerConfig, {"window": 0}, "window must be >= 1, got 0"),
         (LatentActionsConfig, {"window": 1}, r"window must be >= 2 \(a frame and the next\), got 1"),
         (LatentActionsConfig, {"patch": 5}, "patch = 5 does not divide the frame 16 x 16"),
     ],

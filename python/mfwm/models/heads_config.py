@@ -18,6 +18,12 @@ def check_choices(config: Any) -> None:
             check.choice(name, value, choices)
 
 
+def check_frame(frame: tuple[int, int, int]) -> None:
+    """(channels, height, width) of pixels, or (ids per token, rows, columns)."""
+    if len(check.integers("frame", frame, least=1)) != 3:
+        raise ValueError(f"frame must be (channels, height, width), got {frame}")
+
+
 @dataclass(frozen=True)
 class HeadsConfig:
     """What is predicted from a position, and how.
@@ -160,3 +166,13 @@ class HeadsConfig:
                 )
             pools.append(patch * factor // patch_size)
         return patches, tuple(pools)
+
+    def check_frame(self, frame: tuple[int, int, int], patch_size: int) -> None:
+        """ValueError where a horizon's patches, and so its pools, do not divide frames (channels, height, width)."""
+        patches, _ = self.layout(patch_size)
+        for i, (factor, patch) in enumerate(zip(self.horizons.factors, patches, strict=True)):
+            if any(side % (factor * patch) for side in frame[1:]):
+                raise ValueError(
+                    f"frame must be a multiple of {factor * patch} pixels for horizon {i}, whose target is 1/{factor} "
+                    f"of it in patches of {patch}; got {frame[1]} x {frame[2]}"
+                )

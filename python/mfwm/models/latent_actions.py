@@ -44,7 +44,7 @@ class LatentActionsConfig:
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
-        if self.window < 2:
+        if check.integer("window", self.window, least=0) < 2:
             raise ValueError(f"window must be >= 2 (a frame and the next), got {self.window}")
         _ = self.decoder
 

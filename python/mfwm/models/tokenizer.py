@@ -14,7 +14,7 @@ from mfwm_kernels import arguments as check
 
 from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
-from .heads_config import HeadsConfig
+from .heads_config import HeadsConfig, check_frame
 from .rollout import check_range
 
 
@@ -40,14 +40,17 @@ class TokenizerConfig:
     window: int = 4
 
     def __post_init__(self) -> None:
+        for name in ("patch", "width", "head_width", "mlp_ratio"):
+            check.integer(name, getattr(self, name), least=1)
+        check_frame(self.frame)
         _, height, width = self.frame
         if height % self.patch or width % self.patch:
             raise ValueError(f"patch = {self.patch} does not divide the frame {height} x {width}")
         check_levels(self.levels)
         if self.head_width % 2 or self.width % self.head_width:
             raise ValueError(f"head_width must be even and divide width = {self.width}, got {self.head_width}")
-        if self.layers < 1 or self.window < 1:
-            raise ValueError(f"layers and window must be >= 1, got {self.layers} and {self.window}")
+        for name in ("layers", "window"):
+            check.integer(name, getattr(self, name), least=1)
 
     @property
     def vocabulary(self) -> int:
@@ -60,7 +63,7 @@ class TokenizerConfig:
 
 
 def check_levels(levels: tuple[int, ...]) -> None:
-    if not levels or min(levels) < 2:
+    if not check.integers("levels", levels) or min(levels) < 2:
         raise ValueError(f"levels must be one or more numbers >= 2, got {levels}")
 
 

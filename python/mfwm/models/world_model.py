@@ -16,7 +16,7 @@ from mfwm_kernels import arguments as check
 
 from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
-from .heads_config import HeadsConfig, check_choices
+from .heads_config import HeadsConfig, check_choices, check_frame
 from .maskgit import training_mask
 from .rollout import Policy, Roller, as_frames, check_actions, check_drawing, check_rollout, in_jumps, with_drift
 
@@ -58,6 +58,11 @@ class WorldModelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        for name in ("patch", "width", "layers", "head_width", "mlp_ratio", "context"):
+            check.integer(name, getattr(self, name), least=1)
+        for name in ("actions", "action_size"):
+            check.integer(name, getattr(self, name), least=0)
+        check_frame(self.frame)
         _, height, width = self.frame
         if height % self.patch or width % self.patch:
             raise ValueError(f"patch = {self.patch} does not divide the frame {height} x {width}")
@@ -101,6 +106,7 @@ class WorldModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = config.heads.output == "tokens"
+        config.heads.check_frame(config.frame, config.patch)
         channels, height, width = config.frame
         self.grid = (height // config.patch, width // config.patch)
         # Shape of a frame in `video`: images have their channels first, tokens their ids last.
