@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mfwm_kernels import arguments as check
+
 RESAMPLES = 1000
 
 
@@ -22,11 +24,13 @@ def interval(seed: int, statistic: Callable[..., np.ndarray], *values: np.ndarra
 def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, Any]:
     """How well the disagreement of the horizons, which needs no truth, tells the true error: rank correlations.
 
-    drift, errors [clips, steps]; steps without a drift (NaN) are left out, and named are those that stay.
+    drift, errors [clips, steps]; steps without a drift or an error (NaN) are left out, and named are those that stay.
     "overall" is over all clips and steps, and owes something to both growing with the steps. "within_step" does not:
     it is the mean over the steps of the correlation over clips at one step. Both with 95% intervals over clips.
+    Values that are all equal correlate with nothing: such steps, and resamples, count in no mean and no interval, and
+    what is then left without any is NaN.
     """
-    known = ~np.isnan(drift).any(0)
+    known = ~(np.isnan(drift) | np.isnan(errors)).any(0)
     pair = drift[:, known], errors[:, known]
     clips, steps = pair[0].shape
     if clips < 3 or steps == 0:
@@ -38,13 +42,23 @@ def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, 
         return correlation(*(values[draw].reshape(len(draw), -1, 1) for values in among_all))[:, 0]
 
     def within_step(draw: np.ndarray) -> np.ndarray:
-        return correlation(*(values[draw] for values in among_clips)).mean(1)
+        return mean_of_defined(correlation(*(values[draw] for values in among_clips)))
 
     found: dict[str, Any] = {"steps": (np.flatnonzero(known) + 1).tolist()}
     for name, statistic in (("overall", overall), ("within_step", within_step)):
         found[name] = float(statistic(np.arange(clips)[None])[0])
-        found[f"{name}_95"] = np.percentile(statistic(drawn(seed, clips)), [2.5, 97.5]).tolist()
+        resampled = statistic(drawn(seed, clips))
+        defined = resampled[~np.isnan(resampled)]
+        # Of a correlation that is not defined, resamples say nothing either.
+        given = len(defined) and not np.isnan(found[name])
+        found[f"{name}_95"] = np.percentile(defined, [2.5, 97.5]).tolist() if given else [np.nan, np.nan]
     return found
+
+
+def check_draw(*, clips: int, batch: int, seed: int) -> None:
+    """What every evaluation is told of the clips it draws."""
+    for name, value, least in (("clips", clips, 1), ("batch", batch, 1), ("seed", seed, 0)):
+        check.integer(name, value, least=least)
 
 
 def drawn(seed: int, clips: int) -> np.ndarray:
@@ -53,11 +67,27 @@ def drawn(seed: int, clips: int) -> np.ndarray:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value in its column."""
-    return values.argsort(0).argsort(0).astype(np.float64)
+    """The rank of each value in its column, from 0; equal values share the mean of the ranks that they take up."""
+    found = np.empty(values.shape)
+    for column in range(values.shape[1]):
+        _, place, counts = np.unique(values[:, column], return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        found[:, column] = (ends - (counts + 1) / 2)[place.reshape(-1)]
+    return found
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's, over axis 1; 0 where a side is constant."""
+    """Pearson's, over axis 1; NaN where a side is constant, which correlates with nothing."""
+    constant = np.zeros(a[:, 0].shape, bool)
+    for x in (a, b):
+        constant |= (x == x[:, :1]).all(1)
     a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
-    return (a * b).sum(1) / np.maximum(np.sqrt((a**2).sum(1) * (b**2).sum(1)), 1e-30)
+    lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(constant, np.nan, (a * b).sum(1) / lengths)
+
+
+def mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """[rows], the mean of each row's entries that are not NaN; NaN where none is left."""
+    counts = (~np.isnan(values)).sum(1)
+    return np.where(counts > 0, np.nansum(values, 1) / np.maximum(counts, 1), np.nan)

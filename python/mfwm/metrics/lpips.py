@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class LPIPS(nn.Module):
     def __init__(self, weights: Path) -> None:
         """weights: the state dict of `lpips.LPIPS(net="alex")`, by torch.save. ValueError where it is not that."""
         super().__init__()
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = state_of(weights)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(read, made, kernel, stride, padding) for read, made, kernel, stride, padding, _ in CONVOLUTIONS
         )
@@ -38,10 +39,13 @@ class LPIPS(nn.Module):
         for i, (*_, place) in enumerate(CONVOLUTIONS):
             names[f"scores.{i}.weight"] = f"lin{i}.model.1.weight"
             names |= {f"convolutions.{i}.{part}": f"net.slice{i + 1}.{place}.{part}" for part in ("weight", "bias")}
+        wanted, rule = self.state_dict(), f"{weights} must be the state dict of lpips.LPIPS(net='alex')"
         if missing := [name for name in names.values() if name not in state]:
-            raise ValueError(
-                f"{weights} must be the state dict of lpips.LPIPS(net='alex'); it lacks {', '.join(missing)}"
-            )
+            raise ValueError(f"{rule}; it lacks {', '.join(missing)}")
+        for own, name in names.items():
+            if not isinstance(state[name], Tensor) or state[name].shape != wanted[own].shape:
+                got = list(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+                raise ValueError(f"{rule}; {name} must be {list(wanted[own].shape)}, got {got}")
         self.load_state_dict({own: state[name] for own, name in names.items()})
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
@@ -63,6 +67,20 @@ class LPIPS(nn.Module):
         if i in POOLED:
             x = F.max_pool2d(x, 3, 2)
         return F.relu(self.convolutions[i](x))
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """Tensors by name, of a file that torch.save wrote; read without running anything in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # A damaged file raises almost anything.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} must be a file of tensors by torch.save: {reason}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a dict of tensors, got {type(state).__name__}")
+    return state
 
 
 def unit(features: Tensor) -> Tensor:

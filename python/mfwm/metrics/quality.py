@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 PEAK = 2.0
+SMALLEST = 6  # pixels: SSIM's window of 11 reaches five past a frame's edge, where it reflects the frame
 
 
 def psnr(squared_error: np.ndarray | float) -> Any:
@@ -21,8 +23,16 @@ def squared_error(pictures: Tensor, truth: Tensor) -> Tensor:
     return (pictures - truth).square().flatten(1).mean(1)
 
 
+def check_size(frame: Sequence[int]) -> None:
+    """ValueError where frames (channels, height, width) are too small for SSIM."""
+    _, height, width = frame
+    if min(height, width) < SMALLEST:
+        raise ValueError(f"frames must be at least {SMALLEST} x {SMALLEST} pixels for SSIM, got {height} x {width}")
+
+
 def similarity(pictures: Tensor, truth: Tensor) -> np.ndarray:
-    """[clips, steps] structural similarity."""
+    """[clips, steps] structural similarity of pictures [clips, steps, C, height, width]."""
+    check_size(truth.shape[2:])
     # Here, because training wants PSNR alone, and torchmetrics takes seconds to load.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
