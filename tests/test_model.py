@@ -558,6 +558,11 @@ def test_continuous_actions_and_the_monitor() -> None:
     [
         ({"heads": HeadsConfig(tap=4)}, r"heads.tap must be in 1\.\.3"),
         ({"patch": 7}, "patch = 7 does not divide the frame 64 x 64"),
+        ({"patch": 0}, "patch must be >= 1, got 0"),
+        ({"layers": 0}, "layers must be >= 1, got 0"),
+        ({"actions": -1}, "actions must be >= 0, got -1"),
+        ({"frame": (3, 0, 64)}, r"frame\[1\] must be >= 1, got 0"),
+        ({"frame": (64, 64)}, r"frame must be \(channels, height, width\), got \(64, 64\)"),
         ({"width": 100}, "head_width must divide width = 100"),
         ({"actions": 0}, r'heads\.conditioning must be "none"'),
         (
@@ -572,6 +577,23 @@ def test_continuous_actions_and_the_monitor() -> None:
 def test_configs_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WorldModelConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("frame", "patch", "heads", "message"),
+    [
+        ((3, 12, 12), 4, {"patch_sizes": (4, 4)}, r"multiple of 8 pixels for horizon 1, .* patches of 4; got 12 x 12"),
+        ((3, 16, 12), 4, {"patch_sizes": (4, 4)}, r"multiple of 8 pixels for horizon 1, .*; got 16 x 12"),
+        ((3, 16, 12), 4, {"patch_sizes": (8, 2)}, r"multiple of 8 pixels for horizon 0, .*; got 16 x 12"),
+        ((1, 3, 4), 1, {"output": "tokens", "vocabulary": 8}, r"multiple of 2 pixels for horizon 1, .*; got 3 x 4"),
+    ],
+)
+def test_frames_that_heads_do_not_divide_make_no_model(
+    frame: tuple[int, int, int], patch: int, heads: dict[str, Any], message: str
+) -> None:
+    config = WorldModelConfig(frame, patch, 32, 1, 16, heads=HeadsConfig(Horizons((1, 2), (1, 2)), **heads))
+    with pytest.raises(ValueError, match=f"frame must be a {message}"):
+        WorldModel(config)
 
 
 @pytest.mark.parametrize(
