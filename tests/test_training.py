@@ -185,7 +185,7 @@ def test_the_newest_checkpoints_stay_and_a_damaged_one_is_refused(config: Traini
     assert checkpoints.steps() == [2, 3]
     shard = next(checkpoints.path(3).glob("*.distcp"))
     os.truncate(shard, shard.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"00000003 cannot be read .*; delete it to go on from step 2"):
+    with pytest.raises(ValueError, match=r"00000003 cannot be read .*; delete it to resume from step 2"):
         train(config, tmp_path / "run", progress=False)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model
 
 from .models.world_model import WorldModel
-from .training.run_config import from_tree
+from .training.run_config import from_tree, parsed
 from .training.world_model import TrainingConfig, load_model
 
 
@@ -24,6 +25,8 @@ def export(run: Path, out: Path) -> None:
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"out must be in a directory that exists, got {out}")
     model, config, step = load_model(run)
     beside = out.with_name(out.name + ".tmp")
     save_model(model, str(beside), {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)})
@@ -34,11 +37,21 @@ def export(run: Path, out: Path) -> None:
 
 def load_exported(path: Path) -> tuple[WorldModel, TrainingConfig, int]:
     """The model of an exported file, the config of its run and the step it stood at."""
-    with safe_open(str(path), "pt") as file:
-        header = file.metadata() or {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
     if "config" not in header:
         raise ValueError(f"{path} is no file of mfwm export: its header holds no config")
-    config = from_tree(TrainingConfig, json.loads(header["config"]))
+    place = f"{path}, config"
+    config = from_tree(TrainingConfig, parsed(header["config"], place), place)
+    step = header.get("step", "")
+    if not re.fullmatch("[0-9]+", step):
+        raise ValueError(f"{path}: step must be a number, got {step!r}")
     model = WorldModel(config.model)
-    load_weights(model, str(path))
-    return model.eval(), config, int(header["step"])
+    try:
+        load_weights(model, str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of its config: {error}") from error
+    return model.eval(), config, int(step)

@@ -8,7 +8,6 @@ each other.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,15 @@ from torch import Tensor
 
 from mfwm_kernels import Horizons, video_pyramid
 
-from ..data.replay import Clips, Replay, split_levels
-from ..metrics.intervals import interval
+from ..data.replay import Clips, split_levels
+from ..metrics.intervals import check_draw, interval
 from ..metrics.quality import psnr, squared_error
 from ..models.latent_actions import LatentActions, LatentActionsConfig
 from ..models.looking import strip
 from ..models.world_model import parameters_of
 from .checkpoints import write_atomically
+from .data_identity import open_data
+from .json_values import as_json, finite
 from .run_config import read
 from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
 from .world_model import positions_that_count
@@ -78,7 +79,7 @@ class LatentActionsLoss(Objective):
 def train_latent_actions(
     config: LatentActionsTraining, out: Path, *, progress: bool = True, stop_after: int | None = None
 ) -> LatentActions:
-    """Train in `out`, or go on where a run with the same config stopped, as `train` does. Returns the model."""
+    """Train in `out`, or resume where a run with the same config stopped, as `train` does. Returns the model."""
     return train_on_replay(
         lambda: LatentActionsLoss(LatentActions(config.model)), config, out, progress, stop_after
     ).model
@@ -86,7 +87,7 @@ def train_latent_actions(
 
 def load_latent_actions(run: Path) -> tuple[LatentActions, LatentActionsTraining, int]:
     """The trained model of a run, its config and the step it stands at."""
-    config = read(LatentActionsTraining, Path(run) / "config.json")
+    config, _ = read(LatentActionsTraining, run)
     model = LatentActions(config.model)
     step = load_weights(LatentActionsLoss(model), run, averaged=config.ema > 0)
     return model.eval().requires_grad_(False), config, step
@@ -95,10 +96,12 @@ def load_latent_actions(run: Path) -> tuple[LatentActions, LatentActionsTraining
 def evaluate_latent_actions(run: Path, *, clips: int = 256, batch: int = 8, seed: int = 0) -> dict[str, Any]:
     """Delta-PSNR and mutual information on held-out clips; writes metrics.json beside the checkpoint and returns it."""
     run = Path(run)
-    model, config, step = load_latent_actions(run)
+    check_draw(clips=clips, batch=batch, seed=seed)
+    config, known = read(LatentActionsTraining, run)
+    replay = open_data(config.data, known, None)
+    model, _, step = load_latent_actions(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
-    replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
     source = Clips(replay, min(config.clip, config.model.context + 1), episodes=held_out, within_episode=True)
     draw = np.random.default_rng(seed)
@@ -140,8 +143,8 @@ def evaluate_latent_actions(run: Path, *, clips: int = 256, batch: int = 8, seed
             "mutual_information_of_random_codes_bits": mutual_information(shuffled_BT.ravel(), actions),
             "action_entropy_bits": mutual_information(actions, actions),
         }
-    write_atomically(run / "metrics.json", json.dumps(metrics, indent=2).encode())
-    return metrics
+    write_atomically(run / "metrics.json", as_json(metrics, indent=2).encode())
+    return finite(metrics)
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .checkpoints import write_atomically
+from .json_values import as_json
 
 
 class Log:
@@ -23,13 +24,13 @@ class Log:
 
     def __init__(self, path: Path, first: int, viewers: Sequence[Viewer] = (), names: Sequence[str] = ()) -> None:
         kept = [row for row in read_log(path) if row["step"] < first] if path.exists() else []
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        write_atomically(path, "".join(as_json(row) + "\n" for row in kept).encode())
         self.path, self.viewers, self.names = path, viewers, names
         # Unbuffered: what a full disk refuses is not tried again when the file is closed.
         self.file = open(path, "ab", buffering=0)
 
     def write(self, row: dict[str, Any], pictures: dict[str, Tensor] | None = None) -> None:
-        line = (json.dumps(row) + "\n").encode()
+        line = (as_json(row) + "\n").encode()
         try:
             if self.file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -49,14 +50,33 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log; a last line cut short by a kill is left out."""
+    """Rows of a log; a last line cut short by a kill is left out. ValueError names the line that is no row of one."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: a run logs each step there") from None
     rows = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} must be JSON: {error}") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} must be an object with the integer step, got {line[:80]!r}")
+        rows.append(row)
     return rows
+
+
+def column(rows: list[dict[str, Any]], name: str, path: Path) -> list[float]:
+    """A number of every row; ValueError names the step that lacks it, and the log where it has no rows."""
+    if not rows:
+        raise ValueError(f"{path} must have a row for each step of the run, got none")
+    for row in rows:
+        if type(row.get(name)) not in (int, float):
+            raise ValueError(f"{path}, step {row['step']}: {name} must be a number, got {row.get(name)!r}")
+    return [row[name] for row in rows]
 
 
 def scalars(row: dict[str, Any], names: Sequence[str], prefix: str = "") -> Iterator[tuple[str, float]]:

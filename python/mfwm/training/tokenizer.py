@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ from torch import Tensor
 from mfwm_kernels import video_pyramid
 
 from ..data.replay import Clips, Replay, split_levels
-from ..metrics.quality import psnr, similarity, squared_error
+from ..metrics.intervals import check_draw
+from ..metrics.quality import check_size, psnr, similarity, squared_error
 from ..models.looking import strip
 from ..models.tokenizer import Tokenizer, TokenizerConfig
 from ..models.world_model import parameters_of
 from .checkpoints import write_atomically
+from .data_identity import open_data
+from .json_values import as_json, finite
 from .run_config import read
-from .run_log import read_log
+from .run_log import column, read_log
 from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
 
 
@@ -59,13 +61,13 @@ class TokenizerLoss(Objective):
 def train_tokenizer(
     config: TokenizerTraining, out: Path, *, progress: bool = True, stop_after: int | None = None
 ) -> Tokenizer:
-    """Train in `out`, or go on where a run with the same config stopped, as `train` does. Returns the tokenizer."""
+    """Train in `out`, or resume where a run with the same config stopped, as `train` does. Returns the tokenizer."""
     return train_on_replay(lambda: TokenizerLoss(Tokenizer(config.model)), config, out, progress, stop_after).model
 
 
 def load_tokenizer(run: Path) -> tuple[Tokenizer, TokenizerTraining, int]:
     """The trained tokenizer of a run, its config and the step it stands at."""
-    config = read(TokenizerTraining, Path(run) / "config.json")
+    config, _ = read(TokenizerTraining, run)
     model = Tokenizer(config.model)
     step = load_weights(TokenizerLoss(model), run, averaged=config.ema > 0)
     return model.eval().requires_grad_(False), config, step
@@ -74,10 +76,15 @@ def load_tokenizer(run: Path) -> tuple[Tokenizer, TokenizerTraining, int]:
 def evaluate_tokenizer(run: Path, *, clips: int = 96, batch: int = 8, seed: int = 0) -> dict[str, Any]:
     """PSNR and SSIM of held-out frames that come back; writes metrics.json beside the checkpoint and returns it."""
     run = Path(run)
-    model, config, step = load_tokenizer(run)
+    check_draw(clips=clips, batch=batch, seed=seed)
+    config, known = read(TokenizerTraining, run)
+    check_size(config.model.frame)
+    log = run / "log.jsonl"
+    seconds = sum(column(read_log(log), "seconds", log))
+    replay = open_data(config.data, known, None)
+    model, _, step = load_tokenizer(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
-    replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
     source = Clips(replay, config.clip, episodes=held_out)
     chosen = np.random.default_rng(seed).choice(len(source), size=min(clips, len(source)), replace=False)
@@ -99,13 +106,13 @@ def evaluate_tokenizer(run: Path, *, clips: int = 96, batch: int = 8, seed: int 
         "bits_per_token": float(-(share * np.log2(share)).sum()),
         "tokens_per_frame": int(np.prod(config.model.grid)),
         "steps": step,
-        "training_seconds": sum(row["seconds"] for row in read_log(run / "log.jsonl")),
+        "training_seconds": seconds,
         "parameters": parameters_of(model),
         "clips": len(chosen),
         "held_out_levels": len(np.unique(replay.episode_level[held_out])),
     }
-    write_atomically(run / "metrics.json", json.dumps(metrics, indent=2).encode())
-    return metrics
+    write_atomically(run / "metrics.json", as_json(metrics, indent=2).encode())
+    return finite(metrics)
 
 
 def for_pixels(config: Any) -> Any:

@@ -1,6 +1,6 @@
 """Trainer: runs of a module that maps clips to a loss, in a directory of their own.
 
-A run directory holds config.json, log.jsonl and checkpoints/. Killed or not, a run goes on where it was: the clips and
+A run directory holds config.json, log.jsonl and checkpoints/. Killed or not, a run resumes where it was: the clips and
 the random numbers of a step depend on (seed, step, process) alone, so the step is the position in both, and a resumed
 run equals an uninterrupted one.
 
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,15 +25,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from tqdm import tqdm
 
+from mfwm_kernels import arguments as check
 from mfwm_kernels.cpu import product_dtype
 
+from ..data.check import location
 from ..data.replay import ClipSampler, Replay, split_levels
+from ..progress import Progress
 from .checkpoints import Checkpoints, barrier
+from .data_identity import digest, resolved
 from .optimisation import MovingAverage, learning_rate, parameter_groups
 from .parallel import distribute, gradients_shared, mean_over_processes, processes, sum_over_processes, whole
 from .run_config import described, settle
+from .run_lock import locked
 from .run_log import Log, TensorBoard, Viewer, WeightsAndBiases
 
 
@@ -42,7 +46,7 @@ class TrainerConfig:
     """How a module is trained; a subclass adds the module's own config.
 
     Args:
-        data: a replay buffer that `mfwm collect` wrote.
+        data: a replay buffer that `mfwm collect` wrote. A run knows it by its content: it may be moved.
         steps: optimiser steps.
         batch: clips in a step, over all processes.
         accumulate: parts that a process takes its clips in, one after another, for one step.
@@ -103,14 +107,17 @@ class TrainerConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("steps", "batch", "accumulate", "clip", "workers", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+            check.integer(name, getattr(self, name), least=1)
+        for name in ("warmup", "seed", "look_every"):
+            check.integer(name, getattr(self, name), least=0)
         for name in ("lr", "clip_norm"):
-            if not getattr(self, name) > 0:
+            if check.number(name, getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "seed", "look_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check.number("weight_decay", self.weight_decay, least=0)
+        for name in ("held_out", "ema", "decay"):
+            check.number(name, getattr(self, name))
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 < self.decay <= 1:
@@ -168,10 +175,18 @@ class Sampler(Protocol):
 class Trainer:
     """A run in the directory `out`, in this process or in those that torchrun started, as its `config` says.
 
-    To be entered as a context. ValueError where `out` holds a run with another config.
+    To be entered as a context. ValueError where `out` holds a run with another config or data set, BlockingIOError
+    where another process trains in it.
+
+    config.data names a replay buffer; with a sampler of one's own, it may be a name that is none.
     """
 
     def __init__(self, config: TrainerConfig, out: Path, *, progress: bool = True) -> None:
+        place = location(config.data)
+        self.replay: Replay | None = None
+        if isinstance(place, str) or (config.data and place.exists()):
+            self.replay = Replay(config.data)
+            config = replace(config, data=resolved(config.data))
         self.config, self.out, self.progress = config, Path(out), progress
         self._stack = ExitStack()
 
@@ -189,7 +204,9 @@ class Trainer:
             self.dtype = autocast_dtype(config.dtype, self.device)
             if self.rank == 0:
                 self.out.mkdir(parents=True, exist_ok=True)
-                settle(config, self.out / "config.json")
+                self._stack.enter_context(locked(self.out))
+                known = None if self.replay is None else digest(self.replay)
+                settle(config, self.out, known, begun=self._begun())
                 if self.progress:
                     print(described(config))
                     print(f"on {self.device}, {self.processes} processes, autocast to {self.dtype}")
@@ -203,15 +220,26 @@ class Trainer:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def sampler(self, replay: Replay | None = None) -> ClipSampler:
+    def _begun(self) -> bool:
+        """Whether the run has anything that another config would be mixed with."""
+        log = self.out / "log.jsonl"
+        return Checkpoints(self.out / "checkpoints").latest() is not None or (log.exists() and log.stat().st_size > 0)
+
+    def _data(self) -> Replay:
+        if self.replay is None:
+            self.replay = Replay(self.config.data)
+        return self.replay
+
+    def sampler(self) -> ClipSampler:
         """This process's clips of the levels to train on."""
-        config, replay = self.config, replay or Replay(self.config.data)
+        config, replay = self.config, self._data()
         training, _ = split_levels(replay, config.held_out, seed=config.seed)
         part = (self.rank, self.processes)
         return ClipSampler(replay, config.clip, config.batch, seed=config.seed, episodes=training, part=part)
 
-    def held_out_clips(self, replay: Replay, count: int = 4) -> dict[str, Tensor]:
+    def held_out_clips(self, count: int = 4) -> dict[str, Tensor]:
         """Some clips of the levels that are not trained on, the same ones in every process."""
+        replay = self._data()
         _, held_out = split_levels(replay, self.config.held_out, seed=self.config.seed)
         clips = ClipSampler(replay, self.config.clip, count, seed=self.config.seed, episodes=held_out).batch(0)
         return {name: value.to(self.device) for name, value in clips.items()}
@@ -226,12 +254,15 @@ class Trainer:
     ) -> None:
         """Train, from the newest checkpoint on where there is one.
 
-        SIGTERM saves a checkpoint after the step in progress, and SystemExit follows.
+        SIGTERM and SIGINT (Ctrl-C) save a checkpoint after the step in progress, and SystemExit follows. A second
+        Ctrl-C ends a run of one process at once.
 
         shown: held-out clips to look at, on the trainer's device.
         stop_after: leave off after this step, as a killed run would with its checkpoint just written.
         """
         config = self.config
+        if stop_after is not None:
+            check.integer("stop_after", stop_after, least=1)
         objective.to(self.device).train()
         if config.compile:
             objective.compile()
@@ -239,22 +270,16 @@ class Trainer:
         checkpoints = Checkpoints(self.out / "checkpoints", config.keep)
         first = run.resume(checkpoints)
         last = config.steps if stop_after is None else min(config.steps, stop_after)
+        checkpoints.check_room(first, last)
         with ExitStack() as stack:
-            bar: Any = stack.enter_context(
-                tqdm(
-                    total=config.steps,
-                    initial=first,
-                    desc="train",
-                    unit="step",
-                    disable=not self.progress or self.rank > 0,
-                    dynamic_ncols=True,
-                )
+            bar = stack.enter_context(
+                Progress("train", config.steps, "step", done=first, shown=self.progress and self.rank == 0)
             )
             log = None
             if self.rank == 0:
                 viewers = self._viewers(first)
                 log = stack.enter_context(closing(Log(self.out / "log.jsonl", first, viewers, objective.names)))
-            terminated = stack.enter_context(sigterm_noticed())
+            signals = stack.enter_context(signals_noticed(alone=self.processes == 1))
             batches: Any = sampler.batches(first, last, config.workers)
             stack.callback(batches.close)
             began = time.perf_counter()
@@ -262,7 +287,7 @@ class Trainer:
                 asked = time.perf_counter()
                 clips = next(batches)
                 waited = time.perf_counter() - asked
-                row, stop = run.step(step, clips, terminated.is_set())
+                row, stop = run.step(step, clips, bool(signals))
                 # From the end of one step to the end of the next, so that waiting for data counts.
                 seconds, began = time.perf_counter() - began, time.perf_counter()
                 row |= {
@@ -275,12 +300,17 @@ class Trainer:
                     row["held_out"], pictures = run.look(shown)
                 if log is not None:
                     log.write(row, pictures)
-                bar.set_postfix(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}", refresh=False)
-                bar.update()
+                bar.update(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}")
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == last or stop:
                     checkpoints.save(run.state(step + 1), step + 1)
                 if stop:
-                    raise SystemExit(128 + signal.SIGTERM)
+                    bar.say(
+                        f"stopped at step {step + 1} of {config.steps}, which is saved in {self.out}: "
+                        "run the same command again to resume"
+                    )
+                    raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+            if signals:
+                raise SystemExit(128 + signals[0])  # It came while the last checkpoint was saved.
 
     def _viewers(self, first: int) -> list[Viewer]:
         viewers: list[Viewer] = []
@@ -296,23 +326,30 @@ def train_on_replay(
 ) -> Any:
     """Train the objective that `make` makes, on config.data, with looks at held-out clips; returns it."""
     with Trainer(config, out, progress=progress) as trainer:
-        objective, replay = make(), Replay(config.data)
-        shown = trainer.held_out_clips(replay) if config.look_every else None
-        trainer.fit(objective, trainer.sampler(replay), shown=shown, stop_after=stop_after)
+        objective = make()
+        shown = trainer.held_out_clips() if config.look_every else None
+        trainer.fit(objective, trainer.sampler(), shown=shown, stop_after=stop_after)
     return objective
 
 
 def load_weights(objective: Objective, run: Path, *, averaged: bool) -> int:
     """Fill the weights of `objective` from a run's newest checkpoint; returns the step of that."""
     checkpoints = Checkpoints(Path(run) / "checkpoints")
-    step = checkpoints.latest()
-    if step is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: train first")
     state = {"model": objective.state_dict()}
     if averaged:
         # The parameters; what else a module keeps has no average.
         state["average"] = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    checkpoints.load(state, step)
+    while True:
+        step = checkpoints.latest()
+        if step is None:
+            raise FileNotFoundError(f"{run} holds no checkpoint: train first")
+        try:
+            checkpoints.load(state, step)
+            break
+        except ValueError:
+            # A run that trains at the same time may have dropped it for newer ones.
+            if step in checkpoints.steps():
+                raise
     if averaged:
         objective.load_state_dict(state["average"], strict=False)
     return step
@@ -438,14 +475,25 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_noticed() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; Python lets only the main thread handle signals, others leave them as they are."""
-    noticed = threading.Event()
+def signals_noticed(*, alone: bool) -> Iterator[list[signal.Signals]]:
+    """A list of the SIGTERM and SIGINT that came. Only the main thread may handle signals: others leave them alone.
+
+    alone: a second SIGINT raises KeyboardInterrupt at once. torchrun passes on to its processes the Ctrl-C that they
+    have had from the terminal already, so several processes wait for their checkpoint.
+    """
+    noticed: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield noticed
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+
+    def notice(number: int, frame: object) -> None:
+        noticed.append(signal.Signals(number))
+        if number == signal.SIGINT and alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, notice) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield noticed
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -118,7 +118,7 @@ def positions_that_count(
 
 
 def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_after: int | None = None) -> WorldModel:
-    """Train in `out`, or go on where a run with the same config stopped. Returns the model.
+    """Train in `out`, or resume where a run with the same config and data set stopped. Returns the model.
 
     Signals and stop_after as in Trainer.fit.
     """
@@ -142,8 +142,8 @@ def for_replay(config: TrainingConfig, replay: Replay) -> TrainingConfig:
 
 
 def load_config(run: Path) -> TrainingConfig:
-    """The config that a run was begun with."""
-    return read(TrainingConfig, Path(run) / "config.json")
+    """The config that a run was begun with. ValueError names the file, rule and value where it is not one."""
+    return read(TrainingConfig, run)[0]
 
 
 def load_model(run: Path) -> tuple[WorldModel, TrainingConfig, int]:

@@ -1,0 +1,59 @@
+"""One process trains in a run directory at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+NAME = ".lock"
+# What a file system without locks answers, such as NFS without its lock daemon.
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the run `out`; BlockingIOError says which process holds it where another one does.
+
+    The kernel releases the lock when its process ends, however it ends, and NFS when its host is gone. The file stays,
+    because a process that waits at a deleted one would lock nothing; what is in it only says who locked it last.
+    """
+    descriptor = os.open(out / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                warnings.warn(
+                    f"{out} cannot be locked on this file system ({error.strerror}): let no other process train in it",
+                    stacklevel=2,
+                )
+            elif error.errno in (errno.EAGAIN, errno.EACCES):
+                raise BlockingIOError(
+                    f"{out} is in use: {holder(file.read())} trains in it; wait for it, stop it, or choose another out"
+                ) from None
+            else:
+                raise
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def holder(content: bytes) -> str:
+    """The process that a lock file names."""
+    try:
+        named = json.loads(content)
+        return f"process {named['pid']} on {named['host']}, since {named['since']},"
+    except (ValueError, TypeError, KeyError):
+        return "another process"  # It has locked the file and not written it yet.
