@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm.demo import Demo
 from mfwm.evaluation import write_report
 from mfwm.evaluation.world_model import CONTEXT, closed_loop, evaluate
-from mfwm.metrics.intervals import drift_signal, interval
+from mfwm.metrics.intervals import drift_signal, interval, ranks
 from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
+from mfwm.metrics.quality import similarity
 from mfwm.training import train
+from mfwm.training.json_values import as_json
 from mfwm.training.run_log import read_log
 from small_run import moving_squares, small_config
 from torch import Tensor, nn
@@ -86,6 +89,55 @@ def test_the_drift_signal_tells_clips_from_steps() -> None:
     drift[:, 0] = np.nan
     found = drift_signal(drift, (clips * growth) ** 2, 0)
     assert found["steps"] == [2, 3, 4, 5, 6, 7, 8] and found["within_step"] == pytest.approx(1)
+
+
+def mid_ranks(values: np.ndarray) -> list[float]:
+    """The definition: the values below, and half of the others that are equal."""
+    return [(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values]
+
+
+@pytest.mark.parametrize("values", [[2, 2, 2], [3, 1, 2], [1, 2, 2, 0], [0, 0, 1, 1, 1, 5], [math.inf, 1, math.inf]])
+def test_equal_values_share_a_rank(values: list[float]) -> None:
+    column = np.array(values, float)
+    assert np.array_equal(ranks(np.stack([column, column[::-1]], 1)).T, [mid_ranks(column), mid_ranks(column[::-1])])
+
+
+def test_a_constant_correlates_with_nothing() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.random((2, 20, 4))
+    for pair in ((np.zeros((20, 4)), np.zeros((20, 4))), (np.ones((20, 4)), one), (one, np.ones((20, 4)))):
+        found = drift_signal(*pair, 0)
+        for name in ("overall", "overall_95", "within_step", "within_step_95"):
+            assert np.isnan(found[name]).all(), name
+        assert json.loads(as_json(found))["overall"] is None
+    # One step at which all clips are alike says nothing of the other three.
+    part, whole = one.copy(), drift_signal(one[:, 1:], other[:, 1:], 0)
+    part[:, 0] = 0.5
+    found = drift_signal(part, other, 0)
+    assert found["within_step"] == pytest.approx(whole["within_step"])
+    assert found["within_step_95"] == pytest.approx(whole["within_step_95"])
+    # Half the clips are still in both: ties, not perfect agreement.
+    still = np.arange(20)[:, None] < 10
+    found = drift_signal(np.where(still, 0, one), np.where(still, 0, other), 0)
+    pair = (np.array(mid_ranks(np.where(still, 0, x).ravel())) for x in (one, other))
+    assert found["overall"] == pytest.approx(np.corrcoef(*pair)[0, 1])
+    # Steps whose error is not a number are left out, as those without a drift are.
+    other[3, 2] = np.nan
+    assert drift_signal(one, other, 0)["steps"] == [1, 2, 4]
+
+
+def test_few_clips_that_are_alike_have_an_interval_of_the_resamples_that_differ() -> None:
+    drift, errors = np.array([[0.0], [0.0], [1.0]]), np.array([[0.0], [1.0], [2.0]])
+    found = drift_signal(drift, errors, 0)
+    low, high = found["overall_95"]
+    assert -1 <= low <= found["overall"] <= high + 1e-12 and high <= 1 + 1e-12
+
+
+def test_small_pictures_are_told_by_ssim() -> None:
+    for size in ((5, 64), (64, 5), (4, 4)):
+        with pytest.raises(ValueError, match=rf"at least 6 x 6 pixels for SSIM, got {size[0]} x {size[1]}"):
+            similarity(torch.zeros(1, 1, 3, *size), torch.zeros(1, 1, 3, *size))
+    assert similarity(torch.zeros(1, 2, 3, 6, 6), torch.zeros(1, 2, 3, 6, 6)) == pytest.approx(np.ones((1, 2)))
 
 
 @pytest.fixture
@@ -158,6 +210,11 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 5 and "http" not in page
     assert "over the other run, dB" in page and "Drift signal" in page
     assert (tmp_path / "run" / "rollout.gif").stat().st_size > 1000
+    # A model that is far off at every clip alike.
+    measured = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    measured["drift"] |= {"overall": None, "overall_95": [None, None]}
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(measured))
+    assert "the true error: not defined" in write_report(tmp_path / "run").read_text()
     other = tmp_path / "next/config.json"
     other.write_text(other.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(ValueError, match=r"against must be a run with the same held-out levels: its seed is 1, not 0"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfwm_kernels import arguments as check
 from mfwm_kernels import video_pyramid
 
-from ..data.replay import Clips, Replay, split_levels
+from ..data.replay import Clips, split_levels
 from ..models.looking import names_of
 from ..models.world_model import WorldModel
+from ..training.data_identity import open_data
+from ..training.run_config import parsed, read
 from ..training.run_log import read_log
-from ..training.world_model import load_model
+from ..training.world_model import TrainingConfig, load_model
 from .tokens import decoder_of
 from .world_model import CONTEXT, rollout_steps
 
@@ -42,17 +44,32 @@ p.note { color: #57606a; }
 """
 
 
-def write_report(run: Path, *, seed: int = 0) -> Path:
-    """Write report.html and rollout.gif beside metrics.json; returns the report's path."""
+def write_report(
+    run: Path,
+    *,
+    data: str | Path | None = None,
+    pixels: str | Path | None = None,
+    tokenizer: Path | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write report.html and rollout.gif beside metrics.json; returns the report's path.
+
+    data, pixels, tokenizer: as in evaluate.
+    """
     run = Path(run)
-    metrics = json.loads((run / "metrics.json").read_text())
-    model, config, _ = load_model(run)
-    replay = Replay(config.data)
+    check.integer("seed", seed, least=0)
+    config, known = read(TrainingConfig, run)
+    place = run / "metrics.json"
+    if not place.is_file():
+        raise FileNotFoundError(f"{place} is missing: evaluate the run first")
+    metrics = parsed(place.read_bytes(), str(place))
+    replay = open_data(config.data, known, data)
+    model, _, _ = load_model(run)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
     source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
     decoder = None
     if model.tokens:
-        decoder = decoder_of(replay, config.clip, held_out, torch.device("cpu"))
+        decoder = decoder_of(replay, config.clip, held_out, torch.device("cpu"), pixels=pixels, tokenizer=tokenizer)
     indices = np.random.default_rng(seed + 1).choice(len(source), size=min(32, len(source)), replace=False)
     candidates = source.batch(indices)
     if decoder is not None:
@@ -102,7 +119,7 @@ def write_report(run: Path, *, seed: int = 0) -> Path:
             ),
         ]
     if metrics.get("drift", {}).get("steps"):
-        with np.load(run / "clips.npz") as measures:
+        with np.load(run / "clips.npz", allow_pickle=False) as measures:
             points = picture(drift_points(measures["drift"], measures["rollout_mse"]))
         sections.append(("Drift signal", points + drift_sentence(metrics["drift"]), DRIFT_NOTE))
     body = "".join(
@@ -212,7 +229,8 @@ def rollout_table(metrics: dict[str, Any]) -> str:
 def loss_curves(log: list[dict[str, Any]], names: list[str], label: str) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2))
     steps = [row["step"] for row in log]
-    losses = np.array([row["per_horizon"] for row in log])
+    # A loss that was not finite is null in the log.
+    losses = np.array([row["per_horizon"] for row in log], float)
     for i, name in enumerate(names):
         axes.plot(steps, smooth(losses[:, i]), label=f"n + {name}")
     axes.set(xlabel="step", ylabel=label, yscale="log")
@@ -296,7 +314,12 @@ def drift_points(drift: np.ndarray, errors: np.ndarray) -> Figure:
 
 
 def drift_sentence(drift: dict[str, Any]) -> str:
-    overall, within = (f"{drift[n]:.2f} ({between(drift[f'{n}_95'], '.2f')})" for n in ("overall", "within_step"))
+    def told(name: str) -> str:
+        if drift[name] is None:
+            return "not defined (values that are all equal correlate with nothing)"
+        return f"{drift[name]:.2f} ({between(drift[f'{name}_95'], '.2f')})"
+
+    overall, within = told("overall"), told("within_step")
     return f"<p>Correlation with the true error: {overall}; among clips at one and the same step: {within}.</p>"
 
 

@@ -18,15 +18,43 @@ from ..training.tokenizer import load_tokenizer
 class Decoder:
     """Pictures of the tokens of a set that mfwm encode wrote, by its tokenizer, and the frames that they were made of.
 
-    length, episodes: of the clips, which lie in one episode, as in Clips. ValueError where the frames are not those.
+    length, episodes: of the clips, which lie in one episode, as in Clips. pixels, tokenizer: where frames and tokenizer
+    are, if not where the set says. ValueError where they are not those that the set was made of.
     """
 
-    def __init__(self, replay: Replay, length: int, episodes: np.ndarray, device: torch.device) -> None:
-        pixels = Replay(replay.attributes["pixels"])
-        if not np.array_equal(pixels.episode_ends, replay.episode_ends):
-            raise ValueError(f"{replay.path} was not made of what {pixels.path} holds: their episodes differ")
-        self.clips = Clips(pixels, length, episodes=episodes, within_episode=True)
-        self.tokenizer = load_tokenizer(Path(replay.attributes["tokenizer"]))[0].to(device)
+    def __init__(
+        self,
+        replay: Replay,
+        length: int,
+        episodes: np.ndarray,
+        device: torch.device,
+        *,
+        pixels: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> None:
+        def place(name: str, given: str | Path | None) -> str | Path:
+            said = replay.attributes.get(name) if given is None else given
+            if not isinstance(said, str | Path):
+                raise ValueError(f"{replay.path}: attribute {name} must be a path, got {said!r}")
+            return said
+
+        try:
+            frames = Replay(place("pixels", pixels))
+            self.tokenizer = load_tokenizer(Path(place("tokenizer", tokenizer)))[0].to(device)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"the frames and the tokenizer of {replay.path} must be where it says, or where pixels and tokenizer "
+                f"say: {error}"
+            ) from error
+        if not np.array_equal(frames.episode_ends, replay.episode_ends):
+            raise ValueError(f"{replay.path} was not made of what {frames.path} holds: their episodes differ")
+        config = self.tokenizer.config
+        if (config.vocabulary, config.grid, config.frame) != (replay.vocabulary, replay.frame[1:], frames.frame):
+            raise ValueError(
+                f"{replay.path} was not made by this tokenizer: it has {config.vocabulary} ids on a grid {config.grid} "
+                f"for frames {config.frame}; the set has {replay.vocabulary} on {replay.frame[1:]} for {frames.frame}"
+            )
+        self.clips = Clips(frames, length, episodes=episodes, within_episode=True)
 
     def pixels(self, indices: np.ndarray) -> Tensor:
         """uint8 [B, T, C, height, width], the frames of the clips of these numbers."""
@@ -37,9 +65,19 @@ class Decoder:
         return self.tokenizer.decode(ids)[:, first:]
 
 
-def decoder_of(replay: Replay, length: int, episodes: np.ndarray, device: torch.device) -> Decoder | None:
+def decoder_of(
+    replay: Replay,
+    length: int,
+    episodes: np.ndarray,
+    device: torch.device,
+    *,
+    pixels: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> Decoder | None:
     """None for tokens of another tokenizer, such as imported ones, which have no pictures here."""
-    return Decoder(replay, length, episodes, device) if "tokenizer" in replay.attributes else None
+    if "tokenizer" not in replay.attributes:
+        return None
+    return Decoder(replay, length, episodes, device, pixels=pixels, tokenizer=tokenizer)
 
 
 def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ Intervals are of 95%, by bootstrap over clips; those of a difference resample bo
 
 from __future__ import annotations
 
-import json
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mfwm_kernels import Horizons, __version__, video_pyramid
 from mfwm_kernels.info import cpu_name
 
-from ..data.replay import Clips, Replay, split_levels
-from ..metrics.intervals import drift_signal, interval
+from ..data.replay import Clips, split_levels
+from ..metrics.intervals import check_draw, drift_signal, interval
 from ..metrics.lpips import LPIPS
-from ..metrics.quality import psnr, similarity, squared_error
+from ..metrics.lpips import SMALLEST as SMALLEST_FOR_LPIPS
+from ..metrics.quality import check_size, psnr, similarity, squared_error
 from ..models.looking import names_of
 from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
+from ..progress import Progress
 from ..training.checkpoints import write_atomically
-from ..training.run_log import read_log
-from ..training.world_model import TrainingConfig, load_config, load_model
+from ..training.data_identity import open_data, resolved
+from ..training.json_values import as_json, finite
+from ..training.run_config import read
+from ..training.run_log import column, read_log
+from ..training.world_model import TrainingConfig, load_model
 from .tokens import Decoder, decoder_of, token_measures, token_summary
 
 # Genie measures controllability after this many closed-loop steps.
@@ -44,6 +48,9 @@ Measures = dict[str, np.ndarray]
 def evaluate(
     run: Path,
     *,
+    data: str | Path | None = None,
+    pixels: str | Path | None = None,
+    tokenizer: Path | None = None,
     against: Path | None = None,
     lpips: Path | None = None,
     clips: int = 96,
@@ -52,22 +59,38 @@ def evaluate(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate the run on its held-out levels; returns the metrics, and writes them and the measures of every clip into
-    the run, as metrics.json and clips.npz.
+    the run, as metrics.json and clips.npz. What is not defined, such as a correlation with a constant, is None.
 
+    data: where the run's data set is, if it was moved. pixels, tokenizer: likewise, of a set that mfwm encode wrote,
+        the frames and the run that it names.
     against: another run on the same data, whose rollouts are compared with this one's.
     lpips: the file that holds the weights of LPIPS, as in mfwm.metrics.lpips; without it there is no LPIPS.
     """
     run = Path(run)
-    model, config, step = load_model(run)
+    check_draw(clips=clips, batch=batch, seed=seed)
+    config, known = read(TrainingConfig, run)
     horizons = config.model.heads.horizons
+    if config.model.heads.output == "pixels" and rolls(config.model):
+        check_size(config.model.frame)
+    if lpips is not None:
+        check_lpips(config.model)
+    if against is not None:
+        check_comparable(Path(against), config, known)
+    distance = None if lpips is None else LPIPS(lpips)
+    path = run / "log.jsonl"
+    log = read_log(path)
+    rates, seconds, waits = (column(log, name, path) for name in ("frames_per_second", "seconds", "data_wait"))
+    replay = open_data(config.data, known, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _, step = load_model(run)
     model = model.to(device)
-    rival = None if against is None else comparable(Path(against), config).to(device)
-    distance = None if lpips is None else LPIPS(lpips).to(device)
-    replay = Replay(config.data)
+    rival = None if against is None else load_model(Path(against))[0].to(device)
+    distance = None if distance is None else distance.to(device)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
     source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
-    decoder = decoder_of(replay, config.clip, held_out, device) if model.tokens else None
+    decoder = None
+    if model.tokens:
+        decoder = decoder_of(replay, config.clip, held_out, device, pixels=pixels, tokenizer=tokenizer)
     pictured = rolls(config.model) and (decoder is not None or not model.tokens)
     if rival is not None and not pictured:
         raise ValueError(f"against compares pictures, and those of {config.data} have no tokenizer here")
@@ -75,8 +98,8 @@ def evaluate(
 
     began = time.perf_counter()
     parts: list[Measures] = []
-    for start in tqdm(range(0, len(chosen), batch), desc="evaluate", unit="batch", disable=not progress):
-        indices = np.sort(chosen[start : start + batch])
+    bar = Progress("evaluate", len(chosen), "clip", shown=progress)
+    for indices in bar.over([np.sort(chosen[start : start + batch]) for start in range(0, len(chosen), batch)], len):
         held = {name: value.to(device) for name, value in source.batch(indices).items()}
         part: Measures = {}
         if not model.tokens:
@@ -92,17 +115,18 @@ def evaluate(
             part |= {f"against_{name}": values for name, values in rolled.items() if name.startswith("rollout_")}
         parts.append(part)
     measures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    np.savez_compressed(run / "clips.npz", **measures)  # type: ignore[arg-type]
+    compressed = io.BytesIO()
+    np.savez_compressed(compressed, **measures)  # type: ignore[arg-type]
+    write_atomically(run / "clips.npz", compressed.getvalue())
 
-    log = read_log(run / "log.jsonl")
     metrics = {
         **summary(measures, horizons, seed, controlled=model.action is not None),
         "steps": step,
         "parameters": parameters_of(model),
-        "frames_per_second": float(np.median([row["frames_per_second"] for row in log])),
-        "training_seconds": sum(row["seconds"] for row in log),
+        "frames_per_second": float(np.median(rates)),
+        "training_seconds": sum(seconds),
         # The share of the training time in which a step waited for its clips.
-        "data_wait": sum(row["data_wait"] * row["seconds"] for row in log) / sum(row["seconds"] for row in log),
+        "data_wait": float(np.dot(waits, seconds) / sum(seconds)),
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{cpu_name()}, {torch.get_num_threads()} threads",
@@ -116,14 +140,27 @@ def evaluate(
         "evaluation_seconds": time.perf_counter() - began,
         "versions": {"mfwm_kernels": __version__, "torch": torch.__version__},
     }
-    write_atomically(run / "metrics.json", json.dumps(metrics, indent=2).encode())
-    return metrics
+    write_atomically(run / "metrics.json", as_json(metrics, indent=2).encode())
+    return finite(metrics)
 
 
-def comparable(run: Path, config: TrainingConfig) -> WorldModel:
-    """The model of another run, which must roll out and have the same held-out levels."""
-    other = load_config(run)
-    for name in ("data", "held_out", "seed"):
+def check_lpips(config: WorldModelConfig) -> None:
+    """ValueError where LPIPS has no pictures to compare; those of tokens are known when their set is open."""
+    if config.heads.output == "pixels" and (config.frame[0] != 3 or min(config.frame[1:]) < SMALLEST_FOR_LPIPS):
+        least = f"[3, >= {SMALLEST_FOR_LPIPS}, >= {SMALLEST_FOR_LPIPS}]"
+        raise ValueError(f"lpips needs frames {least}, and the run's are {list(config.frame)}")
+
+
+def check_comparable(run: Path, config: TrainingConfig, known: str | None) -> None:
+    """ValueError where another run, `against`, does not roll out or has other held-out levels.
+
+    known: the digest of the first run's data set; where either has none, their paths must be the same.
+    """
+    other, its_data = read(TrainingConfig, run)
+    same = resolved(other.data) == resolved(config.data) if None in (known, its_data) else known == its_data
+    if not same:
+        raise ValueError(f"against must be a run on the same data set: its data is {other.data}, not {config.data}")
+    for name in ("held_out", "seed"):
         mine, its = getattr(config, name), getattr(other, name)
         if mine != its:
             raise ValueError(
@@ -135,7 +172,6 @@ def comparable(run: Path, config: TrainingConfig) -> WorldModel:
                 "against compares rollouts, which need a near horizon of offset 1 (masked: 0) and factor 1; got "
                 f"{both.heads.horizons}"
             )
-    return load_model(run)[0]
 
 
 def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
