@@ -7,6 +7,12 @@ Actions, for the whole package: `actions[:, n]` is the action taken at frame n; 
 Pixels are in [-1, 1]: uint8 frames are mapped there by 1/127.5 and -1.
 """
 
+import os
+
+# OpenMP reads it when torch is loaded. Its threads otherwise spin while they wait, and slow a machine that is shared
+# by several processes many times over; alone, both take the same time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from .models.heads import MultiFrameHeads
 from .models.heads_config import HeadsConfig
 from .models.world_model import WorldModel, WorldModelConfig

@@ -1,9 +1,16 @@
-"""The command line: mfwm collect | data | describe | train... | encode | evaluate | export | demo."""
+"""The command line: mfwm collect | data | describe | train... | encode | evaluate | export | demo.
+
+A mistake is answered by one line and exit code 2; --traceback, or MFWM_TRACEBACK=1, shows where it was found.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dis
 import json
+import os
+import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,7 +145,7 @@ class Data:
 
 @dataclass
 class Train:
-    """Train a multi-frame world model; goes on where a run in `out` stopped. --preset NAME chooses the defaults."""
+    """Train a multi-frame world model; resumes where a run in `out` stopped. --preset NAME chooses the defaults."""
 
     out: Path
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
@@ -152,7 +159,7 @@ class Train:
 
 @dataclass
 class TrainTokenizer:
-    """Train a video tokenizer, and measure it on held-out levels; goes on where a run in `out` stopped."""
+    """Train a video tokenizer, and measure it on held-out levels; resumes where a run in `out` stopped."""
 
     out: Path
     config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
@@ -166,7 +173,7 @@ class TrainTokenizer:
 
 @dataclass
 class TrainLatentActions:
-    """Train a model that infers actions from video, and measure it; goes on where a run in `out` stopped."""
+    """Train a model that infers actions from video, and measure it; resumes where a run in `out` stopped."""
 
     out: Path
     config: Annotated[LatentActionsTraining, tyro.conf.arg(name="")]
@@ -210,6 +217,12 @@ class Evaluate:
     """Measure a run on held-out levels; writes metrics.json, report.html and rollout.gif."""
 
     run_directory: tyro.conf.Positional[Path]
+    data: str | None = None
+    """Where the run's data set is, if it was moved."""
+    pixels: str | None = None
+    """Of a run on tokens: where the frames are that they were made of, if they were moved."""
+    tokenizer: Path | None = None
+    """Of a run on tokens: where the run of their tokenizer is, if it was moved."""
     against: Path | None = None
     """Another run on the same data, such as one of next frames alone, to compare rollouts with."""
     lpips: Path | None = None
@@ -221,9 +234,10 @@ class Evaluate:
         from .evaluation.report import write_report
         from .evaluation.world_model import evaluate
 
-        options = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
-        print(json.dumps(evaluate(self.run_directory, **options), indent=2))  # type: ignore[arg-type]
-        print(f"report: {write_report(self.run_directory)}")
+        places: dict[str, Any] = {"data": self.data, "pixels": self.pixels, "tokenizer": self.tokenizer}
+        options: dict[str, Any] = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
+        print(json.dumps(evaluate(self.run_directory, **places, **options), indent=2))
+        print(f"report: {write_report(self.run_directory, **places)}")
 
 
 @dataclass
@@ -241,11 +255,44 @@ class Export:
 
 def main() -> None:
     # The preset comes first: it decides the defaults of all the other flags.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog="mfwm", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(PRESETS), default="plain")
+    first.add_argument("--traceback", action="store_true")
     chosen, rest = first.parse_known_args()
-    preset = Train(out=tyro.MISSING, config=replace(PRESETS[chosen.preset], data=tyro.MISSING))
-    command = tyro.cli(
+    traceback = chosen.traceback or os.environ.get("MFWM_TRACEBACK", "0") not in ("", "0")
+    try:
+        command_of(chosen.preset, rest).run()
+    except KeyboardInterrupt:
+        # Of what was broken off, such as a chunk being written.
+        warnings.simplefilter("ignore")
+        print("mfwm: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if traceback or not expected(error):
+            raise
+        print(f"mfwm: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def expected(error: Exception) -> bool:
+    """Whether an error is about what the user gave, or what the machine has, rather than about this program."""
+    if isinstance(error, ValueError | OSError | ImportError):
+        return True
+    if not isinstance(error, TypeError | RuntimeError | ArithmeticError) or error.__traceback__ is None:
+        return False
+    # The others are expected where this package raises them in so many words; from elsewhere they are its faults.
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    package = place.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    raised = place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return package in ("mfwm", "mfwm_kernels") and raised
+
+
+def command_of(preset_name: str, arguments: list[str]) -> Any:
+    """The command that the arguments give, with its options."""
+    preset = Train(out=tyro.MISSING, config=replace(PRESETS[preset_name], data=tyro.MISSING))
+    return tyro.cli(
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Describe, tyro.conf.subcommand("describe")]
@@ -258,9 +305,8 @@ def main() -> None:
         | Annotated[Demo, tyro.conf.subcommand("demo")],
         prog="mfwm",
         description=__doc__,
-        args=rest,
+        args=arguments,
     )
-    command.run()
 
 
 if __name__ == "__main__":
