@@ -15,7 +15,7 @@ from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm.demo import Demo
 from mfwm.evaluation import write_report
 from mfwm.evaluation.world_model import CONTEXT, closed_loop, evaluate
-from mfwm.metrics.intervals import drift_signal, interval, ranks
+from mfwm.metrics.intervals import correlation, drift_signal, interval, ranks
 from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
 from mfwm.metrics.quality import similarity
 from mfwm.training import train
@@ -110,6 +110,8 @@ def test_a_constant_correlates_with_nothing() -> None:
         for name in ("overall", "overall_95", "within_step", "within_step_95"):
             assert np.isnan(found[name]).all(), name
         assert json.loads(as_json(found))["overall"] is None
+    # Values whose mean is not exactly theirs.
+    assert np.isnan(correlation(np.full((1, 3, 1), 0.1), rng.random((1, 3, 1)))).all()
     # One step at which all clips are alike says nothing of the other three.
     part, whole = one.copy(), drift_signal(one[:, 1:], other[:, 1:], 0)
     part[:, 0] = 0.5

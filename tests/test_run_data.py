@@ -274,6 +274,9 @@ def test_a_broken_metrics_file_is_named(config: TrainingConfig, tmp_path: Path) 
     (run / "metrics.json").write_text("[]")
     with pytest.raises(ValueError, match=r"metrics\.json must hold a JSON object, got list"):
         write_report(run)
+    (run / "metrics.json").write_text('{"data": {}, "steps": 1}')
+    with pytest.raises(ValueError, match=r"metrics\.json must hold what evaluate writes; it lacks parameters, fr"):
+        write_report(run)
 
 
 def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,19 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
     # Two lines of white, enlarged, lie between the rows.
     truth, likeliest, drawn = (row[:-6] for row in np.split(np.pad(picture, ((0, 6), (0, 0), (0, 0))), 3))
     assert (truth != likeliest).any() and (likeliest != drawn).any()
+    # The same figures when frames and tokenizer are somewhere else, if told where.
+    moved = {"pixels": place / "data.moved", "tokenizer": place / "tok.moved"}
+    for new in moved.values():
+        os.rename(new.with_suffix(""), new)
+    try:
+        with pytest.raises(ValueError, match=r"the frames and the tokenizer of .*/ids must be where it says"):
+            evaluate(place / "run", clips=6, batch=3, progress=False)
+        again = evaluate(place / "run", **moved, clips=6, batch=3, progress=False)
+        assert again["rollout_psnr"] == metrics["rollout_psnr"]
+        assert write_report(place / "run", **moved).exists()
+    finally:
+        for new in moved.values():
+            os.rename(new, new.with_suffix(""))
     with pytest.raises(ValueError, match=r"heads.vocabulary must be that of the data, 60 .*, got 61"):
         wrong = replace(config.model.heads, vocabulary=61)
         for_replay(replace(config, model=replace(config.model, heads=wrong)), replay)

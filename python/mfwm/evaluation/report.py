@@ -35,6 +35,9 @@ from matplotlib.figure import Figure
 TOP_K = 8
 DRAWINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": TOP_K}]
 
+# Of metrics.json, beside what depends on the run.
+USED = ("data", "parameters", "steps", "frames_per_second", "device", "data_wait", "clips", "held_out_levels")
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -63,6 +66,10 @@ def write_report(
     if not place.is_file():
         raise FileNotFoundError(f"{place} is missing: evaluate the run first")
     metrics = parsed(place.read_bytes(), str(place))
+    if missing := [name for name in USED if name not in metrics]:
+        raise ValueError(
+            f"{place} must hold what evaluate writes; it lacks {', '.join(missing)}: evaluate the run again"
+        )
     replay = open_data(config.data, known, data)
     model, _, _ = load_model(run)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)

@@ -93,12 +93,17 @@ def load_latent_actions(run: Path) -> tuple[LatentActions, LatentActionsTraining
     return model.eval().requires_grad_(False), config, step
 
 
-def evaluate_latent_actions(run: Path, *, clips: int = 256, batch: int = 8, seed: int = 0) -> dict[str, Any]:
-    """Delta-PSNR and mutual information on held-out clips; writes metrics.json beside the checkpoint and returns it."""
+def evaluate_latent_actions(
+    run: Path, *, data: str | Path | None = None, clips: int = 256, batch: int = 8, seed: int = 0
+) -> dict[str, Any]:
+    """Delta-PSNR and mutual information on held-out clips; writes metrics.json beside the checkpoint and returns it.
+
+    data: where the run's data set is, if it was moved.
+    """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
     config, known = read(LatentActionsTraining, run)
-    replay = open_data(config.data, known, None)
+    replay = open_data(config.data, known, data)
     model, _, step = load_latent_actions(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)

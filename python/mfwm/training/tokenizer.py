@@ -73,15 +73,20 @@ def load_tokenizer(run: Path) -> tuple[Tokenizer, TokenizerTraining, int]:
     return model.eval().requires_grad_(False), config, step
 
 
-def evaluate_tokenizer(run: Path, *, clips: int = 96, batch: int = 8, seed: int = 0) -> dict[str, Any]:
-    """PSNR and SSIM of held-out frames that come back; writes metrics.json beside the checkpoint and returns it."""
+def evaluate_tokenizer(
+    run: Path, *, data: str | Path | None = None, clips: int = 96, batch: int = 8, seed: int = 0
+) -> dict[str, Any]:
+    """PSNR and SSIM of held-out frames that come back; writes metrics.json beside the checkpoint and returns it.
+
+    data: where the run's data set is, if it was moved.
+    """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
     config, known = read(TokenizerTraining, run)
     check_size(config.model.frame)
     log = run / "log.jsonl"
     seconds = sum(column(read_log(log), "seconds", log))
-    replay = open_data(config.data, known, None)
+    replay = open_data(config.data, known, data)
     model, _, step = load_tokenizer(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
