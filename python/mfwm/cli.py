@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dis
 import json
+import logging
 import os
 import sys
 import warnings
@@ -263,8 +264,9 @@ def main() -> None:
     try:
         command_of(chosen.preset, rest).run()
     except KeyboardInterrupt:
-        # Of what was broken off, such as a chunk being written.
+        # Zarr's tasks that are broken off in the middle complain when Python ends.
         warnings.simplefilter("ignore")
+        logging.disable()
         print("mfwm: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
