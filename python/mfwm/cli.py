@@ -33,12 +33,13 @@ class Collect:
     env: tyro.conf.Positional[str]
     """coinrun (or another procgen game), atari:<Game>, doom or doom:<scenario>."""
     frames: int
-    out: Path
+    out: str
+    """A directory, or a URL that fsspec knows."""
     seed: int = 0
     size: int = 64
     """Frames are size x size pixels."""
     overwrite: bool = False
-    """Delete the replay buffer that stands in `out`."""
+    """Replace the replay buffer that is in `out`, once the new one is whole."""
 
     def run(self) -> None:
         from .data.collect import collect
@@ -76,7 +77,7 @@ class Import:
     skip_damaged: bool = False
     """Leave damaged episodes out, with a count, rather than refuse the whole."""
     overwrite: bool = False
-    """Delete the replay buffer that stands in `out`."""
+    """Replace the replay buffer that is in `out`, once the new one is whole."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -199,7 +200,7 @@ class Encode:
     latent_actions: Path | None = None
     """A run of train-latent-actions."""
     overwrite: bool = False
-    """Delete the replay buffer that stands in `out`."""
+    """Replace the replay buffer that is in `out`, once the new one is whole."""
 
     def run(self) -> None:
         from .encode import encode

@@ -35,7 +35,7 @@ class Demo:
         from .data.collect import collect, default_environment
 
         began = time.perf_counter()
-        complete(self.data, lambda: collect(default_environment(), self.frames, self.data, overwrite=True))
+        complete(self.data, lambda: collect(default_environment(), self.frames, self.data))
         out = self.out or Path("runs/demo-tokens" if self.tokens else "runs/demo")
         results = self._tokens(out) if self.tokens else self._pixels(out)
         # What an earlier command did of it is not in the sum.
@@ -72,7 +72,7 @@ class Demo:
         steps = self.tokenizer_steps or TokenizerTraining.steps
         train_tokenizer(for_pixels(TokenizerTraining(str(self.data), steps)), tokenizer)
         frames = evaluate_tokenizer(tokenizer)
-        complete(ids, lambda: encode(self.data, ids, tokenizer=tokenizer, overwrite=True))
+        complete(ids, lambda: encode(self.data, ids, tokenizer=tokenizer))
         config = replace(TOKENS, data=str(ids), steps=self.steps or TOKENS.steps)
         train(for_replay(config, Replay(ids)), model)
         metrics = evaluate(model)
@@ -96,13 +96,14 @@ def stages(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def complete(folder: Path, make: Callable[[], None]) -> None:
-    """Make what belongs in a folder, unless an earlier run did so to the end; the file `complete` says how long."""
-    if not (folder / "complete").exists():
+    """Make a replay buffer, unless there is one: it appears whole or not at all. The file `complete` says how long."""
+    if not folder.exists() or not any(folder.iterdir()):
         began = time.perf_counter()
         make()
         write_atomically(folder / "complete", f"{time.perf_counter() - began:.1f}\n".encode())
 
 
 def seconds_of(folder: Path) -> float:
-    """How long `complete` took to make it."""
-    return float((folder / "complete").read_text())
+    """How long `complete` took to make it; 0 where something else did."""
+    said = folder / "complete"
+    return float(said.read_text()) if said.exists() else 0.0

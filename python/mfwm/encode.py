@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data.check import location
+from .data.place import absolute, overlap
 from .data.replay import Replay
 from .data.replay_writer import ReplayWriter
 from .models.latent_actions import LatentActions
@@ -41,10 +41,14 @@ def encode(
 
     tokenizer: a run of train-tokenizer, whose ids take the place of frames; without it frames stay.
     latent_actions: a run of train-latent-actions, whose codes take the place of actions; without it actions stay.
-    overwrite: delete the replay buffer that stands in `out`.
+    overwrite: replace the replay buffer that is in `out`, once the new one is whole.
     """
     if tokenizer is None and latent_actions is None:
         raise ValueError("give tokenizer, latent_actions or both: else nothing changes")
+    if overlap(data, out):
+        raise ValueError(
+            f"out must be another place than data, which is read while out is written; got {out} and {data}"
+        )
     replay = Replay(data)
     if replay.vocabulary:
         raise ValueError(f"data must be pixels, but {data} holds tokens")
@@ -72,7 +76,7 @@ def encode(
     writer = ReplayWriter(out, **frame, **actions, overwrite=overwrite, **attributes)
     episodes = zip(replay.episode_starts, replay.episode_ends, replay.episode_level, strict=True)
     bar = tqdm(total=replay.frames, desc="encode", unit="frame", disable=not progress, dynamic_ncols=True)
-    with bar:
+    with bar, writer:
         for begin, end, level in episodes:
             images = replay.read(np.arange(begin, end))
             video = torch.from_numpy(images).permute(0, 3, 1, 2)[None].to(device)
@@ -92,9 +96,3 @@ def in_pieces(give: Callable[[Tensor], Tensor], video: Tensor, *, before: int, a
         first, end = max(0, begin - before), min(frames, begin + PIECE)
         parts.append(give(video[:, first : end + after])[:, begin - first : end - first])
     return torch.cat(parts, dim=1)
-
-
-def absolute(path: str | Path) -> str | Path:
-    """So that it is found from any directory; URLs are as they are."""
-    place = location(path)
-    return place.absolute() if isinstance(place, Path) else place

@@ -7,19 +7,19 @@ chunk and lists all that are broken. What is left out or trained differently, an
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.core.sync import sync
 
-IMG, TOKENS, ACTION = "data/img", "data/tokens", "data/action"
-ENDS, LEVELS = "meta/episode_ends", "meta/episode_level"
+from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, Stored, missing_and_damaged, open_stored, read_rows
+
 # Type, rank and the words for them.
 FRAMES = {IMG: "uint8 [N, H, W, 3]", TOKENS: "integers [N, rows, columns] or [N, rows, columns, F]"}
+INT64 = 2**63 - 1
+VOCABULARY = 2**31  # ids are written as int32
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,6 @@ class Problem:
         return ("" if self.refused else "note: ") + self.what
 
 
-def open_root(path: Path | str) -> zarr.Group:
-    if isinstance(path, Path) and not path.exists():
-        raise ValueError(f"{path} does not exist: expected a Zarr replay buffer")
-    try:
-        return zarr.open_group(str(path), mode="r")
-    except (OSError, KeyError, TypeError, ValueError) as error:  # FileNotFoundError and zarr's own errors among these
-        raise ValueError(f"{path} is not a Zarr group: {error}") from error
-
-
 def refuse(place: object, problems: Iterable[Problem]) -> None:
     """ValueError for the first problem that a set is refused for; a warning for what is not."""
     where = f"{place}: " if place else ""
@@ -51,37 +42,24 @@ def refuse(place: object, problems: Iterable[Problem]) -> None:
         warnings.warn(f"{where}{problem.what}", stacklevel=3)
 
 
-def arrays_of(root: zarr.Group) -> dict[str, Any]:
-    """The arrays of the layout that are there, by name; None where what is there cannot be read as an array."""
-    found: dict[str, Any] = {}
-    for name in (IMG, TOKENS, ACTION, ENDS, LEVELS):
-        try:
-            array = root.get(name)
-        except (KeyError, TypeError, ValueError):
-            found[name] = None
-        else:
-            if array is not None:
-                found[name] = array if isinstance(array, zarr.Array) else None
-    return found
-
-
-def layout_problems(root: zarr.Group) -> Iterator[Problem]:
+def layout_problems(stored: Stored) -> Iterator[Problem]:
     """Arrays, their types and ranks, and the attributes that say what they hold."""
-    found, attributes = arrays_of(root), dict(root.attrs)
-    required = [ACTION, ENDS] if has_actions(attributes) else [ENDS]
-    for name in {**found, **dict.fromkeys(required)}:
-        if found.get(name) is None:
+    arrays, attributes = stored.arrays, stored.attributes
+    for name, reason in stored.unreadable.items():
+        yield Problem(f"array {name} is missing or unreadable: {reason}")
+    found = [*arrays, *stored.unreadable]
+    for name in [ACTION, ENDS] if has_actions(attributes) else [ENDS]:
+        if name not in found:
             yield Problem(f"array {name} is missing or unreadable")
     frames = [name for name in FRAMES if name in found]
     if len(frames) != 1:
         yield Problem(f"a replay buffer has either {IMG} or {TOKENS}, got {' and '.join(frames) or 'neither'}")
-    arrays = {name: array for name, array in found.items() if array is not None}
     for name in FRAMES.keys() & arrays.keys():
         array = arrays[name]
         fits = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
         if name == TOKENS:
             fits = array.dtype.kind in "iu" and array.ndim in (3, 4)
-        if not fits:
+        if not fits or 0 in array.shape[1:]:
             yield Problem(f"{name} must be {FRAMES[name]}, got {array.dtype} {list(array.shape)}")
     for name, kinds, what in (
         (ACTION, (("i", 1), ("u", 1), ("f", 2)), "integers [N] or floats [N, A]"),
@@ -91,10 +69,15 @@ def layout_problems(root: zarr.Group) -> Iterator[Problem]:
         array = arrays.get(name)
         if array is not None and (array.dtype.kind, array.ndim) not in kinds:
             yield Problem(f"{name} must be {what}, got {array.dtype} {list(array.shape)}")
-    for name, needed in (("actions", False), ("vocabulary", TOKENS in found)):
+    for name, needed, most in (("actions", False, INT64), ("vocabulary", TOKENS in found, VOCABULARY)):
         value = attributes.get(name)
-        if (needed or value is not None) and (type(value) is not int or value < 1):
-            yield Problem(f"attribute {name} must be an integer >= 1, got {value!r}")
+        if (needed or value is not None) and (type(value) is not int or not 1 <= value <= most):
+            yield Problem(f"attribute {name} must be an integer >= 1, up to {most}, got {value!r}")
+    if ACTION in arrays and attributes.get("actions") is not None and arrays[ACTION].ndim != 1:
+        yield Problem(
+            f"{ACTION} must be integers [N], since attribute actions is {attributes['actions']!r}, "
+            f"got {arrays[ACTION].dtype} {list(arrays[ACTION].shape)}"
+        )
 
 
 def has_actions(attributes: dict[str, Any]) -> bool:
@@ -104,35 +87,13 @@ def has_actions(attributes: dict[str, Any]) -> bool:
 
 def chunk_problems(name: str, array: Any, rows: int, *, read: bool) -> Iterator[Problem]:
     """Missing chunks among the first `rows` rows, and with `read` those that cannot be decoded."""
-    unit = array.shards or array.chunks
-
-    async def stored() -> set[str]:
-        listing: AsyncIterator[str] = array.store.list_prefix(f"{array.path}/")
-        return {key async for key in listing}
-
-    present = sync(stored())
-    for place in np.ndindex(*(-(-size // step) for size, step in zip(array.shape, unit, strict=True))):
-        begin = place[0] * unit[0]
-        if begin >= rows:
-            return
-        key = array.metadata.encode_chunk_key(place)
-        where = f"{name}: chunk {key} (rows {begin} to {min(begin + unit[0], array.shape[0]) - 1})"
-        if f"{array.path}/{key}" not in present:
-            yield Problem(f"{where} is missing; it would be read as zeros")
-        elif read:
-            try:
-                array[tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, unit, strict=True))]
-            except Exception as error:  # whatever the codec raises on damaged bytes
-                yield Problem(f"{where} cannot be decoded: {error}")
+    yield from map(Problem, missing_and_damaged(name, array, 0, rows, read=read))
 
 
-def read_rows(name: str, array: Any, begin: int, end: int) -> np.ndarray:
-    """array[begin:end]; ValueError names the chunk where it cannot be decoded."""
-    try:
-        return np.asarray(array[begin:end])
-    except Exception as error:  # whatever the codec raises on damaged bytes
-        named = next(chunk_problems(name, array, end, read=True), f"{name}: rows {begin} to {end - 1}: {error}")
-        raise ValueError(str(named)) from error
+def integer_problems(name: str, values: np.ndarray) -> Iterator[Problem]:
+    """Of what is about to become int64."""
+    if values.size and int(values.max()) > INT64:
+        yield Problem(f"{name} must be in 64 bits with a sign, up to {INT64}, got {int(values.max())}")
 
 
 def whole_ends(ends: np.ndarray) -> np.ndarray:
@@ -162,16 +123,19 @@ def length_problems(name: str, array: Any, rows: int, of: str) -> Iterator[Probl
 
 
 def action_problems(name: str, action: np.ndarray, attributes: dict[str, Any]) -> Iterator[Problem]:
+    """Of actions as they are given, for what they become: float32 or int64."""
     if action.dtype.kind == "f":
-        broken = np.flatnonzero(~np.isfinite(action).all(axis=1))
+        with np.errstate(over="ignore"):
+            broken = np.flatnonzero(~np.isfinite(action.astype(np.float32)).all(axis=1))
         if len(broken):
             first = int(broken[0])
             yield Problem(
-                f"{name} must be finite, got {action[first].tolist()} at frame {first}, and {len(broken) - 1} more"
+                f"{name} must be finite, got {action[first].tolist()} at frame {first}, and {len(broken) - 1} more "
+                "(as float32, which ends at 3.4e38)"
             )
         return
     said = attributes.get("actions")
-    count = int(action.max()) + 1 if said is None else said
+    count = min(int(action.max(initial=0)), INT64 - 1) + 1 if said is None else said
     broken = np.flatnonzero((action < 0) | (action >= count))
     if len(broken):
         yield Problem(
@@ -206,34 +170,43 @@ def clip_problems(ends: np.ndarray, clip: int) -> Iterator[Problem]:
 def check(path: str | Path, clip: int) -> list[Problem]:
     """All problems of the set at `path`, for clips of `clip` frames; empty where there are none."""
     try:
-        root = open_root(location(path))
+        stored = open_stored(path)
     except ValueError as error:
         return [Problem(str(error))]
-    attributes: dict[str, Any] = dict(root.attrs)
-    arrays = arrays_of(root)
-    problems = list(layout_problems(root))
+    arrays = stored.arrays
+    problems = list(layout_problems(stored))
     for name, array in arrays.items():
-        if array is not None:
-            problems += chunk_problems(name, array, array.shape[0], read=True)
+        problems += chunk_problems(name, array, array.shape[0], read=True)
     if problems:
         return problems
+    try:
+        return [*value_problems(arrays, stored.attributes, clip)]
+    except ValueError as error:  # a chunk that was there a moment ago
+        return [Problem(str(error))]
+
+
+def value_problems(arrays: dict[str, Any], attributes: dict[str, Any], clip: int) -> Iterator[Problem]:
+    """Of a set whose chunks can all be read."""
+
+    def rows(name: str, begin: int, end: int) -> np.ndarray:
+        return read_rows(name, arrays[name], begin, min(end, arrays[name].shape[0]))
+
     name = IMG if IMG in arrays else TOKENS
-    ends = whole_ends(arrays[ENDS][:])
-    problems += end_problems(ends, name, arrays[name].shape[0])
-    frames = int(ends.max(initial=0))
+    stored_ends = rows(ENDS, 0, INT64)
+    yield from integer_problems(ENDS, stored_ends)
+    ends = whole_ends(stored_ends)
+    yield from end_problems(ends, name, arrays[name].shape[0])
+    frames = min(int(ends.max(initial=0)), arrays[name].shape[0])
     if ACTION in arrays:
-        problems += length_problems(ACTION, arrays[ACTION], frames, "frame")
+        yield from length_problems(ACTION, arrays[ACTION], frames, "frame")
         if frames and arrays[ACTION].shape[0]:
-            problems += action_problems(ACTION, arrays[ACTION][:frames], attributes)
+            yield from action_problems(ACTION, rows(ACTION, 0, frames), attributes)
     if LEVELS in arrays:
-        problems += length_problems(LEVELS, arrays[LEVELS], len(ends), "episode")
+        yield from length_problems(LEVELS, arrays[LEVELS], len(ends), "episode")
+        yield from integer_problems(LEVELS, rows(LEVELS, 0, len(ends)))
     if name == TOKENS:
-        for first in range(0, min(frames, arrays[name].shape[0]), arrays[name].chunks[0]):
-            last = min(first + arrays[name].chunks[0], frames)
-            problems += token_problems(name, arrays[name][first:last], attributes["vocabulary"], first)
-    return [*problems, *clip_problems(ends, clip)]
-
-
-def location(path: str | Path) -> Path | str:
-    """A URL that fsspec knows stays a string."""
-    return str(path) if "://" in str(path) else Path(path)
+        step = arrays[name].chunks[0]
+        for first in range(0, frames, step):
+            tokens = rows(name, first, min(first + step, frames))
+            yield from token_problems(name, tokens, attributes["vocabulary"], first)
+    yield from clip_problems(ends, clip)

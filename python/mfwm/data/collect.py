@@ -1,7 +1,8 @@
 """mfwm collect: real action-labelled video of CoinRun (and the other procgen games), Atari or Doom, by a random policy.
 
 The policy holds each action for several frames: a player who changes his mind at every frame does not move. Frames are
-averaged over boxes down to size x size (Pillow's BOX filter). Episodes go to the replay buffer one by one.
+averaged over boxes down to size x size (Pillow's BOX filter). Episodes are written one by one, beside `out`, and become
+the replay buffer together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,8 @@ from tqdm import tqdm
 
 from . import coinrun_recorder
 from .coinrun_recorder import GAMES, MESSAGE, REQUIREMENT, HeldActions
-from .replay_writer import ReplayWriter, make_room
+from .place import Place, location
+from .replay_writer import ReplayWriter
 
 PROCGEN_PYTHONS = ((3, 11), (3, 12))
 DOOM_SCENARIOS = ("my_way_home", "basic", "health_gathering", "deadly_corridor", "defend_the_center", "take_cover")
@@ -42,7 +45,7 @@ class Episode:
 def collect(
     env: str,
     frames: int,
-    out: Path,
+    out: str | Path,
     *,
     seed: int = 0,
     size: int = 64,
@@ -56,37 +59,41 @@ def collect(
     Args:
         env: "coinrun" or another procgen game, "atari:<Game>" such as "atari:Breakout", "doom" or "doom:<scenario>".
         frames: how many, over all episodes; the last episode may be cut.
-        out: a directory that is empty or not there; with `overwrite` a replay buffer that stands there is deleted.
+        out: a directory that is empty or not there, or a URL that fsspec knows; with `overwrite` a replay buffer that
+            is there stays until the new one is whole, and is replaced by it.
         size: of the square frames, in pixels.
         action_repeat: each action is held for 1 to this many frames.
         num_levels: how many procgen levels are played.
     """
-    for name, value in (
-        ("frames", frames),
-        ("size", size),
-        ("action_repeat", action_repeat),
-        ("num_levels", num_levels),
+    for name, value, least in (
+        ("frames", frames, 1),
+        ("seed", seed, 0),
+        ("size", size, 1),
+        ("action_repeat", action_repeat, 1),
+        ("num_levels", num_levels, 1),
     ):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    out = Path(out).absolute()
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+        if value >= 2**31:
+            raise ValueError(f"{name} must be less than 2**31, got {value}")
     source = source_of(env)
-    make_room(out, overwrite=overwrite)
+    # Before an environment is started.
+    Place(location(out), overwrite=overwrite)
     episodes = source(env, frames, seed, action_repeat, num_levels)
     description: dict[str, Any] = next(episodes)  # type: ignore[assignment]
-    writer = None
-    with tqdm(total=frames, desc=f"collect {env}", unit="frame", disable=not progress, dynamic_ncols=True) as bar:
+    bar = tqdm(total=frames, desc=f"collect {env}", unit="frame", disable=not progress, dynamic_ncols=True)
+    writer = ReplayWriter(
+        out, size, size, actions=len(description["action_names"]), env=env, action_repeat=action_repeat, seed=seed,
+        overwrite=overwrite, **description,
+    )  # fmt: skip
+    with closing(episodes), bar, writer:
         for episode in episodes:
-            if writer is None:
-                writer = ReplayWriter(
-                    out, size, size, actions=len(description["action_names"]), env=env, action_repeat=action_repeat,
-                    seed=seed, **description,
-                )  # fmt: skip
             kept = min(len(episode.img), frames - writer.frames)
             writer.append(resized(episode.img[:kept], size), episode.action[:kept], episode.level)
             bar.update(kept)
             if writer.frames >= frames:
                 return
+        raise RuntimeError(f"{env} gave {writer.frames} frames of {frames}")
 
 
 def source_of(env: str) -> Any:
@@ -125,6 +132,8 @@ def resized(img: np.ndarray, size: int) -> np.ndarray:
 
 
 def procgen_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
+    if (seed + 1) * num_levels >= 2**31:
+        raise ValueError(f"seed must be less than {2**31 // num_levels - 1} for {num_levels} levels, got {seed}")
     python = procgen_python()
     settings = {
         "frames": frames, "seed": seed, "action-repeat": action_repeat, "num-levels": num_levels,

@@ -31,24 +31,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .check import (
-    ACTION,
-    ENDS,
-    IMG,
-    LEVELS,
-    TOKENS,
     action_problems,
-    arrays_of,
     chunk_problems,
     end_problems,
+    integer_problems,
     layout_problems,
     length_problems,
-    location,
-    open_root,
-    read_rows,
     refuse,
     token_problems,
     whole_ends,
 )
+from .place import identity, location
+from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, open_stored, read_rows
 
 MEMORY_LIMIT = 4 << 30  # bytes of frames; a smaller set is read into memory when it is opened
 
@@ -64,30 +58,34 @@ class Replay:
     the set: a warning says how many.
 
     `path` is a directory, or a URL that fsspec knows. ValueError names path, rule and value where the set breaks the
-    layout (the rules stand in data_check), and the chunk where one is missing or damaged, when it is read.
+    layout (the rules are in check.py), and the chunk where one is missing or damaged, whenever it is read; and where
+    another set has taken its place since.
     """
 
     def __init__(self, path: str | Path, *, memory_limit: int = MEMORY_LIMIT) -> None:
         self.path = location(path)
-        root = open_root(self.path)
-        self.attributes: dict[str, Any] = dict(root.attrs)
-        refuse(self.path, layout_problems(root))
-        arrays = arrays_of(root)
+        stored = open_stored(self.path)
+        self._identity = stored.identity
+        self.attributes: dict[str, Any] = stored.attributes
+        refuse(self.path, layout_problems(stored))
+        arrays = stored.arrays
         self._name = IMG if IMG in arrays else TOKENS
         video, ends = arrays[self._name], arrays[ENDS]
         self.vocabulary: int = 0 if self._name == IMG else self.attributes["vocabulary"]
 
-        self.episode_ends = whole_ends(self._read(ENDS, ends, 0, ends.shape[0]))
+        self.episode_ends = whole_ends(self._integers(ENDS, ends, ends.shape[0]))
         refuse(self.path, end_problems(self.episode_ends, self._name, video.shape[0]))
         self.frames = int(self.episode_ends[-1])
         refuse(self.path, chunk_problems(self._name, video, self.frames, read=False))
         self.episode_level = np.arange(self.episodes, dtype=np.int64)
         if LEVELS in arrays:
-            self.episode_level = self._column(LEVELS, arrays[LEVELS], self.episodes, "episode").astype(np.int64)
+            self._check_rows(LEVELS, arrays[LEVELS], self.episodes, "episode")
+            self.episode_level = self._integers(LEVELS, arrays[LEVELS], self.episodes)
         self.action = np.empty((self.frames, 0), np.float32)
         self.actions: int | None = None
         if ACTION in arrays:
-            values = self._column(ACTION, arrays[ACTION], self.frames, "frame")
+            self._check_rows(ACTION, arrays[ACTION], self.frames, "frame")
+            values = self._read(ACTION, arrays[ACTION], 0, self.frames)
             refuse(self.path, action_problems(ACTION, values, self.attributes))
             self.action = values.astype(np.float32 if values.ndim == 2 else np.int64)
             if values.ndim == 1:
@@ -97,17 +95,24 @@ class Replay:
         if self.in_memory:
             self.video = self._frames(0, self.frames)
 
-    def _column(self, name: str, array: Any, rows: int, of: str) -> np.ndarray:
-        """The first `rows` rows, one per frame or episode."""
+    def _check_rows(self, name: str, array: Any, rows: int, of: str) -> None:
+        """The first `rows` rows, one per frame or episode, are there."""
         refuse(self.path, length_problems(name, array, rows, of))
         refuse(self.path, chunk_problems(name, array, rows, read=False))
-        return self._read(name, array, 0, rows)
+
+    def _integers(self, name: str, array: Any, rows: int) -> np.ndarray:
+        values = self._read(name, array, 0, rows)
+        refuse(self.path, integer_problems(name, values))
+        return values.astype(np.int64)
 
     def _read(self, name: str, array: Any, begin: int, end: int) -> np.ndarray:
         try:
-            return read_rows(name, array, begin, end)
+            values = read_rows(name, array, begin, end)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+        if identity(self.path) != self._identity:
+            raise ValueError(f"{self.path} has been replaced or removed since it was opened")
+        return values
 
     def _frames(self, begin: int, end: int) -> np.ndarray:
         frames = self._read(self._name, self.video, begin, end)
@@ -140,7 +145,7 @@ class Replay:
         if self.in_memory:
             return self.video[frames]
         flat = frames.reshape(-1)
-        out = np.empty((len(flat), *self.video.shape[1:]), self.video.dtype)
+        out = np.empty((len(flat), *self.video.shape[1:]), self.video.dtype.newbyteorder("="))
         # Runs of consecutive frames, each of which touches few chunks.
         borders = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
         for begin, end in itertools.pairwise(borders):

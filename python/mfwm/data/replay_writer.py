@@ -1,17 +1,31 @@
-"""Writing a replay buffer, the layout of data.py, episode by episode."""
+"""Writing a replay buffer, the layout of replay.py, episode by episode."""
 
 from __future__ import annotations
 
+import json
+import operator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import zarr
-from fsspec.core import url_to_fs
 from numcodecs import Blosc
 from numcodecs.checksum32 import CRC32
 
-from .check import ACTION, ENDS, IMG, LEVELS, TOKENS, action_problems, location, refuse, token_problems
+from .check import (
+    ACTION,
+    ENDS,
+    IMG,
+    INT64,
+    LEVELS,
+    TOKENS,
+    VOCABULARY,
+    action_problems,
+    refuse,
+    token_problems,
+)
+from .place import Place, location
 
 CHUNK_FRAMES = 64
 
@@ -24,11 +38,14 @@ class ReplayWriter:
     actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; where that is 0, the
         set is video without actions.
     vocabulary: of tokens, each of `ids` ids; 0 for pixels.
-    attributes: kept with the set; the names that readers know stand in data.py.
+    overwrite: replace the replay buffer that is at `path`.
+    attributes: kept with the set, as JSON; the names that readers know are in replay.py.
 
-    Safe against a crash: an episode's end is written after its frames, and a reader trusts only the ends.
-    FileExistsError where `path` holds anything, unless `overwrite`; and with it, ValueError where what it holds is no
-    Zarr group, since deleting that would cost somebody else's files.
+    In a `with` block all episodes together become the set when the block ends; where it raises, or is killed, what was
+    at `path` stays. Without one, the first episode becomes the set at once and `append` makes it longer: an episode's
+    end is written after its frames, and a reader trusts only the ends. Nothing is written before the first episode.
+
+    `Place` says what is not overwritten, and what is written in its place instead.
     """
 
     def __init__(
@@ -44,50 +61,92 @@ class ReplayWriter:
         overwrite: bool = False,
         **attributes: Any,
     ) -> None:
+        height, width, action_size, vocabulary, ids = map(operator.index, (height, width, action_size, vocabulary, ids))
+        actions = None if actions is None else operator.index(actions)
         if height < 1 or width < 1:
             raise ValueError(f"height and width must be at least 1, got {height} x {width}")
-        if action_size < 0 or (actions is not None and (actions < 1 or action_size)):
+        if action_size < 0 or (actions is not None and (not 1 <= actions <= INT64 or action_size)):
             raise ValueError(
                 "give either actions >= 1 (discrete) or actions=None and action_size >= 0 (continuous, or none), "
                 f"got actions={actions}, action_size={action_size}"
             )
-        if vocabulary < 0 or ids < 1 or (ids > 1 and not vocabulary):
-            raise ValueError(f"vocabulary must be >= 0 and ids >= 1, 1 for pixels; got {vocabulary} and {ids}")
-        self.path = location(path)
+        if not 0 <= vocabulary <= VOCABULARY or ids < 1 or (ids > 1 and not vocabulary):
+            raise ValueError(
+                f"vocabulary must be 0 for pixels or up to {VOCABULARY}, and ids >= 1, 1 for pixels; "
+                f"got {vocabulary} and {ids}"
+            )
         self.attributes = {**attributes, "actions": actions, "action_size": action_size}
-        frame = (height, width, 3)
+        self._frame: tuple[int, ...] = (height, width, 3)
         if vocabulary:
             self.attributes["vocabulary"] = vocabulary
-            frame = (height, width) if ids == 1 else (height, width, ids)  # type: ignore[assignment]
-        make_room(self.path, overwrite=overwrite)
-
-        # Format 2, because diffusion-policy and its descendants pin zarr 2; zarr 3 reads both.
-        root = zarr.open_group(str(self.path), mode="w", zarr_format=2)
-        root.attrs.update(self.attributes)
-        root.create_group("data")
-        root.create_group("meta")
-
-        def array(name: str, shape: tuple[int, ...], chunk: int, dtype: str) -> Any:
-            return root.create_array(
-                name,
-                shape=(0, *shape),
-                chunks=(chunk, *shape),
-                dtype=dtype,
-                # The checksum finds flipped bits that still decompress; without empty chunks, a missing one is damage.
-                filters=[CRC32()],
-                compressors=Blosc(cname="zstd", clevel=3),
-                fill_value=0,
-                config={"write_empty_chunks": True},
-            )
-
-        self._video = array(TOKENS if vocabulary else IMG, frame, CHUNK_FRAMES, "int32" if vocabulary else "uint8")
-        self._action = None
-        if actions or action_size:
-            self._action = array(ACTION, () if actions else (action_size,), 4096, "int64" if actions else "float32")
-        self._levels = array(LEVELS, (), 4096, "int64")
-        self._ends = array(ENDS, (), 4096, "int64")
+            self._frame = (height, width) if ids == 1 else (height, width, ids)
+        try:
+            json.dumps(self.attributes, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"attributes must be what JSON can hold: {error}") from error
+        self._vocabulary, self._video = vocabulary, TOKENS if vocabulary else IMG
+        self.path = location(path)
+        self._place = Place(self.path, overwrite=overwrite)
+        self._arrays: dict[str, Any] = {}
         self.frames = 0
         self.episodes = 0
+
+    def __enter__(self) -> ReplayWriter:
+        self._create()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and self.episodes:
+            self._place.publish()
+            self._open(self.path)
+            return
+        self._place.discard()
+        if kind is None:
+            raise ValueError(f"{self.path}: a replay buffer must have at least one episode, and none was written")
+
+    def _create(self) -> None:
+        place = self._place.begin()
+        try:
+            # Format 2, because diffusion-policy and its descendants pin zarr 2; zarr 3 reads both.
+            root = zarr.open_group(str(place), mode="w", zarr_format=2)
+            root.attrs.update(self.attributes)
+            root.create_group("data")
+            root.create_group("meta")
+            actions, size = self.attributes["actions"], self.attributes["action_size"]
+            layout: dict[str, tuple[tuple[int, ...], int, str]] = {
+                self._video: (self._frame, CHUNK_FRAMES, "int32" if self._vocabulary else "uint8"),
+                LEVELS: ((), 4096, "int64"),
+                ENDS: ((), 4096, "int64"),
+            }
+            if actions or size:
+                layout[ACTION] = (() if actions else (size,), 4096, "int64" if actions else "float32")
+            for name, (shape, chunk, dtype) in layout.items():
+                # The checksum finds flipped bits that still decompress.
+                root.create_array(
+                    name,
+                    shape=(0, *shape),
+                    chunks=(chunk, *shape),
+                    dtype=dtype,
+                    filters=[CRC32()],
+                    compressors=Blosc(cname="zstd", clevel=3),
+                    fill_value=0,
+                )
+            self._open(place)
+        except (NotImplementedError, OSError, ValueError) as error:
+            self._place.discard()
+            raise ValueError(f"{self.path} cannot be written: {error}") from error
+        except BaseException:
+            self._place.discard()
+            raise
+
+    def _open(self, place: Path | str) -> None:
+        # With empty chunks, a missing one is damage.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            root = zarr.open_group(str(place), mode="r+", zarr_format=2)
+            found = {name: root.get(name) for name in (self._video, ACTION, LEVELS, ENDS)}
+        self._arrays = {name: array for name, array in found.items() if array is not None}
 
     def append(self, video: np.ndarray, action: np.ndarray | None, level: int | None = None) -> None:
         """One episode: `video` uint8 [T, H, W, 3], or ids [T, rows, columns(, F)]; `action` integers [T] or floats
@@ -95,46 +154,55 @@ class ReplayWriter:
 
         Two calls are two episodes, also where both are fragments of one. `level=None` takes the episode's index.
         """
-        pixels = self._video.dtype == np.uint8
-        fits = video.dtype == np.uint8 if pixels else video.dtype.kind in "iu"
-        want = (*video.shape[:1], *self._video.shape[1:])
+        level = self.episodes if level is None else operator.index(level)
+        if not -INT64 <= level <= INT64:
+            raise ValueError(f"level must be an integer of 64 bits, got {level}")
+        fits = video.dtype.kind in "iu" if self._vocabulary else video.dtype == np.uint8
+        want = (*video.shape[:1], *self._frame)
         if not fits or video.shape != want or len(video) == 0:
-            what = "uint8" if pixels else "integers"
+            what = "integers" if self._vocabulary else "uint8"
             raise ValueError(f"video must be {what} {['T >= 1', *want[1:]]}, got {video.dtype} {list(video.shape)}")
-        if not pixels:
-            refuse("", token_problems("video", video, self.attributes["vocabulary"]))
-        if (action is None) != (self._action is None):
-            raise ValueError(f"action must be {'None' if self._action is None else 'given'} for this set")
-        if self._action is not None:
-            self._action.append(self._checked(np.asarray(action), len(video)))
-        self._video.append(video.astype(self._video.dtype, copy=False))
-        self._levels.append(np.array([self.episodes if level is None else level], np.int64))
-        self._ends.append(np.array([self.frames + len(video)], np.int64))
+        if self._vocabulary:
+            refuse("", token_problems("video", video, self._vocabulary))
+        rows: dict[str, np.ndarray] = {self._video: video}
+        has_actions = bool(self.attributes["actions"] or self.attributes["action_size"])
+        if (action is not None) != has_actions:
+            raise ValueError(f"action must be {'given' if has_actions else 'None'} for this set")
+        if action is not None:
+            rows[ACTION] = self._checked(np.asarray(action), len(video))
+
+        first = not self._arrays
+        if first:
+            self._create()
+        try:
+            for name, values in rows.items():
+                self._write(name, self.frames, values)
+            self._write(LEVELS, self.episodes, np.array([level]))
+            self._write(ENDS, self.episodes, np.array([self.frames + len(video)]))
+            if first:
+                self._place.publish()
+                self._open(self.path)
+        except BaseException:
+            if first:
+                self._place.discard()
+                self._arrays = {}
+            raise
         self.frames += len(video)
         self.episodes += 1
 
+    def _write(self, name: str, begin: int, values: np.ndarray) -> None:
+        # At its place, not at the array's end: an append that failed may have left rows there.
+        array = self._arrays[name]
+        array.resize((begin + len(values), *array.shape[1:]))
+        array[begin:] = values.astype(array.dtype, copy=False)
+
     def _checked(self, action: np.ndarray, frames: int) -> np.ndarray:
-        assert self._action is not None
-        want = (frames, *self._action.shape[1:])
-        discrete = self._action.ndim == 1
+        discrete = self.attributes["actions"] is not None
+        want = (frames,) if discrete else (frames, self.attributes["action_size"])
         if action.shape != want or action.dtype.kind not in ("iu" if discrete else "f"):
             kind = "integers" if discrete else "floats"
             raise ValueError(
                 f"action must be {kind} {list(want)} for this set, got {action.dtype} {list(action.shape)}"
             )
         refuse("", action_problems("action", action, self.attributes))
-        return action.astype(self._action.dtype)
-
-
-def make_room(path: Path | str, *, overwrite: bool) -> None:
-    """Raise where `path` holds anything; with `overwrite` delete it first, if it is a Zarr group."""
-    files, root = url_to_fs(path if isinstance(path, str) else str(path.absolute()))
-    if not files.exists(root) or (files.isdir(root) and not files.ls(root)):
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{path} is not empty: choose another directory, or say overwrite to delete what it holds"
-        )
-    if not any(files.isfile(f"{root}/{name}") for name in (".zgroup", "zarr.json")):
-        raise ValueError(f"{path} is not empty and no Zarr group, so overwrite does not delete it: remove it yourself")
-    files.rm(root, recursive=True)
+        return action

@@ -1,0 +1,156 @@
+"""A replay buffer's arrays as they are stored, opened for reading.
+
+A set may be a stranger's: its metadata is read before anything is decoded, and a codec that is not known to do no more
+than decode is refused (numcodecs' pickle runs what the set tells it to). A chunk that is missing when it is read is an
+error, where Zarr gives zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import WrapperStore
+
+from .place import METADATA, identity, location, restore
+
+IMG, TOKENS, ACTION = "data/img", "data/tokens", "data/action"
+ENDS, LEVELS = "meta/episode_ends", "meta/episode_level"
+
+# Codecs that decode and do no more. imagecodecs_* are the pictures' own, as JPEG XL, of the package of that name.
+CODECS = re.compile(
+    r"(numcodecs\.)?(blosc|zstd|zlib|gzip|bz2|lzma|lz4|crc32c?|adler32|fletcher32|jenkins_lookup3|shuffle|delta|astype"
+    r"|packbits|bitround|quantize|fixedscaleoffset|imagecodecs_\w+)|bytes|endian|transpose|sharding_indexed"
+)
+
+
+class WholeStore(WrapperStore[Any]):
+    """A store whose chunks are all there."""
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        return present(key, await self._store.get(key, prototype, byte_range))
+
+    async def get_partial_values(self, prototype: Any, key_ranges: Iterable[tuple[str, Any]]) -> list[Any]:
+        ranges = list(key_ranges)
+        parts = await self._store.get_partial_values(prototype, ranges)
+        return [present(key, part) for (key, _), part in zip(ranges, parts, strict=True)]
+
+
+def present(key: str, value: Any) -> Any:
+    if value is None and key.rpartition("/")[2] not in METADATA:
+        raise ValueError(f"chunk {key} is missing; it would be read as zeros")
+    return value
+
+
+class Stored(NamedTuple):
+    """A set's arrays of the layout by name, and of those that cannot be read, why not. `identity` is of its place."""
+
+    identity: tuple[int, int] | None
+    attributes: dict[str, Any]
+    arrays: dict[str, Any]
+    unreadable: dict[str, str]
+
+
+def open_stored(path: str | Path) -> Stored:
+    """ValueError where there is no Zarr group at `path`."""
+    place = location(path)
+    if isinstance(place, Path):
+        try:
+            restore(place)
+        except OSError as error:
+            raise ValueError(f"{place} cannot be put back, where a killed writer moved it from: {error}") from error
+        if not place.exists():
+            raise ValueError(f"{place} does not exist: expected a Zarr replay buffer")
+    opened = identity(place)
+    try:
+        plain = zarr.open_group(str(place), mode="r", use_consolidated=False)
+        root = zarr.open_group(WholeStore(plain.store), mode="r", path=plain.path, use_consolidated=False)
+        attributes = dict(root.attrs)
+    except Exception as error:  # whatever Zarr, fsspec and their stores raise on what is damaged, foreign or not there
+        raise ValueError(f"{place} is not a Zarr group: {error}") from error
+    arrays, unreadable = {}, {}
+    for name in (IMG, TOKENS, ACTION, ENDS, LEVELS):
+        try:
+            metadata = metadata_of(root, name)
+            if unknown := [codec for codec in codecs_of(metadata) if not CODECS.fullmatch(codec)]:
+                raise ValueError(f"its codec {unknown[0]!r} is none of those that a set may have")
+            array = root.get(name)
+            if array is None:
+                continue
+            if not isinstance(array, zarr.Array):
+                raise ValueError("it is a group")
+            if min(array.chunks, default=1) < 1 or min(array.shape, default=1) < 0:
+                raise ValueError(f"its shape is {list(array.shape)}, in chunks of {list(array.chunks)}")
+            arrays[name] = array
+        except Exception as error:  # as above
+            unreadable[name] = str(error) or type(error).__name__
+    return Stored(opened, attributes, arrays, unreadable)
+
+
+def metadata_of(root: zarr.Group, name: str) -> Any:
+    """The array's metadata as JSON; None where there is none."""
+    file = "zarr.json" if root.metadata.zarr_format == 3 else ".zarray"
+    key = "/".join(part for part in (root.path, name, file) if part)
+    content = sync(root.store.get(key, default_buffer_prototype()))
+    return None if content is None else json.loads(content.to_bytes())
+
+
+def codecs_of(metadata: Any) -> Iterator[str]:
+    """Names of the codecs in an array's metadata, those within others too."""
+    if isinstance(metadata, dict):
+        for name, value in metadata.items():
+            if name in ("filters", "compressor", "codecs", "index_codecs"):
+                for codec in value if isinstance(value, list) else [value]:
+                    if codec is not None:
+                        yield str(codec.get("id", codec.get("name"))) if isinstance(codec, dict) else str(codec)
+            yield from codecs_of(value)
+    elif isinstance(metadata, list):
+        for value in metadata:
+            yield from codecs_of(value)
+
+
+def missing_and_damaged(name: str, array: Any, begin: int, end: int, *, read: bool) -> Iterator[str]:
+    """Missing chunks among the rows `begin` to `end`, and with `read` those that cannot be decoded."""
+    unit = array.shards or array.chunks
+
+    async def stored() -> set[str]:
+        listing: AsyncIterator[str] = array.store.list_prefix(f"{array.path}/")
+        return {key async for key in listing}
+
+    keys = sync(stored())
+    first = begin // unit[0]
+    for place in np.ndindex(
+        max(0, -(-min(end, array.shape[0]) // unit[0]) - first),
+        *(-(-size // step) for size, step in zip(array.shape[1:], unit[1:], strict=True)),
+    ):
+        place = (first + place[0], *place[1:])
+        key = array.metadata.encode_chunk_key(place)
+        where = (
+            f"{name}: chunk {key} (rows {place[0] * unit[0]} to {min((place[0] + 1) * unit[0], array.shape[0]) - 1})"
+        )
+        if f"{array.path}/{key}" not in keys:
+            yield f"{where} is missing; it would be read as zeros"
+        elif read:
+            try:
+                array[tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, unit, strict=True))]
+            except Exception as error:  # whatever the codec raises on damaged bytes
+                yield f"{where} cannot be decoded: {error}"
+
+
+def read_rows(name: str, array: Any, begin: int, end: int) -> np.ndarray:
+    """array[begin:end], in the machine's byte order; ValueError names the chunk where one is missing or damaged."""
+    try:
+        values = np.asarray(array[begin:end])
+    except Exception as error:  # whatever the store or the codec raises
+        named = next(
+            missing_and_damaged(name, array, begin, end, read=True), f"{name}: rows {begin} to {end - 1}: {error}"
+        )
+        raise ValueError(named) from error
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
