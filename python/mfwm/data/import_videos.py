@@ -5,19 +5,16 @@
     first.mp4,1,0                           first.mp4,1,0.10,-0.4
 
 A file is an episode. `action` is a number 0, 1, ... of a discrete action; action_0, action_1, ... are the numbers of a
-continuous one. A row's action was taken at its frame.
+continuous one. A row's action was taken at its frame. The table may be as spreadsheets write it: see actions_table.py.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from .actions_table import read_actions
 from .import_episodes import Episode, write_episodes
+from .pictures import decoded, stacked
 
 
 def import_videos(
@@ -42,7 +39,7 @@ def import_videos(
     count = int(max(values.max() for values in actions.values())) + 1 if discrete else None
 
     def episode(name: str) -> Episode:
-        video = np.stack([img for _, img in decoded(folder / name, size)])
+        video = stacked(folder / name, (img for _, img in decoded(folder / name, size)))
         if len(video) != len(actions[name]):
             raise ValueError(
                 f"{folder / name} has {len(video)} frames, but {table} has {len(actions[name])} rows for it"
@@ -58,62 +55,3 @@ def import_videos(
         progress=progress,
         env=folder.resolve().name,
     )
-
-
-def read_actions(path: Path) -> dict[str, np.ndarray]:
-    """Video name -> int64 [T] or float32 [T, A], rows in the order of their frames."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: expected a table with columns video, frame, action")
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
-        columns = [name for name in names if name == "action" or name.startswith("action_")]
-        if not {"video", "frame"} <= set(names) or not columns or ("action" in columns and len(columns) > 1):
-            raise ValueError(
-                f"{path} must have columns video, frame and action, or action_0, action_1, ...; got {names}"
-            )
-        kind: type = int if columns == ["action"] else float
-        rows: dict[str, dict[int, list[Any]]] = {}
-        for line, row in enumerate(reader, start=2):
-            try:
-                frame, values = int(row["frame"]), [kind(row[name]) for name in columns]
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {line}: {error}") from error
-            taken = rows.setdefault(row["video"], {})
-            if frame in taken:
-                raise ValueError(f"{path}, line {line}: frame {frame} of {row['video']} stands twice")
-            if not np.isfinite(values).all() or (kind is int and values[0] < 0):
-                raise ValueError(f"{path}, line {line}: an action must be finite and not negative, got {values}")
-            taken[frame] = values
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    for name, taken in rows.items():
-        if sorted(taken) != list(range(len(taken))):
-            absent = next(frame for frame in range(len(taken)) if frame not in taken)
-            raise ValueError(f"{path}: frame {absent} of {name} has no action")
-    tables = {name: [taken[frame] for frame in range(len(taken))] for name, taken in rows.items()}
-    if kind is int:
-        return {name: np.array(values, np.int64)[:, 0] for name, values in tables.items()}
-    return {name: np.array(values, np.float32) for name, values in tables.items()}
-
-
-def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[float, np.ndarray]]:
-    """(time in seconds, uint8 [H, W, 3]) of every frame; ValueError where the file cannot be decoded to its end."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError("reading MP4 files needs the package av: pip install 'mfwm-kernels[data]'") from error
-
-    height, width = size or (None, None)
-    count, promised = 0, 0
-    try:
-        with av.open(str(path)) as container:
-            promised = container.streams.video[0].frames
-            for frame in container.decode(video=0):
-                yield frame.time or 0.0, frame.to_ndarray(format="rgb24", height=height, width=width)
-                count += 1
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{path} cannot be decoded after {count} frames: {error}") from error
-    # For the decoder a file that was cut off ends as a whole one does.
-    if count == 0 or count < promised:
-        raise ValueError(f"{path} gives {count} frames and says that it holds {promised}")

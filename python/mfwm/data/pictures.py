@@ -1,0 +1,175 @@
+"""Frames of videos and pictures of tables as they are shown: uint8 RGB, upright, of square pixels.
+
+A file may store its picture otherwise: turned or mirrored (a display matrix, an EXIF orientation), of pixels that are
+not square, in other colours or with more bits. What has one meaning as 8 bits of RGB is converted; the rest is refused
+by name: depth and other data of more than 8 bits in one channel, pictures that can be seen through, CMYK, HDR,
+interlaced video.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# AVColorTransferCharacteristic: the curves of HDR10 and of HLG, which need a tone mapping that nobody has chosen.
+HDR = {16: "PQ", 18: "HLG"}
+
+
+def stacked(place: object, frames: Iterable[np.ndarray]) -> np.ndarray:
+    """uint8 [T, H, W, 3]."""
+    images = list(frames)
+    if not images:
+        raise ValueError(f"{place} has no frames")
+    for number, img in enumerate(images):
+        if img.shape != images[0].shape:
+            raise ValueError(
+                f"{place}: frames must be of one size, got {list(images[0].shape[:2])} and then {list(img.shape[:2])} "
+                f"at frame {number}"
+            )
+    return np.stack(images)
+
+
+# ---- videos
+
+
+def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[float | None, np.ndarray]]:
+    """(time in seconds, uint8 [H, W, 3]) of every frame that the video shows; None where it does not say when.
+
+    size: height and width to scale to. ValueError where the file cannot be decoded to its end, or is not a video that
+    has one meaning as frames of RGB.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading MP4 files needs the package av: pip install 'mfwm-kernels[data]'") from error
+
+    count = 0
+    try:
+        check_whole(path)
+        with opened(path) as container:
+            stream = video_of(container)
+            stretch = float(stream.sample_aspect_ratio or 1)
+            # A cut by an edit list leaves samples in the file that are decoded and not shown.
+            shown = 0
+            for packet in container.demux(stream):
+                shown += packet.size > 0 and not packet.is_discard
+                for frame in packet.decode():
+                    yield frame.time, upright(frame, stretch, size)
+                    count += 1
+            promised = stream.frames and shown
+    except (av.FFmpegError, OSError, EOFError, IndexError) as error:
+        raise ValueError(f"{path} cannot be decoded after {count} frames: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}, frame {count}: {error}") from error
+    if count == 0 or count < promised:
+        raise ValueError(f"{path} gives {count} frames and says that it holds {promised}")
+
+
+def opened(path: Path, **options: str) -> Any:
+    import av
+
+    # As a file, whatever its name looks like; and a stranger's file opens no other.
+    return av.open(f"file:{path}", options={"protocol_whitelist": "file", **options})
+
+
+def video_of(container: Any) -> Any:
+    """The one stream of pictures that move."""
+    from av.stream import Disposition
+
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if len(streams) != 1:
+        raise ValueError(f"there must be one video in a file, got {len(streams)}")
+    return streams[0]
+
+
+def check_whole(path: Path) -> None:
+    """For the decoder a file that was cut off ends as a whole one does: count what the header says that is in it."""
+    with opened(path, ignore_editlist="1") as container:
+        stream = video_of(container)
+        if promised := stream.frames:
+            held = sum(packet.size > 0 for packet in container.demux(stream))
+            if held < promised:
+                raise EOFError(f"it holds {held} frames and says that it holds {promised}")
+
+
+def upright(frame: Any, stretch: float, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [H, W, 3] of a frame, whose pixels are `stretch` times as wide as high, as it is shown."""
+    components = frame.format.components
+    if frame.is_corrupt:
+        raise ValueError("it is damaged")
+    if frame.interlaced_frame:
+        raise ValueError("it is interlaced, two pictures in one: deinterlace the video first")
+    if frame.color_trc in HDR:
+        raise ValueError(f"its colours are HDR ({HDR[frame.color_trc]}): convert the video to 8 bits first")
+    if len(components) == 1 and components[0].bits > 8 and not frame.format.has_palette:
+        raise ValueError(f"its one channel has {components[0].bits} bits, and frames have 8: scale it first")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    turns, mirrored = display(np.frombuffer(bytes(matrix), np.int32) if matrix else None)
+    height, width = size or (frame.height, max(1, round(frame.width * stretch)))
+    if size and turns % 2:
+        height, width = width, height
+    if frame.format.has_palette or any(component.is_alpha for component in components):
+        img = opaque(frame.to_ndarray(format="rgba", height=height, width=width))
+    else:
+        img = frame.to_ndarray(format="rgb24", height=height, width=width)
+    if mirrored:
+        img = img[:, ::-1]
+    return np.ascontiguousarray(np.rot90(img, turns))
+
+
+def display(matrix: np.ndarray | None) -> tuple[int, bool]:
+    """How a display matrix shows a picture: mirrored left to right or not, then turned left by so many right angles.
+
+    (x, y) of the stored picture is shown at (a x + c y, b x + d y), where x points right and y down.
+    """
+    if matrix is None:
+        return 0, False
+    one = 1 << 16
+    a, b, c, d = (int(matrix[place]) / one for place in (0, 1, 3, 4))
+    kinds: dict[tuple[float, ...], int] = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2, (0, 1, -1, 0): 3}
+    if (a, b, c, d) in kinds:
+        return kinds[a, b, c, d], False
+    # Mirrored first: -x is stored for x.
+    if (-a, -b, c, d) in kinds:
+        return kinds[-a, -b, c, d], True
+    raise ValueError(f"it is shown turned by no right angle, or scaled: its display matrix is {[a, b, c, d]}")
+
+
+# ---- pictures
+
+
+def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [H, W, 3] of an encoded picture as it is shown."""
+    from PIL import Image, ImageOps
+
+    if not isinstance(encoded, bytes):
+        raise ValueError(f"a picture must be bytes of a file such as PNG, got {str(encoded)[:60]!r}")
+    try:
+        stored = Image.open(io.BytesIO(encoded))
+        count, kind = getattr(stored, "n_frames", 1), stored.format
+        # Pillow drops the lower half of 16 bits of RGB, and says so here only.
+        deep = any(";16" in str(part) for tile in stored.tile for part in np.atleast_1d(np.array(tile[3], object)))
+        image = ImageOps.exif_transpose(stored)
+    except Exception as error:  # whatever the decoder raises on damaged bytes
+        raise ValueError(f"the picture cannot be decoded: {error}") from error
+    # A phone's MPO holds a preview, too.
+    if count > 1 and kind != "MPO":
+        raise ValueError(f"the file holds {count} pictures, and a frame is one")
+    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA") or deep:
+        mode = f"{image.mode}{', from 16 bits' if deep else ''}"
+        raise ValueError(f"the picture (Pillow's mode {mode}) must be gray or RGB of 8 bits: convert it first")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = Image.fromarray(opaque(np.asarray(image.convert("RGBA"))))
+    image = image.convert("RGB")
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BOX) if size else image)
+
+
+def opaque(img: np.ndarray) -> np.ndarray:
+    """The RGB of uint8 [H, W, 4], where nothing can be seen through: what is behind, nobody says."""
+    if img[..., 3].min(initial=255) < 255:
+        raise ValueError(f"the picture can be seen through: its alpha goes down to {img[..., 3].min()}")
+    return np.ascontiguousarray(img[..., :3])
