@@ -3,27 +3,28 @@
     meta/info.json                        version, fps, features, and where the files are
     meta/episodes.jsonl (v2)              an episode a line: episode_index, length
     meta/episodes/*/*.parquet (v3)        an episode a row: also its files, and where it begins in its video
-    data/*/*.parquet                      a frame a row: action, frame_index, episode_index; images, where not videos
+    data/*/*.parquet                      a frame a row: action, frame_index, episode_index, timestamp (without it, fps
+                                          says the time); images, where not videos
     videos/                               an MP4 file for an episode (v2) or for many (v3)
 
-A row's action was taken at its frame, as in a replay buffer.
+A row's action was taken at its frame, as in a replay buffer. Its frame is the one at the time that the table gives it,
+to LeRobot's own 1e-4 s.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from string import Formatter
 from typing import Any
 
 import numpy as np
 
-from .import_episodes import Episode, write_episodes
-from .import_videos import decoded
+from .import_episodes import Episode, read_object, read_text, whole, write_episodes
+from .pictures import decoded, picture, stacked
 
 
 def import_lerobot(
@@ -63,14 +64,21 @@ class LeRobot:
 
     def __init__(self, folder: Path, camera: str | None, size: tuple[int, int] | None) -> None:
         self.folder, self.size = folder, size
-        try:
-            self.info = json.loads((folder / "meta/info.json").read_text())
-            self.fps, features, version = self.info["fps"], self.info["features"], self.info["codebase_version"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder}/meta/info.json cannot be read: {error!r}") from error
-        if version[:2] not in ("v2", "v3"):
-            raise ValueError(f"{folder}: codebase_version must be v2 or v3, got {version!r}")
+        path = folder / "meta/info.json"
+        self.info_path, self.info = path, read_object(path)
+        version, fps = self.info.get("codebase_version"), self.info.get("fps")
+        if not isinstance(version, str) or version[:2] not in ("v2", "v3"):
+            raise ValueError(f"{path}: codebase_version must be v2 or v3, got {version!r}")
         self.one_file_an_episode = version.startswith("v2")
+        if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < math.inf:
+            raise ValueError(f"{path}: fps must be a number > 0, got {fps!r}")
+        self.fps = fps
+        features = self.info.get("features")
+        if not isinstance(features, dict):
+            raise ValueError(f"{path}: features must be an object, got {features!r}")
+        for name, feature in features.items():
+            if not isinstance(feature, dict) or not isinstance(feature.get("dtype"), str):
+                raise ValueError(f"{path}: feature {name} must have a dtype, got {feature!r}")
         cameras = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
         if camera is None and len(cameras) == 1:
             camera = cameras[0]
@@ -79,34 +87,53 @@ class LeRobot:
         self.camera = camera
         self.in_table = features[camera]["dtype"] == "image"
         if "action" not in features:
-            raise ValueError(f"{folder}/meta/info.json: features must have action, got {', '.join(features)}")
-        self.discrete = "int" in features["action"]["dtype"] and list(features["action"]["shape"]) == [1]
+            raise ValueError(f"{path}: features must have action, got {', '.join(features)}")
+        self.discrete = "int" in features["action"]["dtype"] and features["action"].get("shape") == [1]
         self.table = lru_cache(maxsize=2)(self._table)
-        # The video file being read, the number of its next frame, and the frames from there.
-        self.open: tuple[Path | None, int, Iterator[tuple[float, np.ndarray]]] = (None, 0, iter(()))
+        # The video file being read, the time of its last frame so far, and the frames from there.
+        self.open: tuple[Path | None, float, Iterator[tuple[float | None, np.ndarray]]] = (None, 0.0, iter(()))
 
     def episodes(self) -> list[dict[str, Any]]:
+        """Of the metadata, and checked: what `episode` needs of each."""
+        rows: list[tuple[str, dict[str, Any]]] = []
         if self.one_file_an_episode:
             path = self.folder / "meta/episodes.jsonl"
-            try:
-                rows = [json.loads(line) for line in path.read_text().splitlines()]
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path} cannot be read: {error}") from error
+            for number, line in enumerate(read_text(path).splitlines(), start=1):
+                if line.strip():
+                    rows.append((f"{path}, line {number}", read_object(path, line)))
         else:
-            rows = []
             for path in sorted((self.folder / "meta/episodes").glob("*/*.parquet")):
-                rows += self._table(path, None).to_pylist()
-        wanted = {"episode_index", "length"}
+                # A hidden file or folder is the operating system's, such as ._file-000.parquet.
+                if not path.name.startswith(".") and not path.parent.name.startswith("."):
+                    found = self._table(path, None).to_pylist()
+                    rows += [(f"{path}, row {number}", row) for number, row in enumerate(found)]
+        if not rows:
+            raise ValueError(f"{self.folder}/meta holds no episodes")
+        numbers = {"episode_index": 0, "length": 1}
         if not self.one_file_an_episode:
             videos = () if self.in_table else (f"videos/{self.camera}",)
-            wanted |= {f"{part}/{name}_index" for part in ("data", *videos) for name in ("chunk", "file")}
-            wanted |= {f"{part}/from_timestamp" for part in videos}
-        if lacking := [name for name in sorted(wanted) if any(row.get(name) is None for row in rows)]:
-            raise ValueError(f"{self.folder}: the episodes in meta must have {', '.join(lacking)}")
-        for name, have in (("total_episodes", len(rows)), ("total_frames", sum(row["length"] for row in rows))):
+            numbers |= {f"{part}/{name}_index": 0 for part in ("data", *videos) for name in ("chunk", "file")}
+            times = [f"{part}/from_timestamp" for part in videos]
+            if lacking := [n for n in sorted([*numbers, *times]) if any(row.get(n) is None for _, row in rows)]:
+                raise ValueError(f"{self.folder}: the episodes in meta must have {', '.join(lacking)}")
+            for place, row in rows:
+                for name in times:
+                    if type(row[name]) not in (int, float) or not 0 <= row[name] < math.inf:
+                        raise ValueError(f"{place}: {name} must be seconds >= 0, got {row[name]!r}")
+        for place, row in rows:
+            for name, least in numbers.items():
+                whole(place, name, row.get(name), least)
+        seen: set[int] = set()
+        for place, row in rows:
+            if row["episode_index"] in seen:
+                raise ValueError(f"{place}: episode {row['episode_index']} stands twice")
+            seen.add(row["episode_index"])
+        for name, have in (("total_episodes", len(rows)), ("total_frames", sum(row["length"] for _, row in rows))):
             if (said := self.info.get(name)) != have:
                 raise ValueError(f"{self.folder}: meta/info.json says {name} = {said}, its episodes have {have}")
-        return rows
+        for part in ("data_path",) if self.in_table else ("data_path", "video_path"):
+            self._path(part, rows[0][1])
+        return [row for _, row in rows]
 
     def action_count(self, episodes: list[dict[str, Any]]) -> int:
         """One more than the largest discrete action. An episode that cannot be read is named when its turn comes."""
@@ -118,83 +145,153 @@ class LeRobot:
 
     def episode(self, row: dict[str, Any]) -> Episode:
         action = self.actions(row)
-        video = self.pictures(row) if self.in_table else np.stack(list(self.frames(row)))
-        return Episode(video, action)
+        place = self._path("data_path" if self.in_table else "video_path", row)
+        return Episode(stacked(place, self.pictures(row) if self.in_table else self.frames(row)), action)
 
-    def rows(self, row: dict[str, Any], columns: tuple[str, ...]) -> Any:
-        """These columns of an episode, a row a frame."""
+    def rows(self, row: dict[str, Any], column: str) -> tuple[Path, list[Any]]:
+        """This column of an episode, a cell a frame, and the file that it is in."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         index, length = row["episode_index"], row["length"]
-        path = self._path("data_path", row, "data")
-        table = self.table(path, ("episode_index", "frame_index", *columns))
-        table = table.filter(pc.equal(table["episode_index"], index)).sort_by("frame_index")
-        if (numbers := table["frame_index"].to_pylist()) != list(range(length)):
+        path = self._path("data_path", row)
+        table = self.table(path, ("episode_index", "frame_index", column))
+        try:
+            table = table.filter(pc.equal(table["episode_index"], index)).sort_by("frame_index")
+            numbers, cells = table["frame_index"].to_pylist(), table[column].to_pylist()
+        except (pa.ArrowException, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if len(numbers) != length or numbers != list(range(length)):
             raise ValueError(
                 f"{path} must have frames 0 to {length - 1} of episode {index}, a row each, got {len(numbers)} rows"
             )
-        return table
+        return path, cells
 
     def actions(self, row: dict[str, Any]) -> np.ndarray:
-        """int64 [T] or float32 [T, A]."""
-        values = np.array(self.rows(row, ("action",))["action"].to_pylist())
+        """Integers [T] or floats [T, A]."""
+        path, cells = self.rows(row, "action")
+        kinds = "iu" if self.discrete else "iufb"
+        try:
+            values = np.array(cells)
+            if values.dtype.kind not in kinds:
+                raise ValueError(f"it holds {next((cell for cell in cells if strange(cell, kinds)), cells[0])!r}")
+        except ValueError as error:  # rows of unequal length, too
+            what = "an integer" if self.discrete else "numbers, as many in each row"
+            raise ValueError(f"{path}: action of episode {row['episode_index']} must be {what}: {error}") from error
         if self.discrete:
             return values.reshape(-1)
-        return values.reshape(len(values), -1).astype(np.float32)
+        return values.reshape(len(values), -1).astype(np.float64)
 
-    def pictures(self, row: dict[str, Any]) -> np.ndarray:
-        """uint8 [T, H, W, 3] of images that stand in the table."""
-        from PIL import Image, UnidentifiedImageError
+    def times(self, row: dict[str, Any]) -> np.ndarray:
+        """float64 [T]: when the frames of an episode are, in seconds from its first, as its table says."""
+        path = self._path("data_path", row)
+        if "timestamp" not in self._columns(path):
+            return np.arange(row["length"]) / self.fps
+        path, cells = self.rows(row, "timestamp")
+        where = f"{path}: timestamp of episode {row['episode_index']}"
+        if any(strange(cell, "iuf") for cell in cells):
+            raise ValueError(f"{where} must be seconds, got {next(cell for cell in cells if strange(cell, 'iuf'))!r}")
+        times = np.array(cells, np.float64)
+        for t, step in enumerate(np.diff(times), start=1):
+            if not abs(step - 1 / self.fps) <= 2 * tolerance(times[t]):
+                raise ValueError(
+                    f"{where} must grow by {1 / self.fps:.6f} s, at {self.fps} frames a second, got {times[t - 1]} s "
+                    f"and {times[t]} s at frames {t - 1} and {t}"
+                )
+        return times
 
-        pictures = []
-        for t, cell in enumerate(self.rows(row, (self.camera,))[self.camera].to_pylist()):
+    def pictures(self, row: dict[str, Any]) -> Iterator[np.ndarray]:
+        """uint8 [H, W, 3] of images that are in the table."""
+        path, cells = self.rows(row, self.camera)
+        for t, cell in enumerate(cells):
             try:
-                image = Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
-            except (OSError, TypeError, UnidentifiedImageError) as error:
-                raise ValueError(f"frame {t} of {self.camera} cannot be decoded: {error}") from error
-            pictures.append(np.asarray(image.resize(self.size[::-1], Image.Resampling.BOX) if self.size else image))
-        return np.stack(pictures)
+                yield picture(cell["bytes"] if isinstance(cell, dict) and "bytes" in cell else cell, self.size)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: frame {t} of {self.camera} of episode {row['episode_index']} cannot be taken: {error}"
+                ) from error
 
     def frames(self, row: dict[str, Any]) -> Iterator[np.ndarray]:
-        """The frames of an episode, uint8 [H, W, 3] each, and their times compared with those that they must have."""
-        path = self._path("video_path", row, f"videos/{self.camera}")
-        first = round(row.get(f"videos/{self.camera}/from_timestamp", 0.0) * self.fps)
-        opened, following, source = self.open
-        # Episodes lie one after another in a file, which is decoded once.
-        if opened != path or following > first:
+        """The frames of an episode, uint8 [H, W, 3] each, those of the times that its table gives."""
+        path = self._path("video_path", row)
+        start = row.get(f"videos/{self.camera}/from_timestamp", 0.0)
+        times = start + self.times(row)
+        opened, last, source = self.open
+        # Episodes are one after another in a file, which is decoded once.
+        if opened != path or last >= times[0]:
             source = decoded(path, self.size)
-        self.open = (None, 0, iter(()))
-        number = first
-        while number < first + row["length"]:
-            time, img = next(source, (math.inf, None))
-            if time < (first - 0.5) / self.fps:
-                continue
-            if img is None or abs(time - number / self.fps) > 0.5 / self.fps:
-                got = "the end of the file" if img is None else f"one at {time:.3f} s"
-                raise ValueError(f"{path} must have a frame at {number / self.fps:.3f} s, got {got}")
+        self.open = (None, 0.0, iter(()))
+        for wanted in times:
+            near = tolerance(wanted)
+            time, img = -math.inf, None
+            while time < wanted - near:
+                found, img = next(source, (math.inf, None))
+                if found is None:
+                    raise ValueError(f"{path} does not say when its frames are")
+                time = found
+            if img is None or time > wanted + near:
+                got = "the end of the file"
+                if img is not None:
+                    got = f"one at {time:.3f} s, {time - wanted:.6f} s later, where {near:.6f} s are allowed"
+                raise ValueError(f"{path} must have a frame at {wanted:.3f} s, got {got}")
             yield img
-            number += 1
         if self.one_file_an_episode and next(source, None) is not None:
             raise ValueError(f"{path} has more frames than the {row['length']} of its episode")
-        self.open = (path, first + row["length"], source)
+        self.open = (path, time, source)
 
-    def _path(self, template: str, row: dict[str, Any], columns: str) -> Path:
+    def _path(self, part: str, row: dict[str, Any]) -> Path:
+        """Where a file of an episode is: `part` is data_path or video_path."""
+        template = self.info.get(part)
+        index = row["episode_index"]
+        names: dict[str, Any] = {"video_key": self.camera}
         if self.one_file_an_episode:
-            index = row["episode_index"]
-            names = {"episode_index": index, "episode_chunk": index // self.info["chunks_size"]}
+            names["episode_index"] = index
+            if "{episode_chunk" in str(template):
+                names["episode_chunk"] = index // whole(self.info_path, "chunks_size", self.info.get("chunks_size"))
         else:
-            names = {name: row[f"{columns}/{name}"] for name in ("chunk_index", "file_index")}
-        return self.folder / self.info[template].format(video_key=self.camera, **names)
+            of = "data" if part == "data_path" else f"videos/{self.camera}"
+            names |= {name: row[f"{of}/{name}"] for name in ("chunk_index", "file_index")}
+        try:
+            if not isinstance(template, str):
+                raise ValueError("it must be text")
+            fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+            if strange := [field for field in fields if field not in names]:
+                raise ValueError(f"there is no {strange[0]!r}, but {', '.join(names)}")
+            path = PurePosixPath(template.format(**names))
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError("it must stay in the data set")
+        except (IndexError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.info_path}: {part} = {template!r} cannot be used: {error}") from error
+        return self.folder / path
+
+    def _columns(self, path: Path) -> list[str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return list(pq.read_schema(path).names)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
 
     def _table(self, path: Path, columns: tuple[str, ...] | None) -> Any:
         try:
+            import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError as error:
             raise ImportError("LeRobot data sets need the package pyarrow: pip install 'mfwm-kernels[data]'") from error
+        if columns is None:
+            # Statistics of every feature are in a v3 episode's row, too.
+            columns = tuple(n for n in self._columns(path) if not n.startswith("stats/"))
         try:
-            if columns is None:
-                # Statistics of every feature also stand in a v3 episode's row.
-                columns = tuple(n for n in pq.read_schema(path).names if not n.startswith("stats/"))
-            return pq.read_table(path, columns=list(columns))
-        except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are among these
+            return pq.ParquetFile(path).read(columns=list(columns))
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def strange(cell: Any, kinds: str) -> bool:
+    return np.asarray(cell).dtype.kind not in kinds
+
+
+def tolerance(time: float) -> float:
+    """LeRobot's own, and what float32, its type of times, rounds."""
+    return 1e-4 + float(np.spacing(np.float32(time))) / 2

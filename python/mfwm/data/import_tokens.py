@@ -9,13 +9,16 @@ actions/*.bin      float32 [num_images, any]: side by side, in the order of thei
 from __future__ import annotations
 
 import itertools
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .import_episodes import Episode, write_episodes
+from .check import INT64
+from .import_episodes import Episode, read_object, whole, write_episodes
+
+TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 
 
 def import_tokens(
@@ -37,17 +40,21 @@ def import_tokens(
     folder = Path(folder)
     sizes = read_metadata(folder / "metadata.json")
     frames, vocabulary = sizes["num_images"], sizes["vocab_size"]
-    base = round(vocabulary ** (1 / ids)) if ids >= 1 else 0
-    if base**ids != vocabulary:
+    # An id of a vocabulary of one says nothing: no more of them than bits.
+    base = round(vocabulary ** (1 / ids)) if type(ids) is int and 1 <= ids < 64 else 0
+    if base == 0 or base**ids != vocabulary:
         raise ValueError(f"ids must be a root that the vocabulary, {vocabulary}, has; got {ids}")
     tokens = mapped(folder / "video.bin", np.dtype(sizes["token_dtype"]), (frames, sizes["h"], sizes["w"]))
     segments = np.asarray(mapped(folder / "segment_ids.bin", np.dtype(np.int32), (frames,)))
-    parts = [mapped(path, np.dtype(np.float32), (frames, -1)) for path in sorted((folder / "actions").glob("*.bin"))]
+    # A hidden file is the operating system's, such as ._joint_pos.bin.
+    files = [path for path in sorted((folder / "actions").glob("*.bin")) if not path.name.startswith(".")]
+    parts = [mapped(path, np.dtype(np.float32), (frames, -1)) for path in files]
 
     def episode(begin: int, end: int) -> Episode:
-        video = np.asarray(tokens[begin:end]).astype(np.int64)
+        video = np.asarray(tokens[begin:end])
         if not 0 <= video.min() <= video.max() < vocabulary:
             raise ValueError(f"ids must be in 0..{vocabulary - 1}, got {video.min()}..{video.max()}")
+        video = video.astype(np.int64)
         if ids > 1:
             video = video[..., None] // base ** np.arange(ids) % base
         return Episode(video, np.concatenate([part[begin:end] for part in parts], axis=1) if parts else None)
@@ -70,18 +77,14 @@ def import_tokens(
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """num_images, h, w, vocab_size and token_dtype."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    found.setdefault("h", found.get("s"))
-    found.setdefault("w", found.get("s"))
-    found.setdefault("token_dtype", "uint32")
+    found = read_object(path)
+    found = {"h": found.get("s"), "w": found.get("s"), "token_dtype": "uint32", **found}
     for name in ("num_images", "h", "w", "vocab_size"):
-        if type(found.get(name)) is not int or found[name] < 1:
-            raise ValueError(f"{path}: {name} must be an integer >= 1, got {found.get(name)!r}")
-    if np.dtype(found["token_dtype"]).kind not in "iu":
-        raise ValueError(f"{path}: token_dtype must be of integers, got {found['token_dtype']!r}")
+        whole(path, name, found.get(name))
+    if found["vocab_size"] > INT64:
+        raise ValueError(f"{path}: vocab_size must be in 64 bits, got {found['vocab_size']}")
+    if found["token_dtype"] not in TOKEN_DTYPES:
+        raise ValueError(f"{path}: token_dtype must be one of {', '.join(TOKEN_DTYPES)}, got {found['token_dtype']!r}")
     return found
 
 
@@ -89,7 +92,7 @@ def mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarr
     """The file as an array of this shape, one entry of which may be -1; ValueError where it is shorter or longer."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    size, row = path.stat().st_size, dtype.itemsize * int(abs(np.prod(shape)))
+    size, row = path.stat().st_size, dtype.itemsize * abs(math.prod(shape))
     if size == 0 or (size % row if -1 in shape else size != row):
         rule = "a multiple of " if -1 in shape else ""
         raise ValueError(f"{path} must have {rule}{row} bytes for {shape[0]} frames, got {size}")
