@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, Stored, missing_and_damag
 
 # Type, rank and the words for them.
 FRAMES = {IMG: "uint8 [N, H, W, 3]", TOKENS: "integers [N, rows, columns] or [N, rows, columns, F]"}
+LISTED = 100  # chunks of an array
 INT64 = 2**63 - 1
 VOCABULARY = 2**31  # ids are written as int32
 
@@ -175,8 +177,16 @@ def check(path: str | Path, clip: int) -> list[Problem]:
         return [Problem(str(error))]
     arrays = stored.arrays
     problems = list(layout_problems(stored))
-    for name, array in arrays.items():
-        problems += chunk_problems(name, array, array.shape[0], read=True)
+    rows = dict.fromkeys(arrays, INT64)
+    # Ends first: what is after them is not read.
+    for name in sorted(arrays, key=lambda name: name != ENDS):
+        found = list(islice(chunk_problems(name, arrays[name], rows[name], read=True), LISTED + 1))
+        problems += found[:LISTED]
+        if len(found) > LISTED:
+            problems.append(Problem(f"{name}: and more chunks"))
+        if name == ENDS and not problems:
+            ends = whole_ends(read_rows(ENDS, arrays[ENDS], 0, arrays[ENDS].shape[0]))
+            rows = dict.fromkeys(arrays, int(ends.max(initial=0))) | {LEVELS: len(ends)}
     if problems:
         return problems
     try:

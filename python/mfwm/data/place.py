@@ -73,8 +73,8 @@ class Place:
     FileExistsError where `path` holds anything, unless `overwrite`; and with it, ValueError where anything in it is no
     part of a replay buffer, since deleting that would cost somebody else's files. Nothing is changed before `begin`.
 
-    What cannot be renamed is written in its place, where that is empty: a URL, a mount point, a directory whose parent
-    is not writable. There `overwrite` deletes nothing: ValueError.
+    What cannot be renamed is written in its place, where that is empty: a URL, a mount point, the working directory, a
+    directory whose parent is not writable. There `overwrite` deletes nothing: ValueError.
     """
 
     def __init__(self, path: Path | str, *, overwrite: bool) -> None:
@@ -88,7 +88,10 @@ class Place:
     @property
     def in_place(self) -> bool:
         target = self.target
-        return target is None or (target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK)))
+        return target is None or (
+            target.is_dir()
+            and (target.is_mount() or target.samefile(os.curdir) or not os.access(target.parent, os.W_OK))
+        )
 
     def check(self) -> None:
         if self.target is None:
@@ -105,8 +108,8 @@ class Place:
             )
         if self.in_place:
             raise ValueError(
-                f"{self.path} cannot be overwritten: a URL, a mount point or a directory in one that is not writable "
-                "cannot be replaced in one step; delete what it holds yourself, or choose another place"
+                f"{self.path} cannot be overwritten: a URL, a mount point, the working directory or a directory in one "
+                "that is not writable cannot be replaced in one step; delete what it holds, or choose another place"
             )
         assert self.target is not None
         if not any((self.target / name).is_file() for name in GROUP):
@@ -137,7 +140,7 @@ class Place:
         """The directory or URL to write to, until `publish` or `discard`."""
         if self.target is None or self.in_place:
             self._begun = True
-            return self.path
+            return self.target or self.path
         work = beside(self.target)
         try:
             self._lock = locked(work, wait=False)
@@ -152,10 +155,11 @@ class Place:
             shutil.rmtree(work / name, ignore_errors=True)
         return work / "new"
 
-    def publish(self) -> None:
+    def publish(self) -> Path | str:
+        """Where the set is then."""
         self._begun = False
         if self._lock is None:
-            return
+            return self.target or self.path
         assert self.target is not None
         old, new = beside(self.target) / "old", beside(self.target) / "new"
         try:
@@ -166,6 +170,7 @@ class Place:
             new.rename(self.target)
         finally:
             self._release()
+        return self.target
 
     def discard(self) -> None:
         if not self._begun:

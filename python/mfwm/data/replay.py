@@ -41,7 +41,7 @@ from .check import (
     token_problems,
     whole_ends,
 )
-from .place import identity, location
+from .place import absolute, identity, location
 from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, open_stored, read_rows
 
 MEMORY_LIMIT = 4 << 30  # bytes of frames; a smaller set is read into memory when it is opened
@@ -64,7 +64,8 @@ class Replay:
 
     def __init__(self, path: str | Path, *, memory_limit: int = MEMORY_LIMIT) -> None:
         self.path = location(path)
-        stored = open_stored(self.path)
+        self._place = absolute(path)
+        stored = open_stored(self._place)
         self._identity = stored.identity
         self.attributes: dict[str, Any] = stored.attributes
         refuse(self.path, layout_problems(stored))
@@ -110,7 +111,7 @@ class Replay:
             values = read_rows(name, array, begin, end)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-        if identity(self.path) != self._identity:
+        if identity(self._place) != self._identity:
             raise ValueError(f"{self.path} has been replaced or removed since it was opened")
         return values
 

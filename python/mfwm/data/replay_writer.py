@@ -99,8 +99,7 @@ class ReplayWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and self.episodes:
-            self._place.publish()
-            self._open(self.path)
+            self._open(self._place.publish())
             return
         self._place.discard()
         if kind is None:
@@ -180,8 +179,7 @@ class ReplayWriter:
             self._write(LEVELS, self.episodes, np.array([level]))
             self._write(ENDS, self.episodes, np.array([self.frames + len(video)]))
             if first:
-                self._place.publish()
-                self._open(self.path)
+                self._open(self._place.publish())
         except BaseException:
             if first:
                 self._place.discard()

@@ -125,12 +125,8 @@ def missing_and_damaged(name: str, array: Any, begin: int, end: int, *, read: bo
         return {key async for key in listing}
 
     keys = sync(stored())
-    first = begin // unit[0]
-    for place in np.ndindex(
-        max(0, -(-min(end, array.shape[0]) // unit[0]) - first),
-        *(-(-size // step) for size, step in zip(array.shape[1:], unit[1:], strict=True)),
-    ):
-        place = (first + place[0], *place[1:])
+    counts = [-(-size // step) for size, step in zip((min(end, array.shape[0]), *array.shape[1:]), unit, strict=True)]
+    for place in places(begin // unit[0], counts):
         key = array.metadata.encode_chunk_key(place)
         where = (
             f"{name}: chunk {key} (rows {place[0] * unit[0]} to {min((place[0] + 1) * unit[0], array.shape[0]) - 1})"
@@ -142,6 +138,16 @@ def missing_and_damaged(name: str, array: Any, begin: int, end: int, *, read: bo
                 array[tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, unit, strict=True))]
             except Exception as error:  # whatever the codec raises on damaged bytes
                 yield f"{where} cannot be decoded: {error}"
+
+
+def places(first: int, counts: list[int]) -> Iterator[tuple[int, ...]]:
+    """Of chunks, from `first` on. One by one: a damaged shape may ask for any number of them."""
+    if not counts:
+        yield ()
+        return
+    for number in range(first, counts[0]):
+        for rest in places(0, counts[1:]):
+            yield (number, *rest)
 
 
 def read_rows(name: str, array: Any, begin: int, end: int) -> np.ndarray:

@@ -1,0 +1,559 @@
+"""What must not happen to data: lost by a writer, trusted after it changed, run as code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+from mfwm.cli import main
+from mfwm.data import ClipSampler, Replay, ReplayWriter
+from mfwm.data import collect as collect_module
+from mfwm.data.check import check
+from mfwm.data.collect import collect
+from mfwm.data.import_tokens import import_tokens
+from mfwm.data.place import Place, location
+from mfwm.encode import encode
+
+OLD, NEW = 1, 2
+
+
+def write(path: Path | str, value: int = OLD, *, episodes: int = 2, overwrite: bool = False) -> None:
+    writer = ReplayWriter(path, 8, 8, actions=4, overwrite=overwrite)
+    for _ in range(episodes):
+        writer.append(np.full((4, 8, 8, 3), value, np.uint8), np.full(4, value))
+
+
+def value_of(path: Path | str) -> int:
+    """Of a set that `write` wrote, both of whose episodes must be there."""
+    replay = Replay(path)
+    assert replay.frames == 8 and (replay.video == replay.video[0, 0, 0, 0]).all()
+    assert (replay.action == replay.video[0, 0, 0, 0]).all() and check(path, 4) == []
+    return int(replay.video[0, 0, 0, 0])
+
+
+def beside(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.parent.iterdir() if entry != path)
+
+
+# ---- overwriting
+
+
+def broken_tokens(folder: Path) -> Path:
+    """Whose second episode holds an id that is none."""
+    folder.mkdir()
+    (folder / "metadata.json").write_text('{"num_images": 4, "s": 2, "vocab_size": 8}')
+    tokens = np.zeros((4, 2, 2), np.uint32)
+    tokens[3] = 99
+    tokens.tofile(folder / "video.bin")
+    np.array([0, 0, 1, 1], np.int32).tofile(folder / "segment_ids.bin")
+    return folder
+
+
+def interrupted(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
+    yield {"action_names": ["a", "b"], "noop": 0}
+    yield collect_module.Episode(np.zeros((3, 8, 8, 3), np.uint8), np.zeros(3, np.int64), None)
+    raise KeyboardInterrupt
+
+
+def in_a_block(out: Path, last: Callable[[ReplayWriter], object]) -> None:
+    with ReplayWriter(out, 8, 8, actions=2, overwrite=True) as writer:
+        writer.append(np.zeros((3, 8, 8, 3), np.uint8), np.zeros(3, np.int64))
+        last(writer)
+
+
+FAILURES: dict[str, Callable[[Path, Path], object]] = {
+    "a game that is none": lambda out, tmp: collect("atari:Brekaout", 10, out, overwrite=True, progress=False),
+    "a scenario that is none": lambda out, tmp: collect("doom:none", 10, out, overwrite=True, progress=False),
+    "a source that is none": lambda out, tmp: collect("pong", 10, out, overwrite=True, progress=False),
+    "a negative seed": lambda out, tmp: collect("coinrun", 10, out, seed=-1, overwrite=True, progress=False),
+    "a seed of 40 bits": lambda out, tmp: collect("doom", 10, out, seed=2**40, overwrite=True, progress=False),
+    "levels past 31 bits": lambda out, tmp: collect("coinrun", 10, out, seed=2**30, overwrite=True, progress=False),
+    "no frames": lambda out, tmp: collect("doom", 0, out, overwrite=True, progress=False),
+    "Ctrl-C": lambda out, tmp: collect("stub", 10, out, size=8, overwrite=True, progress=False),
+    "a damaged second episode": lambda out, tmp: import_tokens(
+        broken_tokens(tmp / "tokens"), out, overwrite=True, progress=False
+    ),
+    "arguments of no set": lambda out, tmp: ReplayWriter(out, 8, 8, actions=0, overwrite=True),
+    "attributes that JSON lacks": lambda out, tmp: ReplayWriter(out, 8, 8, actions=2, overwrite=True, a={1}),
+    "a first episode of another size": lambda out, tmp: ReplayWriter(out, 8, 8, actions=2, overwrite=True).append(
+        np.zeros((3, 9, 8, 3), np.uint8), np.zeros(3, np.int64)
+    ),
+    "a block that raises": lambda out, tmp: in_a_block(out, lambda writer: 1 / 0),
+    "a block with a bad episode": lambda out, tmp: in_a_block(out, lambda w: w.append(np.zeros((0, 8, 8, 3), "u1"), [])),
+    "a block without an episode": lambda out, tmp: ReplayWriter(out, 8, 8, actions=2, overwrite=True)
+    .__enter__()
+    .__exit__(None, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_overwrite_leaves_the_old_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    source_of = collect_module.source_of
+    monkeypatch.setattr(collect_module, "source_of", lambda env: interrupted if env == "stub" else source_of(env))
+    if "game" in name:
+        pytest.importorskip("ale_py")
+    path = tmp_path / "there" / "set"
+    write(path)
+    with pytest.raises(BaseException) as raised:
+        FAILURES[name](path, tmp_path)
+    assert isinstance(raised.value, (ValueError, ZeroDivisionError, KeyboardInterrupt)), raised.value
+    assert value_of(path) == OLD and beside(path) == []
+    # The same where there was nothing: then nothing is there.
+    with pytest.raises(type(raised.value)):
+        FAILURES[name](tmp_path / "else" / "set", tmp_path / "there")
+    assert not (tmp_path / "else" / "set").exists() and not list((tmp_path / "else").glob("*"))
+
+
+def test_an_overwrite_replaces_the_whole_set(tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    write(path, episodes=9)
+    path.chmod(0o2750)
+    with ReplayWriter(path, 8, 8, actions=4, overwrite=True) as writer:
+        for _ in range(2):
+            writer.append(np.full((4, 8, 8, 3), NEW, np.uint8), np.full(4, NEW))
+            assert Replay(path).episodes == 9
+    assert value_of(path) == NEW and beside(path) == [] and path.stat().st_mode & 0o7777 == 0o2750
+    # Without a block the old set stays until the first episode is there.
+    writer = ReplayWriter(path, 8, 8, actions=4, overwrite=True)
+    assert value_of(path) == NEW
+    for _ in range(2):
+        writer.append(np.full((4, 8, 8, 3), OLD, np.uint8), np.full(4, OLD))
+    assert value_of(path) == OLD and beside(path) == []
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(rename: int, path: Path) -> None:
+    """Overwrite the set, and stop before this rename of the writer's, as a killed process does: nothing is cleaned up."""
+    renames: list[Path] = []
+
+    def counted(self: Path, target: Path) -> Path:
+        if len(renames) == rename:
+            raise Killed
+        renames.append(self)
+        return Path(shutil.move(self, target))
+
+    def dies(self: Place) -> None:
+        assert self._lock is not None
+        self._lock.close()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", counted)
+        patch.setattr(Place, "_release", dies)
+        with ReplayWriter(path, 8, 8, actions=4, overwrite=True) as writer:
+            for _ in range(2):
+                writer.append(np.full((4, 8, 8, 3), NEW, np.uint8), np.full(4, NEW))
+
+
+def test_a_writer_killed_at_a_rename_loses_nothing(tmp_path: Path) -> None:
+    for rename in (0, 1):
+        path = tmp_path / f"set{rename}"
+        write(path)
+        kill_at(rename, path)
+        assert path.exists() == (rename == 0)
+        # A reader puts back what was moved aside; so does a writer, which refuses to overwrite it unasked.
+        with pytest.raises(FileExistsError, match="is not empty"):
+            write(path, NEW)
+        assert value_of(path) == OLD
+        kill_at(rename, path)
+        assert value_of(path) == OLD and beside(path)
+        write(path, NEW, overwrite=True)
+        assert value_of(path) == NEW
+    assert beside(tmp_path / "set0") == ["set1"]
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    write(path)
+    with ReplayWriter(path, 8, 8, actions=4, overwrite=True) as writer:
+        with pytest.raises(FileExistsError, match="is being written by another process"):
+            write(path, 3, overwrite=True)
+        for _ in range(2):
+            writer.append(np.full((4, 8, 8, 3), NEW, np.uint8), np.full(4, NEW))
+    assert value_of(path) == NEW
+    # Each of two that began before there was a set: the second does not overwrite the first's.
+    first, second = (ReplayWriter(tmp_path / "new", 8, 8, actions=4) for _ in range(2))
+    first.append(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int64))
+    with pytest.raises(FileExistsError, match="is not empty"):
+        second.append(np.zeros((5, 8, 8, 3), np.uint8), np.zeros(5, np.int64))
+    assert Replay(tmp_path / "new").frames == 4 and beside(tmp_path / "new") == ["set"]
+
+
+def test_an_append_that_failed_leaves_no_rows_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ReplayWriter(tmp_path / "set", 8, 8, actions=4)
+    writer.append(np.full((4, 8, 8, 3), OLD, np.uint8), np.full(4, OLD))
+    whole = ReplayWriter._write
+
+    def full(self: ReplayWriter, name: str, begin: int, values: np.ndarray) -> None:
+        if name == "data/action":
+            raise OSError("no space left on device")
+        whole(self, name, begin, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplayWriter, "_write", full)
+        with pytest.raises(OSError, match="no space"):
+            writer.append(np.full((6, 8, 8, 3), 77, np.uint8), np.full(6, 3))
+    writer.append(np.full((4, 8, 8, 3), OLD, np.uint8), np.full(4, OLD))
+    assert value_of(tmp_path / "set") == OLD
+
+
+@pytest.mark.slow
+def test_killed_commands_leave_the_old_set_or_the_new_one(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    script = Path(__file__).with_name("killed_writer.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "--kills", "12"], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0 and run.stdout.startswith("12 killed"), run.stdout + run.stderr
+
+
+# ---- places
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "set")
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "set")
+    (tmp_path / "file").write_text("x")
+    for place in (
+        tmp_path / "file/set",
+        "/proc/mfwm/set",
+        f"zip://new::file://{tmp_path}/zipped.zip",
+        "nonsense://set",
+        Path("memory://set"),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=r"cannot be written|lost a slash"):
+                write(place, overwrite=overwrite)
+    for place in (f"zip://::file://{tmp_path}/zipped.zip", tmp_path / "file"):
+        with pytest.raises((ValueError, FileExistsError), match=r"is not empty"):
+            write(place)
+        with pytest.raises(ValueError, match=r"cannot be overwritten|no Zarr group"):
+            write(place, overwrite=True)
+    assert value_of(f"zip://::file://{tmp_path}/zipped.zip") == OLD
+    monkeypatch.chdir(tmp_path / "set")
+    with pytest.raises(ValueError, match="cannot be overwritten: .* the working directory"):
+        write(".", NEW, overwrite=True)
+    assert value_of(tmp_path / "set") == OLD
+
+
+def test_urls_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (f"file://{tmp_path}/set", "file:relative", f"memory://{tmp_path}/set", Path(f"file://{tmp_path}/p")):
+        write(place)
+        assert value_of(place) == OLD
+    assert location(f"file://{tmp_path}/set") == tmp_path / "set"
+    assert value_of(tmp_path / "set") == value_of("relative") == OLD
+    write(f"file://{tmp_path}/set", NEW, overwrite=True)
+    assert value_of(tmp_path / "set") == NEW
+    with pytest.raises(ValueError, match=r"memory://.*set cannot be overwritten: a URL"):
+        write(f"memory://{tmp_path}/set", NEW, overwrite=True)
+    assert value_of(f"memory://{tmp_path}/set") == OLD
+    # A block that fails leaves nothing at a URL, either.
+    with pytest.raises(ZeroDivisionError), ReplayWriter(f"memory://{tmp_path}/new", 8, 8, actions=4) as writer:
+        writer.append(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int64))
+        raise ZeroDivisionError
+    write(f"memory://{tmp_path}/new")
+    monkeypatch.setattr("sys.argv", ["mfwm", "collect", "stub", "--frames", "3", "--out", f"file://{tmp_path}/c"])
+    monkeypatch.setattr(collect_module, "source_of", lambda env: interrupted)
+    main()
+    assert Replay(tmp_path / "c").frames == 3
+
+
+def test_a_place_that_cannot_be_renamed_is_written_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount point: said to be one."""
+    path = tmp_path / "mounted"
+    path.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == path)
+    with pytest.raises(ZeroDivisionError):
+        in_a_block(path, lambda writer: 1 / 0)
+    assert path.is_dir() and not list(path.iterdir())
+    inode = path.stat().st_ino
+    write(path)
+    assert value_of(path) == OLD and path.stat().st_ino == inode and beside(path) == []
+    with pytest.raises(ValueError, match="cannot be overwritten: .*a mount point"):
+        write(path, NEW, overwrite=True)
+    assert value_of(path) == OLD
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/set")
+    write(tmp_path / "link")
+    write(tmp_path / "link", NEW, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and value_of(tmp_path / "disk/set") == NEW
+    assert beside(tmp_path / "disk/set") == []
+
+
+@pytest.mark.parametrize(
+    "mine", ["notes.txt", "data/raw/a.mp4", "meta/notes.txt", ".git/HEAD", "data/img/x.png", "7/a"]
+)
+def test_an_overwrite_deletes_nothing_but_a_replay_buffer(tmp_path: Path, mine: str) -> None:
+    write(tmp_path / "set")
+    (tmp_path / "set" / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / "set" / mine).write_text("mine")
+    with pytest.raises(ValueError, match="which is no part of a replay buffer"):
+        write(tmp_path / "set", NEW, overwrite=True)
+    assert value_of(tmp_path / "set") == OLD and (tmp_path / "set" / mine).read_text() == "mine"
+
+
+def test_the_operating_systems_files_are_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "set")
+    for name in (".DS_Store", "data/._img", "data/img/._0.0.0.0", "data/img/.nfs0001", "meta/Thumbs.db"):
+        (tmp_path / "set" / name).write_bytes(b"\0\5\x16\7")
+    # What Zarr leaves when it is killed is part of a set.
+    (tmp_path / "set/data/img" / f"0.0.0.{'0' * 32}.partial").write_bytes(b"x")
+    assert value_of(tmp_path / "set") == OLD
+    write(tmp_path / "set", NEW, overwrite=True)
+    assert value_of(tmp_path / "set") == NEW
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.DS_Store").write_bytes(b"x")
+    write(tmp_path / "empty")
+    assert value_of(tmp_path / "empty") == OLD
+
+
+@pytest.mark.parametrize("out", ["set", "set/", "./set", "link", "file://{}/set", "set/inside", "."])
+def test_encode_refuses_its_own_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
+    write(tmp_path / "set")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="out must be another place than data"):
+            encode(tmp_path / "set", out.format(tmp_path), tokenizer=tmp_path / "none", overwrite=overwrite)
+        with pytest.raises(ValueError, match="out must be another place than data"):
+            encode("link", out.format(tmp_path), tokenizer=tmp_path / "none", overwrite=overwrite)
+    assert value_of(tmp_path / "set") == OLD
+
+
+# ---- trusted after it changed
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> tuple[Path, Replay]:
+    """A set of three chunks of frames, read as it is used."""
+    with ReplayWriter(tmp_path / "set", 8, 8, actions=4) as writer:
+        for level in range(3):
+            writer.append(np.full((64, 8, 8, 3), 100 + level, np.uint8), np.full(64, level), level)
+    return tmp_path / "set", Replay(tmp_path / "set", memory_limit=0)
+
+
+def test_a_chunk_that_vanishes_is_missed(far: tuple[Path, Replay]) -> None:
+    path, replay = far
+    replay.read(np.arange(192))
+    (path / "data/img/1.0.0.0").unlink()
+    assert (replay.read(np.arange(64)) == 100).all()
+    for frames in (np.arange(64, 128), np.array([127]), np.arange(60, 66)):
+        with pytest.raises(ValueError, match=r"set: data/img: chunk 1.0.0.0 \(rows 64 to 127\) is missing"):
+            replay.read(frames)
+    with pytest.raises(ValueError, match=r"chunk 1.0.0.0"):
+        for _ in ClipSampler(replay, 8, 32).batches(0, 4, workers=2):
+            pass
+    shutil.rmtree(path)
+    with pytest.raises(ValueError, match=r"set: data/img: chunk 0.0.0.0 .* is missing"):
+        replay.read(np.arange(4))
+
+
+def test_a_set_that_was_replaced_is_another(far: tuple[Path, Replay]) -> None:
+    path, replay = far
+    with ReplayWriter(path, 8, 8, actions=4, overwrite=True) as writer:
+        writer.append(np.zeros((192, 8, 8, 3), np.uint8), np.zeros(192, np.int64))
+    with pytest.raises(ValueError, match=r"set has been replaced or removed since it was opened"):
+        replay.read(np.arange(4))
+
+
+def test_a_relative_path_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    writer = ReplayWriter("set", 8, 8, actions=4)
+    writer.append(np.full((4, 8, 8, 3), OLD, np.uint8), np.full(4, OLD))
+    replay = Replay("set", memory_limit=0)
+    monkeypatch.chdir("/")
+    writer.append(np.full((4, 8, 8, 3), OLD, np.uint8), np.full(4, OLD))
+    assert (replay.read(np.arange(4)) == OLD).all() and value_of(tmp_path / "set") == OLD
+
+
+def layout(path: Path, **arrays: np.ndarray) -> Path:
+    root = zarr.open_group(str(path), mode="w", zarr_format=2)
+    given = {"data/img": np.zeros((10, 8, 8, 3), np.uint8), "meta/episode_ends": np.array([5, 10])}
+    for name, values in {**given, **{name.replace("__", "/"): values for name, values in arrays.items()}}.items():
+        array = root.create_array(
+            name, shape=values.shape, chunks=values.shape, dtype=values.dtype, config={"write_empty_chunks": True}
+        )
+        array[...] = values
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"data__action": np.full((10, 2), 1e300)}, r"data/action must be finite, got .1e\+300, 1e\+300. at frame 0"),
+        ({"data__action": np.full((10, 2), -3.5e38)}, r"data/action must be finite, got .-3.5e\+38"),
+        ({"data__action": np.full((10, 2), np.nan, np.float16)}, r"data/action must be finite, got .nan"),
+        ({"data__action": np.full(10, 2**63 + 5, np.uint64)}, r"data/action must be in 0..*, got 9223372036854775813"),
+        ({"data__action": np.full(10, 2**64 - 1, np.uint64)}, r"data/action must be in 0..*, got 18446744073709551615"),
+        (
+            {"data__action": np.zeros(10, "i8"), "meta__episode_ends": np.array([5, 2**63 + 10], np.uint64)},
+            r"meta/episode_ends must be in 64 bits with a sign, .* got 9223372036854775818",
+        ),
+        (
+            {"data__action": np.zeros(10, "i8"), "meta__episode_level": np.full(2, 2**63, np.uint64)},
+            r"meta/episode_level must be in 64 bits with a sign, .* got 9223372036854775808",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_checked_is_what_is_used(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    path = layout(tmp_path / "set", **arrays)
+    with pytest.raises(ValueError, match=message):
+        Replay(path)
+    assert [problem for problem in check(path, 5) if problem.refused][0].what
+    assert any(np.char.find(str(problem), "must be") >= 0 for problem in check(path, 5))
+
+
+def test_numbers_of_other_types_are_read_as_they_are(tmp_path: Path) -> None:
+    values = np.linspace(-3, 3, 20).reshape(10, 2)
+    for dtype in (">f4", "<f8", ">f8", "f2"):
+        replay = Replay(layout(tmp_path / "set", data__action=values.astype(dtype)))
+        assert replay.action.dtype == np.float32 and np.allclose(replay.action, values, atol=2e-3)
+    for dtype in ("u1", ">i4", ">u8", "i2"):
+        replay = Replay(layout(tmp_path / "set", data__action=np.arange(10).astype(dtype)))
+        assert replay.actions == 10 and replay.action.tolist() == list(range(10))
+    root = zarr.open_group(str(tmp_path / "set"), mode="r+")
+    del root["data/img"]
+    root.attrs["vocabulary"] = 300
+    root.create_array("data/tokens", data=np.arange(40).reshape(10, 2, 2).astype(">i4") + 1)
+    for limit in (0, 1 << 30):
+        video = ClipSampler(Replay(tmp_path / "set", memory_limit=limit), 10, 1).batch(0)["video"]
+        assert video.flatten().tolist() == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "action", "level", "message"),
+    [
+        ({"actions": None, "action_size": 2}, np.full((4, 2), 1e300), None, r"action must be finite, got .1e\+300"),
+        ({"actions": None, "action_size": 2}, np.full((4, 2), np.inf), None, r"action must be finite, got .inf"),
+        ({"actions": 4}, np.full(4, 2**63 + 1, np.uint64), None, r"action must be in 0..3, got 9223372036854775809"),
+        ({"actions": 4}, np.full(4, -1), None, r"action must be in 0..3, got -1"),
+        ({"actions": 4}, np.zeros(4, np.int64), 2**63, r"level must be an integer of 64 bits"),
+        ({"actions": 4}, np.zeros(4, np.int64), 1.5, r"cannot be interpreted as an integer"),
+    ],
+)
+def test_a_writer_writes_what_its_reader_takes(
+    tmp_path: Path, sizes: Any, action: np.ndarray, level: Any, message: str
+) -> None:
+    writer = ReplayWriter(tmp_path / "set", 8, 8, **sizes)
+    with pytest.raises((ValueError, TypeError), match=message):
+        writer.append(np.zeros((4, 8, 8, 3), np.uint8), action, level)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"vocabulary must be 0 for pixels or up to 2147483648"):
+        ReplayWriter(tmp_path / "set", 8, 8, actions=4, vocabulary=2**31 + 1)
+    with pytest.raises(ValueError, match="attributes must be what JSON can hold"):
+        ReplayWriter(tmp_path / "set", 8, 8, actions=4, rate=float("nan"))
+
+
+# ---- a stranger's set
+
+
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize("array", ["data/img", "data/action", "meta/episode_ends"])
+@pytest.mark.parametrize("where", ["filters", "compressor"])
+def test_no_code_of_a_set_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: str, where: str) -> None:
+    # Of older numcodecs, whose pickle codec asks nobody.
+    monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    write(tmp_path / "set")
+    codec = {"id": "pickle"}
+    edit(tmp_path / "set" / array / ".zarray", lambda m: {**m, where: [codec] if where == "filters" else codec})
+    for chunk in (tmp_path / "set" / array).glob("[0-9]*"):
+        chunk.write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    message = rf"array {array} is missing or unreadable: its codec 'pickle' is none of those that a set may have"
+    with pytest.raises(ValueError, match=message):
+        Replay(tmp_path / "set")
+    assert any(message.partition(":")[0] in str(problem) for problem in check(tmp_path / "set", 4))
+    edit(tmp_path / "set" / array / ".zarray", lambda m: {**m, "dtype": "|O"})
+    with pytest.raises(ValueError, match=message):
+        Replay(tmp_path / "set")
+    edit(tmp_path / "set" / array / ".zarray", lambda m: {**m, "filters": None, "compressor": None})
+    with pytest.raises(ValueError, match=rf"{array} "):
+        Replay(tmp_path / "set")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sets_of_zarr_3_are_read(tmp_path: Path) -> None:
+    root = zarr.open_group(str(tmp_path / "set"), mode="w", zarr_format=3)
+    pixels = np.random.default_rng(0).integers(1, 256, (10, 8, 8, 3)).astype(np.uint8)
+    root.create_array("data/img", data=pixels, chunks=(2, 8, 8, 3), shards=(4, 8, 8, 3))
+    root.create_array("data/action", data=np.arange(1, 11))
+    root.create_array("meta/episode_ends", data=np.array([5, 10]))
+    replay = Replay(tmp_path / "set", memory_limit=0)
+    assert np.array_equal(replay.read(np.arange(10)), pixels) and check(tmp_path / "set", 5) == []
+
+    shutil.rmtree(tmp_path / "set/data/img/c/1")
+    with pytest.raises(ValueError, match=r"chunk c/1/0/0/0 .rows 4 to 7. is missing"):
+        replay.read(np.arange(10))
+    document = tmp_path / "set/data/action/zarr.json"
+    edit(document, lambda m: {**m, "codecs": [*m["codecs"], {"name": "numcodecs.pickle"}]})
+    with pytest.raises(ValueError, match=r"array data/action is .*: its codec 'numcodecs.pickle' is none"):
+        Replay(tmp_path / "set")
+
+
+VALUES: tuple[Any, ...] = (None, -1, 0, 3, 2**70, 1.5, True, "x", "", [], [0], [-1, 8, 8, 3], {}, {"id": "zstd"}, [[]])
+
+
+@pytest.mark.parametrize("file", [".zgroup", ".zattrs", "data/img/.zarray", "data/action/.zarray", "meta/episode_ends/.zarray"])  # fmt: skip
+def test_broken_metadata_is_told(tmp_path: Path, file: str) -> None:
+    """Whatever stands there, the set is read or refused by ValueError, and `check` says the same."""
+    write(tmp_path / "set")
+    path = tmp_path / "set" / file
+    good = json.loads(path.read_text())
+    contents = [json.dumps({**good, name: value}) for name in good for value in VALUES]
+    contents += [json.dumps({k: v for k, v in good.items() if k != name}) for name in good]
+    contents += ["", "{", "[]", "null", "3", '"x"', "\xff\xfe{", "[" * 100_000]
+    refused = 0
+    for content in contents:
+        path.write_text(content, encoding="latin-1")
+        told = [problem for problem in check(tmp_path / "set", 4) if problem.refused]
+        try:
+            Replay(tmp_path / "set")
+        except ValueError as error:
+            refused += 1
+            assert told and str(tmp_path / "set") in str(error), content
+        else:
+            assert not told, (content, told)
+    assert refused > len(contents) // 3 or file == ".zattrs"
+
+
+def test_what_is_after_the_last_end_is_not_missed(tmp_path: Path) -> None:
+    """A killed writer may have made an array longer and not yet written the chunk."""
+    write(tmp_path / "set")
+    for array, shape in (("data/img", (200, 8, 8, 3)), ("data/action", (9000,)), ("meta/episode_level", (5000,))):
+        edit(tmp_path / "set" / array / ".zarray", lambda m, shape=shape: {**m, "shape": shape})
+    assert not any(problem.refused for problem in check(tmp_path / "set", 4))
+    with pytest.warns(UserWarning, match="192 frames after the last episode's end are left out"):
+        assert Replay(tmp_path / "set").frames == 8
+
+
+def test_nothing_is_written_by_a_look(tmp_path: Path) -> None:
+    Place(tmp_path / "deep/set", overwrite=True)
+    ReplayWriter(tmp_path / "deep/set", 8, 8, actions=4)
+    assert not list(tmp_path.iterdir())
