@@ -1,5 +1,6 @@
-"""Kills `collect`, `import-videos` and `encode` with `overwrite` at random moments; each time the old set or the new one
-must be there whole.
+"""Kills `collect`, `import-videos` and `encode` with `overwrite` at random moments.
+
+Each time, the old set or the new one must be there whole.
 
     python tests/killed_writer.py DIR --kills 50
 
@@ -22,7 +23,6 @@ from typing import Any
 
 import av
 import numpy as np
-import torch._dynamo  # every optimiser imports it, which takes a second: once, before the forks
 from mfwm.data import Replay, collect
 from mfwm.data.check import check
 from mfwm.data.import_videos import import_videos

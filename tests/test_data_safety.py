@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ FAILURES: dict[str, Callable[[Path, Path], object]] = {
         np.zeros((3, 9, 8, 3), np.uint8), np.zeros(3, np.int64)
     ),
     "a block that raises": lambda out, tmp: in_a_block(out, lambda writer: 1 / 0),
-    "a block with a bad episode": lambda out, tmp: in_a_block(out, lambda w: w.append(np.zeros((0, 8, 8, 3), "u1"), [])),
+    "a block with a bad episode": lambda out, tmp: in_a_block(out, lambda w: w.append(np.zeros((0, 8, 8, 3)), [])),
     "a block without an episode": lambda out, tmp: ReplayWriter(out, 8, 8, actions=2, overwrite=True)
     .__enter__()
     .__exit__(None, None, None),
@@ -137,7 +138,7 @@ class Killed(BaseException):
 
 
 def kill_at(rename: int, path: Path) -> None:
-    """Overwrite the set, and stop before this rename of the writer's, as a killed process does: nothing is cleaned up."""
+    """Overwrite the set, and stop before this rename as a killed process does: nothing is cleaned up."""
     renames: list[Path] = []
 
     def counted(self: Path, target: Path) -> Path:
@@ -244,7 +245,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: 
             write(place, overwrite=True)
     assert value_of(f"zip://::file://{tmp_path}/zipped.zip") == OLD
     monkeypatch.chdir(tmp_path / "set")
-    with pytest.raises(ValueError, match="cannot be overwritten: .* the working directory"):
+    with pytest.raises(ValueError, match=r"cannot be overwritten: .* the working directory"):
         write(".", NEW, overwrite=True)
     assert value_of(tmp_path / "set") == OLD
 
@@ -283,7 +284,7 @@ def test_a_place_that_cannot_be_renamed_is_written_where_it_is(tmp_path: Path, m
     inode = path.stat().st_ino
     write(path)
     assert value_of(path) == OLD and path.stat().st_ino == inode and beside(path) == []
-    with pytest.raises(ValueError, match="cannot be overwritten: .*a mount point"):
+    with pytest.raises(ValueError, match=r"cannot be overwritten: .*a mount point"):
         write(path, NEW, overwrite=True)
     assert value_of(path) == OLD
 
@@ -416,8 +417,7 @@ def test_what_is_checked_is_what_is_used(tmp_path: Path, arrays: dict[str, np.nd
     path = layout(tmp_path / "set", **arrays)
     with pytest.raises(ValueError, match=message):
         Replay(path)
-    assert [problem for problem in check(path, 5) if problem.refused][0].what
-    assert any(np.char.find(str(problem), "must be") >= 0 for problem in check(path, 5))
+    assert any(problem.refused and re.search(message, str(problem)) for problem in check(path, 5))
 
 
 def test_numbers_of_other_types_are_read_as_they_are(tmp_path: Path) -> None:
@@ -520,7 +520,9 @@ def test_sets_of_zarr_3_are_read(tmp_path: Path) -> None:
 VALUES: tuple[Any, ...] = (None, -1, 0, 3, 2**70, 1.5, True, "x", "", [], [0], [-1, 8, 8, 3], {}, {"id": "zstd"}, [[]])
 
 
-@pytest.mark.parametrize("file", [".zgroup", ".zattrs", "data/img/.zarray", "data/action/.zarray", "meta/episode_ends/.zarray"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file", [".zgroup", ".zattrs", "data/img/.zarray", "data/action/.zarray", "meta/episode_ends/.zarray"]
+)
 def test_broken_metadata_is_told(tmp_path: Path, file: str) -> None:
     """Whatever stands there, the set is read or refused by ValueError, and `check` says the same."""
     write(tmp_path / "set")
