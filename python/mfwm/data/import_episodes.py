@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +23,14 @@ class Episode(NamedTuple):
     action: np.ndarray | None
 
 
+# The shapes of a frame and of an action, None without.
+Sizes = tuple[tuple[int, ...], tuple[int, ...] | None]
+
+
+class OtherSizes(Exception):
+    """Most episodes have other sizes than the first, which they should have had."""
+
+
 def write_episodes(
     out: str | Path,
     episodes: Mapping[str, Callable[[], Episode]],
@@ -35,39 +44,61 @@ def write_episodes(
 ) -> list[str]:
     """Make `episodes`, by name, and write them as the replay buffer `out`, all or none; sizes are those of the first.
 
-    Where an episode cannot be made or written it is left out with `skip_damaged`; otherwise ValueError says why.
+    Where an episode cannot be made or written it is left out with `skip_damaged`; otherwise ValueError says why. Where
+    episodes may be left out, sizes are those of most: an odd first one is left out, and not all the others.
     Returns why each one that was left out is.
     """
-    left_out: list[str] = []
-    writer: ReplayWriter | None = None
     # Before an episode is decoded.
     Place(location(out), overwrite=overwrite)
-    with ExitStack() as writing:
-        for name, make in tqdm(episodes.items(), desc="import", unit="episode", disable=not progress):
-            try:
-                video, action = made(make)
-                if writer is None:
-                    continuous = action is not None and action.ndim == 2
-                    writer = ReplayWriter(
-                        out,
-                        *video.shape[1:3],
-                        actions=actions,
-                        action_size=action.shape[1] if action is not None and continuous else 0,
-                        vocabulary=vocabulary,
-                        ids=video.shape[3] if vocabulary and video.ndim == 4 else 1,
-                        overwrite=overwrite,
-                        **attributes,
-                    )
-                    writing.enter_context(writer)
-                writer.append(video, action)
-            except ValueError as error:
-                reason = str(error) if name in str(error) else f"{name}: {error}"
-                if not skip_damaged:
-                    raise ValueError(reason) from error
-                left_out.append(reason)
-        if writer is None or not writer.episodes:
-            raise ValueError(f"no episode can be read: {left_out[0] if left_out else 'there is none'}")
-    return left_out
+
+    def attempt(sizes: Sizes | None) -> list[str]:
+        left_out: list[str] = []
+        seen: Counter[Sizes] = Counter()
+        writer: ReplayWriter | None = None
+        with ExitStack() as writing:
+            for name, make in tqdm(episodes.items(), desc="import", unit="episode", disable=not progress):
+                try:
+                    video, action = made(make)
+                    own = (video.shape[1:], None if action is None else action.shape[1:])
+                    seen[own] += 1
+                    if sizes is None:
+                        sizes = own
+                    if own != sizes:
+                        raise ValueError(f"frames and actions must be of sizes {told(sizes)}, got {told(own)}")
+                    if writer is None:
+                        frame, numbers = sizes
+                        writer = ReplayWriter(
+                            out,
+                            *frame[:2],
+                            actions=actions,
+                            action_size=numbers[0] if numbers else 0,
+                            vocabulary=vocabulary,
+                            ids=frame[2] if vocabulary and len(frame) == 3 else 1,
+                            overwrite=overwrite,
+                            **attributes,
+                        )
+                        writing.enter_context(writer)
+                    writer.append(video, action)
+                except ValueError as error:
+                    reason = str(error) if name in str(error) else f"{name}: {error}"
+                    if not skip_damaged:
+                        raise ValueError(reason) from error
+                    left_out.append(reason)
+            if sizes and seen[sizes] < seen.most_common(1)[0][1]:
+                raise OtherSizes(seen.most_common(1)[0][0])
+            if writer is None or not writer.episodes:
+                raise ValueError(f"no episode can be read: {left_out[0] if left_out else 'there is none'}")
+        return left_out
+
+    try:
+        return attempt(None)
+    except OtherSizes as most:
+        return attempt(most.args[0])
+
+
+def told(sizes: Sizes) -> str:
+    frame, numbers = sizes
+    return f"{list(frame)} and {'none' if numbers is None else list(numbers)}"
 
 
 def made(make: Callable[[], Episode]) -> Episode:
@@ -87,14 +118,18 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_object(path: Path, text: str | None = None) -> dict[str, Any]:
-    """The JSON object in `text`, or in the file; ValueError names the file, and what it holds instead."""
+def read_object(path: Path) -> dict[str, Any]:
+    return parse_object(path, read_text(path))
+
+
+def parse_object(place: object, text: str) -> dict[str, Any]:
+    """The JSON object that the text is; ValueError names its place, and what it is instead."""
     try:
-        found = json.loads(read_text(path) if text is None else text)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{place} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {str(found)[:60]}")
+        raise ValueError(f"{place} must hold a JSON object, got {str(found)[:60]}")
     return found
 
 

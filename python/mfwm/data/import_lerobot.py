@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .import_episodes import Episode, read_object, read_text, whole, write_episodes
+from .import_episodes import Episode, parse_object, read_object, read_text, whole, write_episodes
 from .pictures import decoded, picture, stacked
 
 
@@ -100,7 +100,8 @@ class LeRobot:
             path = self.folder / "meta/episodes.jsonl"
             for number, line in enumerate(read_text(path).splitlines(), start=1):
                 if line.strip():
-                    rows.append((f"{path}, line {number}", read_object(path, line)))
+                    place = f"{path}, line {number}"
+                    rows.append((place, parse_object(place, line)))
         else:
             for path in sorted((self.folder / "meta/episodes").glob("*/*.parquet")):
                 # A hidden file or folder is the operating system's, such as ._file-000.parquet.

@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +144,7 @@ class Place:
             return self.target or self.path
         work = beside(self.target)
         try:
-            self._lock = locked(work, wait=False)
+            self._lock = locked(work, create=True)
         except BlockingIOError as error:
             raise FileExistsError(f"{self.path} is being written by another process") from error
         except OSError as error:
@@ -221,20 +222,26 @@ def restore(path: Path) -> None:
     """Put back a set whose writer was killed after it had moved it aside, and before it had moved the new one in."""
     target = Path(os.path.realpath(path))
     work = beside(target)
-    if target.exists() or not (work / "old").exists():
-        return
-    # A live writer is between its two renames: its lock is free in a moment.
-    with locked(work, wait=True):
-        put_back(target)
+    while not target.exists() and (work / "old").exists():
+        try:
+            with locked(work, create=False):
+                put_back(target)
+        except (BlockingIOError, FileNotFoundError):
+            # Its writer lives, and is between its two renames.
+            time.sleep(0.01)
 
 
-def locked(work: Path, *, wait: bool) -> IO[bytes]:
-    """The lock of a directory of this name, which is created: closing it releases it, as does the process's end."""
+def locked(work: Path, *, create: bool) -> IO[bytes]:
+    """The lock in a directory of this name: closing it releases it, as does the process's end.
+
+    BlockingIOError where another process has it.
+    """
     while True:
-        work.mkdir(parents=True, exist_ok=True)
+        if create:
+            work.mkdir(parents=True, exist_ok=True)
         file = open(work / "lock", "wb")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             # Some network file systems have no locks: there, two writers at once are not told apart from one.
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
