@@ -58,7 +58,7 @@ def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[float | 
             for packet in container.demux(stream):
                 shown += packet.size > 0 and not packet.is_discard
                 for frame in packet.decode():
-                    yield frame.time, upright(frame, stretch, size)
+                    yield frame.time, upright(frame, stretch, stream.codec_context.color_trc, size)
                     count += 1
             promised = stream.frames and shown
     except (av.FFmpegError, OSError, EOFError, IndexError) as error:
@@ -96,15 +96,15 @@ def check_whole(path: Path) -> None:
                 raise EOFError(f"it holds {held} frames and says that it holds {promised}")
 
 
-def upright(frame: Any, stretch: float, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [H, W, 3] of a frame, whose pixels are `stretch` times as wide as high, as it is shown."""
+def upright(frame: Any, stretch: float, curve: int, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [H, W, 3] of a frame as it is shown. stretch: how wide its pixels are; curve: its transfer function."""
     components = frame.format.components
     if frame.is_corrupt:
         raise ValueError("it is damaged")
     if frame.interlaced_frame:
         raise ValueError("it is interlaced, two pictures in one: deinterlace the video first")
-    if frame.color_trc in HDR:
-        raise ValueError(f"its colours are HDR ({HDR[frame.color_trc]}): convert the video to 8 bits first")
+    if curve in HDR:
+        raise ValueError(f"its colours are HDR ({HDR[curve]}): convert the video to 8 bits first")
     if len(components) == 1 and components[0].bits > 8 and not frame.format.has_palette:
         raise ValueError(f"its one channel has {components[0].bits} bits, and frames have 8: scale it first")
     matrix = frame.side_data.get("DISPLAYMATRIX")
