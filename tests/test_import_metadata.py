@@ -14,6 +14,7 @@ from mfwm.data import Replay
 from mfwm.data.actions_table import read_actions
 from mfwm.data.import_lerobot import import_lerobot
 from mfwm.data.import_tokens import import_tokens
+from mfwm.data.import_videos import import_videos
 from PIL import Image
 from test_data_safety import beside
 from test_imports import write_mp4
@@ -316,7 +317,8 @@ def test_one_damaged_episode_is_left_out(tmp_path: Path, version: str, name: str
 
 
 @pytest.mark.parametrize(
-    "values", [[0, 1, None], [0.5, 1.5, 0.5], ["a", "b", "c"], [[0], [0, 1], [0]], [None] * 3, [0, -1, 1]]
+    "values",
+    [[0, 1, None], [0.5, 1.5, 0.5], ["a", "b", "c"], [[0], [0, 1], [0]], [None] * 3, [0, -1, 1], [0, 1, 2**63 - 1]],
 )
 def test_one_episode_of_damaged_discrete_actions_is_left_out(tmp_path: Path, values: Any) -> None:
     folder = write_set(tmp_path / "in", action=lambda e: values if e == 1 else [0, 4, 2], dtype="int64")
@@ -425,6 +427,16 @@ def test_a_start_between_two_frames_is_refused(tmp_path: Path, off: float) -> No
     assert shown(tmp_path / "out") == [*range(6), *range(11, 17)]
 
 
+@pytest.mark.parametrize("off", [0.1, -0.1, 0.2])
+def test_episodes_that_share_frames_are_refused(tmp_path: Path, off: float) -> None:
+    """Off by whole frames there is a frame at every time, and only the other episodes tell."""
+    folder = write_timed(tmp_path / "in", [0.0, 0.6 + off, 1.1])
+    with pytest.raises(ValueError, match=r"0.mp4 must show a frame in one episode only: the last frame of episode"):
+        import_lerobot(folder, tmp_path / "out", progress=False)
+    assert len(import_lerobot(folder, tmp_path / "out", skip_damaged=True, progress=False)) == 2
+    assert shown(tmp_path / "out") == ([*range(6)] if off > 0 else [*range(11, 17)])
+
+
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
 @pytest.mark.parametrize(
     ("times", "message"),
@@ -444,13 +456,46 @@ def test_times_of_the_table_are_read(tmp_path: Path, version: str, times: Any, m
 
 def test_a_table_may_begin_later_than_its_video(tmp_path: Path) -> None:
     """Its times say which frame is which."""
-    late = [time + 0.1 for time in RIGHT[1]]
-    folder = write_timed(tmp_path / "in", [0.0, 0.5, 1.1], [RIGHT[0], late, RIGHT[2]])
+    late = [[time + 0.1 for time in times] for times in RIGHT]
+    folder = write_timed(tmp_path / "in", [0.0, 0.52, 1.1], [RIGHT[0], [t + 0.08 for t in RIGHT[1]], RIGHT[2]])
     import_lerobot(folder, tmp_path / "out", progress=False)
     assert shown(tmp_path / "out") == list(range(17))
-    folder = write_timed(tmp_path / "late", [0.0, 0.6, 1.1], [RIGHT[0], RIGHT[1], [time + 0.1 for time in RIGHT[2]]])
+    folder = write_timed(tmp_path / "late", [0.0, 0.6, 1.1], [*RIGHT[:2], late[2]])
     with pytest.raises(ValueError, match=r"episode 2: .* must have a frame at 1.700 s, got the end of the file"):
         import_lerobot(folder, tmp_path / "late_out", progress=False)
+
+
+@pytest.mark.parametrize("size", [(0, 8), (8, -1), (8,), (8, 8.0), (8, 10**6)])
+def test_sizes_that_are_none_are_refused(tmp_path: Path, size: Any) -> None:
+    folder = write_set(tmp_path / "in")
+    (folder / "actions.csv").write_text("video,frame,action\na.mp4,0,0\n")
+    for run in (import_lerobot, import_videos):
+        with pytest.raises(ValueError, match="size must be a height and a width of at least 1 pixel"):
+            run(folder, tmp_path / "out", size=size, skip_damaged=True, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["missing", "a folder", "empty", "text", "another size", "no end"])
+def test_one_damaged_video_is_left_out(tmp_path: Path, damage: str) -> None:
+    frames = np.full((5, 32, 32, 3), 90, np.uint8)
+    for name in "abc":
+        write_mp4(tmp_path / f"in/{name}.mp4", frames)
+    path = tmp_path / "in/a.mp4"
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    elif damage == "another size":
+        write_mp4(path, np.full((5, 32, 48, 3), 90, np.uint8))
+    elif damage != "missing":
+        path.write_bytes(
+            {"empty": b"", "text": b"no video", "no end": (tmp_path / "in/b.mp4").read_bytes()[:-99]}[damage]
+        )
+    (tmp_path / "in/actions.csv").write_text(
+        "video,frame,action\n" + "".join(f"{name}.mp4,{t},1\n" for name in "abc" for t in range(5))
+    )
+    with pytest.raises(ValueError, match=r"a.mp4|b.mp4"):
+        import_videos(tmp_path / "in", tmp_path / "out", progress=False)
+    (reason,) = import_videos(tmp_path / "in", tmp_path / "out", skip_damaged=True, progress=False)
+    assert "a.mp4" in reason and Replay(tmp_path / "out").frames == 10
 
 
 # ---- token memmaps

@@ -108,7 +108,8 @@ def whole_number(what: str, text: str) -> int:
     if not value.is_integer():
         raise ValueError(f"{what} must be a whole number, got {text!r}")
     exact = int(text) if re.fullmatch(r"[+-]?\d+", text) else int(value)
-    if not 0 <= exact <= INT64:
+    # One more is their number, which has 64 bits, too.
+    if not 0 <= exact < INT64:
         raise ValueError(f"{what} must be a whole number that is not negative, of 64 bits, got {text!r}")
     return exact
 

@@ -13,6 +13,7 @@ to LeRobot's own 1e-4 s.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from .check import INT64
 from .import_episodes import Episode, parse_object, read_object, read_text, whole, write_episodes
-from .pictures import decoded, picture, stacked
+from .pictures import check_size, decoded, picture, stacked
 
 
 def import_lerobot(
@@ -45,6 +47,7 @@ def import_lerobot(
         what is left out, with the reason, is returned. Otherwise ValueError names file, rule and value, and nothing is
         left in `out`.
     """
+    check_size(size)
     data = LeRobot(Path(folder), camera, size)
     episodes = data.episodes()
     return write_episodes(
@@ -89,6 +92,7 @@ class LeRobot:
         if "action" not in features:
             raise ValueError(f"{path}: features must have action, got {', '.join(features)}")
         self.discrete = "int" in features["action"]["dtype"] and features["action"].get("shape") == [1]
+        self.overlaps: dict[int, str] = {}
         self.table = lru_cache(maxsize=2)(self._table)
         # The video file being read, the time of its last frame so far, and the frames from there.
         self.open: tuple[Path | None, float, Iterator[tuple[float | None, np.ndarray]]] = (None, 0.0, iter(()))
@@ -132,9 +136,23 @@ class LeRobot:
         for name, have in (("total_episodes", len(rows)), ("total_frames", sum(row["length"] for _, row in rows))):
             if (said := self.info.get(name)) != have:
                 raise ValueError(f"{self.folder}: meta/info.json says {name} = {said}, its episodes have {have}")
+        if not self.one_file_an_episode and not self.in_table:
+            self.check_starts([row for _, row in rows])
         for part in ("data_path",) if self.in_table else ("data_path", "video_path"):
             self._path(part, rows[0][1])
         return [row for _, row in rows]
+
+    def check_starts(self, rows: list[dict[str, Any]]) -> None:
+        """Note episodes that show frames of another: one of the two begins at the wrong frame, and no file says which."""
+        part = f"videos/{self.camera}"
+        where = [(row[f"{part}/chunk_index"], row[f"{part}/file_index"], row[f"{part}/from_timestamp"]) for row in rows]
+        order = sorted(range(len(rows)), key=lambda number: where[number])
+        for one, two in itertools.pairwise(order):
+            last = where[one][2] + (rows[one]["length"] - 1) / self.fps
+            if where[one][:2] == where[two][:2] and last > where[two][2] - tolerance(last):
+                first, second = rows[one]["episode_index"], rows[two]["episode_index"]
+                what = f"the last frame of episode {first} is at {last:.4f} s, {second} begins at {where[two][2]:.4f} s"
+                self.overlaps |= {first: what, second: what}
 
     def action_count(self, episodes: list[dict[str, Any]]) -> int:
         """One more than the largest discrete action. An episode that cannot be read is named when its turn comes."""
@@ -180,6 +198,11 @@ class LeRobot:
             what = "an integer" if self.discrete else "numbers, as many in each row"
             raise ValueError(f"{path}: action of episode {row['episode_index']} must be {what}: {error}") from error
         if self.discrete:
+            if not 0 <= int(values.min()) <= int(values.max()) < INT64:
+                raise ValueError(
+                    f"{path}: action of episode {row['episode_index']} must be an integer >= 0 of 64 bits, got "
+                    f"{values.min()} to {values.max()}"
+                )
             return values.reshape(-1)
         return values.reshape(len(values), -1).astype(np.float64)
 
@@ -215,6 +238,8 @@ class LeRobot:
     def frames(self, row: dict[str, Any]) -> Iterator[np.ndarray]:
         """The frames of an episode, uint8 [H, W, 3] each, those of the times that its table gives."""
         path = self._path("video_path", row)
+        if row["episode_index"] in self.overlaps:
+            raise ValueError(f"{path} must show a frame in one episode only: {self.overlaps[row['episode_index']]}")
         start = row.get(f"videos/{self.camera}/from_timestamp", 0.0)
         times = start + self.times(row)
         opened, last, source = self.open

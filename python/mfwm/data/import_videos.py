@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .actions_table import read_actions
 from .import_episodes import Episode, write_episodes
-from .pictures import decoded, stacked
+from .pictures import check_size, decoded, stacked
 
 
 def import_videos(
@@ -33,6 +33,7 @@ def import_videos(
     skip_damaged: leave out a video that cannot be decoded, or has not one action per frame; what is left out, with the
         reason, is returned. Otherwise ValueError names file, rule and value, and nothing is left in `out`.
     """
+    check_size(size)
     folder = Path(folder)
     actions = read_actions(folder / table)
     discrete = next(iter(actions.values())).ndim == 1

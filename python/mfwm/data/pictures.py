@@ -19,6 +19,11 @@ import numpy as np
 HDR = {16: "PQ", 18: "HLG"}
 
 
+def check_size(size: tuple[int, int] | None) -> None:
+    if size is not None and (len(size) != 2 or not all(type(side) is int and 1 <= side < 2**15 for side in size)):
+        raise ValueError(f"size must be a height and a width of at least 1 pixel, less than 32,768, got {size}")
+
+
 def stacked(place: object, frames: Iterable[np.ndarray]) -> np.ndarray:
     """uint8 [T, H, W, 3]."""
     images = list(frames)
