@@ -143,7 +143,7 @@ class LeRobot:
         return [row for _, row in rows]
 
     def check_starts(self, rows: list[dict[str, Any]]) -> None:
-        """Note episodes that show frames of another: one of the two begins at the wrong frame, and no file says which."""
+        """Note episodes that show frames of another: one of the two begins at the wrong frame, no file says which."""
         part = f"videos/{self.camera}"
         where = [(row[f"{part}/chunk_index"], row[f"{part}/file_index"], row[f"{part}/from_timestamp"]) for row in rows]
         order = sorted(range(len(rows)), key=lambda number: where[number])
