@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .data.place import absolute, overlap
 from .data.replay import Replay
 from .data.replay_writer import ReplayWriter
 from .models.latent_actions import LatentActions
 from .models.tokenizer import Tokenizer
+from .progress import Progress
 from .training.latent_actions import load_latent_actions
 from .training.tokenizer import load_tokenizer
 
@@ -75,7 +75,7 @@ def encode(
 
     writer = ReplayWriter(out, **frame, **actions, overwrite=overwrite, **attributes)
     episodes = zip(replay.episode_starts, replay.episode_ends, replay.episode_level, strict=True)
-    bar = tqdm(total=replay.frames, desc="encode", unit="frame", disable=not progress, dynamic_ncols=True)
+    bar = Progress("encode", replay.frames, "frame", shown=progress)
     with bar, writer:
         for begin, end, level in episodes:
             images = replay.read(np.arange(begin, end))

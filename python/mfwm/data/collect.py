@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ..progress import Progress
 from . import coinrun_recorder
 from .coinrun_recorder import GAMES, MESSAGE, REQUIREMENT, HeldActions
 from .place import Place, location
@@ -81,7 +81,7 @@ def collect(
     Place(location(out), overwrite=overwrite)
     episodes = source(env, frames, seed, action_repeat, num_levels)
     description: dict[str, Any] = next(episodes)  # type: ignore[assignment]
-    bar = tqdm(total=frames, desc=f"collect {env}", unit="frame", disable=not progress, dynamic_ncols=True)
+    bar = Progress(f"collect {env}", frames, "frame", shown=progress)
     writer = ReplayWriter(
         out, size, size, actions=len(description["action_names"]), env=env, action_repeat=action_repeat, seed=seed,
         overwrite=overwrite, **description,

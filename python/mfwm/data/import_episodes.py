@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from ..progress import Progress
 from .place import Place, location
 from .replay_writer import ReplayWriter
 
@@ -56,7 +56,7 @@ def write_episodes(
         seen: Counter[Sizes] = Counter()
         writer: ReplayWriter | None = None
         with ExitStack() as writing:
-            for name, make in tqdm(episodes.items(), desc="import", unit="episode", disable=not progress):
+            for name, make in Progress("import", len(episodes), "episode", shown=progress).over(episodes.items()):
                 try:
                     video, action = made(make)
                     own = (video.shape[1:], None if action is None else action.shape[1:])

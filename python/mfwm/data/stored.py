@@ -19,7 +19,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
-from .place import METADATA, identity, location, restore
+from .place import METADATA, absolute, identity, location, restore
 
 IMG, TOKENS, ACTION = "data/img", "data/tokens", "data/action"
 ENDS, LEVELS = "meta/episode_ends", "meta/episode_level"
@@ -70,7 +70,8 @@ def open_stored(path: str | Path) -> Stored:
             raise ValueError(f"{place} does not exist: expected a Zarr replay buffer")
     opened = identity(place)
     try:
-        plain = zarr.open_group(str(place), mode="r", use_consolidated=False)
+        # Absolute: of a relative path "data", Zarr lists no chunks, because the arrays' names begin alike.
+        plain = zarr.open_group(str(absolute(place)), mode="r", use_consolidated=False)
         root = zarr.open_group(WholeStore(plain.store), mode="r", path=plain.path, use_consolidated=False)
         attributes = dict(root.attrs)
     except Exception as error:  # whatever Zarr, fsspec and their stores raise on what is damaged, foreign or not there

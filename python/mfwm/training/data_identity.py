@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.check import location
+from ..data.place import location
 from ..data.replay import Replay
 
 # Where the models and frames of an encoded set were, which says nothing of what it holds.

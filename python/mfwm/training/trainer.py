@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from mfwm_kernels import arguments as check
 from mfwm_kernels.cpu import product_dtype
 
-from ..data.check import location
+from ..data.place import location
 from ..data.replay import ClipSampler, Replay, split_levels
 from ..progress import Progress
 from .checkpoints import Checkpoints, barrier
