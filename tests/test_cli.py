@@ -44,7 +44,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", "nowhere", "--out", "run"], "mfwm: nowhere does not exist: expected a Zarr replay buffer"),
+        (["train", "--data", "nowhere", "--out", "run"], "nowhere does not exist: expected a Zarr replay buffer"),
         (["evaluate", "run", "--clips", "0"], "mfwm: clips must be >= 1, got 0"),
         (["train", "--data", "x", "--out", "run", "--ema", "2"], "ema must be in [0, 1), got 2.0"),
         (["export", "nothing", "--out", "x.safetensors"], "mfwm: nothing is no run directory"),
