@@ -261,7 +261,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     pieces, column_blocks = ceil_div(tokens, tile_rows), ceil_div(total, tile_columns)
     tiles = positions * pieces if within else ceil_div(positions * tokens, tile_rows)
     # Masks of a depth that is no multiple of 16 take more registers than four warps of fp32 products leave.
-    wide = tile_columns >= 128 or (not half and depth % 16 != 0)
+    wide = tile_columns >= 128 or (not half and depth > 16 and depth % 16 != 0)
     launch(
         multi_horizon_linear_forward, tiles * column_blocks, hidden.device,
         hidden, sums, heads, projected, bias, tuple(outputs), firsts_of(columns),

@@ -357,6 +357,8 @@ def _launch_chain(
     far = tuple(horizons.index(pairs[members[row] - count][1]) for row in rows)
     steps = [(levels[i], levels[j]) for i, j in zip(near, far, strict=True)]
     rank = 5 if args.patch_sizes is None else 4
+    # The pyramids and predictions of five horizons take more registers than eight elements of each leave.
+    per_thread = 8 if len(horizons) <= 4 else 2
     launch(
         multi_horizon_loss, programs, video.device,
         tuple(preds), tuple(outputs), video, args.segment_ids, counts, inverses,
@@ -378,6 +380,6 @@ def _launch_chain(
         KIND=args.kind, DETACH=args.detach, RESIDUAL=args.residual,
         TRUE=tiling.true, PADS=tiling.pads,
         CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
-        LONG=needs_long(video, *preds, *outputs), num_warps=warps_of(tiling.elements, 4),
+        LONG=needs_long(video, *preds, *outputs), num_warps=warps_of(tiling.elements, per_thread),
     )  # fmt: skip
     return partial.sum(1)
