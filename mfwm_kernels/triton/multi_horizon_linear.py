@@ -260,8 +260,6 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     within = tokens >= tile_rows // 2
     pieces, column_blocks = ceil_div(tokens, tile_rows), ceil_div(total, tile_columns)
     tiles = positions * pieces if within else ceil_div(positions * tokens, tile_rows)
-    # Masks of a depth that is no multiple of 16 take more registers than four warps of fp32 products leave.
-    wide = tile_columns >= 128 or (not half and depth > 16 and depth % 16 != 0)
     launch(
         multi_horizon_linear_forward, tiles * column_blocks, hidden.device,
         hidden, sums, heads, projected, bias, tuple(outputs), firsts_of(columns),
@@ -269,7 +267,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         args.norm_eps, strides(hidden, 5),
         COUNT=count, NORM=args.norm_weight is not None, WITHIN=within, PRECISION=dot_precision(),
         ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
-        STEP=min(32, power_of_2(depth)), num_warps=8 if wide else 4, num_stages=3,
+        STEP=min(32, power_of_2(depth)), num_warps=8 if tile_columns >= 128 else 4, num_stages=3,
     )  # fmt: skip
     return outputs, []
 
@@ -330,8 +328,9 @@ def scale(
         depth, sum(columns), args.norm_eps,
         strides(rows.hidden, 2), tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
         COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=dealt.rows, BLOCK_N=64,
-        # Without a limit ptxas spills 8 bytes to end just below one of its own.
-        BLOCK_D=min(128, power_of_2(depth)), num_warps=4, maxnreg=128,
+        # Without a limit ptxas spills 8 bytes to end just below one of its own. 128 leave room for 4 programs on an SM;
+        # the masks of narrow rows take more.
+        BLOCK_D=min(128, power_of_2(depth)), num_warps=4, maxnreg=128 if depth >= 64 else 255,
     )  # fmt: skip
     dealt.add(partial, scaled_sums, 1)
 
