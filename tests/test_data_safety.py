@@ -23,7 +23,7 @@ from mfwm.data import collect as collect_module
 from mfwm.data.check import check
 from mfwm.data.collect import collect
 from mfwm.data.import_tokens import import_tokens
-from mfwm.data.place import Place, location
+from mfwm.data.place import Place, location, locked
 from mfwm.encode import encode
 
 OLD, NEW = 1, 2
@@ -174,6 +174,34 @@ def test_a_writer_killed_at_a_rename_loses_nothing(tmp_path: Path) -> None:
         write(path, NEW, overwrite=True)
         assert value_of(path) == NEW
     assert beside(tmp_path / "set0") == ["set1"]
+
+
+def test_a_writer_that_stopped_between_its_renames_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "set")
+    work = tmp_path / ".set.writing"
+    work.mkdir()
+    (tmp_path / "set").rename(work / "old")
+    monkeypatch.setattr("mfwm.data.place.PATIENCE", 0.05)
+    with locked(work, create=True):
+        with pytest.raises(ValueError, match="set is being replaced: its writer has moved it to"):
+            Replay(tmp_path / "set")
+    assert value_of(tmp_path / "set") == OLD
+
+
+def test_a_writer_whose_block_raised_writes_no_more(tmp_path: Path) -> None:
+    episode = np.zeros((3, 8, 8, 3), np.uint8), np.zeros(3, np.int64)
+    with pytest.raises(ZeroDivisionError), ReplayWriter(tmp_path / "set", 8, 8, actions=2) as writer:
+        writer.append(*episode)
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="set: the block that wrote it raised"):
+        writer.append(*episode)
+    assert not list(tmp_path.iterdir())
+    with ReplayWriter(tmp_path / "set", 8, 8, actions=2) as writer:
+        writer.append(*episode)
+    writer.append(*episode)
+    assert Replay(tmp_path / "set").frames == 6
 
 
 def test_two_writers_at_once(tmp_path: Path) -> None:
@@ -520,6 +548,7 @@ def test_sets_of_zarr_3_are_read(tmp_path: Path) -> None:
 VALUES: tuple[Any, ...] = (None, -1, 0, 3, 2**70, 1.5, True, "x", "", [], [0], [-1, 8, 8, 3], {}, {"id": "zstd"}, [[]])
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "file", [".zgroup", ".zattrs", "data/img/.zarray", "data/action/.zarray", "meta/episode_ends/.zarray"]
 )

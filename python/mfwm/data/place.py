@@ -15,6 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +29,8 @@ CHUNK = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")
 # What operating systems put into any folder. It is nobody's data: it is not read, and may be deleted with a set.
 LITTER = re.compile(r"\._.*|\.nfs.*|\.DS_Store|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+
+PATIENCE = 10.0  # seconds, for a writer between its two renames, which take microseconds
 
 
 def location(path: str | Path) -> Path | str:
@@ -194,10 +197,13 @@ class Place:
         work = beside(self.target)
         put_back(self.target)
         shutil.rmtree(work, ignore_errors=True)
-        if work.exists():
+        if any((work / name).exists() for name in ("new", "old")):
             warnings.warn(f"{work} cannot be deleted: the next writer of {self.path} tries again", stacklevel=4)
         self._lock.close()
         self._lock = None
+        # A network file system keeps an open file's name, and so its directory, until here.
+        with suppress(OSError):
+            work.rmdir()
 
 
 def identity(path: Path | str) -> tuple[int, int] | None:
@@ -222,7 +228,10 @@ def restore(path: Path) -> None:
     """Put back a set whose writer was killed after it had moved it aside, and before it had moved the new one in."""
     target = Path(os.path.realpath(path))
     work = beside(target)
+    deadline = time.monotonic() + PATIENCE
     while not target.exists() and (work / "old").exists():
+        if time.monotonic() > deadline:
+            raise ValueError(f"{path} is being replaced: its writer has moved it to {work / 'old'} and not gone on")
         try:
             with locked(work, create=False):
                 put_back(target)
@@ -239,7 +248,13 @@ def locked(work: Path, *, create: bool) -> IO[bytes]:
     while True:
         if create:
             work.mkdir(parents=True, exist_ok=True)
-        file = open(work / "lock", "wb")
+        try:
+            file = open(work / "lock", "wb")
+        except FileNotFoundError:
+            # Its holder deleted the directory since.
+            if create:
+                continue
+            raise
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

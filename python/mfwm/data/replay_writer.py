@@ -88,6 +88,7 @@ class ReplayWriter:
         self.path = location(path)
         self._place = Place(self.path, overwrite=overwrite)
         self._arrays: dict[str, Any] = {}
+        self._discarded = False
         self.frames = 0
         self.episodes = 0
 
@@ -102,6 +103,7 @@ class ReplayWriter:
             self._open(self._place.publish())
             return
         self._place.discard()
+        self._discarded = True
         if kind is None:
             raise ValueError(f"{self.path}: a replay buffer must have at least one episode, and none was written")
 
@@ -153,6 +155,8 @@ class ReplayWriter:
 
         Two calls are two episodes, also where both are fragments of one. `level=None` takes the episode's index.
         """
+        if self._discarded:
+            raise ValueError(f"{self.path}: the block that wrote it raised, and its episodes are deleted")
         level = self.episodes if level is None else operator.index(level)
         if not -INT64 <= level <= INT64:
             raise ValueError(f"level must be an integer of 64 bits, got {level}")
