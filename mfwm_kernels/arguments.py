@@ -16,6 +16,8 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_IDS = (torch.int32, torch.int64)
+# What kernels take as an int.
+LARGEST = 2**31 - 1
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
@@ -72,8 +74,10 @@ def is_integer(value: Any) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
-def integers(name: str, values: Any, *, least: int | None = None, count: int | None = None) -> tuple[int, ...]:
-    """A sequence of Python integers, none below `least`, `count` of them."""
+def integers(
+    name: str, values: Any, *, least: int | None = None, most: int | None = LARGEST, count: int | None = None
+) -> tuple[int, ...]:
+    """A sequence of Python integers, none below `least` or above `most`, `count` of them."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of integers, got {type(values).__name__}")
     for i, value in enumerate(values):
@@ -81,6 +85,8 @@ def integers(name: str, values: Any, *, least: int | None = None, count: int | N
             raise TypeError(f"{name}[{i}] must be an integer, got {value!r}")
         if least is not None and value < least:
             raise ValueError(f"{name}[{i}] must be >= {least}, got {value}")
+        if most is not None and value > most:
+            raise ValueError(f"{name}[{i}] must be <= {most}, got {value}")
     if count is not None and len(values) != count:
         raise ValueError(f"{name} must have one entry per horizon, {count}; got {len(values)}")
     return tuple(int(value) for value in values)
@@ -101,11 +107,13 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
     return value
 
 
-def integer(name: str, value: Any, *, least: int) -> int:
+def integer(name: str, value: Any, *, least: int, most: int = LARGEST) -> int:
     if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be <= {most}, got {value}")
     return int(value)
 
 

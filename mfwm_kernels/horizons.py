@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import integer, integers
+from .arguments import LARGEST, integer, integers
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Horizons:
     factors: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        offsets = integers("offsets", self.offsets, least=0)
-        factors = integers("factors", self.factors, least=1)
+        offsets = integers("offsets", self.offsets, least=0, most=None)
+        factors = integers("factors", self.factors, least=1, most=None)
         if not offsets:
             raise ValueError("offsets must name at least one horizon, got ()")
         if len(factors) != len(offsets):
@@ -85,6 +85,9 @@ class Horizons:
 def check_horizons(value: object) -> None:
     if not isinstance(value, Horizons):
         raise TypeError(f"horizons must be a Horizons, got {type(value).__name__}")
+    for name, numbers in (("offsets", value.offsets), ("factors", value.factors)):
+        if max(numbers) > LARGEST:
+            raise ValueError(f"horizons.{name} must be <= {LARGEST} for a kernel, got {numbers}")
 
 
 def check_non_decreasing(offsets: Sequence[int]) -> None:

@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "ends past the frames": ("pixels", assign(ENDS, 6, 999), r"ends at 999, but data/img has 102 frames"),
     "no episodes": ("pixels", resize(ENDS, 0), r"episode_ends must hold at least one episode, got none"),
     "too few levels": ("pixels", resize(LEVELS, 3), r"episode_level must have 7 rows, one per episode"),
-    "frames in floats": ("pixels", exchange(IMG, np.zeros((102, 16, 16, 3), "f4")), r"img must be uint8 .*float32"),
+    "frames in floats": ("pixels", exchange(IMG, np.full((102, 16, 16, 3), 0.5, "f4")), r"whole numbers .*got 0.5"),
     "frames of four channels": ("pixels", exchange(IMG, np.zeros((102, 16, 16, 4), "u1")), r"data/img must be .*, 4"),
     "actions of two ranks": ("pixels", exchange(ACTION, np.zeros((102, 2), "i8")), r"data/action must be integers"),
     "metadata cut short": ("pixels", lambda p: cut(p / IMG / ".zarray"), r"array data/img is missing or unreadable"),

@@ -448,6 +448,25 @@ def test_what_is_checked_is_what_is_used(tmp_path: Path, arrays: dict[str, np.nd
     assert any(problem.refused and re.search(message, str(problem)) for problem in check(path, 5))
 
 
+@pytest.mark.parametrize("memory_limit", [0, 1 << 20])
+def test_float_frames_of_whole_numbers_are_read_as_bytes(tmp_path: Path, memory_limit: int) -> None:
+    """As diffusion-policy's own PushT set stores them; in memory and as they are needed."""
+    pixels = np.random.default_rng(0).integers(256, size=(10, 8, 8, 3)).astype(np.uint8)
+    for dtype in ("f4", ">f8"):
+        path = layout(tmp_path / "set", data__img=pixels.astype(dtype), data__action=np.zeros(10, int))
+        read = Replay(path, memory_limit=memory_limit).read(np.array([[3, 4], [9, 0]]))
+        assert read.dtype == np.uint8 and np.array_equal(read, pixels[[[3, 4], [9, 0]]])
+        assert not [problem for problem in check(path, 5) if problem.refused]
+    for value in (0.5, 256.0, -1.0, np.nan, np.inf):
+        odd = pixels.astype("f4")
+        odd[7, 2, 3, 1] = value
+        path = layout(tmp_path / "set", data__img=odd, data__action=np.zeros(10, int))
+        message = r"data/img must hold whole numbers in 0..255 .* in frame 7, pixel \[2, 3, 1\]"
+        with pytest.raises(ValueError, match=message):
+            Replay(path, memory_limit=memory_limit).read(np.arange(10))
+        assert any(re.search(message, str(problem)) for problem in check(path, 5))
+
+
 def test_numbers_of_other_types_are_read_as_they_are(tmp_path: Path) -> None:
     values = np.linspace(-3, 3, 20).reshape(10, 2)
     for dtype in (">f4", "<f8", ">f8", "f2"):

@@ -112,7 +112,8 @@ def window_sum(
     sums = []
     for i, offset in enumerate(offsets):
         total = computed.new_zeros(batch, positions, width)
-        for j in range(window_start, offset):
+        # Lags of `columns` and more are past the last action.
+        for j in range(window_start, min(offset, columns)):
             inside = max(0, min(positions, columns - j))
             same = counts_at(j, inside, columns, segment_ids, batch, actions.device)
             term = torch.where(same[..., None], computed[:, j : j + inside], 0)

@@ -167,7 +167,7 @@ def multi_horizon_linear_cross_entropy(
         label_smoothing,
         check.number("z_loss", z_loss, least=0),
         0.0 if softcap is None else check.number("softcap", softcap, above=0),
-        0 if chunk_size is None else check.integer("chunk_size", chunk_size, least=1),
+        0 if chunk_size is None else check.integer("chunk_size", chunk_size, least=1, most=2**63 - 1),
         check.choice("detach", detach, DETACH) or "none",
         check.flag("return_accuracy", return_accuracy),
     )

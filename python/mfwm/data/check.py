@@ -18,7 +18,10 @@ import numpy as np
 from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, Stored, missing_and_damaged, open_stored, read_rows
 
 # Type, rank and the words for them.
-FRAMES = {IMG: "uint8 [N, H, W, 3]", TOKENS: "integers [N, rows, columns] or [N, rows, columns, F]"}
+FRAMES = {
+    IMG: "uint8 [N, H, W, 3], or floats that are whole numbers in 0..255",
+    TOKENS: "integers [N, rows, columns] or [N, rows, columns, F]",
+}
 LISTED = 100  # chunks of an array
 INT64 = 2**63 - 1
 VOCABULARY = 2**31  # ids are written as int32
@@ -58,7 +61,7 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
         yield Problem(f"a replay buffer has either {IMG} or {TOKENS}, got {' and '.join(frames) or 'neither'}")
     for name in FRAMES.keys() & arrays.keys():
         array = arrays[name]
-        fits = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
+        fits = (array.dtype == np.uint8 or array.dtype.kind == "f") and array.ndim == 4 and array.shape[3] == 3
         if name == TOKENS:
             fits = array.dtype.kind in "iu" and array.ndim in (3, 4)
         if not fits or 0 in array.shape[1:]:
@@ -156,6 +159,18 @@ def token_problems(name: str, tokens: np.ndarray, vocabulary: int, first: int = 
         )
 
 
+def pixel_problems(name: str, pixels: np.ndarray, first: int = 0) -> Iterator[Problem]:
+    """Of the floats of frames `first` and on, which become uint8."""
+    with np.errstate(invalid="ignore"):
+        broken = np.argwhere(pixels != pixels.astype(np.uint8))
+    if len(broken):
+        place = tuple(broken[0].tolist())
+        yield Problem(
+            f"{name} must hold whole numbers in 0..255 where it is {pixels.dtype}, got {pixels[place]} in frame "
+            f"{first + place[0]}, pixel {list(place[1:])}"
+        )
+
+
 def clip_problems(ends: np.ndarray, clip: int) -> Iterator[Problem]:
     short = np.flatnonzero(np.diff(ends, prepend=0) < clip)
     if len(short):
@@ -214,9 +229,11 @@ def value_problems(arrays: dict[str, Any], attributes: dict[str, Any], clip: int
     if LEVELS in arrays:
         yield from length_problems(LEVELS, arrays[LEVELS], len(ends), "episode")
         yield from integer_problems(LEVELS, rows(LEVELS, 0, len(ends)))
-    if name == TOKENS:
-        step = arrays[name].chunks[0]
-        for first in range(0, frames, step):
-            tokens = rows(name, first, min(first + step, frames))
-            yield from token_problems(name, tokens, attributes["vocabulary"], first)
+    step = arrays[name].chunks[0]
+    for first in range(0, frames if name == TOKENS or arrays[name].dtype.kind == "f" else 0, step):
+        values = rows(name, first, min(first + step, frames))
+        if name == TOKENS:
+            yield from token_problems(name, values, attributes["vocabulary"], first)
+        else:
+            yield from pixel_problems(name, values, first)
     yield from clip_problems(ends, clip)

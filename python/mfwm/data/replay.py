@@ -37,6 +37,7 @@ from .check import (
     integer_problems,
     layout_problems,
     length_problems,
+    pixel_problems,
     refuse,
     token_problems,
     whole_ends,
@@ -91,7 +92,9 @@ class Replay:
             self.action = values.astype(np.float32 if values.ndim == 2 else np.int64)
             if values.ndim == 1:
                 self.actions = int(self.attributes.get("actions") or self.action.max() + 1)
-        self.in_memory = self.frames * video.dtype.itemsize * int(np.prod(video.shape[1:])) <= memory_limit
+        # diffusion-policy's own sets have float32 frames, of whole numbers in 0..255.
+        self._dtype = np.dtype(np.uint8) if self._name == IMG else video.dtype.newbyteorder("=")
+        self.in_memory = self.frames * self._dtype.itemsize * int(np.prod(video.shape[1:])) <= memory_limit
         self.video: Any = video
         if self.in_memory:
             self.video = self._frames(0, self.frames)
@@ -119,7 +122,9 @@ class Replay:
         frames = self._read(self._name, self.video, begin, end)
         if self.vocabulary:
             refuse(self.path, token_problems(self._name, frames, self.vocabulary, begin))
-        return frames
+        elif frames.dtype.kind == "f":
+            refuse(self.path, pixel_problems(self._name, frames, begin))
+        return frames.astype(self._dtype, copy=False)
 
     @property
     def episodes(self) -> int:
@@ -146,7 +151,7 @@ class Replay:
         if self.in_memory:
             return self.video[frames]
         flat = frames.reshape(-1)
-        out = np.empty((len(flat), *self.video.shape[1:]), self.video.dtype.newbyteorder("="))
+        out = np.empty((len(flat), *self.video.shape[1:]), self._dtype)
         # Runs of consecutive frames, each of which touches few chunks.
         borders = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
         for begin, end in itertools.pairwise(borders):
