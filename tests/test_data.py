@@ -257,6 +257,8 @@ def test_a_set_lives_at_a_url(tmp_path: Path) -> None:
     write("memory://far/set")
     shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "set")
     near = Replay(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"zipped.zip is a file: .* is zip://::file://.*/zipped.zip"):
+        Replay(tmp_path / "zipped.zip")
     for url in (f"file://{tmp_path}/set", "memory://far/set", f"zip://::file://{tmp_path}/zipped.zip"):
         assert check(url, 1) == []
         far = Replay(url, memory_limit=0)

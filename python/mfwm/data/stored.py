@@ -12,6 +12,7 @@ import re
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import numpy as np
 import zarr
@@ -68,6 +69,9 @@ def open_stored(path: str | Path) -> Stored:
             raise ValueError(f"{place} cannot be put back, where a killed writer moved it from: {error}") from error
         if not place.exists():
             raise ValueError(f"{place} does not exist: expected a Zarr replay buffer")
+        if place.is_file():
+            archive = f"; one in a zip archive is zip://::file://{place.absolute()}" if is_zipfile(place) else ""
+            raise ValueError(f"{place} is a file: expected the directory of a Zarr replay buffer{archive}")
     opened = identity(place)
     try:
         # Absolute: of a relative path "data", Zarr lists no chunks, because the arrays' names begin alike.
