@@ -45,7 +45,7 @@ class Progress:
                 self._line()
 
     def over(self, items: Iterable[Item], size: Callable[[Item], int] = lambda _: 1) -> Iterator[Item]:
-        """The items, each counted, as `size` of it, when the next one is asked for."""
+        """The items, each counted, as `size` of it, when the next one is taken."""
         with self:
             for item in items:
                 yield item

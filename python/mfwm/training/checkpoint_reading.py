@@ -61,7 +61,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 # The unpickler in Python, because the one in C cannot be told what a BUILD may change.
 class MetadataUnpickler(pickle._Unpickler):
-    """Unpickles instances of KNOWN classes and nothing else; UnpicklingError names what else the file asks for."""
+    """Unpickles instances of KNOWN classes and nothing else; UnpicklingError names any other class in the file."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
