@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import signal
 import statistics
@@ -337,13 +338,21 @@ def main() -> None:
     parser.add_argument("--no-timing", action="store_true", help="values and gradients only")
     parser.add_argument("--jobs", type=int, metavar="N", help="each row in a process of its own, N at a time, untimed")
     arguments = parser.parse_args()
-    if arguments.jobs is not None and (arguments.jobs < 1 or not arguments.no_timing):
-        parser.error(f"--jobs must be at least 1 and needs --no-timing; got {arguments.jobs}")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+    if arguments.jobs is not None and not arguments.no_timing:
+        parser.error("--jobs needs --no-timing: processes side by side would time each other")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json: {arguments.json.parent} is not a directory")
+    # As an interrupt: what has run is printed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     absent = [name for name in arguments.backend or () if registry.ABSENT[name]]
     for name in absent:
         print(f"FAIL  {name} is absent: {registry.ABSENT[name]}", flush=True)
     chosen = cases(arguments.op, arguments.backend or registry.BACKENDS, arguments.dtype)
+    if not chosen and not absent:
+        parser.error("nothing to check: no backend that is present serves these ops in these dtypes")
     devices = {case.device for case in chosen if not arguments.no_timing and not case.interpreted}
     measured = {device.type: roofs(device, 0.5) for device in devices}
     for device_type, roof in measured.items():
@@ -374,7 +383,8 @@ def main() -> None:
 def keep(file: Path, results: dict[str, Any]) -> None:
     """Written beside and renamed, so that FILE is whole at any time."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(results, indent=2))
+    rows = [{**row, "error": row["error"] if math.isfinite(row["error"]) else None} for row in results["rows"]]
+    partial.write_text(json.dumps({**results, "rows": rows}, indent=2, allow_nan=False))
     partial.replace(file)
 
 

@@ -25,7 +25,8 @@ class GradMonitor:
     Args:
         K: number of horizons.
         scale: [K] tensor (fp32 or fp64) or list of numbers; None leaves the gradients as they are. Not differentiable.
-        device: where norms and cosines live; it must be the hidden state's.
+        device: of norms and cosines, by default the CPU or that of `scale`; the first call moves them to the hidden
+            state's.
 
     >>> monitor = GradMonitor(4)                                          # doctest: +SKIP
     >>> states = fan_out(hidden, actions, horizons, pool=(1, 2, 4, 8), grad_monitor=monitor)
@@ -34,8 +35,9 @@ class GradMonitor:
 
     def __init__(self, K: int, scale: Tensor | list[float] | None = None, *, device: torch.device | str | None = None):
         K = check.integer("K", K, least=1)
-        if isinstance(scale, Tensor) and device is None:
-            device = scale.device
+        if device is None:
+            # Not torch's default device, which may have no data; a call moves the monitor to its hidden state's.
+            device = scale.device if isinstance(scale, Tensor) else "cpu"
         self.norms = torch.zeros(K, dtype=torch.float32, device=device)
         self.cosines = torch.zeros(K, K, dtype=torch.float32, device=device)
         self.scale: Tensor | None = None

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .arguments import names
-from .transforms import refuse_transforms, settle
+from .transforms import refuse_compiled_forward_mode, refuse_transforms, settle
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -272,8 +272,12 @@ def spread(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor |
 
 def call(op: Op, args: Any) -> list[Tensor]:
     """Run `op` on checked flat arguments; the outputs are those of `op.reference`."""
-    # The compiler sees the registered op in any case.
-    args, watched = (args, True) if torch.compiler.is_compiling() else settle(args)
+    if torch.compiler.is_compiling():
+        # The compiler sees the registered op in any case.
+        watched = True
+        refuse_compiled_forward_mode(op.name)
+    else:
+        args, watched = settle(args)
     backend = choose(op, args)
     leaves = leaves_of(op, args)
     grad = torch.is_grad_enabled()
@@ -350,6 +354,7 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
+        refuse_transforms(op.name, grads)
         (grads, watched), module = settle(grads), load(op, ctx.backend)
         if op.gradients_in_forward:
             # The first backward scales the stored gradients in place and releases them; another one recomputes them.
@@ -536,6 +541,8 @@ def _register_with_torch(op: Op) -> None:
         ctx.save_for_backward(*keep(ctx, op, args), *(output if op.outputs_in_backward else extras))
 
     def autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        _first_order_only(op)
+        refuse_transforms(op.name, grads)
         args, extras = kept(ctx, op)
         if op.gradients_in_forward:
             upstream = grads[0]

@@ -78,10 +78,16 @@ def refuse_transforms(name: str, args: Iterable[Any]) -> None:
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
             raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode: backward()")
     layers = [layer for tensor in tensors for layer in layers_of(tensor)]
-    if any(map(_functorch.is_batchedtensor, layers)):
+    if any(map(_functorch.is_batchedtensor, layers)) or any(map(_functorch.is_legacy_batchedtensor, tensors)):
         raise NotImplementedError(f"{name} does not support vmap; its inputs have a batch dimension of their own")
     if any(map(_functorch.is_gradtrackingtensor, layers)):
         raise NotImplementedError(f"{name} does not support torch.func.grad; use torch.autograd.grad")
+
+
+def refuse_compiled_forward_mode(name: str) -> None:
+    """While a call is compiled no tangent can be seen, and the op would drop it."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); compile it outside of forward mode")
 
 
 def layers_of(tensor: Tensor) -> Iterator[Tensor]:

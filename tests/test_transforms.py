@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from mfwm_kernels import GradMonitor, use_backend
+from mfwm_kernels import GradMonitor, Horizons, fan_out, use_backend
 from mfwm_kernels.check import relative_error, tensors_of
 from mfwm_kernels.registry import OPS
 
@@ -242,6 +242,47 @@ def test_the_reference_is_differentiated_as_torch_does(op: Any = OPS["fan_out"])
         (gradient,) = torch.autograd.grad(outputs, leaf, [torch.ones_like(o) for o in outputs])
     forward = sum(tangent.sum() for tangent in tangents)
     assert abs(float(forward - gradient.sum())) <= 1e-4 * float(gradient.abs().sum())
+
+
+@pytest.mark.parametrize(("op", "backend"), KERNELS)
+def test_upstream_gradients_with_tangents_or_batched_are_refused_by_name(op: Any, backend: str) -> None:
+    with use_backend(backend):
+        kwargs = require_grad(op, sample_of(op, device_of(backend)))
+        outputs = [o for o in differentiable_outputs(op.public(**kwargs)) if o.requires_grad]
+        if not outputs:
+            return
+        inputs = [t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad]
+        ones = [torch.ones_like(output) for output in outputs]
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{op.name} has no forward-mode"):
+            duals = [forward_ad.make_dual(one, one.clone()) for one in ones]
+            torch.autograd.grad(outputs, inputs, duals, retain_graph=True, allow_unused=True)
+        batched = [torch.stack([one, one]) for one in ones]
+        with pytest.raises(NotImplementedError, match=f"{op.name} does not support vmap"):
+            torch.autograd.grad(
+                outputs, inputs, batched, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "backend"), KERNELS)
+def test_a_second_derivative_is_refused_under_a_mode_too(op: Any, backend: str) -> None:
+    with use_backend(backend), Seen():
+        kwargs = require_grad(op, sample_of(op, device_of(backend)))
+        outputs = [o for o in differentiable_outputs(op.public(**kwargs)) if o.requires_grad]
+        if not outputs:
+            return
+        inputs = [t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad]
+        ones = [torch.ones_like(output) for output in outputs]
+        with pytest.raises(RuntimeError, match=f"{op.name} has no second derivative"):
+            torch.autograd.grad(outputs, inputs, ones, create_graph=True, allow_unused=True)
+
+
+def test_a_monitor_created_under_a_default_device_without_data() -> None:
+    hidden = torch.randn(1, 3, 2, 2, 8, requires_grad=True)
+    with torch.device("meta"):
+        monitor = GradMonitor(2, [1.0, 0.5])
+    states = fan_out(hidden, torch.randn(1, 3, 8), Horizons((1, 2), (1, 1)), pool=(1, 1), grad_monitor=monitor)
+    sum(state.sum() for state in states).backward()
+    assert (monitor.norms > 0).all() and monitor.scale is not None and monitor.scale.tolist() == [1.0, 0.5]
 
 
 class Tagged(Tensor):

@@ -37,7 +37,8 @@ class Passes(NamedTuple):
     chunk_bytes            of the logits and states of a chunk; a call's chunk_size comes first
     product_dtype(dtype)   what matrix products take
     drops                  rows that do not count stay out of the products. Where finding them would mean waiting for
-                           the device, only those stay out whose frame is past the end
+                           the device, only those stay out whose frame is past the end; the states of those that a mask
+                           or segments leave out are zeros in the weight's gradient, so that no NaN gets there
     batched                rows of several clips are one batched product, because a launch each would cost too much
     add(total, product)    total += product; total is fp32, the product bf16
     cross_entropy(args, logits, ids, starts, scales, losses, hits, learns)
@@ -66,6 +67,7 @@ class Targets(NamedTuple):
     starts    [R * F + 1] int64, where a cell's ids start
     cells     [K] how many rows count
     terms     [K] how many of their F cross-entropies
+    counted   [R] which rows count, where a mask or segments leave some out but not out of the products
     """
 
     rows: list[int | Tensor]
@@ -74,6 +76,7 @@ class Targets(NamedTuple):
     starts: Tensor
     cells: Tensor
     terms: Tensor
+    counted: Tensor | None
 
 
 class Part(NamedTuple):
@@ -131,7 +134,8 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
         its_hits = None if hits is None else hits[here]
         passes.cross_entropy(args, logits, targets.ids, starts, scale_of[here], losses[here], its_hits, learns)
         if learns:
-            heads.learn(products, added=False)
+            counted = None if targets.counted is None else targets.counted[first:last]
+            heads.learn(products, counted, added=False)
     per_horizon = torch.stack([sum_of(part) for part in losses.split(terms)]) / targets.cells.clamp_min(1)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
@@ -154,9 +158,10 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
             counted = None if pair.counted is None else pair.counted[chunk]
             passes.consistency(args, near, far, counted, scale, losses[chunk], learns_near, learns_far)
             if learns_near:
-                heads.learn(near_products, added=True)
+                covered = None if counted is None else counted[:, None].expand(-1, pair.near.shape[1]).flatten()
+                heads.learn(near_products, covered, added=True)
             if learns_far:
-                heads.learn(far_products, added=True)
+                heads.learn(far_products, counted, added=True)
         agreement[j], agreement_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
     total = (args.weights.to(computed) * per_horizon).sum()
@@ -254,18 +259,26 @@ class Heads:
             multiply(product.states, weight.t(), self._of_chunk(product))
         return self.buffer[products[0].at.start : products[-1].at.stop]
 
-    def learn(self, products: Sequence[Product], *, added: bool) -> None:
-        """From the gradients in the buffer: those of inputs, added to what is there or not, and of weights, added."""
+    def learn(self, products: Sequence[Product], counted: Tensor | None, *, added: bool) -> None:
+        """From the gradients in the buffer: those of inputs, added to what is there or not, and of weights, added.
+
+        `counted`: which rows of the products count. The gradients of the others are zeros, but their states may be NaN.
+        """
         for product in products:
             of_logits, place = self._of_chunk(product), self._place(product.parts[0].horizon)
             if self.want["weight"][place]:
-                self.of_weights[place] = self._sum(self.of_weights[place], of_logits, product.states)
+                states = product.states
+                if counted is not None:
+                    first = product.at.start - products[0].at.start
+                    own = counted[first : first + states.shape[:-1].numel()].view(*states.shape[:-1], 1)
+                    states = torch.where(own, states, 0)
+                self.of_weights[place] = self._sum(self.of_weights[place], of_logits, states)
             if product.gradient is not None:
                 multiply(of_logits, self.weights[place], product.gradient)
             elif product.gathered and any(self.want["inputs"][part.horizon] for part in product.parts):
                 multiply(of_logits, self.weights[place], product.states)
-                parts = product.states.split([part.size for part in product.parts])
-                for part, computed in zip(product.parts, parts, strict=True):
+                computed_by_part = product.states.split([part.size for part in product.parts])
+                for part, computed in zip(product.parts, computed_by_part, strict=True):
                     self._scatter(part, computed, added)
 
     def gradients(self) -> list[Tensor]:
@@ -330,8 +343,8 @@ class Heads:
             # A matrix a clip: as many at once as a chunk holds.
             size = max(1, self.size // states.shape[-1])
             for left, right in zip(of_logits.split(size), states.split(size), strict=True):
-                by_clip = self._empty(left.shape[0], left.shape[2], right.shape[2])
-                summed = torch.bmm(left.transpose(1, 2), right, out=by_clip).sum(0, dtype=self.computed)
+                each = self._empty(left.shape[0], left.shape[2], right.shape[2])
+                summed = torch.bmm(left.transpose(1, 2), right, out=each).sum(0, dtype=self.computed)
                 total = summed if total is None else total.to(self.computed).add_(summed)
             assert total is not None
             return total
@@ -374,6 +387,7 @@ def targets_of(args: Arguments, drops: bool) -> Targets:
         starts.append(torch.arange(first, first + ids.numel(), ids.shape[-1], device=ids.device))
         first += ids.numel()
     starts.append(torch.full((1,), first, device=kept.device))
+    masked = not drops and (args.segment_ids is not None or args.token_mask is not None)
     return Targets(
         list(rows),
         [ids.shape[0] for ids in asked],
@@ -381,6 +395,7 @@ def targets_of(args: Arguments, drops: bool) -> Targets:
         torch.cat(starts),
         torch.stack([any_left.any(-1).sum() for any_left in taken]),
         torch.stack([any_left.sum() for any_left in taken]),
+        torch.cat([any_left.any(-1) for any_left in taken]) if masked else None,
     )
 
 

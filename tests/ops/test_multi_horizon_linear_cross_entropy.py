@@ -150,6 +150,27 @@ def test_rows_past_the_end_may_be_nan(backend: str) -> None:
     assert_same(results(backend, kwargs), want, 0)
 
 
+@pytest.mark.parametrize("left_out", ["segments", "mask"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_a_mask_or_segments_leave_out_may_be_nan(backend: str, left_out: str) -> None:
+    kwargs = call_of(backend, Horizons((0, 2), (1, 2)), batch=few_clips(backend))
+    if left_out == "segments":
+        segments = torch.tensor([[0, 0, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2]], device=device_of(backend))
+        kwargs |= {"segment_ids": segments[: few_clips(backend)], "consistency_weights": [0, 0.5], "detach": None}
+    else:
+        kwargs["token_mask"] = torch.rand(kwargs["tokens"].shape, device=device_of(backend)) < 0.5
+    want = results(backend, kwargs)
+    for value in (float("nan"), float("inf")):
+        spoiled = [states.clone() for states in kwargs["inputs"]]
+        if left_out == "segments":
+            spoiled[1][0, :2] = value
+        else:
+            spoiled[0][~kwargs["token_mask"][:, :5]] = value
+        loss, gradients = results(backend, {**kwargs, "inputs": spoiled})
+        assert_same(loss, want[0], 0)
+        assert_same(gradients, want[1], 1e-6 if backend == "reference" else 0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accuracy(backend: str) -> None:
     """Cells of 2 x 2 ids, logits are the inputs; the smallest of the most frequent ids is asked for, and predicted."""

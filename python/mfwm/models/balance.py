@@ -25,8 +25,8 @@ class Uncertainty(nn.Module):
 
     def __init__(self, weights: Sequence[float]):
         super().__init__()
-        self.register_buffer("fixed", torch.tensor(weights), persistent=False)
-        self.log_variance = nn.Parameter(torch.zeros(len(weights)))
+        self.register_buffer("fixed", torch.tensor(weights, dtype=torch.float32), persistent=False)
+        self.log_variance = nn.Parameter(torch.zeros(len(weights), dtype=torch.float32))
 
     def weights(self) -> Tensor:
         return self.fixed * torch.exp(-self.log_variance)

@@ -14,8 +14,8 @@ def training_mask(clips: int, frames: int, grid: tuple[int, int], device: torch.
 
     The first frame is never masked: it is what a rollout starts from.
     """
-    share = 0.5 + 0.5 * torch.rand(clips, 1, 1, 1, device=device)
-    mask = torch.rand(clips, frames, *grid, device=device) < share
+    share = 0.5 + 0.5 * torch.rand(clips, 1, 1, 1, dtype=torch.float32, device=device)
+    mask = torch.rand(clips, frames, *grid, dtype=torch.float32, device=device) < share
     mask[:, :1] = False
     return mask
 
