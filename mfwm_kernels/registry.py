@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import names
 from .transforms import refuse_compiled_forward_mode, refuse_transforms, settle
@@ -106,6 +107,8 @@ class Op:
     gradients_in_forward  the forward makes the gradients of outputs[0]; only that output is differentiable
     outputs_in_backward   the backward takes the forward's outputs, which are kept for it
     mutated_in_backward   fields that the backward writes (a gradient monitor)
+    counts_flops          its FLOPs are those of matrix products, which torch's FlopCounterMode counts: a third of the
+                          cost in the forward, two in the backward
     """
 
     name: str
@@ -122,6 +125,7 @@ class Op:
     gradients_in_forward: bool = False
     outputs_in_backward: bool = False
     mutated_in_backward: tuple[str, ...] = ()
+    counts_flops: bool = False
 
 
 OPS: dict[str, Op] = {}
@@ -558,3 +562,21 @@ def _register_with_torch(op: Op) -> None:
         return (*by_field, None, None)
 
     torch.library.register_autograd(f"mfwm::{op.name}", autograd_backward, setup_context=setup_context, lib=_library)
+    if op.counts_flops:
+        _register_flops(op)
+
+
+def _register_flops(op: Op) -> None:
+    """Tell FlopCounterMode, which sees the op and not the products within it, what it costs."""
+    count = len(op.arguments.__annotations__)
+
+    def forward_flops(*flat: Any, **_: Any) -> int:
+        whole = op.gradients_in_forward and any(flat[count])
+        return op.cost(op.arguments(*flat[:count])._asdict()).flops // (1 if whole else 3)
+
+    def backward_flops(*flat: Any, **_: Any) -> int:
+        return 2 * op.cost(op.arguments(*flat[:count])._asdict()).flops // 3
+
+    register_flop_formula(getattr(torch.ops.mfwm, op.name), get_raw=True)(forward_flops)
+    if not op.gradients_in_forward:
+        register_flop_formula(getattr(torch.ops.mfwm, f"{op.name}_backward"), get_raw=True)(backward_flops)

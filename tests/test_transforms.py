@@ -14,8 +14,17 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
-from mfwm_kernels import GradMonitor, Horizons, fan_out, use_backend
+from mfwm_kernels import (
+    GradMonitor,
+    Horizons,
+    fan_out,
+    mtp_combine,
+    multi_horizon_linear,
+    multi_horizon_linear_cross_entropy,
+    use_backend,
+)
 from mfwm_kernels.check import relative_error, tensors_of
 from mfwm_kernels.registry import OPS
 
@@ -26,6 +35,7 @@ BACKENDS = [
     for backend in backends_of(op.name)
     if not interpreted(backend)
 ]
+ONE, IDS = Horizons.next_frame(), torch.zeros(3, 6, 1, 1, dtype=torch.int64)
 
 
 def sample_of(op: Any, device: torch.device, number: int = 0) -> dict[str, Any]:
@@ -197,6 +207,30 @@ def test_a_mode_sees_the_op_forward_and_backward(op: Any, backend: str) -> None:
 
 
 KERNELS = [case for case in BACKENDS if case.values[1] != "reference"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("call", "forward"),
+    [
+        (lambda h, w: mtp_combine(h, h, w, hidden_norm_weight=h[0, 0], embedding_norm_weight=h[0, 0]), 2 * 15 * 16 * 6),
+        (lambda h, w: multi_horizon_linear(h[..., None, :], h, [w[:, :8]], ONE)[0], 2 * 15 * 8 * 6),
+        (
+            lambda h, w: multi_horizon_linear_cross_entropy([h[:, :, None, None]], w[:, :8], IDS, ONE).total,
+            2 * 15 * 8 * 6,
+        ),
+    ],
+    ids=["mtp_combine", "multi_horizon_linear", "multi_horizon_linear_cross_entropy"],
+)
+def test_flops_are_counted(backend: str, call: Callable[..., Tensor], forward: int) -> None:
+    """As of the products in plain PyTorch: twice as many in the backward."""
+    hidden, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn(6, 16, requires_grad=True)
+    with use_backend(backend), FlopCounterMode(display=False) as counted:
+        with torch.no_grad():
+            call(hidden, weight)
+        assert counted.get_total_flops() == forward
+        call(hidden, weight).sum().backward()
+    assert counted.get_total_flops() == 4 * forward
 
 
 @pytest.mark.parametrize(("op", "backend"), KERNELS)

@@ -161,6 +161,7 @@ OP = register(
         public=mtp_combine,
         samples=samples,
         cost=cost,
+        counts_flops=True,
         bench={
             "cpu": _bench(4, 1024, 512),
             "genie": _bench(36, 16 * 256, 512),

@@ -211,6 +211,7 @@ OP = register(
         samples=samples,
         variants=variants,
         cost=cost,
+        counts_flops=True,
         bench={
             "cpu": _bench(4, 16, 16, 512, (192, 48, 12, 3)),
             "genie": _bench(36, 16, 16, 512, (48, 12, 3, 3)),

@@ -400,6 +400,7 @@ OP = register(
         samples=samples,
         variants=variants,
         cost=cost,
+        counts_flops=True,
         bench={
             "cpu": _bench(4, 8, 16, 1024, 512),
             "cpu-16k": _bench(4, 8, 16, 16384, 256),
