@@ -287,8 +287,11 @@ def test_pictures_are_turned_as_they_are_shown(orientation: int, kind: str) -> N
     [
         encoded(RGB), encoded(RGB, "WEBP", lossless=True), encoded(RGB.quantize()), encoded(RGB.convert("RGBA")),
         encoded(RGB, transparency=(1, 2, 3)), encoded(RGB, "BMP"), encoded(RGB.quantize(), "GIF"),
+        encoded(RGB, "TIFF"), encoded(RGB, "PPM"), encoded(RGB, "JPEG2000"),
     ],
-    ids=["RGB", "WebP", "palette", "opaque", "an unused colour to see through", "BMP", "GIF"],
+    ids=[
+        "RGB", "WebP", "palette", "opaque", "an unused colour to see through", "BMP", "GIF", "TIFF", "PPM", "JPEG2000",
+    ],
 )  # fmt: skip
 def test_pictures_keep_their_colours(content: bytes) -> None:
     assert np.array_equal(picture(content, None), CORNERS)
@@ -315,6 +318,7 @@ def test_gray_pictures_are_gray() -> None:
         (encoded(RGB, "GIF", **MANY), r"the file holds 2 pictures, and a frame is one"),
         (encoded(RGB, "PNG", **MANY), r"the file holds 2 pictures, and a frame is one"),
         (encoded(Image.fromarray(NOISE))[:900], r"cannot be decoded"),
+        *((encoded(RGB, kind), r"must be one of PNG, .* begin with") for kind in ("EPS", "TGA", "SGI", "PCX", "ICO")),
         (b"", r"cannot be decoded"), (b"no picture", r"cannot be decoded"), (None, r"must be bytes of a file"),
         ("a.png", r"must be bytes of a file"), ({"path": "a.png"}, r"must be bytes of a file"),
     ],
@@ -323,6 +327,15 @@ def test_gray_pictures_are_gray() -> None:
 def test_pictures_without_one_meaning_are_refused(content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         picture(content, None)
+
+
+def test_a_picture_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: Any, **__: Any) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", started)
+    with pytest.raises(ValueError, match=r"begin with b'%!PS-Adobe"):
+        picture(encoded(RGB, "EPS"), None)
 
 
 def test_lerobot_names_the_picture(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ import numpy as np
 # AVColorTransferCharacteristic: the curves of HDR10 and of HLG, which need a tone mapping that nobody has chosen.
 HDR = {16: "PQ", 18: "HLG"}
 
+# Pillow's other plugins start programs (EPS starts Ghostscript), or do not say how many bits a channel has.
+PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+
 
 def check_size(size: tuple[int, int] | None) -> None:
     if size is not None and (len(size) != 2 or not all(type(side) is int and 1 <= side < 2**15 for side in size)):
@@ -149,16 +152,22 @@ def display(matrix: np.ndarray | None) -> tuple[int, bool]:
 
 def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
     """uint8 [H, W, 3] of an encoded picture as it is shown."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not isinstance(encoded, bytes):
         raise ValueError(f"a picture must be bytes of a file such as PNG, got {str(encoded)[:60]!r}")
+    Image.init()
     try:
-        stored = Image.open(io.BytesIO(encoded))
+        stored = Image.open(io.BytesIO(encoded), formats=[kind for kind in PICTURES if kind in Image.OPEN])
         count, kind = getattr(stored, "n_frames", 1), stored.format
         # Pillow drops the lower half of 16 bits of RGB, and says so here only.
         deep = any(";16" in str(part) for tile in stored.tile for part in np.atleast_1d(np.array(tile[3], object)))
         image = ImageOps.exif_transpose(stored)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"the picture cannot be decoded: it must be one of {', '.join(PICTURES)}, got bytes that begin with "
+            f"{encoded[:12]!r}"
+        ) from error
     except Exception as error:  # whatever the decoder raises on damaged bytes
         raise ValueError(f"the picture cannot be decoded: {error}") from error
     # A phone's MPO holds a preview, too.
