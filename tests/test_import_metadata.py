@@ -109,6 +109,10 @@ HEAD = "video,frame,action\n"
         (HEAD + "a,0.5,0\n", r"line 2: frame must be a whole number, got '0.5'"),
         (HEAD + "a,x,0\n", r"line 2: frame must be a number, got 'x'"),
         (HEAD + ",0,1\n", r"line 2: video is empty"),
+        *(
+            (HEAD + f"a,0,1\n{name},0,1\n", rf"line 3: video must be a name in the folder .*, got '{name}'")
+            for name in ("/etc/x.mp4", "../x.mp4", "a/../../x.mp4", "..")
+        ),
         (HEAD + "a,0\n", r"line 2: there must be 3 cells, as in the first line, got 2"),
         (HEAD + "a,0,0,12\n", r"line 2: there must be 3 cells, as in the first line, got 4"),
         (HEAD + "a,1,0\n", r"frame 0 of a has no action"),

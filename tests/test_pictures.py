@@ -128,6 +128,7 @@ def test_pixels_become_square(tmp_path: Path) -> None:
 
 COLOUR = np.zeros((32, 32, 3), np.uint8)
 COLOUR[:], COLOUR[:8], COLOUR[8:16] = (200, 40, 90), 0, 255
+NOISE = np.random.default_rng(0).integers(256, size=(32, 32, 3)).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +193,42 @@ def test_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "a.mp4", [COLOUR]).rename(tmp_path / "run:1.mp4")
     assert len(images(Path("run:1.mp4"))) == 1
-    # A list of other files, which FFmpeg would open, is no video.
-    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile run:1.mp4\n")
-    with pytest.raises(ValueError, match=r"list.mp4 cannot be decoded after 0 frames"):
-        images(tmp_path / "list.mp4")
+
+
+LISTS = {
+    "concat.mp4": "ffconcat version 1.0\nfile frame1.mp4\n",
+    "playlist.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nframe1.mp4\n#EXT-X-ENDLIST\n",
+    "session.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    "frame%d.png": None,
+    "frame1.png": None,
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_video_opens_no_other_file(tmp_path: Path, name: str) -> None:
+    write_video(tmp_path / "frame1.mp4", [COLOUR])
+    Image.fromarray(COLOUR).save(tmp_path / "frame1.png")
+    if (text := LISTS[name]) is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}, frame 0: it must be a video in a file of mov, .* no list of files"):
+        images(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mov", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4"), ("a.ts", "libx264"),
+        ("a.mpg", "mpeg1video"), ("a.flv", "libx264"), ("a.nut", "ffv1"), ("a.asf", "mpeg4"),
+    ],
+)  # fmt: skip
+def test_containers_are_read(tmp_path: Path, name: str, codec: str) -> None:
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(NOISE, format="rgb24")))
+        container.mux(stream.encode())
+    assert len(images(tmp_path / name)) == 3
 
 
 def trim(path: Path, begin: int, frames: int) -> None:
@@ -264,7 +297,6 @@ def png_of_16_bits(colour_type: int) -> bytes:
 
 
 RGB = Image.fromarray(CORNERS)
-NOISE = np.random.default_rng(0).integers(256, size=(32, 32, 3)).astype(np.uint8)
 MANY = {"save_all": True, "append_images": [Image.fromarray(255 - CORNERS)]}
 
 

@@ -13,7 +13,7 @@ import csv
 import io
 import math
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ def read_actions(path: Path) -> dict[str, np.ndarray]:
             video = cells[names.index("video")]
             if not video:
                 raise ValueError(f"{place}: video is empty")
+            if PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts:
+                raise ValueError(f"{place}: video must be a name in the folder of the table, got {video!r}")
             frame = whole_number(f"{place}: frame", cells[names.index("frame")])
             taken = tables.setdefault(video, {})
             if frame in taken:

@@ -18,6 +18,12 @@ import numpy as np
 # AVColorTransferCharacteristic: the curves of HDR10 and of HLG, which need a tone mapping that nobody has chosen.
 HDR = {16: "PQ", 18: "HLG"}
 
+# FFmpeg's demuxers of one file that holds a video. Others read what a file names: lists, playlists, numbered images.
+CONTAINERS = (
+    "mov mp4 matroska webm avi mpegts mpeg mpegvideo m4v h264 hevc av1 obu ivf gif apng ogg flv asf mxf nut dv mjpeg "
+    "yuv4mpegpipe"
+).split()
+
 # Pillow's other plugins start programs (EPS starts Ghostscript), or do not say how many bits a channel has.
 PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 
@@ -81,7 +87,11 @@ def opened(path: Path, **options: str) -> Any:
     import av
 
     # As a file, whatever its name looks like; and a stranger's file opens no other.
-    return av.open(f"file:{path}", options={"protocol_whitelist": "file", **options})
+    limits = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
+    try:
+        return av.open(f"file:{path}", options={**limits, **options})
+    except av.ArgumentError as error:
+        raise ValueError(f"it must be a video in a file of {', '.join(CONTAINERS)}, and no list of files") from error
 
 
 def video_of(container: Any) -> Any:
