@@ -159,8 +159,6 @@ def test_what_has_no_one_meaning_as_frames_is_refused(tmp_path: Path) -> None:
     odd = [COLOUR] * 3
     cases = {
         "can be seen through: its alpha goes down to 254": write_video(tmp_path / "a.mkv", [clear], "ffv1", "bgra"),
-        "its one channel has 16 bits": write_video(tmp_path / "b.mkv", odd, "ffv1", "gray16le"),
-        "its one channel has 10 bits": write_video(tmp_path / "c.mkv", odd, "ffv1", "gray10le"),
         r"its colours are HDR \(PQ\)": write_video(
             tmp_path / "d.mkv", odd, "libx264", "yuv420p10le", context={"color_trc": 16}, frame={"color_trc": 16}
         ),
@@ -175,6 +173,19 @@ def test_what_has_no_one_meaning_as_frames_is_refused(tmp_path: Path) -> None:
         assert str(path) in str(raised.value)
     # 8 bits of gray are a picture.
     assert (images(write_video(tmp_path / "g.mkv", odd, "ffv1", "gray"))[0, 11] > 250).all()
+
+
+@pytest.mark.parametrize(
+    ("pix_fmt", "what"),
+    [
+        ("gray16le", "gray of 16 bits"), ("gray10le", "gray of 10 bits"), ("rgb48le", "RGB of 16 bits"),
+        ("rgba64le", "RGB of 16 bits"), ("gbrp16le", "RGB of 16 bits"), ("gbrp10le", "RGB of 10 bits"),
+    ],
+)  # fmt: skip
+def test_videos_of_more_bits_are_refused(tmp_path: Path, pix_fmt: str, what: str) -> None:
+    path = write_video(tmp_path / "a.mkv", [COLOUR] * 3, "ffv1", pix_fmt)
+    with pytest.raises(ValueError, match=rf"a.mkv, frame 0: it is {what} a channel, and frames have 8"):
+        images(path)
 
 
 def test_a_file_of_two_videos_is_refused(tmp_path: Path) -> None:
@@ -296,6 +307,39 @@ def png_of_16_bits(colour_type: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def by_ffmpeg(codec: str, pix_fmt: str, container: str = "image2pipe", curve: int = 1) -> bytes:
+    """A picture of kinds that Pillow does not write. curve: its transfer function."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=1)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, pix_fmt
+        stream.codec_context.color_trc = curve
+        made = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24").reformat(format=pix_fmt)
+        made.color_trc = curve
+        output.mux(stream.encode(made))
+        output.mux(stream.encode())
+    return file.getvalue()
+
+
+def ppm(kind: str, largest: int) -> bytes:
+    head = f"{kind} 2 2 {largest}\n".encode()
+    return head + (b"7 " * 12 if kind in ("P2", "P3") else bytes(12 if largest < 256 else 24))
+
+
+def png_with_curve(curve: int) -> bytes:
+    """BT.2020 of this transfer function, as a chunk cICP says."""
+    content = encoded(Image.fromarray(CORNERS))
+    chunk = b"cICP" + bytes((9, curve, 0, 1))
+    return content[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
+
+
+def bmp_of_16_bits(*masks: int) -> bytes:
+    """2 x 2 white pixels: 5, 5 and 5 bits of a channel, or as the masks say."""
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3 if masks else 0, 8, 0, 0, 0, 0)
+    start = header + struct.pack(f"<{len(masks)}I", *masks)
+    return b"BM" + struct.pack("<IHHI", 14 + len(start) + 8, 0, 0, 14 + len(start)) + start + b"\xff" * 8
+
+
 RGB = Image.fromarray(CORNERS)
 MANY = {"save_all": True, "append_images": [Image.fromarray(255 - CORNERS)]}
 
@@ -337,11 +381,33 @@ def test_gray_pictures_are_gray() -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        bmp_of_16_bits(), bmp_of_16_bits(0xF800, 0x7E0, 0x1F), bmp_of_16_bits(0x7C00, 0x3E0, 0x1F),
+        png_with_curve(13), ppm("P6", 15), ppm("P6", 255), ppm("P5", 100), ppm("P3", 100),
+        by_ffmpeg("jpeg2000", "rgb24"), by_ffmpeg("tiff", "rgb24"), by_ffmpeg("libsvtav1", "yuv420p", "avif"),
+    ],
+    ids=[
+        "BMP 555", "BMP 565", "BMP masks 555", "PNG of SDR", "P6 of 15", "P6 of 255", "P5", "P3", "JPEG2000", "TIFF",
+        "AVIF",
+    ],
+)  # fmt: skip
+def test_pictures_of_up_to_8_bits_are_taken(content: bytes) -> None:
+    assert picture(content, None).ndim == 3
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
+        *((ppm(kind, n), r"from \d+ bits\) must be gray") for kind in ("P3", "P6") for n in (256, 1000, 65535)),
+        *((ppm(kind, n), r"must be gray or RGB of 8 bits") for kind in ("P2", "P5") for n in (256, 65535)),
+        *((by_ffmpeg(kind, "rgb48le"), r"RGB, from 16 bits\) must be gray or RGB") for kind in ("jpeg2000", "tiff")),
+        (by_ffmpeg("libsvtav1", "yuv420p10le", "avif"), r"RGB, from 10 bits\) must be gray or RGB"),
+        (by_ffmpeg("libsvtav1", "yuv420p", "avif", curve=18), r"colours are HDR \(HLG\)"),
+        (png_with_curve(16), r"colours are HDR \(PQ\)"), (png_with_curve(18), r"colours are HDR \(HLG\)"),
         *((png_of_16_bits(kind), r"must be gray or RGB of 8 bits") for kind in (0, 2, 4, 6)),
-        (encoded(Image.fromarray(CORNERS[..., 0].astype("f4")), "TIFF"), r"mode F\) must be gray or RGB of 8 bits"),
-        (encoded(Image.fromarray(CORNERS[..., 0].astype("i4")), "TIFF"), r"mode I\) must be gray or RGB of 8 bits"),
+        (encoded(Image.fromarray(CORNERS[..., 0].astype("f4")), "TIFF"), r"mode F, from 32 bits\) must be gray"),
+        (encoded(Image.fromarray(CORNERS[..., 0].astype("i4")), "TIFF"), r"mode I, from 32 bits\) must be gray"),
         (encoded(RGB.convert("CMYK"), "JPEG"), r"mode CMYK\) must be gray or RGB of 8 bits"),
         (encoded(RGB.convert("LAB"), "TIFF"), r"mode LAB\) must be gray or RGB of 8 bits"),
         (encoded(Image.fromarray(np.zeros((4, 4, 4), np.uint8))), r"can be seen through: its alpha goes down to 0"),

@@ -2,8 +2,8 @@
 
 A file may store its picture otherwise: turned or mirrored (a display matrix, an EXIF orientation), of pixels that are
 not square, in other colours or with more bits. What has one meaning as 8 bits of RGB is converted; the rest is refused
-by name: depth and other data of more than 8 bits in one channel, pictures that can be seen through, CMYK, HDR,
-interlaced video.
+by name: gray or RGB of more than 8 bits, which is depth or other data (YUV of 10 bits is a camera's video), pictures
+that can be seen through, CMYK, HDR, interlaced video.
 """
 
 from __future__ import annotations
@@ -123,8 +123,10 @@ def upright(frame: Any, stretch: float, curve: int, size: tuple[int, int] | None
         raise ValueError("it is interlaced, two pictures in one: deinterlace the video first")
     if curve in HDR:
         raise ValueError(f"its colours are HDR ({HDR[curve]}): convert the video to 8 bits first")
-    if len(components) == 1 and components[0].bits > 8 and not frame.format.has_palette:
-        raise ValueError(f"its one channel has {components[0].bits} bits, and frames have 8: scale it first")
+    bits = max(component.bits for component in components)
+    if bits > 8 and (frame.format.is_rgb or len(components) < 3):
+        kind = "RGB" if frame.format.is_rgb else "gray"
+        raise ValueError(f"it is {kind} of {bits} bits a channel, and frames have 8: scale it first")
     matrix = frame.side_data.get("DISPLAYMATRIX")
     turns, mirrored = display(np.frombuffer(bytes(matrix), np.int32) if matrix else None)
     height, width = size or (frame.height, max(1, round(frame.width * stretch)))
@@ -170,8 +172,7 @@ def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
     try:
         stored = Image.open(io.BytesIO(encoded), formats=[kind for kind in PICTURES if kind in Image.OPEN])
         count, kind = getattr(stored, "n_frames", 1), stored.format
-        # Pillow drops the lower half of 16 bits of RGB, and says so here only.
-        deep = any(";16" in str(part) for tile in stored.tile for part in np.atleast_1d(np.array(tile[3], object)))
+        bits, curve = depth(stored, encoded), transfer(stored.format, encoded)
         image = ImageOps.exif_transpose(stored)
     except UnidentifiedImageError as error:
         raise ValueError(
@@ -183,13 +184,44 @@ def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
     # A phone's MPO holds a preview, too.
     if count > 1 and kind != "MPO":
         raise ValueError(f"the file holds {count} pictures, and a frame is one")
-    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA") or deep:
-        mode = f"{image.mode}{', from 16 bits' if deep else ''}"
+    if curve in HDR:
+        raise ValueError(f"the picture's colours are HDR ({HDR[curve]}): convert it to 8 bits first")
+    if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA") or bits > 8:
+        mode = f"{image.mode}{f', from {bits} bits' if bits > 8 else ''}"
         raise ValueError(f"the picture (Pillow's mode {mode}) must be gray or RGB of 8 bits: convert it first")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = Image.fromarray(opaque(np.asarray(image.convert("RGBA"))))
     image = image.convert("RGB")
     return np.asarray(image.resize(size[::-1], Image.Resampling.BOX) if size else image)
+
+
+def depth(stored: Any, encoded: bytes) -> int:
+    """Bits of a channel in the file. Pillow drops the lower ones of RGB, and says so nowhere or in its tiles only."""
+    kind, argument = stored.format, stored.tile[0][3] if stored.tile else ()
+    if kind == "PNG":
+        return 16 if ";16" in str(argument) else 8
+    if kind == "TIFF":
+        return max(stored.tag_v2.get(258, (1,)))
+    if kind == "PPM":
+        # A name of Pillow's, or mode and largest value.
+        return int(argument[1]).bit_length() if isinstance(argument, tuple) else 8
+    if kind == "JPEG2000":
+        # SIZ, the first segment: a byte of each component, its bits less one, after their number.
+        place = encoded.index(b"\xff\x4f\xff\x51") + 40
+        count = int.from_bytes(encoded[place : place + 2], "big")
+        return max(1 + (byte & 0x7F) for byte in encoded[place + 2 : place + 2 + 3 * count : 3])
+    if kind == "AVIF":
+        # av1C: marker and version, profile and level, then a tier, and whether it has more than 8 bits.
+        return 10 if encoded[encoded.index(b"av1C") + 6] & 0x40 else 8
+    return 8
+
+
+def transfer(kind: str | None, encoded: bytes) -> int | None:
+    """The transfer function that a PNG or an AVIF file names."""
+    # After the primaries: of cICP, a chunk of four bytes, the second; of a colr box, the second number of 16 bits.
+    mark, place, size = {"PNG": (b"\0\0\0\4cICP", 9, 1), "AVIF": (b"colrnclx", 10, 2)}.get(kind or "", (b"", 0, 0))
+    at = encoded.find(mark) if mark else -1
+    return int.from_bytes(encoded[at + place : at + place + size], "big") if at >= 0 else None
 
 
 def opaque(img: np.ndarray) -> np.ndarray:
