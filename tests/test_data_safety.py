@@ -501,6 +501,8 @@ def test_a_writer_writes_what_its_reader_takes(
     writer = ReplayWriter(tmp_path / "set", 8, 8, **sizes)
     with pytest.raises((ValueError, TypeError), match=message):
         writer.append(np.zeros((4, 8, 8, 3), np.uint8), action, level)
+    with pytest.raises(TypeError, match=r"video must be a NumPy array, got list"):
+        writer.append([[0]], action)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"vocabulary must be 0 for pixels or up to 2147483648"):
         ReplayWriter(tmp_path / "set", 8, 8, actions=4, vocabulary=2**31 + 1)

@@ -97,10 +97,10 @@ def action_columns(path: Path, names: list[str]) -> list[int]:
             f"{path} must have columns video, frame and action, or action_0, action_1, ..., each once; got {names}"
         )
     if all(re.fullmatch(r"action_\d+", name) for name in actions):
-        actions.sort(key=lambda name: int(name.removeprefix("action_")))
-        numbers = [int(name.removeprefix("action_")) for name in actions]
-        if numbers != list(range(len(numbers))):
+        numbered = {name.removeprefix("action_").lstrip("0") or "0": name for name in actions}
+        if numbered.keys() != {str(number) for number in range(len(actions))}:
             raise ValueError(f"{path} must have columns action_0, action_1, ... without a gap; got {names}")
+        actions = [numbered[str(number)] for number in range(len(actions))]
     return [names.index(name) for name in actions]
 
 
@@ -109,7 +109,9 @@ def whole_number(what: str, text: str) -> int:
     value = real_number(what, text, limit=False)
     if not value.is_integer():
         raise ValueError(f"{what} must be a whole number, got {text!r}")
-    exact = int(text) if re.fullmatch(r"[+-]?\d+", text) else int(value)
+    # Python reads an integer of 4,300 digits at most, zeros included.
+    digits = re.fullmatch(r"[+-]?0*([0-9]+)", text) if 0 <= value <= INT64 else None
+    exact = int(digits[1]) if digits else int(value)
     # One more is their number, which has 64 bits, too.
     if not 0 <= exact < INT64:
         raise ValueError(f"{what} must be a whole number that is not negative, of 64 bits, got {text!r}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -83,10 +84,12 @@ class LeRobot:
             if not isinstance(feature, dict) or not isinstance(feature.get("dtype"), str):
                 raise ValueError(f"{path}: feature {name} must have a dtype, got {feature!r}")
         cameras = [name for name, feature in features.items() if feature["dtype"] in ("video", "image")]
+        if not cameras:
+            raise ValueError(f"{path}: features must have a camera, of dtype video or image, got {', '.join(features)}")
         if camera is None and len(cameras) == 1:
             camera = cameras[0]
         if camera is None or camera not in cameras:
-            raise ValueError(f"camera must be one of {', '.join(cameras)}, got {camera!r}")
+            raise ValueError(f"{path}: camera must be one of {', '.join(cameras)}, got {camera!r}")
         self.camera = camera
         self.in_table = features[camera]["dtype"] == "image"
         if "action" not in features:
@@ -280,9 +283,11 @@ class LeRobot:
         try:
             if not isinstance(template, str):
                 raise ValueError("it must be text")
-            fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-            if strange := [field for field in fields if field not in names]:
-                raise ValueError(f"there is no {strange[0]!r}, but {', '.join(names)}")
+            for _, field, form, _ in Formatter().parse(template):
+                if field is not None and field not in names:
+                    raise ValueError(f"there is no {field!r}, but {', '.join(names)}")
+                if form and not re.fullmatch(r"0?(1?[0-9]|20)?d", form):
+                    raise ValueError(f"a number's form must be such as 06d, of at most 20 digits, got {form!r}")
             path = PurePosixPath(template.format(**names))
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError("it must stay in the data set")

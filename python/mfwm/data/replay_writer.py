@@ -160,6 +160,8 @@ class ReplayWriter:
         level = self.episodes if level is None else operator.index(level)
         if not -INT64 <= level <= INT64:
             raise ValueError(f"level must be an integer of 64 bits, got {level}")
+        if not isinstance(video, np.ndarray):
+            raise TypeError(f"video must be a NumPy array, got {type(video).__name__}")
         fits = video.dtype.kind in "iu" if self._vocabulary else video.dtype == np.uint8
         want = (*video.shape[:1], *self._frame)
         if not fits or video.shape != want or len(video) == 0:
