@@ -52,6 +52,17 @@ DIALECTS: dict[str, bytes] = {
     "empty lines": table(end="\n\n").encode(),
     "lines of commas": (table() + ",,\n").encode(),
     "commas at the end": table(end=",\n", header="video,frame,action").encode(),
+    "a comma at the end of the header": table().replace("action\n", "action,\n").encode(),
+    "a quoted semicolon and tab": table(header='video,frame,action,"a;\tb"', end=",\n").encode(),
+    "a quoted semicolon over two lines": b'"a;\nb",video,frame,action\n' + b"".join(
+        f'"x;\t""y"" ,z",{v},{t},{a}\n'.encode() for v, t, a in ROWS
+    ),
+    "a comma among semicolons": table(";", header='video,frame,action,"x,y"', end=";\n").replace("x;y", "x,y").encode(),
+    "spaces after quotes": table(" , ", cell='"{}"', end=" \r\n").encode(),
+    "semicolons and spaces after quotes": table(
+        " ; ", cell='"{}"', header='"video" ,"frame" ,"action"', end=" \n"
+    ).encode(),
+    "decimal commas": b"video;frame;action\na.mp4;0,0;0,0\na.mp4;1,0;2,0\nb.mp4;0;1\nb.mp4;1;3,00\n",
     "whole floats": b"video,frame,action\na.mp4,0.0,0.0\na.mp4,1.0,2.0\nb.mp4,0.0,1\nb.mp4,1,3e0\n",
     "an index of pandas": b",video,frame,action\n0,a.mp4,0,0\n1,a.mp4,1,2\n2,b.mp4,0,1\n3,b.mp4,1,3\n",
     "another order": b"action,note,frame,video\n0,x,0,a.mp4\n2,,1,a.mp4\n1,\"y, z\",0,b.mp4\n3,,1,b.mp4\n",
@@ -97,6 +108,9 @@ HEAD = "video,frame,action\n"
     ("text", "message"),
     [
         (HEAD + "\n\n\na,0,1\na,1,x\n", r"line 6: an action must be a number, got 'x'"),
+        (HEAD.replace("\n", ",\n") + "a,0\n", r"line 2: there must be 4 cells, as in the first line, got 2"),
+        (HEAD + '"a" x,0,0\n', r"cannot be read as a table"),
+        (HEAD + '"a" ,0,1\n"a" ,1,x\n', r"line 3: an action must be a number, got 'x'"),
         (HEAD + 'a,0,1\n"a\nb",0,1\na,1,x\n', r"line 5: an action must be a number, got 'x'"),
         (HEAD + "a,0,0.5\n", r"line 2: an action must be a whole number, got '0.5'"),
         (HEAD + "a,0,-1\n", r"line 2: an action must be a whole number that is not negative, .* got '-1'"),
@@ -136,6 +150,7 @@ HEAD = "video,frame,action\n"
         ("video,frame,action,Video\na,0,1,2\n", r"must have columns .* each once"),
         ("video,frame\na,0\n", r"must have columns video, frame and action"),
         (HEAD, r"holds no rows"), ("", r"must have columns"), ("sep=;\n", r"must have columns"),
+        ('sep="\n' + HEAD, r"must have columns"), ("sep= \n" + HEAD, r"must have columns"),
         ("\n\n", r"must have columns"),
         (HEAD.encode() + "é,0,1\n".encode("latin-1"), r"must be text in UTF-8"),
         (HEAD.encode("utf-16")[2:], r"must have columns"), (b"\xff\xfe\x00", r"must be text in UTF-8, or in UTF-16"),

@@ -1,9 +1,9 @@
 """actions.csv of import-videos, as people and spreadsheets write it.
 
 Columns video, frame, and action or action_0, action_1, ...; others are left alone. Read are: UTF-8 and UTF-16, with or
-without a byte order mark; commas, semicolons or tabs between the columns, as the header has them, and a first line
-"sep=;"; quotes and spaces around cells; names in capitals; whole numbers written as 3.0; and, where no comma separates
-columns, decimal commas.
+without a byte order mark; commas, semicolons or tabs between the columns, whichever separates video and frame in the
+header, and a first line "sep=;"; quotes and spaces around cells; names in capitals; whole numbers written as 3.0; a
+separator at the end of lines; and, where no comma separates columns, decimal commas.
 """
 
 from __future__ import annotations
@@ -34,25 +34,29 @@ def read_actions(path: Path) -> dict[str, np.ndarray]:
         header: list[str] = next((cells for _, cells in lines), [])
         names = [name.strip().lower() for name in header]
         columns = action_columns(path, names)
+        least = 1 + max(column for column, name in enumerate(names) if name)
         discrete = names[columns[0]] == "action"
         tables: dict[str, dict[int, list[Any]]] = {}
         for line, cells in lines:
             place = f"{path}, line {line}"
             cells = [cell.strip() for cell in cells]
-            if len(cells) < len(names) or any(cells[len(names) :]):
+            # A name that is empty may be a comma at the end of the first line only.
+            if len(cells) < least or any(cells[len(names) :]):
                 raise ValueError(f"{place}: there must be {len(names)} cells, as in the first line, got {len(cells)}")
             video = cells[names.index("video")]
             if not video:
                 raise ValueError(f"{place}: video is empty")
             if PurePosixPath(video).is_absolute() or ".." in PurePosixPath(video).parts:
                 raise ValueError(f"{place}: video must be a name in the folder of the table, got {video!r}")
+            if delimiter != ",":
+                for column in (names.index("frame"), *columns):
+                    cells[column] = cells[column].replace(",", ".")
             frame = whole_number(f"{place}: frame", cells[names.index("frame")])
             taken = tables.setdefault(video, {})
             if frame in taken:
                 raise ValueError(f"{place}: frame {frame} of {video} stands twice")
-            values = [cells[column] if delimiter == "," else cells[column].replace(",", ".") for column in columns]
             read = whole_number if discrete else real_number
-            taken[frame] = [read(f"{place}: an action", value) for value in values]
+            taken[frame] = [read(f"{place}: an action", cells[column]) for column in columns]
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if not tables:
@@ -79,13 +83,29 @@ def text_of(path: Path) -> str:
 def split(text: str) -> tuple[Any, str]:
     """(line number, cells) of every line that is not empty, and what separates the cells."""
     first = next((line for line in text.splitlines() if line.strip()), "")
-    hint = re.fullmatch(r'"?sep=(.)"?[,;\t]*', first, re.IGNORECASE)
-    delimiter = hint[1] if hint else next((mark for mark in ";\t" if mark in first), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    hint = re.fullmatch(r'"?sep=([^" ])"?[,;\t]*', first, re.IGNORECASE)
+    delimiter = hint[1] if hint else next((mark for mark in ",;\t" if is_header(text, mark)), ",")
+    reader = parsed(text, delimiter)
     lines = ((reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells))
     if hint:
         next(lines)
     return lines, delimiter
+
+
+def parsed(text: str, delimiter: str) -> Any:
+    # Python's reader takes spaces before a quoted cell, and none after it.
+    end = rf"[{re.escape(delimiter)}\r\n]"
+    text = re.sub(rf'((?:\A|(?<={end})) *"(?:[^"]|"")*") +(?={end}|\Z)', r"\1", text)
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+
+
+def is_header(text: str, delimiter: str) -> bool:
+    """Whether the first line that is not empty names the columns where this separates them."""
+    try:
+        cells: list[str] = next((cells for cells in parsed(text, delimiter) if any(cell.strip() for cell in cells)), [])
+    except csv.Error:
+        return False
+    return {"video", "frame"} <= {cell.strip().lower() for cell in cells}
 
 
 def action_columns(path: Path, names: list[str]) -> list[int]:
