@@ -283,7 +283,9 @@ def test_urls_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for place in (f"file://{tmp_path}/set", "file:relative", f"memory://{tmp_path}/set", Path(f"file://{tmp_path}/p")):
         write(place)
         assert value_of(place) == OLD
-    assert location(f"file://{tmp_path}/set") == tmp_path / "set"
+    assert location(f"file://{tmp_path}/set") == location(f"file://localhost{tmp_path}/set") == tmp_path / "set"
+    for name in ("a b", "100%", "a%20b", "é", "a#b?c"):
+        assert location((tmp_path / name).as_uri()) == location(tmp_path / name) == tmp_path / name
     assert value_of(tmp_path / "set") == value_of("relative") == OLD
     write(f"file://{tmp_path}/set", NEW, overwrite=True)
     assert value_of(tmp_path / "set") == NEW

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+from urllib.parse import unquote
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -36,7 +37,10 @@ PATIENCE = 10.0  # seconds, for a writer between its two renames, which take mic
 def location(path: str | Path) -> Path | str:
     """A local directory as a Path, also where it is given as file://...; any other URL that fsspec knows as text."""
     text = str(path)
-    if text.startswith(("file:", "local:")):
+    if text.startswith("file:"):
+        # As Path.as_uri() writes them: %20 for a space, maybe with the name of this machine.
+        return Path(unquote(LocalFileSystem._strip_protocol(re.sub(r"^file://localhost(?=/)", "file://", text))))
+    if text.startswith("local:"):
         return Path(LocalFileSystem._strip_protocol(text))
     if "://" in text:
         return text
