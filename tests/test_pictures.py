@@ -333,6 +333,19 @@ def png_with_curve(curve: int) -> bytes:
     return content[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
 
 
+def planar_tiff_of_16_bits() -> bytes:
+    """2 x 2 pixels, a strip for each of three channels."""
+    entries = (
+        (256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 140),
+        (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 3, 152), (284, 3, 1, 2),
+    )  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4)
+    tail = struct.pack("<3H", 16, 16, 16) + struct.pack("<3I", 164, 172, 180) + struct.pack("<3I", 8, 8, 8)
+    assert len(head) == 134
+    return head + tail + bytes(24)
+
+
 def bmp_of_16_bits(*masks: int) -> bytes:
     """2 x 2 white pixels: 5, 5 and 5 bits of a channel, or as the masks say."""
     header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3 if masks else 0, 8, 0, 0, 0, 0)
@@ -402,6 +415,7 @@ def test_pictures_of_up_to_8_bits_are_taken(content: bytes) -> None:
         *((ppm(kind, n), r"from \d+ bits\) must be gray") for kind in ("P3", "P6") for n in (256, 1000, 65535)),
         *((ppm(kind, n), r"must be gray or RGB of 8 bits") for kind in ("P2", "P5") for n in (256, 65535)),
         *((by_ffmpeg(kind, "rgb48le"), r"RGB, from 16 bits\) must be gray or RGB") for kind in ("jpeg2000", "tiff")),
+        (planar_tiff_of_16_bits(), r"RGB, from 16 bits\) must be gray or RGB"),
         (by_ffmpeg("libsvtav1", "yuv420p10le", "avif"), r"RGB, from 10 bits\) must be gray or RGB"),
         (by_ffmpeg("libsvtav1", "yuv420p", "avif", curve=18), r"colours are HDR \(HLG\)"),
         (png_with_curve(16), r"colours are HDR \(PQ\)"), (png_with_curve(18), r"colours are HDR \(HLG\)"),
