@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from mfwm.export import export, load_exported
 from mfwm.metrics.lpips import LPIPS
 from mfwm.training import TrainingConfig, load_model, train
 from mfwm.training.checkpoint_reading import MetadataUnpickler, read_metadata
-from mfwm.training.checkpoints import Checkpoints
+from mfwm.training.checkpoints import Checkpoints, write_atomically, written_beside
 from mfwm.training.run_lock import NAME, holder, locked
 from mfwm.training.run_log import read_log
 from safetensors.torch import save_file
@@ -322,6 +323,81 @@ def test_what_has_the_name_of_a_checkpoint_to_come_is_told_before_training(
     with pytest.raises(FileExistsError, match="00000002 is no checkpoint and has the name of one: move it away"):
         train(config, tmp_path / "run", progress=False)
     assert os.path.lexists(place) and not (tmp_path / "run" / "log.jsonl").exists()
+
+
+# ---- files of others in the place of a run's
+
+
+FOREIGN = {
+    "other keys": (
+        "config.json",
+        b'{"hidden_size": 768}',
+        "out holds config.json, which is no run's: choose another out",
+    ),
+    "no JSON": ("config.json", b"width: 3", r"out holds config.json, which is no run's \(.*must hold JSON"),
+    "a list": ("config.json", b"[]", r"out holds config.json, which is no run's \(.*must hold a JSON object"),
+    "a log": ("log.jsonl", b'{"step": 0, "mine": 1}\n', "out holds log.jsonl, which is no run's"),
+    "a lock": (".lock", b"#1234# yarn.lock", "out holds .lock, which is no run's: choose another out"),
+    "a lock in JSON": (".lock", b'{"packages": []}', "out holds .lock, which is no run's: choose another out"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_that_are_no_runs_are_refused_and_stay(config: TrainingConfig, tmp_path: Path, kind: str) -> None:
+    name, content, message = FOREIGN[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path, progress=False)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_bytes() == content
+
+
+def test_files_beside_those_of_a_run_stay(config: TrainingConfig, tmp_path: Path) -> None:
+    """Also where an interrupted first start had left its lock, named or empty, and no config yet."""
+    names = ("config.json.tmp", "log.jsonl.tmp", "notes.txt")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / NAME).write_text('{"pid": 1, "host": "gone", "since": "2026-01-01T00:00:00+00:00"}')
+    train(config, tmp_path, progress=False, stop_after=1)
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * 3
+    ours = {"config.json", "log.jsonl", "checkpoints", NAME}
+    assert set(os.listdir(tmp_path)) == {*names, *ours}
+
+
+def test_a_first_start_that_was_interrupted_starts_again(config: TrainingConfig, tmp_path: Path) -> None:
+    for files in ([NAME], [NAME, "config.json"], [NAME, "config.json", "log.jsonl"]):
+        run = tmp_path / str(len(files))
+        train(config, run, progress=False, stop_after=1)
+        shutil.rmtree(run / "checkpoints")
+        for name in {"config.json", "log.jsonl"} - set(files):
+            (run / name).unlink()
+        train(config, run, progress=False)
+        assert [row["step"] for row in read_log(run / "log.jsonl")] == [0, 1]
+
+
+def test_checkpoints_without_a_config_are_refused(config: TrainingConfig, run: Path) -> None:
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"out holds checkpoints and no config.json, .* or choose another out"):
+        train(replace(config, lr=0.5), run, progress=False)
+    assert not (run / "config.json").exists() and Checkpoints(run / "checkpoints").steps() == [1]
+
+
+@pytest.mark.parametrize("place", [".", "run", ".."])
+def test_a_run_is_not_written_into_its_data(config: TrainingConfig, tmp_path: Path, place: str) -> None:
+    data = tmp_path / "sets" / "data"
+    shutil.copytree(config.data, data)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="out must be another place than data"):
+        train(replace(config, data=str(data)), data / place, progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(KeyboardInterrupt), written_beside(path) as unfinished:
+        unfinished.write_bytes(b"ne")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
 # ---- one process at a time

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,15 +151,32 @@ def delete(checkpoint: Path) -> None:
         warnings.warn(f"{plain} holds what is no part of a checkpoint ({', '.join(left)}): kept", stacklevel=2)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Whole or not at all: written beside, flushed to the disk, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """An empty file to write to, in the directory of `path`; flushed to the disk and renamed to `path` at the end.
+
+    Its name is hidden and unique, so that no file of the user's is in its place. It is deleted where the block raises.
+    """
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.partial")
+    with open(unfinished, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    try:
+        yield unfinished
+        # What wrote to it may have put another file in its place, which only its owner can read.
+        unfinished.chmod(stat.S_IMODE(mode))
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     flush_directory(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    with written_beside(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def flush_directory(path: Path) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .checkpoints import write_atomically
+from .checkpoints import Checkpoints, write_atomically
 
 NAME = "config.json"
 DIGEST = "data_digest"
@@ -30,6 +31,32 @@ MAY_CHANGE = {
 }
 
 Config = TypeVar("Config")
+
+
+def check_place(config: Any, run: Path) -> None:
+    """ValueError where `run` holds files with the names of a run's that are not a run's. Nothing is written.
+
+    A directory that a first start left before it wrote its config holds none of them.
+    """
+    path, log = run / NAME, run / "log.jsonl"
+    if os.path.lexists(path):
+        try:
+            tree = parsed(path.read_bytes(), str(path))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"out holds {NAME}, which is no run's ({error}); choose another out than {run}") from error
+        names = {field.name for field in dataclasses.fields(config)}
+        if DIGEST not in tree and not names - MAY_CHANGE <= set(tree):
+            raise ValueError(f"out holds {NAME}, which is no run's: choose another out than {run}")
+        return
+    if Checkpoints(run / "checkpoints").latest() is not None:
+        raise ValueError(
+            f"out holds checkpoints and no {NAME}, which says what they are of: put it back into {run}, "
+            "or choose another out"
+        )
+    if os.path.lexists(log) and (not log.is_file() or log.stat().st_size > 0):
+        raise ValueError(
+            f"out holds {log.name}, which is no run's, for there is no {NAME}: choose another out than {run}"
+        )
 
 
 def settle(config: Any, run: Path, digest: str | None, *, begun: bool) -> None:

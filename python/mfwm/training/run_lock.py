@@ -41,13 +41,26 @@ def locked(out: Path) -> Iterator[None]:
                 ) from None
             else:
                 raise
+        content = file.read()
+        if content and not is_lock(content):
+            raise ValueError(f"out holds {NAME}, which is no run's: choose another out than {out}")
         since = datetime.now().astimezone().isoformat(timespec="seconds")
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
         try:
             yield
         finally:
             file.truncate(0)
+
+
+def is_lock(content: bytes) -> bool:
+    """Whether a lock file holds what a run writes there."""
+    try:
+        named = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(named, dict) and set(named) == {"pid", "host", "since"}
 
 
 def holder(content: bytes) -> str:

@@ -29,14 +29,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from mfwm_kernels import arguments as check
 from mfwm_kernels.cpu import product_dtype
 
-from ..data.place import location
+from ..data.place import location, overlap
 from ..data.replay import ClipSampler, Replay, split_levels
 from ..progress import Progress
 from .checkpoints import Checkpoints, barrier
 from .data_identity import digest, resolved
 from .optimisation import MovingAverage, learning_rate, parameter_groups
 from .parallel import distribute, gradients_shared, mean_over_processes, processes, sum_over_processes, whole
-from .run_config import described, settle
+from .run_config import check_place, described, settle
 from .run_lock import locked
 from .run_log import Log, TensorBoard, Viewer, WeightsAndBiases
 
@@ -185,6 +185,10 @@ class Trainer:
         place = location(config.data)
         self.replay: Replay | None = None
         if isinstance(place, str) or (config.data and place.exists()):
+            if overlap(config.data, out):
+                raise ValueError(
+                    f"out must be another place than data, which a run is not written into; got {out} and {config.data}"
+                )
             self.replay = Replay(config.data)
             config = replace(config, data=resolved(config.data))
         self.config, self.out, self.progress = config, Path(out), progress
@@ -203,6 +207,7 @@ class Trainer:
                 )
             self.dtype = autocast_dtype(config.dtype, self.device)
             if self.rank == 0:
+                check_place(config, self.out)
                 self.out.mkdir(parents=True, exist_ok=True)
                 self._stack.enter_context(locked(self.out))
                 known = None if self.replay is None else digest(self.replay)
