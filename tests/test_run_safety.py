@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -398,6 +399,33 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         unfinished.write_bytes(b"ne")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_an_exported_file_takes_no_other_files_place(run: Path, tmp_path: Path) -> None:
+    out, users = tmp_path / "out.safetensors", tmp_path / "out.safetensors.tmp"
+    users.write_text("mine")
+    before = os.umask(0o027)
+    try:
+        export(run, out)
+    finally:
+        os.umask(before)
+    assert users.read_text() == "mine" and stat.S_IMODE(out.stat().st_mode) == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["out.safetensors", "out.safetensors.tmp", "run"]
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError, match=r"link.safetensors exists: choose another file"):
+        export(run, link)
+    assert link.is_symlink()
+
+
+def test_an_export_that_the_disk_refuses_is_one_line(run: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    before = sorted(tmp_path.rglob("*"))
+    command = ["sh", "-c", 'ulimit -f 8 && exec "$@"', "sh", sys.executable, "-m", "mfwm.cli", "export", run]
+    told = subprocess.run([*command, "--out", tmp_path / "out.safetensors"], stderr=subprocess.PIPE, text=True)
+    assert told.returncode == 2, told.stderr
+    assert told.stderr.startswith(f"mfwm: {tmp_path}/out.safetensors could not be written: ")
+    assert told.stderr.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
 
 
 # ---- one process at a time

@@ -13,6 +13,7 @@ from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model
 
 from .models.world_model import WorldModel
+from .training.checkpoints import written_beside
 from .training.run_config import from_tree, parsed
 from .training.world_model import TrainingConfig, load_model
 
@@ -23,16 +24,17 @@ def export(run: Path, out: Path) -> None:
     FileExistsError where `out` is there already.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise FileExistsError(f"{out} exists: choose another file")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"out must be in a directory that exists, got {out}")
     model, config, step = load_model(run)
-    beside = out.with_name(out.name + ".tmp")
-    save_model(model, str(beside), {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)})
-    with open(beside, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, out)
+    header = {"config": json.dumps(dataclasses.asdict(config)), "step": str(step)}
+    try:
+        with written_beside(out) as unfinished:
+            save_model(model, str(unfinished), header)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{out} could not be written: {error}") from error
 
 
 def load_exported(path: Path) -> tuple[WorldModel, TrainingConfig, int]:
