@@ -304,6 +304,8 @@ def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
         ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
         ({"seed": None}, TypeError, "seed must be an integer, got None"),
         ({"lpips": "x.pt"}, ValueError, r"lpips needs frames \[3, >= 31, >= 31\], and the run's are \[3, 16, 16\]"),
+        ({"pixels": "frames"}, ValueError, "pixels is for runs on tokens, and this run is on pixels; got frames"),
+        ({"tokenizer": "tok"}, ValueError, "tokenizer is for runs on tokens, and this run is on pixels; got tok"),
         ({"against": "nothing"}, ValueError, "nothing is no run directory"),
     ],
 )

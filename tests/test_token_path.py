@@ -226,6 +226,9 @@ def test_imported_tokens_have_figures_and_no_pictures(place: Path, tmp_path: Pat
     metrics = evaluate(tmp_path / "run", clips=4, batch=2, progress=False)
     assert metrics["accuracy"] and "rollout_psnr" not in metrics
     assert "bits per token" in write_report(tmp_path / "run").read_text()
+    for name in ("pixels", "tokenizer"):
+        with pytest.raises(ValueError, match=f"{name} is for sets that mfwm encode wrote, and .*/ids is none; got x"):
+            evaluate(tmp_path / "run", **{name: "x"}, clips=4, batch=2, progress=False)
     with pytest.raises(ValueError, match=r"against compares pictures, and those of .* have no tokenizer here"):
         evaluate(tmp_path / "run", against=tmp_path / "run", clips=4, batch=2, progress=False)
 

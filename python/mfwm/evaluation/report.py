@@ -24,7 +24,7 @@ from ..training.data_identity import open_data
 from ..training.run_config import parsed, read
 from ..training.run_log import read_log
 from ..training.world_model import TrainingConfig, load_model
-from .tokens import decoder_of
+from .tokens import check_tokens, decoder_of
 from .world_model import CONTEXT, rollout_steps
 
 matplotlib.use("Agg")
@@ -62,6 +62,7 @@ def write_report(
     run = Path(run)
     check.integer("seed", seed, least=0)
     config, known = read(TrainingConfig, run)
+    check_tokens(config.model, pixels=pixels, tokenizer=tokenizer)
     place = run / "metrics.json"
     if not place.is_file():
         raise FileNotFoundError(f"{place} is missing: evaluate the run first")

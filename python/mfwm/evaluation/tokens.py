@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.replay import Clips, Replay
 from ..metrics.intervals import interval
-from ..models.world_model import WorldModel
+from ..models.world_model import WorldModel, WorldModelConfig
 from ..training.tokenizer import load_tokenizer
 
 
@@ -65,6 +65,13 @@ class Decoder:
         return self.tokenizer.decode(ids)[:, first:]
 
 
+def check_tokens(config: WorldModelConfig, *, pixels: str | Path | None, tokenizer: str | Path | None) -> None:
+    """ValueError where a run of pixels is given places that only a run of tokens has."""
+    for name, given in (("pixels", pixels), ("tokenizer", tokenizer)):
+        if given is not None and config.heads.output == "pixels":
+            raise ValueError(f"{name} is for runs on tokens, and this run is on pixels; got {given}")
+
+
 def decoder_of(
     replay: Replay,
     length: int,
@@ -76,6 +83,9 @@ def decoder_of(
 ) -> Decoder | None:
     """None for tokens of another tokenizer, such as imported ones, which have no pictures here."""
     if "tokenizer" not in replay.attributes:
+        for name, given in (("pixels", pixels), ("tokenizer", tokenizer)):
+            if given is not None:
+                raise ValueError(f"{name} is for sets that mfwm encode wrote, and {replay.path} is none; got {given}")
         return None
     return Decoder(replay, length, episodes, device, pixels=pixels, tokenizer=tokenizer)
 

@@ -34,7 +34,7 @@ from ..training.json_values import as_json, finite
 from ..training.run_config import read
 from ..training.run_log import column, read_log
 from ..training.world_model import TrainingConfig, load_model
-from .tokens import Decoder, decoder_of, token_measures, token_summary
+from .tokens import Decoder, check_tokens, decoder_of, token_measures, token_summary
 
 # Genie measures controllability after this many closed-loop steps.
 DELTA_STEP = 4
@@ -72,6 +72,7 @@ def evaluate(
     horizons = config.model.heads.horizons
     if config.model.heads.output == "pixels" and rolls(config.model):
         check_size(config.model.frame)
+    check_tokens(config.model, pixels=pixels, tokenizer=tokenizer)
     if lpips is not None:
         check_lpips(config.model)
     if against is not None:
