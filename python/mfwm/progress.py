@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ Item = TypeVar("Item")
 class Progress:
     """Counts `unit`s of the work `name` up to `total`, on standard error; to be entered as a context.
 
+    Where standard error is closed, or nobody reads it any more, nothing is printed and the work continues.
+
     done: what an earlier run did of it. shown: False prints nothing.
     """
 
@@ -24,10 +27,12 @@ class Progress:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self.first, self.began, self.figures = done, time.monotonic(), ""
         self.last_line = self.began
-        self.lines = shown and not sys.stderr.isatty()
         self.bar: Any = None
-        if shown and not self.lines:
-            self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True)
+        self.lines = shown and sys.stderr is not None
+        with self._printing():
+            if self.lines and hasattr(sys.stderr, "isatty") and sys.stderr.isatty():
+                self.lines = False
+                self.bar = tqdm(total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -38,7 +43,8 @@ class Progress:
         if self.bar is not None:
             if figures:
                 self.bar.set_postfix(figures, refresh=False)
-            self.bar.update(count)
+            with self._printing():
+                self.bar.update(count)
         elif self.lines:
             self.figures = "".join(f", {name} {value}" for name, value in figures.items())
             if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
@@ -53,27 +59,40 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        elif self.lines:
-            print(text, file=sys.stderr, flush=True)
+        with self._printing():
+            if self.bar is not None:
+                self.bar.write(text, file=sys.stderr)
+            elif self.lines:
+                print(text, file=sys.stderr, flush=True)
 
     def _line(self) -> None:
         now = time.monotonic()
         self.last_line = now
         seconds, new = now - self.began, self.done - self.first
         left = f", {clock(seconds * (self.total - self.done) / new)} left" if new and self.done < self.total else ""
-        print(
-            f"{self.name}: {self.done} of {self.total} {self.unit}s{self.figures}, {clock(seconds)}{left}",
-            file=sys.stderr,
-            flush=True,
-        )
+        with self._printing():
+            print(
+                f"{self.name}: {self.done} of {self.total} {self.unit}s{self.figures}, {clock(seconds)}{left}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    @contextmanager
+    def _printing(self) -> Iterator[None]:
+        """What cannot be printed ends the printing, not the work."""
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: it is closed.
+            if self.bar is not None:
+                self.bar.disable = True  # So that it prints nothing when it is deleted either.
+            self.bar, self.lines = None, False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with self._printing():
+                self.bar.close()
         elif self.lines and error is None:
             self._line()
 
