@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from mfwm import cli, progress
+from mfwm.data import Replay
+from mfwm.demo import complete
 from mfwm.progress import Progress, clock
 from mfwm.training import train
 from small_run import moving_squares, small_config
@@ -100,6 +102,41 @@ def test_the_traceback_of_a_mistake_is_had_on_request(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["mfwm", *arguments])
     with pytest.raises(ValueError, match="nothing is no run directory"):
         cli.main()
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "No", "OFF"])
+def test_no_traceback_is_said_in_any_of_these_words(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("MFWM_TRACEBACK", value)
+    assert main(monkeypatch, "evaluate", "nothing") == 2
+
+
+@pytest.mark.parametrize("option", ["--steps", "--tokenizer-steps"])
+def test_the_demo_has_no_zero_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(monkeypatch, "demo", option, "0") == 2
+    name = option.removeprefix("--").replace("-", "_")
+    assert capsys.readouterr().err == f"mfwm: {name} must be >= 1, got 0\n" and not list(tmp_path.iterdir())
+
+
+def test_the_demo_looks_past_litter_and_puts_a_set_back(tmp_path: Path) -> None:
+    data, made = tmp_path / "data", []
+
+    def make() -> None:
+        made.append(True)
+        moving_squares(data)
+
+    data.mkdir()
+    (data / ".DS_Store").write_text("litter")
+    complete(data, make)
+    assert made and Replay(data).frames == 480
+    # A writer that was killed between its two renames left it beside.
+    (tmp_path / ".data.writing").mkdir()
+    (tmp_path / ".data.writing" / "lock").touch()
+    os.rename(data, tmp_path / ".data.writing" / "old")
+    complete(data, make)
+    assert len(made) == 1 and Replay(data).frames == 480
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(
@@ -203,6 +240,73 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         bar.update(2, loss="0.5")
         bar.say("hello")
     assert "100%" in terminal.getvalue() and "\r" in terminal.getvalue() and "hello\n" in terminal.getvalue()
+
+
+class Broken(Terminal):
+    """A terminal, or a pipe, that nobody reads any more after so many writes."""
+
+    def __init__(self, left: int, *, terminal: bool) -> None:
+        super().__init__()
+        self.left, self.terminal = left, terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+class Written:
+    """All that a notebook's or a service's own standard error need have."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+
+def closed() -> io.StringIO:
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+NO_READER: dict[str, Any] = {
+    "none": lambda: None,
+    "closed": closed,
+    "without isatty": Written,
+    "a broken pipe": lambda: Broken(0, terminal=False),
+    "broken in the middle": lambda: Broken(2, terminal=False),
+    "a broken terminal": lambda: Broken(0, terminal=True),
+    "a terminal that breaks": lambda: Broken(3, terminal=True),
+}
+
+
+@pytest.mark.parametrize("kind", NO_READER)
+def test_the_work_goes_on_where_nobody_reads_its_progress(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(sys, "stderr", NO_READER[kind]())
+    with Progress("train", 20, "step") as bar:
+        for step in range(20):
+            bar.update(loss=f"{step}")
+            bar.say("hello")
+    assert bar.done == 20
+    assert list(Progress("import", 2, "episode").over([3, 4])) == [3, 4]
+
+
+def test_standard_error_may_be_closed() -> None:
+    code = (
+        "import sys; assert sys.stderr is None\n"
+        "from mfwm.progress import Progress\n"
+        "print(list(Progress('import', 2, 'episode').over([3, 4])))"
+    )
+    told = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    )
+    assert (told.returncode, told.stdout) == (0, "[3, 4]\n")
 
 
 def test_clock() -> None:

@@ -25,6 +25,9 @@ from .training.latent_actions import LatentActionsTraining
 from .training.tokenizer import TokenizerTraining
 from .training.world_model import TrainingConfig
 
+# What MFWM_TRACEBACK says for no.
+OFF = ("", "0", "false", "no", "off")
+
 
 @dataclass
 class Collect:
@@ -261,7 +264,7 @@ def main() -> None:
     first.add_argument("--preset", choices=list(PRESETS), default="plain")
     first.add_argument("--traceback", action="store_true")
     chosen, rest = first.parse_known_args()
-    traceback = chosen.traceback or os.environ.get("MFWM_TRACEBACK", "0") not in ("", "0")
+    traceback = chosen.traceback or os.environ.get("MFWM_TRACEBACK", "").lower() not in OFF
     try:
         command_of(chosen.preset, rest).run()
     except KeyboardInterrupt:

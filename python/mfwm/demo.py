@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mfwm_kernels import arguments as check
+
+from .data.place import ours_or_users, restore
 from .presets import DEMO, TOKENS
 from .training.checkpoints import write_atomically
 
@@ -34,6 +37,9 @@ class Demo:
     def run(self) -> None:
         from .data.collect import collect, default_environment
 
+        for name in ("steps", "tokenizer_steps"):
+            if (steps := getattr(self, name)) is not None:
+                check.integer(name, steps, least=1)
         began = time.perf_counter()
         complete(self.data, lambda: collect(default_environment(), self.frames, self.data))
         out = self.out or Path("runs/demo-tokens" if self.tokens else "runs/demo")
@@ -50,7 +56,7 @@ class Demo:
         from .evaluation.world_model import evaluate
         from .training.world_model import for_replay, train
 
-        config = replace(DEMO, data=str(self.data), steps=self.steps or DEMO.steps)
+        config = replace(DEMO, data=str(self.data), steps=DEMO.steps if self.steps is None else self.steps)
         train(for_replay(config, Replay(self.data)), out)
         metrics = evaluate(out)
         for k in metrics["psnr"]:
@@ -69,11 +75,11 @@ class Demo:
         from .training.world_model import for_replay, train
 
         tokenizer, ids, model = out / "tokenizer", out / "ids", out / "model"
-        steps = self.tokenizer_steps or TokenizerTraining.steps
+        steps = TokenizerTraining.steps if self.tokenizer_steps is None else self.tokenizer_steps
         train_tokenizer(for_pixels(TokenizerTraining(str(self.data), steps)), tokenizer)
         frames = evaluate_tokenizer(tokenizer)
         complete(ids, lambda: encode(self.data, ids, tokenizer=tokenizer))
-        config = replace(TOKENS, data=str(ids), steps=self.steps or TOKENS.steps)
+        config = replace(TOKENS, data=str(ids), steps=TOKENS.steps if self.steps is None else self.steps)
         train(for_replay(config, Replay(ids)), model)
         metrics = evaluate(model)
         print(f"held-out frames come back from their tokens with {frames['psnr']:.2f} dB")
@@ -97,7 +103,8 @@ def stages(metrics: dict[str, Any]) -> dict[str, float]:
 
 def complete(folder: Path, make: Callable[[], None]) -> None:
     """Make a replay buffer, unless there is one: it appears whole or not at all. The file `complete` says how long."""
-    if not folder.exists() or not any(folder.iterdir()):
+    restore(folder)
+    if not folder.exists() or not any(ours_or_users(folder)):
         began = time.perf_counter()
         make()
         write_atomically(folder / "complete", f"{time.perf_counter() - began:.1f}\n".encode())
