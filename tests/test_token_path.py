@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+import zarr
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm import encode as encode_module
 from mfwm.data import Clips, Replay, ReplayWriter
@@ -20,6 +22,7 @@ from mfwm.evaluation.tokens import Decoder, token_measures
 from mfwm.models.latent_actions import LatentActionsConfig
 from mfwm.models.tokenizer import TokenizerConfig
 from mfwm.training import TrainingConfig, for_replay, train
+from mfwm.training.data_identity import PIXELS_DIGEST, TOKENIZER_DIGEST, digest
 from mfwm.training.latent_actions import (
     LatentActionsTraining,
     evaluate_latent_actions,
@@ -27,6 +30,7 @@ from mfwm.training.latent_actions import (
     mutual_information,
     train_latent_actions,
 )
+from mfwm.training.run_config import read
 from mfwm.training.run_log import read_log
 from mfwm.training.tokenizer import (
     TokenizerTraining,
@@ -231,6 +235,32 @@ def test_imported_tokens_have_figures_and_no_pictures(place: Path, tmp_path: Pat
             evaluate(tmp_path / "run", **{name: "x"}, clips=4, batch=2, progress=False)
     with pytest.raises(ValueError, match=r"against compares pictures, and those of .* have no tokenizer here"):
         evaluate(tmp_path / "run", against=tmp_path / "run", clips=4, batch=2, progress=False)
+
+
+def test_tokens_know_their_pixels_and_tokenizer(place: Path, tmp_path: Path) -> None:
+    """Frames of another set with the same episodes, and a tokenizer of the same sizes, show something else."""
+    encode(place / "data", tmp_path / "ids", tokenizer=place / "tok", progress=False)
+    replay = Replay(tmp_path / "ids")
+    shutil.copytree(place / "data", tmp_path / "copy")
+    shutil.copytree(place / "data", tmp_path / "other")
+    zarr.open_group(str(tmp_path / "other"))["data/img"][0, 0, 0, 0] ^= 1
+    short = replace(read(TokenizerTraining, place / "tok")[0], steps=1)
+    train_tokenizer(short, tmp_path / "tok", progress=False)
+
+    def decoder(replay: Replay, **places: Path) -> Decoder:
+        return Decoder(replay, 6, np.arange(2), torch.device("cpu"), **places)
+
+    decoder(replay, pixels=tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"pixels must be the set that .*/ids was made of; .*/other holds another one"):
+        decoder(replay, pixels=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"tokenizer must be the run whose ids .*/ids holds.*; .*/tok has other wei"):
+        decoder(replay, tokenizer=tmp_path / "tok")
+    # A set of an earlier version says nothing of either, and is the same set.
+    same = digest(replay)
+    for name in (PIXELS_DIGEST, TOKENIZER_DIGEST):
+        del replay.attributes[name]
+    decoder(replay, pixels=tmp_path / "other", tokenizer=tmp_path / "tok")
+    assert digest(replay) == same
 
 
 def test_clips_of_both_sets_are_of_the_same_frames(place: Path) -> None:

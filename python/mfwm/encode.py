@@ -1,7 +1,8 @@
 """mfwm encode: a replay buffer of a tokenizer's ids in place of frames, of inferred codes in place of actions, or both.
 
 Episodes, levels and their order stay, so clip i of either set is of the same frames. The attributes `pixels`,
-`tokenizer` and `latent_actions` say where frames and models are: evaluation then shows what tokens mean.
+`tokenizer` and `latent_actions` say where frames and models are: evaluation then shows what tokens mean. The digests
+beside them say which frames and weights these were.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .data.replay_writer import ReplayWriter
 from .models.latent_actions import LatentActions
 from .models.tokenizer import Tokenizer
 from .progress import Progress
+from .training.data_identity import PIXELS_DIGEST, TOKENIZER_DIGEST, digest, weights_digest
 from .training.latent_actions import load_latent_actions
 from .training.tokenizer import load_tokenizer
 
@@ -54,7 +56,7 @@ def encode(
         raise ValueError(f"data must be pixels, but {data} holds tokens")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attributes = {name: replay.attributes[name] for name in KEPT if name in replay.attributes}
-    attributes["pixels"] = str(absolute(data))
+    attributes |= {"pixels": str(absolute(data)), PIXELS_DIGEST: digest(replay)}
     tokens: Tokenizer | None = None
     codes: LatentActions | None = None
     height, width = replay.frame[1:]
@@ -66,7 +68,7 @@ def encode(
         tokens = load_tokenizer(tokenizer)[0].to(device)
         rows, columns = tokens.config.grid
         frame = {"height": rows, "width": columns, "vocabulary": tokens.config.vocabulary}
-        attributes["tokenizer"] = str(absolute(tokenizer))
+        attributes |= {"tokenizer": str(absolute(tokenizer)), TOKENIZER_DIGEST: weights_digest(tokens)}
     if latent_actions is not None:
         codes = load_latent_actions(latent_actions)[0].to(device)
         actions = {"actions": codes.config.codes}

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.replay import Clips, Replay
 from ..metrics.intervals import interval
 from ..models.world_model import WorldModel, WorldModelConfig
+from ..training.data_identity import PIXELS_DIGEST, TOKENIZER_DIGEST, digest, weights_digest
 from ..training.tokenizer import load_tokenizer
 
 
@@ -53,6 +54,14 @@ class Decoder:
             raise ValueError(
                 f"{replay.path} was not made by this tokenizer: it has {config.vocabulary} ids on a grid {config.grid} "
                 f"for frames {config.frame}; the set has {replay.vocabulary} on {replay.frame[1:]} for {frames.frame}"
+            )
+        # Sets of earlier versions have no digests.
+        if replay.attributes.get(PIXELS_DIGEST) not in (None, digest(frames)):
+            raise ValueError(f"pixels must be the set that {replay.path} was made of; {frames.path} holds another one")
+        if replay.attributes.get(TOKENIZER_DIGEST) not in (None, weights_digest(self.tokenizer)):
+            raise ValueError(
+                f"tokenizer must be the run whose ids {replay.path} holds, as it was then; "
+                f"{place('tokenizer', tokenizer)} has other weights"
             )
         self.clips = Clips(frames, length, episodes=episodes, within_episode=True)
 

@@ -1,4 +1,4 @@
-"""Which data set a run is about: its content, wherever it is."""
+"""Which data set a run is about, and what a set of tokens was made from: their content, wherever it is."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from ..data.place import location
 from ..data.replay import Replay
 
-# Where the models and frames of an encoded set were, which says nothing of what it holds.
-PLACES = ("pixels", "tokenizer", "latent_actions")
+PIXELS_DIGEST, TOKENIZER_DIGEST = "pixels_digest", "tokenizer_digest"
+# Where the models and frames of an encoded set were, and which: what it holds is the same with and without them.
+ORIGINS = ("pixels", "tokenizer", "latent_actions", PIXELS_DIGEST, TOKENIZER_DIGEST)
 SAMPLED_FRAMES = 16
 
 
@@ -28,13 +31,22 @@ def digest(replay: Replay) -> str:
 
     Of the frames, SAMPLED_FRAMES at equal distances are read, so that a large set costs no more than a small one.
     """
-    attributes = {name: value for name, value in replay.attributes.items() if name not in PLACES}
+    attributes = {name: value for name, value in replay.attributes.items() if name not in ORIGINS}
     sampled = np.linspace(0, replay.frames - 1, min(SAMPLED_FRAMES, replay.frames)).astype(np.int64)
     found = hashlib.sha256(json.dumps([replay.frame, replay.vocabulary, attributes], sort_keys=True).encode())
     columns = (replay.episode_ends, replay.episode_level, replay.action, replay.read(sampled))
     for column in columns:
         found.update(f"{column.dtype.str} {column.shape}".encode())
         found.update(column.tobytes())
+    return found.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Equal for models with the same weights, wherever they are."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        found.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
