@@ -147,6 +147,22 @@ def test_an_interrupt_is_one_line_and_exit_code_130(
     assert capsys.readouterr().err == "mfwm: interrupted\n"
 
 
+def test_ctrl_c_while_modules_are_loaded() -> None:
+    """Torch is the first that takes long."""
+    code = (
+        "import sys, signal, os\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "from mfwm.cli import main\n"
+        "sys.argv = ['mfwm', 'describe', '1m']\n"
+        "main()"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (told.returncode, told.stdout, told.stderr) == (130, "", "mfwm: interrupted\n")
+
+
 def test_ctrl_c_while_collecting(tmp_path: Path) -> None:
     """SIGINT to the whole group, as a terminal sends it: the recorder of the game has it too."""
     pytest.importorskip("ale_py")
@@ -333,7 +349,7 @@ def test_threads_that_wait_do_not_spin(chosen: str | None, then: str) -> None:
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'))\n"
         "sys.meta_path.insert(0, Watch())\n"
-        "import mfwm"
+        "from mfwm import WorldModel"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert told.stdout.split() == [then]

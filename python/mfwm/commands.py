@@ -1,0 +1,266 @@
+"""The commands of the command line and their options: mfwm collect | data | train ... | export | demo."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .demo import Demo
+from .models.describe import Describe
+from .presets import PRESETS
+from .training.latent_actions import LatentActionsTraining
+from .training.tokenizer import TokenizerTraining
+from .training.world_model import TrainingConfig
+
+
+@dataclass
+class Collect:
+    """Write real action-labelled video of a game into a Zarr replay buffer."""
+
+    env: tyro.conf.Positional[str]
+    """coinrun (or another procgen game), atari:<Game>, doom or doom:<scenario>."""
+    frames: int
+    out: str
+    """A directory, or a URL that fsspec knows."""
+    seed: int = 0
+    size: int = 64
+    """Frames are size x size pixels."""
+    overwrite: bool = False
+    """Replace the replay buffer that is in `out`, once the new one is whole."""
+
+    def run(self) -> None:
+        from .data.collect import collect
+
+        collect(self.env, self.frames, self.out, seed=self.seed, size=self.size, overwrite=self.overwrite)
+
+
+@dataclass
+class Check:
+    """Read a whole replay buffer and name every truncated or missing chunk, NaN action, length mismatch ..."""
+
+    replay: tyro.conf.Positional[str]
+    """A directory, or a URL that fsspec knows."""
+    clip: int = TrainingConfig.clip
+    """Frames in a training clip."""
+
+    def run(self) -> None:
+        from .data.check import check
+
+        problems = check(self.replay, self.clip)
+        for problem in problems:
+            print(problem)
+        refused = sum(problem.refused for problem in problems)
+        print(f"{self.replay}: " + (f"refused, for {refused} problem{'s' * (refused > 1)}" if refused else "sound"))
+        raise SystemExit(1 if refused else 0)
+
+
+@dataclass
+class Import:
+    """Where an import reads and writes."""
+
+    folder: tyro.conf.Positional[Path]
+    out: str
+    """A directory, or a URL that fsspec knows."""
+    skip_damaged: bool = False
+    """Leave damaged episodes out, with a count, rather than refuse the whole."""
+    overwrite: bool = False
+    """Replace the replay buffer that is in `out`, once the new one is whole."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"skip_damaged": self.skip_damaged, "overwrite": self.overwrite}
+
+    def finish(self, left_out: list[str]) -> None:
+        for reason in left_out:
+            print(f"left out: {reason}")
+        print(f"{self.out}: {len(left_out)} damaged episodes left out")
+
+
+@dataclass
+class ImportVideos(Import):
+    """Write a folder of MP4 files and its actions.csv as a replay buffer; see mfwm.import_videos for the table."""
+
+    size: tuple[int, int] | None = None
+    """Height and width to scale frames to; by default they stay."""
+
+    def run(self) -> None:
+        from .data.import_videos import import_videos
+
+        self.finish(import_videos(self.folder, self.out, size=self.size, **self.options))
+
+
+@dataclass
+class ImportLeRobot(Import):
+    """Write one camera of a LeRobot data set (format v2 or v3) and its actions as a replay buffer."""
+
+    camera: str | None = None
+    """Name of the feature, where there is more than one camera."""
+    size: tuple[int, int] | None = None
+    """Height and width to scale frames to; by default they stay."""
+
+    def run(self) -> None:
+        from .data.import_lerobot import import_lerobot
+
+        self.finish(import_lerobot(self.folder, self.out, camera=self.camera, size=self.size, **self.options))
+
+
+@dataclass
+class ImportTokens(Import):
+    """Write token memmaps, as of the 1X World Model Challenge, as a replay buffer of tokens."""
+
+    ids: int = 1
+    """Ids of a token: 2 splits each of a vocabulary of 262,144 into two of 512."""
+
+    def run(self) -> None:
+        from .data.import_tokens import import_tokens
+
+        self.finish(import_tokens(self.folder, self.out, ids=self.ids, **self.options))
+
+
+@dataclass
+class Data:
+    """Check data sets, and import them from other layouts."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[ImportVideos, tyro.conf.subcommand("import-videos")]
+        | Annotated[ImportLeRobot, tyro.conf.subcommand("import-lerobot")]
+        | Annotated[ImportTokens, tyro.conf.subcommand("import-tokens")]
+    ]
+
+    def run(self) -> None:
+        self.command.run()
+
+
+@dataclass
+class Train:
+    """Train a multi-frame world model; resumes where a run in `out` stopped. --preset NAME chooses the defaults."""
+
+    out: Path
+    config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from .data.replay import Replay
+        from .training.world_model import for_replay, train
+
+        train(for_replay(self.config, Replay(self.config.data)), self.out)
+
+
+@dataclass
+class TrainTokenizer:
+    """Train a video tokenizer, and measure it on held-out levels; resumes where a run in `out` stopped."""
+
+    out: Path
+    config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from .training.tokenizer import evaluate_tokenizer, for_pixels, train_tokenizer
+
+        train_tokenizer(for_pixels(self.config), self.out)
+        print(json.dumps(evaluate_tokenizer(self.out), indent=2))
+
+
+@dataclass
+class TrainLatentActions:
+    """Train a model that infers actions from video, and measure it; resumes where a run in `out` stopped."""
+
+    out: Path
+    config: Annotated[LatentActionsTraining, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from .training.latent_actions import evaluate_latent_actions, train_latent_actions
+        from .training.tokenizer import for_pixels
+
+        train_latent_actions(for_pixels(self.config), self.out)
+        print(json.dumps(evaluate_latent_actions(self.out), indent=2))
+
+
+@dataclass
+class Encode:
+    """Write a replay buffer with a tokenizer's ids in place of frames, inferred codes in place of actions, or both."""
+
+    data: tyro.conf.Positional[str]
+    """A replay buffer of pixels: a directory, or a URL that fsspec knows."""
+    out: str
+    tokenizer: Path | None = None
+    """A run of train-tokenizer."""
+    latent_actions: Path | None = None
+    """A run of train-latent-actions."""
+    overwrite: bool = False
+    """Replace the replay buffer that is in `out`, once the new one is whole."""
+
+    def run(self) -> None:
+        from .encode import encode
+
+        encode(
+            self.data,
+            self.out,
+            tokenizer=self.tokenizer,
+            latent_actions=self.latent_actions,
+            overwrite=self.overwrite,
+        )
+
+
+@dataclass
+class Evaluate:
+    """Measure a run on held-out levels; writes metrics.json, report.html and rollout.gif."""
+
+    run_directory: tyro.conf.Positional[Path]
+    data: str | None = None
+    """Where the run's data set is, if it was moved."""
+    pixels: str | None = None
+    """Of a run on tokens: where the frames are that they were made of, if they were moved."""
+    tokenizer: Path | None = None
+    """Of a run on tokens: where the run of their tokenizer is, if it was moved."""
+    against: Path | None = None
+    """Another run on the same data, such as one of next frames alone, to compare rollouts with."""
+    lpips: Path | None = None
+    """A file with the weights of LPIPS: torch.save(lpips.LPIPS(net="alex").state_dict(), FILE)."""
+    clips: int = 96
+    seed: int = 0
+
+    def run(self) -> None:
+        from .evaluation.report import write_report
+        from .evaluation.world_model import evaluate
+
+        places: dict[str, Any] = {"data": self.data, "pixels": self.pixels, "tokenizer": self.tokenizer}
+        options: dict[str, Any] = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
+        print(json.dumps(evaluate(self.run_directory, **places, **options), indent=2))
+        print(f"report: {write_report(self.run_directory, **places)}")
+
+
+@dataclass
+class Export:
+    """Write the weights of a run as one safetensors file; mfwm.export.load_exported reads it."""
+
+    run_directory: tyro.conf.Positional[Path]
+    out: Path
+
+    def run(self) -> None:
+        from .export import export
+
+        export(self.run_directory, self.out)
+
+
+def command_of(preset_name: str, arguments: list[str], description: str | None) -> Any:
+    """The command that the arguments give, with its options; `description` heads the help."""
+    preset = Train(out=tyro.MISSING, config=replace(PRESETS[preset_name], data=tyro.MISSING))
+    return tyro.cli(
+        Annotated[Collect, tyro.conf.subcommand("collect")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Describe, tyro.conf.subcommand("describe")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=preset)]
+        | Annotated[TrainTokenizer, tyro.conf.subcommand("train-tokenizer")]
+        | Annotated[TrainLatentActions, tyro.conf.subcommand("train-latent-actions")]
+        | Annotated[Encode, tyro.conf.subcommand("encode")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Demo, tyro.conf.subcommand("demo")],
+        prog="mfwm",
+        description=description,
+        args=arguments,
+    )
