@@ -102,6 +102,14 @@ class Product(NamedTuple):
     gathered: bool
 
 
+class Clips(NamedTuple):
+    """The rows of a horizon's inputs and of their gradient, [B, rows, D]; None where the strides allow no view, where
+    rows are known by their numbers, and for a gradient that nobody needs."""
+
+    states: Tensor | None
+    gradient: Tensor | None
+
+
 class Pair(NamedTuple):
     """Far rows [C], the near rows [C, S] that each covers, which of them count (None for all), and how many."""
 
@@ -212,28 +220,24 @@ class Heads:
     def begin(self, rows: Sequence[int | Tensor]) -> None:
         """Zero the gradients of the inputs outside `rows`, and view both by clip where rows are those of positions."""
         self.covered = rows
-        self.views: list[tuple[Tensor | None, Tensor | None]] = []
+        self.clips: list[Clips] = []
         for states, gradient, covered in zip(self.args.inputs, self.of_inputs, rows, strict=True):
             if isinstance(covered, Tensor):
                 if gradient is not None:
                     gradient.zero_()
-                self.views.append((None, None))
+                self.clips.append(Clips(None, None))
                 continue
             if gradient is not None:
                 gradient[:, covered:].zero_()
-            views = by_clip(states, covered), None if gradient is None else by_clip(gradient, covered)
-            dense = [None if view is None else flat(view) for view in views]
-            if all((d is None) == (view is None) for d, view in zip(dense, views, strict=True)):
-                # One long clip: a product of matrices instead of a batched one.
-                views = tuple(None if d is None else d.unsqueeze(0) for d in dense)  # type: ignore[assignment]
-            self.views.append(views)
+            clips = Clips(by_clip(states, covered), None if gradient is None else by_clip(gradient, covered))
+            self.clips.append(one_clip(clips) or clips)
 
     def products(self, parts: Sequence[Part], first: int = 0) -> list[Product]:
         """How `parts` are multiplied; their logits fill the buffer from row `first` on."""
         shared, rows = len(self.weights) == 1, sum(part.size for part in parts)
 
         def stays(part: Part) -> bool:
-            clips, _ = self.views[part.horizon]
+            clips = self.clips[part.horizon].states
             if clips is None or clips.dtype != self.dtype or not isinstance(part.rows, slice):
                 return False
             # Every clip has a gradient of the weight of its own to add: below V / 2 rows that moves more than a copy.
@@ -245,8 +249,9 @@ class Heads:
             together = list(run)
             groups = [[part] for part in together] if in_place or not shared else [together]
             for group in groups:
-                states = self._pieces(group[0], 0) if in_place else [self._gather(group)]
-                gradients = self._pieces(group[0], 1) if in_place else [None]
+                clips = self.clips[group[0].horizon]
+                states = self._pieces(clips.states, group[0]) if in_place else [self._gather(group)]
+                gradients = self._pieces(clips.gradient, group[0]) if in_place else []
                 for piece, gradient in itertools.zip_longest(states, gradients):
                     last = first + piece.shape[:-1].numel()
                     made.append(Product(group, piece, gradient, slice(first, last), not in_place))
@@ -298,9 +303,8 @@ class Heads:
         """The logits of a product, or their gradients, shaped as its states are."""
         return self.buffer[product.at].view(*product.states.shape[:-1], -1)
 
-    def _pieces(self, part: Part, which: int) -> list[Tensor]:
-        """The part's rows in the inputs (0) or in their gradients (1): views [R, D] or [clips, R, D]."""
-        clips = self.views[part.horizon][which]
+    def _pieces(self, clips: Tensor | None, part: Part) -> list[Tensor]:
+        """The part's rows: views [R, D] or [clips, R, D] of the inputs or of their gradient."""
         assert isinstance(part.rows, slice)
         found = [] if clips is None else list(pieces(clips, part.rows))
         if not self.batched:
@@ -315,7 +319,7 @@ class Heads:
             if isinstance(part.rows, Tensor):
                 to.copy_(rows_at(states, part.rows))
                 continue
-            found = self._pieces(part, 0)
+            found = self._pieces(self.clips[part.horizon].states, part)
             if not found:
                 # Strides that have no view by clip.
                 found = [rows_of(states[:, : self.covered[part.horizon]], part.rows.start, part.rows.stop)]
@@ -332,7 +336,7 @@ class Heads:
             rows = gradient.view(-1, gradient.shape[-1])
             rows[part.rows] = (rows[part.rows] + computed if added else computed).to(gradient.dtype)
             return
-        to = self._pieces(part, 1)
+        to = self._pieces(self.clips[part.horizon].gradient, part)
         for piece, rows in zip(to, computed.split([piece.shape[:-1].numel() for piece in to]), strict=True):
             piece.copy_(piece + rows.view(piece.shape) if added else rows.view(piece.shape))
 
@@ -358,6 +362,15 @@ class Heads:
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.args.tokens.device)
+
+
+def one_clip(clips: Clips) -> Clips | None:
+    """The same as one long clip [1, B * rows, D], where states and gradient are dense: a product of matrices instead of
+    a batched one."""
+    dense = Clips(*(None if rows is None else flat(rows) for rows in clips))
+    if any(rows is not None and matrix is None for rows, matrix in zip(clips, dense, strict=True)):
+        return None
+    return Clips(*(None if matrix is None else matrix.unsqueeze(0) for matrix in dense))
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
