@@ -93,6 +93,15 @@ def on_the_backends_device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For bounds on memory: a matrix product has a workspace for every thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["bf16", "fp32"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """What the cpu backend multiplies bf16 states in, both ways on any machine."""

@@ -260,7 +260,9 @@ def peak_memory(kwargs: dict[str, Any]) -> int:
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="needs the compiled module")
-def test_memory_does_not_grow_with_the_logits(products: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_logits(
+    products: torch.dtype, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Above inputs and gradients, as given and as returned: a chunk, and the weight and its gradient for products."""
     horizons, vocabulary, depth, budget = Horizons.cascade(4), 4096, 64, 8 * 2**20
     module = importlib.import_module("mfwm_kernels.cpu.multi_horizon_linear_cross_entropy")

@@ -200,14 +200,25 @@ class Place:
         assert self._lock is not None and self.target is not None
         work = beside(self.target)
         put_back(self.target)
-        shutil.rmtree(work, ignore_errors=True)
-        if any((work / name).exists() for name in ("new", "old")):
+        if delete(work):
             warnings.warn(f"{work} cannot be deleted: the next writer of {self.path} tries again", stacklevel=4)
         self._lock.close()
         self._lock = None
         # A network file system keeps an open file's name, and so its directory, until here.
         with suppress(OSError):
             work.rmdir()
+
+
+def delete(work: Path) -> bool:
+    """Delete a writer's directory; whether anything of a set is left. Zarr's tasks of an interrupted write may still be
+    adding files to it, so for two seconds it is tried again."""
+    deadline = time.monotonic() + 2
+    while True:
+        shutil.rmtree(work, ignore_errors=True)
+        left = any((work / name).exists() for name in ("new", "old"))
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.02)
 
 
 def identity(path: Path | str) -> tuple[int, int] | None:
