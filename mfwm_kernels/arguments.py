@@ -81,7 +81,7 @@ def integers(
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of integers, got {type(values).__name__}")
     for i, value in enumerate(values):
-        if not is_integer(value):
+        if type(value) is not int and not is_integer(value):
             raise TypeError(f"{name}[{i}] must be an integer, got {value!r}")
         if least is not None and value < least:
             raise ValueError(f"{name}[{i}] must be >= {least}, got {value}")
@@ -89,7 +89,7 @@ def integers(
             raise ValueError(f"{name}[{i}] must be <= {most}, got {value}")
     if count is not None and len(values) != count:
         raise ValueError(f"{name} must have one entry per horizon, {count}; got {len(values)}")
-    return tuple(int(value) for value in values)
+    return tuple(map(int, values))
 
 
 def number(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import names
-from .transforms import refuse_compiled_forward_mode, refuse_transforms, settle
+from .transforms import is_batched, refuse_compiled_forward_mode, refuse_transforms, settle
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -358,8 +358,10 @@ class _Kernel(torch.autograd.Function):
         _first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(wanted))
-        refuse_transforms(op.name, grads)
-        (grads, watched), module = settle(grads), load(op, ctx.backend)
+        grads, watched = settle(grads)
+        if watched or is_batched(grads):
+            refuse_transforms(op.name, grads)
+        module = load(op, ctx.backend)
         if op.gradients_in_forward:
             # The first backward scales the stored gradients in place and releases them; another one recomputes them.
             extras, ctx.extras = ctx.extras, None

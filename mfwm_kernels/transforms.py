@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _functorch, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+# Classes of flat arguments that hold no tensor; a list that begins with a number holds numbers.
+PLAIN = frozenset({int, float, bool, str, torch.dtype})
 
 
 def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
@@ -39,7 +42,11 @@ def settle(args: Any) -> tuple[Any, bool]:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             negated |= value.is_neg()
+        elif kind in PLAIN:
+            continue
         elif kind is list:
+            if value and type(value[0]) in PLAIN:
+                continue
             for entry in value:
                 kind = type(entry)
                 if kind is Tensor or kind is Parameter:
@@ -55,7 +62,7 @@ def settle(args: Any) -> tuple[Any, bool]:
 def is_thread_watched() -> bool:
     return (
         _len_torch_dispatch_stack() > 0
-        or _get_tracing_state() is not None
+        or _is_tracing()
         or _functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
     )
@@ -78,10 +85,15 @@ def refuse_transforms(name: str, args: Iterable[Any]) -> None:
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
             raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); use reverse mode: backward()")
     layers = [layer for tensor in tensors for layer in layers_of(tensor)]
-    if any(map(_functorch.is_batchedtensor, layers)) or any(map(_functorch.is_legacy_batchedtensor, tensors)):
+    if any(map(_functorch.is_batchedtensor, layers)) or is_batched(tensors):
         raise NotImplementedError(f"{name} does not support vmap; its inputs have a batch dimension of their own")
     if any(map(_functorch.is_gradtrackingtensor, layers)):
         raise NotImplementedError(f"{name} does not support torch.func.grad; use torch.autograd.grad")
+
+
+def is_batched(grads: Iterable[Tensor | None]) -> bool:
+    """Whether these are upstream gradients of autograd.grad(is_grads_batched=True), which no thread state tells of."""
+    return any(_functorch.is_legacy_batchedtensor(grad) for grad in grads if grad is not None)
 
 
 def refuse_compiled_forward_mode(name: str) -> None:

@@ -12,9 +12,10 @@ from . import kernels, raw
 
 
 def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    device = args.video.device
     patch_sizes: Sequence[int | None] = args.patch_sizes or [None] * len(args.factors)
     outputs = [
-        torch.empty(output_shape(args.video, factor, patch), dtype=args.dtype, device=args.video.device)
+        torch.empty(output_shape(args.video, factor, patch), dtype=args.dtype, device=device)
         for factor, patch in zip(args.factors, patch_sizes, strict=True)
     ]
     kernels.video_pyramid(
