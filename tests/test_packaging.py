@@ -1,4 +1,4 @@
-"""The versions that the package asks for can be installed together, and are what the README says."""
+"""The versions that pyproject.toml names install together, and the README states the same ones."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from .world_model import WorldModelConfig
 
 # 4.3 million parameters; one block per far horizon on a grid of half the resolution. Far losses are larger (the world
 # has moved on), and with equal weights they crowd out the next frame early in training. Attention reaches half the
-# context back, so a rollout goes on for ever at one position a frame.
+# context back, so a rollout continues without end at one position a frame.
 DEMO_MODEL = WorldModelConfig(
     positions="rope",
     window=8,

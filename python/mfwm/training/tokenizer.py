@@ -76,7 +76,7 @@ def load_tokenizer(run: Path) -> tuple[Tokenizer, TokenizerTraining, int]:
 def evaluate_tokenizer(
     run: Path, *, data: str | Path | None = None, clips: int = 96, batch: int = 8, seed: int = 0
 ) -> dict[str, Any]:
-    """PSNR and SSIM of held-out frames that come back; writes metrics.json beside the checkpoint and returns it.
+    """PSNR and SSIM of reconstructed held-out frames; writes metrics.json beside the checkpoint and returns it.
 
     data: where the run's data set is, if it was moved.
     """
