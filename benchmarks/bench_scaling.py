@@ -37,7 +37,7 @@ def measure(axis: str, dtype_name: str, device: torch.device, budget: float) -> 
         ]
 
         def call(video: torch.Tensor = video, preds: list[torch.Tensor] = preds) -> None:
-            loss = multi_horizon_loss(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1])
+            loss = multi_horizon_loss(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1], detach=None)
             torch.autograd.grad(loss.total, preds)
 
         call()

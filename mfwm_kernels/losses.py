@@ -17,7 +17,8 @@ DETACH = (None, "near", "far")
 class HorizonLoss(NamedTuple):
     """The loss of K horizons.
 
-    total: scalar, sum_i weights[i] * per_horizon[i] + the weighted consistency terms; the one differentiable field.
+    total: scalar, sum_i horizon_weights[i] * per_horizon[i] + the weighted consistency terms; the only differentiable
+        field.
     per_horizon: [K] means, each over its own count.
     counts: [K] int64, how much each mean is over: elements of multi_horizon_loss, cells of
         multi_horizon_linear_cross_entropy.
@@ -34,11 +35,11 @@ class HorizonLoss(NamedTuple):
     accuracy: Tensor | None = None
 
 
-def check_weights(weights: Tensor | Sequence[float] | None, count: int, like: Tensor) -> Tensor:
+def check_horizon_weights(horizon_weights: Tensor | Sequence[float] | None, count: int, like: Tensor) -> Tensor:
     """[K] weights; ones by default."""
-    if weights is None:
+    if horizon_weights is None:
         return check.constant((1.0,) * count, (count,), like)
-    return check.horizon_weights("weights", weights, [(count,)], like)
+    return check.horizon_weights("horizon_weights", horizon_weights, [(count,)], like)
 
 
 def check_consistency(

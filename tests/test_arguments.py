@@ -128,9 +128,9 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (loss, {"video": torch.zeros(2, 4, 3, 8, 8)}, "video must have at least as many frames .*: T_v = 4, T = 5"),
     (loss, {"video": torch.zeros(2, 6, 3, 8, 8, requires_grad=True)}, "video must not require grad"),
     (loss, {"kind": "l2"}, "kind must be one of 'mse', 'l1', 'huber', 'charbonnier'; got 'l2'"),
-    (loss, {"weights": [1.0, 2.0]}, r"weights must have shape \[3\], got \[1.0, 2.0\]"),
-    (loss, {"weights": [1.0, NAN, 1.0]}, "weights entry must be finite, got nan"),
-    (loss, {"weights": torch.ones(3).half()}, "weights must have dtype float32, float64, got float16"),
+    (loss, {"horizon_weights": [1.0, 2.0]}, r"horizon_weights must have shape \[3\], got \[1.0, 2.0\]"),
+    (loss, {"horizon_weights": [1.0, NAN, 1.0]}, "horizon_weights entry must be finite, got nan"),
+    (loss, {"horizon_weights": torch.ones(3).half()}, "horizon_weights must have dtype float32, float64, got float16"),
     (loss, {"consistency_weights": [[0, 1], [0, 0]]}, r"consistency_weights must have shape \[3\] or \[3, 3\]"),
     (loss, {"consistency_weights": [[1, 1, 1]] * 3}, r"consistency_weights\[0\]\[0\] must be 0: only pairs"),
     (loss, {"detach": "both"}, "detach must be one of None, 'near', 'far'; got 'both'"),
@@ -149,7 +149,7 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (combine, {"weight": torch.randn(4, 8)}, r"weight must have shape \[N, 2 D\] = \[4, 16\], got \[4, 8\]"),
     (combine, {"order": "action_first"}, "order must be one of 'hidden_first', 'embedding_first'"),
     (combine, {"embedding": torch.randn(3, 8)}, r"embedding must have shape .* = \[2, 8\], got \[3, 8\]"),
-    (combine, {"eps": -1.0}, "eps must be >= 0, got -1.0"),
+    (combine, {"norm_eps": -1.0}, "norm_eps must be >= 0, got -1.0"),
 ]
 
 
@@ -186,7 +186,7 @@ def no_constants() -> None:
 def gradient_of_a_loss() -> torch.Tensor:
     """Of a loss whose weights are a list, which becomes a cached tensor."""
     preds = [torch.ones(1, 4, 3, 8 // f, 8 // f, requires_grad=True) for f in (1, 2, 4)]
-    total = loss(preds=preds, video=torch.zeros(1, 5, 3, 8, 8), weights=[1.0, 0.5, 2.0]).total
+    total = loss(preds=preds, video=torch.zeros(1, 5, 3, 8, 8), horizon_weights=[1.0, 0.5, 2.0]).total
     return torch.autograd.grad(total, preds[0])[0]
 
 
@@ -215,12 +215,12 @@ def test_a_monitor_follows_the_tensor_that_it_was_given() -> None:
 
 def in_inference_mode() -> None:
     with torch.inference_mode():
-        loss(weights=[1.0, 0.5, 2.0])
+        loss(horizon_weights=[1.0, 0.5, 2.0])
 
 
 def with_fake_tensors() -> None:
     with FakeTensorMode():
-        loss(weights=[1.0, 0.5, 2.0])
+        loss(horizon_weights=[1.0, 0.5, 2.0])
 
 
 def with_real_tensors_in_a_mode_of_fake_ones(allow: bool) -> None:
@@ -231,15 +231,15 @@ def with_real_tensors_in_a_mode_of_fake_ones(allow: bool) -> None:
     }
     with FakeTensorMode(allow_non_fake_inputs=allow):
         if allow:
-            assert type(m.multi_horizon_loss(**call, weights=[1.0]).total) is FakeTensor
+            assert type(m.multi_horizon_loss(**call, horizon_weights=[1.0]).total) is FakeTensor
         else:
             with pytest.raises((AssertionError, TypeError, RuntimeError)):
-                m.multi_horizon_loss(**call, weights=[1.0])
+                m.multi_horizon_loss(**call, horizon_weights=[1.0])
 
 
 def under_torch_func() -> None:
     with pytest.raises(RuntimeError):
-        torch.func.grad(lambda pred: loss(preds=[pred], horizons=Horizons((1,), (1,)), weights=[1.0]).total)(
+        torch.func.grad(lambda pred: loss(preds=[pred], horizons=Horizons((1,), (1,)), horizon_weights=[1.0]).total)(
             torch.randn(2, 5, 3, 8, 8)
         )
 
@@ -259,7 +259,7 @@ def under_torch_func() -> None:
 def test_what_is_made_in_a_mode_does_not_spoil_calls_outside_it(call: Callable[[], None]) -> None:
     call()
     assert torch.equal(gradient_of_a_loss(), torch.full((1, 4, 3, 8, 8), 2 / (4 * 3 * 8 * 8)))
-    loss(preds=[torch.zeros(2, 5, 3, 8, 8)], horizons=Horizons((1,), (1,)), weights=[1.0])
+    loss(preds=[torch.zeros(2, 5, 3, 8, 8)], horizons=Horizons((1,), (1,)), horizon_weights=[1.0])
 
 
 class Frames(torch.Tensor):

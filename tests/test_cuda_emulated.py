@@ -99,7 +99,7 @@ def random_loss(seed: int) -> tuple[dict[str, Any], torch.dtype]:
     kwargs: dict[str, Any] = {
         "preds": preds, "video": strided(video), "horizons": horizons, "residual": draw.random() < 0.3,
         "kind": draw.choice(KINDS), "detach": draw.choice([None, "near", "far"]), "delta": 0.6, "eps": 0.05,
-        "weights": torch.rand(count, dtype=draw.choice([torch.float32, torch.float64])),
+        "horizon_weights": torch.rand(count, dtype=draw.choice([torch.float32, torch.float64])),
     }  # fmt: skip
     if patches is not None:
         kwargs["patch_sizes"] = patches

@@ -23,7 +23,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     joined_all = torch.empty(pieces[0][1] if pieces else 0, depth, dtype=dtype, device=hidden.device)
     for first, last in pieces:
         joined, to = joined_all[: last - first], rows_of(out, first, last)
-        norm([rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)], joined, args.eps)
+        norm([rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)], joined, args.norm_eps)
         if dtype == hidden.dtype:
             torch.mm(joined, weight.t(), out=to)
         else:

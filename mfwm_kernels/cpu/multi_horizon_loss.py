@@ -25,7 +25,9 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     kernels.multi_horizon_loss(*described(args, gradients, written), torch.get_num_threads())
     extras = [gradient for gradient in gradients if gradient is not None]
     if learnt:
-        extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], written[1], written[3])
+        extras += gradients_of_weights(
+            args.horizon_weights, args.consistency_weights, wanted[count:], written[1], written[3]
+        )
         outputs = [exact.to(output.dtype) for exact, output in zip(written, outputs, strict=True)]
     return outputs, extras
 
@@ -37,7 +39,7 @@ def described(args: Arguments, gradients: Sequence[Tensor | None], outputs: Sequ
         [raw(gradient) for gradient in gradients],
         raw(args.video),
         raw(args.segment_ids),
-        raw(args.weights),
+        raw(args.horizon_weights),
         raw(args.consistency_weights),
         args.offsets,
         args.factors,

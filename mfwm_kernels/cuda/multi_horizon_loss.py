@@ -30,7 +30,9 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     scratch = torch.empty(terms, BLOCKS, dtype=torch.float32, device=device)
     launch("cuda_multi_horizon_loss", device, *described(args, gradients, outputs), raw(term_counts), raw(scratch))
     extras = [gradient for gradient in gradients if gradient is not None]
-    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], outputs[1], outputs[3])
+    extras += gradients_of_weights(
+        args.horizon_weights, args.consistency_weights, wanted[count:], outputs[1], outputs[3]
+    )
     return outputs, extras
 
 

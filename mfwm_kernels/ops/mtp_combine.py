@@ -26,7 +26,7 @@ class Arguments(NamedTuple):
     weight: Tensor
     hidden_norm_weight: Tensor
     embedding_norm_weight: Tensor
-    eps: float
+    norm_eps: float
     order: str
 
 
@@ -37,20 +37,21 @@ def mtp_combine(
     *,
     hidden_norm_weight: Tensor,
     embedding_norm_weight: Tensor,
-    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
     order: str = "hidden_first",
 ) -> Tensor:
     """Join the hidden state of one depth with the embedding of the real frame in between.
 
-    Equivalent to `F.linear(torch.cat([F.rms_norm(hidden, (D,), hidden_norm_weight, eps), F.rms_norm(embedding, (D,),
-    embedding_norm_weight, eps)], -1), weight)`, the two swapped for order="embedding_first". Norms in fp32 (fp64 for
-    fp64). Under autocast every floating tensor is cast as F.linear does.
+    Equivalent to `F.linear(torch.cat([F.rms_norm(hidden, (D,), hidden_norm_weight, norm_eps),
+    F.rms_norm(embedding, (D,), embedding_norm_weight, norm_eps)], -1), weight)`, the two swapped for
+    order="embedding_first". Norms in fp32 (fp64 for fp64). Under autocast every floating tensor is cast as F.linear
+    does.
 
     Args:
         hidden, embedding: [..., D], equal shapes; fp32, bf16, fp16 or fp64, any strides.
         weight: [N, 2 D].
         hidden_norm_weight, embedding_norm_weight: [D].
-        eps: added to the mean square.
+        norm_eps: added to the mean square.
         order: which half of weight's columns is the hidden state's: "hidden_first" as in the paper,
             "embedding_first" as Megatron lays out `eh_proj`.
 
@@ -74,7 +75,7 @@ def mtp_combine(
         cast(weight, device),
         cast(hidden_norm_weight, device),
         cast(embedding_norm_weight, device),
-        check.number("eps", eps, least=0),
+        check.number("norm_eps", norm_eps, least=0),
         check.choice("order", order, ORDERS),
     )
     width = hidden.shape[-1]
@@ -95,13 +96,13 @@ def reference(
     weight: Tensor,
     hidden_norm_weight: Tensor,
     embedding_norm_weight: Tensor,
-    eps: float,
+    norm_eps: float,
     order: str,
 ) -> tuple[Tensor]:
     computed = torch.promote_types(hidden.dtype, torch.float32)
     halves = [
-        rms_norm(hidden.to(computed), hidden_norm_weight.to(computed), eps).to(hidden.dtype),
-        rms_norm(embedding.to(computed), embedding_norm_weight.to(computed), eps).to(hidden.dtype),
+        rms_norm(hidden.to(computed), hidden_norm_weight.to(computed), norm_eps).to(hidden.dtype),
+        rms_norm(embedding.to(computed), embedding_norm_weight.to(computed), norm_eps).to(hidden.dtype),
     ]
     return (F.linear(torch.cat(halves if order == "hidden_first" else halves[::-1], dim=-1), weight),)
 
@@ -119,7 +120,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
 
     yield {"hidden": normal(2, 3, 5, 16), "embedding": normal(2, 3, 5, 16), "weight": normal(16, 32), **norms(16)}
     yield {"hidden": normal(7, 4, 9).transpose(0, 1), "embedding": normal(4, 7, 18)[..., ::2],
-           "weight": normal(18, 5).T, "order": "embedding_first", "eps": 1e-3, **norms(9)}  # fmt: skip
+           "weight": normal(18, 5).T, "order": "embedding_first", "norm_eps": 1e-3, **norms(9)}  # fmt: skip
     yield {"hidden": normal(8), "embedding": normal(8), "weight": normal(3, 16), **norms(8)}
     yield {"hidden": normal(0, 3, 8), "embedding": normal(0, 3, 8), "weight": normal(8, 16), **norms(8)}
     # Wide enough for the loops of GPU kernels to be pipelined, and sliced in time: the rows do not flatten.

@@ -18,7 +18,7 @@ from .. import arguments as check
 from ..autocast import cast
 from ..horizons import Horizons, check_horizons, counts_at
 from ..ids import checked_ids, raise_pending
-from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, refuse_late
+from ..losses import DETACH, HorizonLoss, check_consistency, check_horizon_weights, refuse_late
 from ..registry import Backend, Cost, Op, call, register
 
 
@@ -26,7 +26,7 @@ class Arguments(NamedTuple):
     inputs: list[Tensor]
     weight: list[Tensor]
     tokens: Tensor
-    weights: Tensor
+    horizon_weights: Tensor
     consistency_weights: Tensor | None
     segment_ids: Tensor | None
     token_mask: Tensor | None
@@ -49,7 +49,7 @@ def multi_horizon_linear_cross_entropy(
     tokens: Tensor,
     horizons: Horizons,
     *,
-    weights: Tensor | Sequence[float] | None = None,
+    horizon_weights: Tensor | Sequence[float] | None = None,
     segment_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
     ignore_index: int = -100,
@@ -64,9 +64,9 @@ def multi_horizon_linear_cross_entropy(
     """Cross-entropy of K horizons' tokens; far horizons are asked for the mix of ids in each of their larger cells.
 
     Equivalent, where everything counts, to
-    `sum(weights[i] * F.cross_entropy(F.linear(inputs[i][:, :T_v - k], weight).flatten(0, 3), target_i.flatten(0, 3)))`
-    with `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i:]` as class probabilities. Softmaxes in fp32 (fp64 for
-    fp64). Under autocast inputs and weight are cast as F.linear does.
+    `sum(horizon_weights[i] * F.cross_entropy(F.linear(inputs[i][:, :T_v - k_i], weight).flatten(0, 3),
+    target_i.flatten(0, 3)))` with `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i:]` as class
+    probabilities. Softmaxes in fp32 (fp64 for fp64). Under autocast inputs and weight are cast as F.linear does.
 
     Args:
         inputs: K tensors [B, T, Hp / f_i, Wp / f_i, D]; fp32, bf16, fp16 or fp64, any strides.
@@ -74,7 +74,7 @@ def multi_horizon_linear_cross_entropy(
         tokens: [B, T_v, Hp, Wp] int32 or int64 with T_v >= T, or factored [B, T_v, Hp, Wp, F]: the sum of F
             cross-entropies.
         horizons: offsets in frames, factors in tokens.
-        weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
+        horizon_weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
         segment_ids: [B, T_v], the episode of each frame.
         token_mask: [B, T_v, Hp, Wp] bool, True = counts. It acts at offset 0 alone (MaskGIT: only the masked tokens of
             frame n are to be predicted); there an id where it is False leaves the mean as an ignored one does.
@@ -155,7 +155,7 @@ def multi_horizon_linear_cross_entropy(
         inputs,
         heads,
         tokens,
-        check_weights(weights, count, tokens),
+        check_horizon_weights(horizon_weights, count, tokens),
         consistency,
         segment_ids,
         token_mask,
@@ -178,7 +178,7 @@ def reference(
     inputs: list[Tensor],
     weight: list[Tensor],
     tokens: Tensor,
-    weights: Tensor,
+    horizon_weights: Tensor,
     consistency_weights: Tensor | None,
     segment_ids: Tensor | None,
     token_mask: Tensor | None,
@@ -231,7 +231,7 @@ def reference(
     shape = (len(inputs),) if consistency_weights is None else consistency_weights.shape
     agreement = torch.zeros(shape, dtype=computed, device=tokens.device)
     agreement_counts = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
-    total = (weights.to(computed) * torch.stack(losses)).sum()
+    total = (horizon_weights.to(computed) * torch.stack(losses)).sum()
     for i, j in zip(pairs[::2], pairs[1::2], strict=True):
         apart = offsets[j] - offsets[i]
         inside = max(0, positions - apart)
@@ -302,7 +302,8 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield {
         "inputs": inputs(cascade, 2, 4, 4, 4, 9), "weight": [normal(14, 9) for _ in range(3)], "tokens": tokens.int(),
         "horizons": cascade, "ignore_index": -1, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0,
-        "weights": torch.tensor([1.0, 0.5, 0.25], device=device), "consistency_weights": [0, 0.5, 0.25], "detach": None,
+        "horizon_weights": torch.tensor([1.0, 0.5, 0.25], device=device),
+        "consistency_weights": [0, 0.5, 0.25], "detach": None,
     }  # fmt: skip
     maskgit = Horizons((0, 1), (1, 2))
     yield {
@@ -348,7 +349,7 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     heads = [weight] if isinstance(weight, Tensor) else list(weight)
     rows = [entry.numel() // entry.shape[-1] for entry in inputs]
     vocabulary, depth = heads[0].shape
-    # Inputs and weights are read, their gradients written; logits need never reach memory.
+    # Inputs and heads are read, their gradients written; logits need never reach memory.
     elements = sum(entry.numel() for entry in inputs) + sum(head.numel() for head in heads)
     moved = 2 * elements * inputs[0].element_size()
     return Cost(moved, 6 * sum(rows) * vocabulary * depth)
@@ -393,7 +394,7 @@ OP = register(
     Op(
         name="multi_horizon_linear_cross_entropy",
         arguments=Arguments,
-        differentiable=("inputs", "weight", "weights", "consistency_weights"),
+        differentiable=("inputs", "weight", "horizon_weights", "consistency_weights"),
         reference=reference,
         fake=fake,
         public=multi_horizon_linear_cross_entropy,

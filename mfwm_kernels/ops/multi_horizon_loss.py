@@ -2,7 +2,7 @@
 
 per_horizon_i  = mean over valid (b, n) of l(preds[i][b, n] - avg_pool(video[b, n + k_i], f_i))
 consistency_ij = mean over valid (b, n) of l(preds[j][b, n] - avg_pool(preds[i][b, n + k_j - k_i], f_j / f_i)),  i < j
-total          = sum_i weights[i] * per_horizon_i + sum_ij consistency_weights[i, j] * consistency_ij
+total          = sum_i horizon_weights[i] * per_horizon_i + sum_ij consistency_weights[i, j] * consistency_ij
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import arguments as check
 from ..autocast import enabled, follow
 from ..horizons import Horizons, check_horizons, counts_at
-from ..losses import DETACH, HorizonLoss, check_consistency, check_weights, place_of, refuse_late
+from ..losses import DETACH, HorizonLoss, check_consistency, check_horizon_weights, place_of, refuse_late
 from ..registry import Backend, Cost, Op, call, register
 from .video_pyramid import (
     VIDEO,
@@ -36,7 +36,7 @@ KINDS = ("mse", "l1", "huber", "charbonnier")
 class Arguments(NamedTuple):
     preds: list[Tensor]
     video: Tensor
-    weights: Tensor
+    horizon_weights: Tensor
     consistency_weights: Tensor | None
     segment_ids: Tensor | None
     offsets: list[int]
@@ -58,9 +58,9 @@ def multi_horizon_loss(
     horizons: Horizons,
     *,
     kind: str = "mse",
-    weights: Tensor | Sequence[float] | None = None,
+    horizon_weights: Tensor | Sequence[float] | None = None,
     consistency_weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
-    detach: str | None = None,
+    detach: str | None = "near",
     patch_sizes: Sequence[int] | None = None,
     residual: bool = False,
     scale: float | None = None,
@@ -72,8 +72,8 @@ def multi_horizon_loss(
     """Losses of K predictions against the frames they are of, and against each other.
 
     Equivalent, where everything counts and kind is "mse", to
-    `sum(weights[i] * F.mse_loss(preds[i][:, :T_v - k], avg_pool(scale * video + shift, f)[:, k:]) for i, (k, f) in
-    enumerate(zip(offsets, factors)))` plus, for each pair i < j with a consistency weight c,
+    `sum(w * F.mse_loss(pred[:, :T_v - k], avg_pool(scale * video + shift, f)[:, k:]) for w, pred, k, f in
+    zip(horizon_weights, preds, offsets, factors))` plus, for each pair i < j with a consistency weight c,
     `c * F.mse_loss(preds[j][:, :-d], avg_pool(preds[i], f_j // f_i)[:, d:])`, d = k_j - k_i. A horizon counts at
     position n when n + k_i < T_v and, with segment_ids, both frames lie in one segment; each mean is over its own
     count, and a count of 0 gives loss 0 and gradient 0. Differences and sums are taken in fp32 (fp64 for fp64).
@@ -85,11 +85,11 @@ def multi_horizon_loss(
         horizons: offsets in frames, factors by which the targets are smaller.
         kind: of the difference d: "mse" d^2, "l1" |d|, "huber" as F.huber_loss with `delta`, "charbonnier"
             sqrt(d^2 + eps^2).
-        weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
+        horizon_weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
         consistency_weights: [K], for the pairs (0, j) (entry 0 unused), or [K, K], for any pair [i, j] with i < j;
             f_j must be a multiple of f_i where the weight is not 0. A tensor
             that cannot be read beforehand (on a GPU, in torch.compile) makes the total NaN where it breaks that rule.
-        detach: None: both sides of a consistency pair learn; "near": side i gets no gradient; "far": side j gets none.
+        detach: "near": side i of a consistency pair gets no gradient; "far": side j gets none; None: both learn.
         patch_sizes: K integers: preds are in the token layout of video_pyramid.
         residual: the prediction is preds[i][:, n] + avg_pool(video[:, n], f_i): the head predicts the change.
         scale, shift: applied to video, as in video_pyramid.
@@ -133,7 +133,7 @@ def multi_horizon_loss(
     args = Arguments(
         preds,
         video,
-        check_weights(weights, count, video),
+        check_horizon_weights(horizon_weights, count, video),
         consistency,
         segment_ids,
         list(horizons.offsets),
@@ -154,7 +154,7 @@ def multi_horizon_loss(
 def reference(
     preds: list[Tensor],
     video: Tensor,
-    weights: Tensor,
+    horizon_weights: Tensor,
     consistency_weights: Tensor | None,
     segment_ids: Tensor | None,
     offsets: list[int],
@@ -193,7 +193,7 @@ def reference(
     shape = (len(preds),) if consistency_weights is None else consistency_weights.shape
     agreement = torch.zeros(shape, dtype=computed, device=device)
     agreement_counts = torch.zeros(shape, dtype=torch.int64, device=device)
-    total = (weights.to(computed) * torch.stack(losses)).sum()
+    total = (horizon_weights.to(computed) * torch.stack(losses)).sum()
     for i, j in zip(pairs[::2], pairs[1::2], strict=True):
         apart = offsets[j] - offsets[i]
         inside = max(0, positions - apart)
@@ -267,8 +267,8 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield inputs(bytes_(2, 12, 3, 16, 24), cascade, 12)
     yield {
         **inputs(bytes_(2, 12, 8, 16, 3).permute(0, 1, 4, 2, 3), cascade, 10),
-        "weights": torch.tensor([1.0, 0.5, 0.25, 0.125], device=device), "segment_ids": segments,
-        "consistency_weights": torch.tensor([0.0, 0.3, 0.2, 0.1], device=device), "residual": True,
+        "horizon_weights": torch.tensor([1.0, 0.5, 0.25, 0.125], device=device), "segment_ids": segments,
+        "consistency_weights": torch.tensor([0.0, 0.3, 0.2, 0.1], device=device), "residual": True, "detach": None,
     }  # fmt: skip
     yield {
         **inputs(normal(2, 12, 1, 18, 12), Horizons((0, 1, 3), (1, 3, 3)), 12, (2, 1, 2)),
@@ -277,15 +277,16 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     }  # fmt: skip
     yield {
         **inputs(bytes_(2, 12, 3, 16, 8), cascade, 12, (4, 4, 2, 1)), "kind": "charbonnier", "eps": 0.1,
-        "consistency_weights": [0, 1, 0, 0.5], "detach": "far", "weights": [1, 2, 0, 0.5], "residual": True,
+        "consistency_weights": [0, 1, 0, 0.5], "detach": "far", "horizon_weights": [1, 2, 0, 0.5], "residual": True,
     }  # fmt: skip
     multi = inputs(normal(1, 6, 16, 8, 8), Horizons.multi_resolution(), 5)
     yield {**multi, "preds": [torch.stack([p, p], -1)[..., 0] for p in multi["preds"]], "kind": "l1",
-           "consistency_weights": [0, 1, 1, 0.5, 0.25]}  # fmt: skip
+           "consistency_weights": [0, 1, 1, 0.5, 0.25], "detach": None}  # fmt: skip
     # Dense, channels innermost: the gradients take the same strides.
     thwc = inputs(bytes_(2, 3, 8, 8, 3).permute(0, 1, 4, 2, 3), Horizons((1, 2), (1, 2)), 3)
     yield {**thwc, "preds": [p.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for p in thwc["preds"]],
-           "consistency_weights": torch.tensor([[0.0, 0.5], [0.0, 0.0]], device=device).T.contiguous().T}  # fmt: skip
+           "consistency_weights": torch.tensor([[0.0, 0.5], [0.0, 0.0]], device=device).T.contiguous().T,
+           "detach": None}  # fmt: skip
     # Shorter than the longest offset: the last horizon counts nowhere.
     yield {**inputs(bytes_(1, 5, 3, 8, 8), cascade, 5), "consistency_weights": [0.0, 1.0, 1.0, 1.0]}
     yield inputs(bytes_(0, 4, 3, 8, 8), cascade, 4)
@@ -332,7 +333,8 @@ def _bench(
         )  # fmt: skip
         horizons = Horizons((1, 2, 4, 8), factors)
         preds = [torch.randn(output_shape(video, f, patch), device=device).to(dtype) for f in factors]
-        kwargs = {"preds": preds, "video": video, "horizons": horizons, "consistency_weights": [0.0, 0.1, 0.1, 0.1]}
+        weights = [0.0, 0.1, 0.1, 0.1]
+        kwargs = {"preds": preds, "video": video, "horizons": horizons, "consistency_weights": weights, "detach": None}
         return kwargs if patch is None else {**kwargs, "patch_sizes": (patch,) * len(factors)}
 
     return make
@@ -342,7 +344,7 @@ OP = register(
     Op(
         name="multi_horizon_loss",
         arguments=Arguments,
-        differentiable=("preds", "weights", "consistency_weights"),
+        differentiable=("preds", "horizon_weights", "consistency_weights"),
         reference=reference,
         fake=fake,
         public=multi_horizon_loss,

@@ -68,12 +68,12 @@ def backward(args: Arguments, wanted: Sequence[bool], grad: Tensor, passes: Pass
         states = [rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)]
         upstream = rows_of(grad, first, last).to(dtype)
         if wants_weight:
-            passes.norm(states, joined, args.eps)
+            passes.norm(states, joined, args.norm_eps)
             of_weight += upstream.t() @ joined
         if wants_states:
             torch.mm(upstream, weight, out=joined)
             to = [None if g is None else rows_of(g, first, last) for g in ordered(args, of_hidden, of_embedding)]
-            passes.gradient(states, joined, args.eps, to)
+            passes.gradient(states, joined, args.norm_eps, to)
     of_norms = (args.weight * of_weight).sum(0).to(hidden.dtype).chunk(2)
     of_hidden_norm, of_embedding_norm = ordered(args, *of_norms)
     made = {

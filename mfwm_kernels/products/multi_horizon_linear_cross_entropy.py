@@ -129,7 +129,7 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
     targets = targets_of(args, passes.drops)
     heads.begin(targets.rows)
     terms = [size * args.factored for size in targets.sizes]
-    scales = (args.weights.to(computed) / targets.cells.clamp_min(1)).unbind()
+    scales = (args.horizon_weights.to(computed) / targets.cells.clamp_min(1)).unbind()
     scale_of = torch.cat([scale.expand(size) for scale, size in zip(scales, terms, strict=True)])
     losses = empty(sum(terms))
     hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
@@ -172,12 +172,12 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
                 heads.learn(far_products, counted, added=True)
         agreement[j], agreement_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
-    total = (args.weights.to(computed) * per_horizon).sum()
+    total = (args.horizon_weights.to(computed) * per_horizon).sum()
     extras = heads.gradients()
     if args.consistency_weights is not None:
         total = total + torch.where(agreement_counts > 0, args.consistency_weights.to(computed) * agreement, 0).sum()
     rest = wanted[count + len(args.weight) :]
-    extras += gradients_of_weights(args.weights, args.consistency_weights, rest, per_horizon, agreement)
+    extras += gradients_of_weights(args.horizon_weights, args.consistency_weights, rest, per_horizon, agreement)
     outputs = [total, per_horizon, targets.cells, agreement, agreement_counts]
     if hits is not None:
         right = torch.stack([part.sum() for part in hits.split(terms)])

@@ -130,7 +130,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         launch(
             mtp_combine_forward, ceil_div(last - first, tile_rows) * column_blocks, hidden.device,
             tuple(states), weight, rows_of(out, first, last), last - first, depth // 2, columns, column_blocks,
-            args.eps, tuple(strides(state, 2) for state in states),
+            args.norm_eps, tuple(strides(state, 2) for state in states),
             PRECISION=dot_precision(), ROWS=tile_rows, COLUMNS=tile_columns,
             BLOCK_D=min(32, max(16, power_of_2(depth // 2))), num_warps=8 if half else 4, num_stages=3,
         )  # fmt: skip

@@ -318,12 +318,12 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     launch(
         multi_horizon_loss_finish, 1, device,
         sums[0] if len(sums) == 1 else torch.cat(sums), counts, inverses, tuple(numbers),
-        args.weights, args.consistency_weights, args.weights.stride(0), pair_places, kept_places,
+        args.horizon_weights, args.consistency_weights, args.horizon_weights.stride(0), pair_places, kept_places,
         total, means, counts_out, agreement, agreement_counts, agreement.numel(),
         COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(agreement.numel()), num_warps=1,
     )  # fmt: skip
     extras = [g.to(stored_dtype(pred)) for g, pred in zip(gradients, args.preds, strict=True) if g is not None]
-    extras += gradients_of_weights(args.weights, args.consistency_weights, wanted[count:], means, agreement)
+    extras += gradients_of_weights(args.horizon_weights, args.consistency_weights, wanted[count:], means, agreement)
     return [total, means, counts_out, agreement, agreement_counts], extras
 
 
@@ -362,12 +362,12 @@ def _launch_chain(
     launch(
         multi_horizon_loss, programs, video.device,
         tuple(preds), tuple(outputs), video, args.segment_ids, counts, inverses,
-        args.weights, args.consistency_weights, partial,
+        args.horizon_weights, args.consistency_weights, partial,
         programs, moments, first, frames, positions, channels, width,
         height // tiling.factors[-1], width // tiling.factors[-1],
         tiling.tiles_y, tiling.tiles_x, tiling.channel_blocks, args.scale, args.shift, args.delta, args.eps,
         tuple(strides(p, rank) for p in preds), tuple(strides(g, rank) for g in outputs),
-        strides(video, 5), strides(args.segment_ids, 2), args.weights.stride(0),
+        strides(video, 5), strides(args.segment_ids, 2), args.horizon_weights.stride(0),
         tuple(pair_places[t - count] for t in members if t >= count),
         OFFSETS=tuple(args.offsets[i] for i in horizons),
         LEVELS=tuple(levels),

@@ -27,7 +27,7 @@ def test_megatron_layout(backend: str) -> None:
             checkpoint["eh_proj.weight"],
             hidden_norm_weight=checkpoint["hnorm.weight"],
             embedding_norm_weight=checkpoint["enorm.weight"],
-            eps=1e-5,
+            norm_eps=1e-5,
             order="embedding_first",
         )
     # As Megatron computes it: decoder_input = enorm(embedding), hidden = hnorm(hidden), eh_proj(cat(both)).

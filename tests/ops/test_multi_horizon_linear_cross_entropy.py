@@ -108,7 +108,7 @@ def test_consistency(backend: str, detach: str | None) -> None:
     """Factors (1, 2, 4), two episodes in a clip, softcapped; alone, without weight on the cross-entropies."""
     batch = few_clips(backend)
     segments = torch.tensor([[0, 0, 0, 0, 0, 1], [2, 2, 2, 2, 2, 2]], device=device_of(backend))[:batch]
-    kwargs = call_of(backend, batch=batch, detach=detach, segment_ids=segments, softcap=2.0, weights=[0, 0, 0])
+    kwargs = call_of(backend, batch=batch, detach=detach, segment_ids=segments, softcap=2.0, horizon_weights=[0, 0, 0])
     kwargs["consistency_weights"] = [0, 0.5, 2]
     want = results("reference", kwargs)
     assert want[0].consistency[1:].all()

@@ -36,7 +36,7 @@ def test_what_does_not_count_may_be_nan(backend: str, kind: str) -> None:
 def loss_and_gradients(preds: list[Tensor], video: Tensor, horizons: Horizons, kind: str, segments: Tensor) -> Any:
     preds = [pred.detach().requires_grad_() for pred in preds]
     loss = multi_horizon_loss(
-        preds, video, horizons, kind=kind, consistency_weights=[0, 0.5], segment_ids=segments, eps=0.1
+        preds, video, horizons, kind=kind, consistency_weights=[0, 0.5], segment_ids=segments, eps=0.1, detach=None
     )
     return [loss.total.detach(), loss.per_horizon, *torch.autograd.grad(loss.total, preds)]
 
@@ -52,7 +52,7 @@ def test_fp16_gradients_survive_a_loss_scale(backend: str, compiled: bool) -> No
     video = torch.randn(2, 9, 3, 128, 128, device=device)
 
     def scaled(pred: Tensor, video: Tensor) -> Tensor:
-        return multi_horizon_loss([pred], video, Horizons.next_frame(), weights=[0.05]).total * 65536
+        return multi_horizon_loss([pred], video, Horizons.next_frame(), horizon_weights=[0.05]).total * 65536
 
     with use_backend(backend):
         loss = torch.compile(scaled, fullgraph=True, backend="aot_eager") if compiled else scaled
@@ -80,7 +80,7 @@ def test_lists_of_weights_are_exact_in_fp64() -> None:
     for backend in BACKENDS:
         if backend in ("reference", "cpu"):
             with use_backend(backend):
-                loss = multi_horizon_loss([pred], video, Horizons.next_frame(), weights=[0.3])
+                loss = multi_horizon_loss([pred], video, Horizons.next_frame(), horizon_weights=[0.3])
             assert abs(float(loss.total / (0.3 * loss.per_horizon[0])) - 1) < 1e-14
 
 

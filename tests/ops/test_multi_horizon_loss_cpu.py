@@ -31,7 +31,7 @@ def gradients(backend: str, preds: list[Tensor], video: Tensor, horizons: Horizo
     """The total, the losses, the agreement, then the gradients."""
     leaves = [pred.detach().requires_grad_() for pred in preds]
     with use_backend(backend):
-        loss = multi_horizon_loss(leaves, video, horizons, **options)
+        loss = multi_horizon_loss(leaves, video, horizons, **{"detach": None, **options})
         return [loss.total, loss.per_horizon, loss.consistency, *torch.autograd.grad(loss.total, leaves)]
 
 
@@ -130,12 +130,12 @@ def test_gradients_larger_than_the_caches(dtype: torch.dtype) -> None:
     horizons = Horizons.cascade(4)
     preds, video = inputs(1, 34, 3, 264, 264, horizons, dtype)
     assert sum(pred.numel() * pred.element_size() for pred in preds) > 16 << 20
-    check(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1])
+    check(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1], detach=None)
 
 
 def test_only_the_gradients_asked_for() -> None:
     preds, video = inputs(2, 6, 3, 16, 24, CASCADE, torch.float32)
-    options: dict[str, Any] = {"consistency_weights": ALL_PAIRS}
+    options: dict[str, Any] = {"consistency_weights": ALL_PAIRS, "detach": None}
     every = gradients("cpu", preds, video, CASCADE, **options)
     with use_backend("cpu"):
         assert torch.equal(multi_horizon_loss(preds, video, CASCADE, **options).total, every[0])
@@ -185,7 +185,7 @@ def step(batch, frames, side):
     preds = [torch.ones(batch, frames, 3, side // f, side // f) for f in horizons.factors]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with use_backend("cpu"):
-        multi_horizon_loss(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1])
+        multi_horizon_loss(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1], detach=None)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 step(1, 8, 16)  # threads and libraries

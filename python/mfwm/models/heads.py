@@ -216,7 +216,7 @@ class MultiFrameHeads(nn.Module):
                 self._token_weights(),
                 video,
                 config.horizons,
-                weights=weights,
+                horizon_weights=weights,
                 segment_ids=segment_ids,
                 token_mask=token_mask,
                 consistency_weights=consistency,
@@ -228,7 +228,7 @@ class MultiFrameHeads(nn.Module):
                 outputs,
                 video,
                 config.horizons,
-                weights=weights,
+                horizon_weights=weights,
                 consistency_weights=consistency,
                 detach=config.detach,
                 patch_sizes=self.patches,
@@ -267,7 +267,9 @@ class MultiFrameHeads(nn.Module):
                 heads if isinstance(heads, Tensor) else [heads[i] for i in chosen],
                 tokens if factor == 1 else low_tokens[factor],
                 Horizons(tuple(offsets[i] for i in chosen), (1,) * len(chosen)),
-                weights=weights[chosen] if isinstance(weights, Tensor) else weights and [weights[i] for i in chosen],
+                horizon_weights=weights[chosen]
+                if isinstance(weights, Tensor)
+                else weights and [weights[i] for i in chosen],
                 segment_ids=segment_ids,
                 token_mask=token_mask if factor == 1 else None,
                 return_accuracy=True,
