@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 from . import bench_ops, bench_rollout, bench_scaling, bench_train, measure
 

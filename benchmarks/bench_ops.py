@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfwm_kernels import registry
+from mfwm_kernels.backends import ABSENT, served_devices, use_backend
 from mfwm_kernels.check import TOLERANCE, converted, doubled, relative_error, tensors_of
-from mfwm_kernels.registry import OPS, Op, use_backend
+from mfwm_kernels.op import OPS, Op
 
 from . import rivals
 from .measure import Contender, Timing, copies_for, interleaved, multiplied, rates, roofs
@@ -42,7 +42,7 @@ def sizes_of(op: Op, device: torch.device) -> list[str]:
 
 def backends_of(op: Op, device: torch.device) -> list[str]:
     """The backends that run here at full speed; the reference where there is no other."""
-    names = [name for name in op.backends if not registry.ABSENT[name] and device.type in registry.served_devices(name)]
+    names = [name for name in op.backends if not ABSENT[name] and device.type in served_devices(name)]
     return [name for name in names if not (name == "triton" and device.type == "cpu")] or ["reference"]
 
 

@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 from . import bench_ops
 

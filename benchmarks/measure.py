@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mfwm_kernels import info
-from mfwm_kernels.cpu import product_dtype
+from mfwm_kernels.dtypes import product_dtype
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 # What the results file of a run without it adds to the device's name.

@@ -1,17 +1,18 @@
 """Fused kernels for world models that predict several frames at once."""
 
+from .backends import BackendError, use_backend
+from .dtypes import multiplies_bf16
+from .grad_monitor import GradMonitor
+from .horizon_loss import HorizonLoss
 from .horizons import Horizons
-from .ids import check_errors
-from .losses import HorizonLoss
-from .monitor import GradMonitor
 from .ops.action_window_sum import action_window_sum
 from .ops.fan_out import fan_out
 from .ops.mtp_combine import mtp_combine
 from .ops.multi_horizon_linear import multi_horizon_linear
 from .ops.multi_horizon_linear_cross_entropy import multi_horizon_linear_cross_entropy
 from .ops.multi_horizon_loss import multi_horizon_loss
+from .ops.token_ids import check_errors
 from .ops.video_pyramid import video_pyramid
-from .registry import BackendError, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "check_errors",
     "fan_out",
     "mtp_combine",
+    "multiplies_bf16",
     "multi_horizon_linear",
     "multi_horizon_linear_cross_entropy",
     "multi_horizon_loss",

@@ -26,10 +26,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import registry
+from . import native
 from .launches import Launch, Pointer, calls, recorded
+from .op import OPS, Op
 from .pipelines import races
-from .registry import OPS, Op
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Bytes that a block may have, by the CUDA programming guide.
@@ -193,10 +193,10 @@ def usage_of(line: str) -> dict[str, int]:
 
 def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
     """The CUDA C++ kernels in the compiled module. Their shared memory is what is declared, not what a launch adds."""
-    if registry.native is None or not registry.native.has_cuda:
+    if native.module is None or not native.module.has_cuda:
         return
     found = function = ""
-    for line in listing(Path(registry.native.__file__ or "")):
+    for line in listing(Path(native.module.__file__ or "")):
         if line.startswith("arch = "):
             found = line.removeprefix("arch = ").strip()
         elif line.strip().startswith("Function "):

@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import info, registry
-from .cpu import product_dtype
-from .registry import OPS, Op, use_backend
+from . import info
+from .backends import ABSENT, BACKENDS, use_backend
+from .dtypes import product_dtype
+from .op import OPS, Op
 
-# Relative norm of the difference, of the contract.
+# Largest allowed ||got - want|| / ||want|| per dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 2e-2}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -134,7 +135,7 @@ def compare(op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype) ->
             problems.append(f"{place} has shape {list(a.shape)}, not {list(b.shape)}")
             continue
         error = relative_error(a, b)
-        # Weights of horizons stay fp32 in a fp64 call, and so does their gradient's rounding.
+        # Horizon weights stay fp32 in an fp64 call, so their gradients are only fp32-accurate.
         if a.is_floating_point() and TOLERANCE[a.dtype] > TOLERANCE[dtype] and error <= TOLERANCE[a.dtype]:
             continue
         worst = max(worst, error)
@@ -213,7 +214,7 @@ def backends_of(op: Op) -> list[tuple[str, torch.device]]:
     """(backend, device) pairs that can run here."""
     pairs = [("reference", torch.device("cuda" if torch.cuda.is_available() else "cpu"))]
     for name in op.backends:
-        if not registry.ABSENT[name]:
+        if not ABSENT[name]:
             here = "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
             pairs.append((name, torch.device(here)))
     return pairs
@@ -332,7 +333,7 @@ def _send_row(sender: Connection, case: Case) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.check", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
-    parser.add_argument("--backend", nargs="+", choices=registry.BACKENDS, help="by default all that are present")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="by default all that are present")
     parser.add_argument("--dtype", nargs="+", choices=list(NAMED), default=list(NAMED))
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep the rows in FILE")
     parser.add_argument("--no-timing", action="store_true", help="values and gradients only")
@@ -347,10 +348,10 @@ def main() -> None:
     # As an interrupt: what has run is printed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
-    absent = [name for name in arguments.backend or () if registry.ABSENT[name]]
+    absent = [name for name in arguments.backend or () if ABSENT[name]]
     for name in absent:
-        print(f"FAIL  {name} is absent: {registry.ABSENT[name]}", flush=True)
-    chosen = cases(arguments.op, arguments.backend or registry.BACKENDS, arguments.dtype)
+        print(f"FAIL  {name} is absent: {ABSENT[name]}", flush=True)
+    chosen = cases(arguments.op, arguments.backend or BACKENDS, arguments.dtype)
     if not chosen and not absent:
         parser.error("nothing to check: no backend that is present serves these ops in these dtypes")
     devices = {case.device for case in chosen if not arguments.no_timing and not case.interpreted}

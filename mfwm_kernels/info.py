@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from . import __version__, registry
+from . import __version__, native
 from .arguments import names
-from .cpu import product_dtype
+from .backends import ABSENT, INTERPRETED, automatic, forced
+from .dtypes import multiplies_bf16
+from .op import OPS
 
 
 def environment() -> dict[str, Any]:
@@ -25,15 +27,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
-        "triton_interpreter": registry.INTERPRETED,
-        "native": None if registry.native is None else registry.native.build_info,
+        "triton_interpreter": INTERPRETED,
+        "native": None if native.module is None else native.module.build_info,
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "cpu": cpu_name(),
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
-        "cpu_multiplies_bf16": product_dtype(torch.bfloat16) == torch.bfloat16,
+        "cpu_multiplies_bf16": multiplies_bf16(),
         "threads": torch.get_num_threads(),
-        "forced_backend": None if registry._forced == "auto" else registry._forced,
+        "forced_backend": forced(),
     }
 
 
@@ -48,26 +50,17 @@ def cpu_name() -> str:
 def ops() -> dict[str, dict[str, Any]]:
     """For each op: each backend's kernels, dtypes and, where it is absent here, why; and what `auto` takes."""
     table: dict[str, dict[str, Any]] = {}
-    for op in registry.OPS.values():
+    for op in OPS.values():
         backends: dict[str, Any] = {"reference": {"kernels": [], "dtypes": "all", "absent": ""}}
         for name, backend in op.backends.items():
             backends[name] = {
                 "kernels": list(backend.kernels),
                 "dtypes": names(backend.dtypes),
-                "absent": registry.ABSENT[name],
+                "absent": ABSENT[name],
             }
         auto = {device: automatic(op, device) for device in ("cpu", "cuda")}
         table[op.name] = {"backends": backends, "auto": auto}
     return table
-
-
-def automatic(op: registry.Op, device: str) -> str:
-    """What `auto` takes on this kind of device, where no option makes a backend refuse."""
-    for name in op.backends:
-        serves = device in registry.served_devices(name) and not (name == "triton" and device == "cpu")
-        if serves and not registry.ABSENT[name]:
-            return name
-    return "reference"
 
 
 def main() -> None:
@@ -80,12 +73,12 @@ def main() -> None:
     for key, value in environment().items():
         print(f"{key:20} {value}")
     print()
-    width = max(map(len, registry.OPS))
+    width = max(map(len, OPS))
     print(f"{'op':{width}}  {'auto on cpu':12} {'auto on cuda':12}  backends")
     for name, row in ops().items():
         listed = ", ".join(b + ("" if not r["absent"] else " (absent)") for b, r in row["backends"].items())
         print(f"{name:{width}}  {row['auto']['cpu']:12} {row['auto']['cuda']:12}  {listed}")
-    for backend, reason in registry.ABSENT.items():
+    for backend, reason in ABSENT.items():
         if reason:
             print(f"\n{backend} is absent: {reason}")
 

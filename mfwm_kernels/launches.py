@@ -7,7 +7,7 @@ launches of one of them. mfwm_kernels.aot compiles these.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,9 +15,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from . import registry
-from .check import DTYPES, tensors_of
-from .registry import Op, leaves_of
+from . import autograd
+from .backends import load
+from .check import DTYPES
+from .op import Op
 
 META = torch.device("meta")
 
@@ -45,7 +46,7 @@ class Launch(NamedTuple):
 class Call(NamedTuple):
     """A call by its flat arguments.
 
-    wanted     which leaves want a gradient
+    want       which gradients are needed, by field
     upstream   the outputs' gradients, where the backward takes them: "dense"; "expanded", as those of a sum are; "one",
                where only the first output has any
     """
@@ -54,7 +55,7 @@ class Call(NamedTuple):
     name: str
     dtype: torch.dtype
     args: Any
-    wanted: list[bool]
+    want: dict[str, Any]
     upstream: str = "dense"
 
 
@@ -71,23 +72,24 @@ def calls(op: Op) -> Iterator[Call]:
             args = flat_arguments(op, kwargs)
             if op.backends["triton"].refuses(args):
                 continue
-            leaves = leaves_of(op, args)
-            possible = [leaf.is_floating_point() for leaf in leaves]
-            yield Call(op, name, dtype, args, possible)
-            yield Call(op, f"{name}, no gradient", dtype, args, [False] * len(leaves))
+            every = _want(op, args, op.differentiable)
+            yield Call(op, name, dtype, args, every)
+            yield Call(op, f"{name}, no gradient", dtype, args, _want(op, args, ()))
             if first:
                 for field in op.differentiable:
-                    wanted = [entry for f in op.differentiable for entry in [f == field] * _count(args, f)]
-                    if any(wanted):
-                        yield Call(op, f"{name}, {field} alone", dtype, args, wanted)
+                    if every[field]:
+                        yield Call(op, f"{name}, {field} alone", dtype, args, _want(op, args, (field,)))
                 for upstream in ("expanded", "one"):
-                    yield Call(op, f"{name}, {upstream} upstream", dtype, args, possible, upstream)
+                    yield Call(op, f"{name}, {upstream} upstream", dtype, args, every, upstream)
             first = False
 
 
-def _count(args: Any, field: str) -> int:
-    """How many leaves a field has."""
-    return len(tensors_of(getattr(args, field)))
+def _want(op: Op, args: Any, fields: Sequence[str]) -> dict[str, Any]:
+    """All gradients of these fields that exist."""
+    leaves = autograd.flatten(op, args)[0]
+    possible = autograd.nested(op, args, [leaf.is_floating_point() for leaf in leaves])
+    none = autograd.nested(op, args, [False] * len(leaves))
+    return {name: (possible if name in fields else none)[name] for name in op.differentiable}
 
 
 def _named(op: Op, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -112,7 +114,7 @@ def flat_arguments(op: Op, kwargs: dict[str, Any]) -> Any:
     def stop(_: Op, args: Any) -> str:
         raise _Reached(args)
 
-    with mock.patch.object(registry, "choose", stop):
+    with mock.patch.object(autograd, "choose", stop):
         try:
             op.public(**kwargs)
         except _Reached as reached:
@@ -124,25 +126,25 @@ def recorded(call: Call) -> list[Launch]:
     """What a forward launches, and the backward where a gradient is wanted."""
     from .triton import launch as launcher
 
-    op, _, _, args, wanted, upstream = call
+    op, _, _, args, want, upstream = call
     launches: list[Launch] = []
     memory = _Memory()
 
     def record(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any]) -> None:
         launches.append(Launch(kernel, programs, memory.placed(given), constants))
 
-    module = registry.load(op, "triton")
+    kernels = load(op, "triton")
     launcher.instead = record
     try:
         with torch.no_grad():
-            outputs, extras = module.forward(args, wanted)
-            if not any(wanted):
+            outputs, gradients = kernels.forward(args, want)
+            if not any(autograd.flags_of(want)):
                 pass
             elif op.gradients_in_forward:
-                getattr(module, "scale", registry.scale_in_place)(extras, outputs[0])
+                stored = [g for g in autograd.gradient_of_leaves(want, gradients) if g is not None]
+                kernels.scale(stored, outputs[0])
             else:
-                given = [outputs] if op.outputs_in_backward else []
-                module.backward(args, wanted, _gradients(outputs, upstream), *given)
+                kernels.backward(args, want, _gradients(outputs, upstream), outputs if op.outputs_in_backward else [])
     finally:
         launcher.instead = None
     return launches

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 import pytest
 from torch import Tensor
 
-from mfwm_kernels import cpu, info
+from mfwm_kernels import dtypes, info
+from mfwm_kernels.backends import ABSENT, served_devices
 from mfwm_kernels.check import tensors_of
-from mfwm_kernels.registry import ABSENT, OPS, served_devices
+from mfwm_kernels.op import OPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -47,7 +48,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Say which CPU runs the suite and what it multiplies: some bounds and most times depend on it."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
-        products = str(cpu.product_dtype(torch.bfloat16)).removeprefix("torch.")
+        products = str(dtypes.product_dtype(torch.bfloat16)).removeprefix("torch.")
         capability = torch.backends.cpu.get_cpu_capability()
         reporter.write_line(f"{info.cpu_name()}, {capability}: bf16 states are multiplied in {products}")
 
@@ -105,8 +106,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=["bf16", "fp32"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """What the cpu backend multiplies bf16 states in, both ways on any machine."""
-    monkeypatch.setattr(cpu, "_MULTIPLIES_BF16", request.param == "bf16")
-    return cpu.product_dtype(torch.bfloat16)
+    monkeypatch.setattr(dtypes, "_MULTIPLIES_BF16", request.param == "bf16")
+    return dtypes.product_dtype(torch.bfloat16)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 
 from mfwm_kernels import launches
 from mfwm_kernels.launches import Call, Pointer, calls, flat_arguments, recorded
-from mfwm_kernels.registry import OPS, leaves_of
+from mfwm_kernels.op import OPS
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -40,12 +40,12 @@ def test_the_calls_launch_the_kernels_that_are_listed(op: Any) -> None:
 
 
 def test_a_recorded_pointer_is_as_aligned_as_the_tensor_is() -> None:
-    op = OPS["action_window_sum"]
+    op, want = OPS["action_window_sum"], {"actions": False, "lag_weight": None}
     hidden = torch.empty(2, 7, 40, dtype=torch.bfloat16, device="meta")
     addresses = {}
     for first in (0, 1, 8):
         args = flat_arguments(op, {"actions": hidden[..., first : first + 32], "offsets": (1, 2)})
-        (launch,) = recorded(Call(op, "", torch.bfloat16, args, [False] * len(leaves_of(op, args))))
+        (launch,) = recorded(Call(op, "", torch.bfloat16, args, want))
         actions, *others = (value for value in launch.given if isinstance(value, Pointer))
         addresses[first] = actions.address
         assert all(abs(actions.address - other.address) > hidden.nbytes for other in others)
@@ -64,7 +64,7 @@ def test_variants_are_what_triton_would_compile() -> None:
         "from triton import knobs\n"
         "from mfwm_kernels.aot import variants\n"
         "from mfwm_kernels.launches import calls, recorded\n"
-        "from mfwm_kernels.registry import OPS\n"
+        "from mfwm_kernels.op import OPS\n"
         "ops = [op for op in OPS.values() if 'triton' in op.backends]\n"
         "keys = set()\n"
         "knobs.runtime.jit_cache_hook = lambda *, key, fn, **_: not keys.add((fn.name, key))\n"

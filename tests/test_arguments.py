@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 import mfwm_kernels as m
 from mfwm_kernels import GradMonitor, Horizons, arguments
 from mfwm_kernels.check import tensors_of
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 NAN = float("nan")
 CASCADE = Horizons.cascade(3)
@@ -102,7 +102,16 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (fan, {"pool": (1, 2, 3)}, r"pool\[2\] = 3 does not divide the token grid 4 x 8"),
     (fan, {"pool": (1, 2)}, "pool must have one entry per horizon, 3; got 2"),
     (fan, {"hidden": torch.randn(2, 5, 32, 8)}, r"pool\[1\] must be 1 where hidden has no grid"),
-    (fan, {"actions": torch.randn(2, 4, 8)}, "actions must have at least as many steps.*T_a = 4, T = 5"),
+    (fan, {"actions": None, "lag_weight": torch.ones(3, 4, 8)}, "lag_weight must be None where actions is None"),
+    (fan, {"actions": None, "segment_ids": torch.zeros(2, 5).int()}, "segment_ids must be None where actions is None"),
+    (fan, {"actions": "none"}, "actions must be a torch.Tensor, got str"),
+    (fan, {"condition": torch.randn(2, 5, 8)}, r"condition must have 4 dimensions, got shape \[2, 5, 8\]"),
+    (fan, {"condition": torch.randn(2, 5, 2, 8)}, r"condition must have shape \[B, T, K, D\] = \[2, 5, 3, 8\]"),
+    (
+        fan,
+        {"condition": torch.randn(2, 5, 3, 8).half()},
+        "condition must have the dtype of hidden, float32; got float16",
+    ),
     (fan, {"actions": torch.randn(2, 5, 9)}, r"actions must have shape \[B, T_a, D\]"),
     (fan, {"actions": torch.randn(2, 5, 8).half()}, "actions must have the dtype of hidden, float32; got float16"),
     (fan, {"actions": torch.randn(2, 5, 8, device="meta")}, "actions must be on the device of hidden, cpu; got meta"),

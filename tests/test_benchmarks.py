@@ -17,7 +17,7 @@ from mfwm.models.world_model import WorldModel, WorldModelConfig
 
 import benchmarks.__main__ as program
 from benchmarks import bench_ops, bench_train, measure
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import mfwm_kernels.cuda.multi_horizon_loss as loss_launcher
 from mfwm_kernels import Horizons, multi_horizon_loss
+from mfwm_kernels.backends import BackendError, use_backend
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
+from mfwm_kernels.op import OPS
 from mfwm_kernels.ops.multi_horizon_loss import KINDS
 from mfwm_kernels.ops.video_pyramid import output_shape
-from mfwm_kernels.registry import OPS, BackendError, use_backend
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)

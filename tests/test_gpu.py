@@ -14,7 +14,7 @@ from conftest import differentiable_outputs, gradients, leaves, require_grad
 import mfwm_kernels
 from mfwm_kernels import Horizons, arguments, fan_out, multi_horizon_loss, use_backend, video_pyramid
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
-from mfwm_kernels.registry import OPS, Op
+from mfwm_kernels.op import OPS, Op
 
 pytestmark = pytest.mark.gpu
 

@@ -19,7 +19,7 @@ from _pytest.mark.expression import Expression
 import benchmarks.__main__ as program
 from benchmarks import gpu_all, kernels
 from mfwm_kernels import aot, check
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mfwm_kernels import Horizons, arguments, ids, multi_horizon_linear_cross_entropy, registry, use_backend
+from mfwm_kernels import Horizons, arguments, autograd, backends, multi_horizon_linear_cross_entropy, use_backend
 from mfwm_kernels.check import converted, tensors_of
-from mfwm_kernels.products import rows
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.gemm import rows
+from mfwm_kernels.op import OPS
+from mfwm_kernels.ops import token_ids
 
 META = torch.device("meta")
 BACKENDS = [
@@ -64,11 +65,11 @@ class NoHostCopies(TorchDispatchMode):
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """GPU backends serve tensors without data, and launch nothing."""
     for backend in ("triton", "cuda"):
-        monkeypatch.setitem(registry.ABSENT, backend, "")
-    monkeypatch.setattr(registry, "served_devices", lambda backend: ("meta",))
+        monkeypatch.setitem(backends.ABSENT, backend, "")
+    monkeypatch.setattr(backends, "served_devices", lambda backend: ("meta",))
     # The mode is to see what happens within an op.
-    monkeypatch.setattr(registry, "settle", lambda args: (args, False))
-    for name in ("cpu.multi_horizon_loss", "cuda.multi_horizon_loss", "cuda.video_pyramid"):
+    monkeypatch.setattr(autograd, "settle", lambda args: (args, False))
+    for name in ("ops.multi_horizon_loss", "cuda.multi_horizon_loss", "cuda.video_pyramid"):
         module = importlib.import_module(f"mfwm_kernels.{name}")
         monkeypatch.setattr(module, "raw", lambda tensor: None)
         monkeypatch.setattr(module, "launch", lambda *args: None, raising=False)
@@ -108,7 +109,7 @@ def test_no_copy_from_the_host(op: Any, backend: str, on_meta: None) -> None:
 def test_bad_ids_are_reported_without_a_copy_from_the_host() -> None:
     with NoHostCopies():
         tokens = torch.empty(2, 3, dtype=torch.int64, device=META)
-        ids.write(torch.empty(2, 4, dtype=torch.int64, device=META), tokens, tokens < 0, 7)
+        token_ids.write(torch.empty(2, 4, dtype=torch.int64, device=META), tokens, tokens < 0, 7)
 
 
 def test_a_row_index_from_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,26 +11,27 @@ import torch
 from conftest import backends_of, device_of, differentiable_outputs, gradients, leaves, require_grad
 
 import mfwm_kernels
-from mfwm_kernels import registry
+from mfwm_kernels import autograd, backends
+from mfwm_kernels.backends import ABSENT, BackendError, served_devices, use_backend
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
-from mfwm_kernels.registry import ABSENT, OPS, BackendError, served_devices, use_backend
+from mfwm_kernels.op import OPS
 
 
 @contextlib.contextmanager
 def profiled_backend() -> Iterator[list[str]]:
     """The backends that calls are given."""
     used: list[str] = []
-    original = registry.choose
+    original = autograd.choose
 
     def choose(op: Any, args: Any) -> str:
         used.append(original(op, args))
         return used[-1]
 
-    registry.choose = choose
+    autograd.choose = choose
     try:
         yield used
     finally:
-        registry.choose = original
+        autograd.choose = original
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,7 +112,7 @@ def test_nothing_is_written_to_the_inputs(op: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())
-def test_only_the_wanted_gradients(op: Any, backend: str) -> None:
+def test_only_the_needed_gradients(op: Any, backend: str) -> None:
     """Each leaf alone gets the gradient that it gets among all."""
     sample = samples(op, torch.float32, device_of(backend))[1]
     kwargs = require_grad(op, sample)
@@ -186,7 +187,7 @@ def test_gradcheck(op: Any) -> None:
 
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())
-def test_no_gradient_wanted(op: Any, backend: str) -> None:
+def test_no_gradient_needed(op: Any, backend: str) -> None:
     sample = samples(op, torch.float32, device_of(backend))[0]
     with use_backend(backend):
         with_grad = tensors_of(op.public(**require_grad(op, sample)))
@@ -227,11 +228,10 @@ def test_opcheck(op: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None
     registered = getattr(torch.ops.mfwm, op.name).default
 
     def record(op_: Any, args: Any) -> list[torch.Tensor]:
-        wanted = [leaf.requires_grad for leaf in registry.leaves_of(op_, args)]
-        seen.append((*args, wanted, backend))
+        seen.append((*args, autograd.flags_of(autograd.flatten(op_, args)[1]), backend))
         return original(op_, args)
 
-    original = registry.call
+    original = autograd.call
     module = __import__(op.public.__module__, fromlist=["call"])
     monkeypatch.setattr(module, "call", record)
     with use_backend(backend):
@@ -268,10 +268,10 @@ def test_an_unknown_backend_is_named() -> None:
 
 
 def test_use_backend_may_be_entered_twice() -> None:
-    before, chosen = registry._forced, use_backend("cpu")
+    before, chosen = backends._forced, use_backend("cpu")
     with chosen, chosen:
-        assert registry._forced == "cpu"
-    assert registry._forced == before
+        assert backends._forced == "cpu"
+    assert backends._forced == before
 
 
 @pytest.mark.parametrize("backend", [b for b in backends_of("action_window_sum") if b != "triton"])

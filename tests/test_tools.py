@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from mfwm_kernels import check, registry
-from mfwm_kernels.registry import OPS
+from mfwm_kernels import check, native
+from mfwm_kernels.backends import ABSENT, BACKENDS, load
+from mfwm_kernels.op import OPS
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +28,7 @@ def test_info_names_every_op_and_why_a_backend_is_absent() -> None:
     shown = python("-m", "mfwm_kernels.info")
     assert shown.returncode == 0, shown.stderr
     assert all(name in shown.stdout for name in OPS)
-    for backend, reason in registry.ABSENT.items():
+    for backend, reason in ABSENT.items():
         assert not reason or f"{backend} is absent: {reason}" in shown.stdout
 
 
@@ -37,7 +38,7 @@ def test_info_json_lists_the_kernels_of_each_backend() -> None:
     for name, op in OPS.items():
         for backend, record in op.backends.items():
             assert table["ops"][name]["backends"][backend]["kernels"] == list(record.kernels)
-    assert table["environment"]["native"] == getattr(registry.native, "build_info", None)
+    assert table["environment"]["native"] == getattr(native.module, "build_info", None)
 
 
 def test_info_shows_a_forced_backend() -> None:
@@ -61,21 +62,21 @@ class Faulty:
 
     def __init__(self, fault: str, calls: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
         self.fault, self.calls, self.call = fault, calls, -1
-        self.launcher = registry.load(OPS["action_window_sum"], "cpu")
+        self.launcher = load(OPS["action_window_sum"], "cpu")
         self.right = self.launcher.forward
         monkeypatch.setattr(self.launcher, "forward", self.forward)
 
-    def forward(self, args: Any, wanted: Any) -> Any:
+    def forward(self, args: Any, want: Any) -> Any:
         self.call += 1
-        outputs, kept = self.right(args, wanted)
+        outputs, gradients = self.right(args, want)
         if self.call not in self.calls:
-            return outputs, kept
+            return outputs, gradients
         if self.fault == "raises":
             raise RuntimeError("the kernel went wrong")
         if self.fault == "interrupted":
             raise KeyboardInterrupt
         outputs[0].view(-1)[5] = float("nan") if self.fault == "not finite" else 1e3
-        return outputs, kept
+        return outputs, gradients
 
 
 def checked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
@@ -136,13 +137,13 @@ def test_check_reports_a_row_whose_process_dies(
 def test_check_fails_a_backend_that_is_asked_for_and_absent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(registry.ABSENT, "cuda", "built without it")
+    monkeypatch.setitem(ABSENT, "cuda", "built without it")
     assert checked(monkeypatch, "--backend", "cpu", "cuda", "--dtype", "float32") == 1
     shown = capsys.readouterr().out
     assert "FAIL  cuda is absent: built without it" in shown and "1 passed, 0 failed" in shown
 
 
 def test_check_starts_with_the_most_telling_ops() -> None:
-    named = [case.op for case in check.cases(list(OPS), registry.BACKENDS, ["float32"])]
+    named = [case.op for case in check.cases(list(OPS), BACKENDS, ["float32"])]
     assert list(dict.fromkeys(named))[:2] == ["multi_horizon_loss", "multi_horizon_linear_cross_entropy"]
     assert set(named) == set(OPS) and set(check.ORDER) <= set(OPS)

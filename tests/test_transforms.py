@@ -26,7 +26,7 @@ from mfwm_kernels import (
     use_backend,
 )
 from mfwm_kernels.check import relative_error, tensors_of
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 # The interpreter runs the same Python around a kernel, and is slow.
 BACKENDS = [

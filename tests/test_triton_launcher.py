@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 HERE = Path(__file__).parent / "fake_cuda"
 

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..native import kernels, raw
+from ..op import Gradients, Want
 from ..ops.action_window_sum import Arguments
-from . import kernels, raw
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    return [window_sums(args, args.actions.shape[1], args.actions.dtype)], []
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
+    return [window_sums(args, args.actions.shape[1], args.actions.dtype)], {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    (gradient,) = grads
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    (gradient,) = upstream
     assert gradient is not None
-    return gradients_of_sums(args, wanted, gradient)
+    return gradients_of_sums(args, want, gradient)
 
 
 def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
@@ -37,13 +38,12 @@ def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
     return sums
 
 
-def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor) -> list[Tensor]:
-    """The gradients of those of (actions, lag_weight) that are wanted, from the sums' gradient [B, N, K, D]."""
-    leaves = [args.actions] if args.lag_weight is None else [args.actions, args.lag_weight]
-    made = [
-        torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device) if want else None
-        for leaf, want in zip(leaves, wanted, strict=True)
-    ]
+def gradients_of_sums(args: Arguments, want: Want, gradient: Tensor) -> Gradients:
+    """The gradients of actions and lag_weight that are needed, from the sums' gradient [B, N, K, D]."""
+    gradients: Gradients = {}
+    for name in ("actions", "lag_weight"):
+        if want[name]:
+            gradients[name] = torch.empty_like(getattr(args, name), memory_format=torch.contiguous_format)
     kernels.action_window_sum_backward(
         raw(args.actions),
         raw(args.lag_weight),
@@ -52,7 +52,7 @@ def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor)
         args.window_start,
         raw(gradient),
         torch.get_num_threads(),
-        raw(made[0]),
-        raw(made[1]) if len(made) > 1 else None,
+        raw(gradients.get("actions")),
+        raw(gradients.get("lag_weight")),
     )
-    return [tensor for tensor in made if tensor is not None]
+    return gradients

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import precision, product_dtype
+from ..gemm.mtp_combine import Passes, norms_of, ordered
+from ..gemm.mtp_combine import backward as shared_backward
+from ..gemm.rows import chunks, rows_of
+from ..native import kernels, raw
+from ..op import Gradients, Want
 from ..ops.mtp_combine import Arguments
-from ..products.mtp_combine import Passes, norms_of, ordered
-from ..products.mtp_combine import backward as shared_backward
-from ..products.rows import chunks, rows_of
-from . import kernels, precision, product_dtype, raw
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden, (columns, depth) = args.hidden, args.weight.shape
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     weight = (args.weight.to(computed) * norms_of(args, computed)).to(dtype)
@@ -28,13 +30,13 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
             torch.mm(joined, weight.t(), out=to)
         else:
             to.copy_(joined @ weight.t())
-    return [out], []
+    return [out], {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    (grad,) = grads
-    assert grad is not None
-    return shared_backward(args, wanted, grad, PASSES)
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    (gradient_of_out,) = upstream
+    assert gradient_of_out is not None
+    return shared_backward(args, want, gradient_of_out, PASSES)
 
 
 def norm(states: Sequence[Tensor], joined: Tensor, eps: float) -> None:

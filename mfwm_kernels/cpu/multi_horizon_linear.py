@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.multi_horizon_linear import Arguments
-from ..products.multi_horizon_linear import (
+from ..dtypes import precision, product_dtype
+from ..gemm.multi_horizon_linear import (
     Passes,
     Rows,
     bias_of,
@@ -16,20 +16,23 @@ from ..products.multi_horizon_linear import (
     heads_of,
     projected_of,
     shape_of,
-    window_of,
 )
-from ..products.multi_horizon_linear import backward as shared_backward
-from ..products.rows import chunks, rows_of
-from . import kernels, precision, product_dtype, raw
-from .action_window_sum import gradients_of_sums, window_sums
+from ..gemm.multi_horizon_linear import backward as shared_backward
+from ..gemm.rows import chunks, rows_of
+from ..native import kernels, raw
+from ..op import Gradients, Want
+from ..ops.conditioning import conditioning_sums
+from ..ops.multi_horizon_linear import Arguments
+from .action_window_sum import gradients_of_sums as gradients_of_window
+from .action_window_sum import window_sums
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden, columns = args.hidden, columns_of(args)
     _, tokens = shape_of(hidden)
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
-    sums = window_sums(window_of(args), hidden.shape[1], computed)
+    sums = conditioning_sums(args, window_sums, computed)
     heads, bias = heads_of(args, dtype), bias_of(args, computed)
     projected = projected_of(args, sums, heads)
     copies = 0 if dtype == hidden.dtype else 1
@@ -42,13 +45,11 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         kernels.multi_horizon_linear_forward(
             *begin(args, rows), raw(product[: last - first]), raw(projected), raw(bias), [raw(output) for output in to]
         )
-    return outputs, []
+    return outputs, {}
 
 
-def backward(
-    args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
-) -> list[Tensor]:
-    return shared_backward(args, wanted, grads, outputs, PASSES)
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    return shared_backward(args, want, upstream, outputs, PASSES)
 
 
 def begin(args: Arguments, rows: Rows) -> tuple[object, ...]:
@@ -105,4 +106,4 @@ def monitor(
     )  # fmt: skip
 
 
-PASSES = Passes(window_sums, gradients_of_sums, product_dtype, scale, combine, monitor)
+PASSES = Passes(window_sums, gradients_of_window, product_dtype, scale, combine, monitor)

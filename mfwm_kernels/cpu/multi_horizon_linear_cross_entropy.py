@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from ..autograd import scale_in_place
+from ..dtypes import product_dtype
+from ..gemm.multi_horizon_linear_cross_entropy import Passes
+from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
+from ..native import kernels, raw
+from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
-from ..products.multi_horizon_linear_cross_entropy import Passes
-from ..products.multi_horizon_linear_cross_entropy import forward as shared_forward
-from . import kernels, product_dtype, raw
 
 CHUNK_BYTES = 64 * 2**20
 
+scale = scale_in_place
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    return shared_forward(args, wanted, PASSES)
+
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
+    return shared_forward(args, want, PASSES)
 
 
 def add(total: Tensor, product: Tensor) -> None:
@@ -51,7 +54,7 @@ def consistency(
 ) -> None:
     assert counted is None
     kernels.multi_horizon_linear_consistency(
-        raw(near), raw(far), raw(losses), args.factored, args.softcap,
+        raw(near), raw(far), raw(losses), args.ids_per_token, args.softcap,
         scale.item(), learns_near, learns_far, torch.get_num_threads(),
     )  # fmt: skip
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..native import kernels, raw
+from ..op import Gradients, Want
 from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
-from . import kernels, raw
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     device = args.video.device
     patch_sizes: Sequence[int | None] = args.patch_sizes or [None] * len(args.factors)
     outputs = [
@@ -27,8 +28,8 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         [raw(output) for output in outputs],
         torch.get_num_threads(),
     )
-    return outputs, []
+    return outputs, {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [gradient_of_video(args, grads)]
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    return gradient_of_video(args, upstream)

@@ -1,4 +1,4 @@
-"""Launchers of the CUDA C++ kernels in csrc/cuda."""
+"""Launchers of the CUDA C++ kernels in csrc/cuda, a module per op."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from ..registry import native
-
-kernels: Any = native
+from ..native import kernels
 
 
 def launch(name: str, device: torch.device, *args: Any) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cpu import raw
+from ..native import raw
+from ..op import Gradients, Want
 from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
 from . import launch
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     device = args.video.device
     patch_sizes: Sequence[int | None] = args.patch_sizes or [None] * len(args.factors)
     outputs = [
@@ -24,8 +25,8 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         raw(args.video), args.factors, args.patch_sizes or [], args.scale, args.shift,
         [raw(output) for output in outputs],
     )  # fmt: skip
-    return outputs, []
+    return outputs, {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [gradient_of_video(args, grads)]
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    return gradient_of_video(args, upstream)

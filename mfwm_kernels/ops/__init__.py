@@ -1,5 +1,7 @@
-"""The ops, by name."""
+"""The ops, by name; each is defined as torch.ops.mfwm.<name> here, from its record."""
 
+from ..op import OPS
+from ..torch_library import define
 from . import (
     action_window_sum,
     fan_out,
@@ -9,6 +11,9 @@ from . import (
     multi_horizon_loss,
     video_pyramid,
 )
+
+for op in OPS.values():
+    define(op)
 
 __all__ = [
     "action_window_sum",

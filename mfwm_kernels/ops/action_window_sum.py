@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import arguments as check
-from ..autocast import follow
+from ..autograd import call
+from ..dtypes import follow
 from ..horizons import check_non_decreasing, counts_at
-from ..registry import Backend, Cost, Op, call, register
+from ..op import Backend, Cost, Op, register
 
 
 class Arguments(NamedTuple):
@@ -87,38 +88,25 @@ def check_window(
     return lag_weight, segment_ids, list(offsets), window_start
 
 
-def reference(
-    actions: Tensor,
-    lag_weight: Tensor | None,
-    segment_ids: Tensor | None,
-    offsets: list[int],
-    window_start: int,
-) -> tuple[Tensor]:
-    sums = window_sum(actions, lag_weight, segment_ids, offsets, window_start, actions.shape[1])
-    return (sums.to(actions.dtype),)
+def reference(args: Arguments) -> tuple[Tensor]:
+    return (window_sum(args, args.actions.shape[1]).to(args.actions.dtype),)
 
 
-def window_sum(
-    actions: Tensor,
-    lag_weight: Tensor | None,
-    segment_ids: Tensor | None,
-    offsets: list[int],
-    window_start: int,
-    positions: int,
-) -> Tensor:
-    """[B, positions, K, D] in fp32 (fp64 for fp64): the sums at the first `positions` of the A >= positions actions."""
+def window_sum(args: Arguments, positions: int) -> Tensor:
+    """[B, positions, K, D] in fp32 (fp64 for fp64): the sums at the first `positions`, which may exceed the actions."""
+    actions = args.actions
     batch, columns, width = actions.shape
     computed = actions.to(torch.promote_types(actions.dtype, torch.float32))
     sums = []
-    for i, offset in enumerate(offsets):
+    for i, offset in enumerate(args.offsets):
         total = computed.new_zeros(batch, positions, width)
         # Lags of `columns` and more are past the last action.
-        for j in range(window_start, min(offset, columns)):
+        for j in range(args.window_start, min(offset, columns)):
             inside = max(0, min(positions, columns - j))
-            same = counts_at(j, inside, columns, segment_ids, batch, actions.device)
+            same = counts_at(j, inside, columns, args.segment_ids, batch, actions.device)
             term = torch.where(same[..., None], computed[:, j : j + inside], 0)
-            if lag_weight is not None:
-                term = term * lag_weight[i, j].to(computed.dtype)
+            if args.lag_weight is not None:
+                term = term * args.lag_weight[i, j].to(computed.dtype)
             total = total + torch.nn.functional.pad(term, (0, 0, 0, positions - inside))
         sums.append(total)
     return torch.stack(sums, dim=2)

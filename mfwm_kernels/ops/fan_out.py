@@ -1,8 +1,9 @@
-"""fan_out: one read of the shared hidden state makes the K conditioned (pooled, biased, normed) states.
+"""fan_out: the K conditioned (pooled, biased, normed) states from one read of the shared hidden state.
 
-out_i = RMSNorm(avg_pool(hidden, pool[i]) + window_sum_i)
+out_i = RMSNorm(avg_pool(hidden, pool[i]) + window_sum_i + condition_i)
 
-with window_sum_i from action_window_sum, added to every token of its position. No norm if norm_weight is None.
+with window_sum_i from action_window_sum; it and the condition are added to every token of their position. No norm if
+norm_weight is None.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import torch
 from torch import Tensor
 
 from .. import arguments as check
-from ..autocast import follow
-from ..horizons import Horizons, check_horizons
-from ..monitor import GradMonitor, branches, fields_of
-from ..registry import Backend, Cost, Op, call, register
-from .action_window_sum import check_window, window_sum
+from ..autograd import call
+from ..grad_monitor import GradMonitor, branches
+from ..horizons import Horizons
+from ..op import Backend, Cost, Op, register
+from .conditioning import DIFFERENTIABLE, bench_states, check_conditioning, reference_sums
+from .conditioning import variants as conditioning_variants
 
 
 class Arguments(NamedTuple):
     hidden: Tensor
-    actions: Tensor
+    actions: Tensor | None
+    condition: Tensor | None
     norm_weight: Tensor | None
     lag_weight: Tensor | None
     segment_ids: Tensor | None
@@ -31,17 +34,18 @@ class Arguments(NamedTuple):
     norms: Tensor | None
     cosines: Tensor | None
     offsets: list[int]
-    pool: list[int]
     norm_eps: float
     window_start: int
+    pool: list[int]
 
 
 def fan_out(
     hidden: Tensor,
-    actions: Tensor,
+    actions: Tensor | None,
     horizons: Horizons,
     *,
     pool: Sequence[int],
+    condition: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     lag_weight: Tensor | None = None,
@@ -51,32 +55,34 @@ def fan_out(
 ) -> tuple[Tensor, ...]:
     """The K states that the K horizons predict from, in one read of `hidden`.
 
-    Equivalent, for horizon i, to
-    `F.rms_norm(avg_pool(hidden, pool[i]) + action_window_sum(actions, offsets)[:, :T, i, None, None], (D,),
-    norm_weight[i], norm_eps)`, where `avg_pool` averages pool[i] x pool[i] tokens, in fp32 (fp64 for fp64) throughout
-    and rounded once at the end. The backward reads the K gradients and hidden once and writes d hidden once.
+    Equivalent, for horizon i, to `F.rms_norm(avg_pool(hidden, pool[i]) + x[:, :, i, None, None], (D,), norm_weight[i],
+    norm_eps)` with `x = action_window_sum(actions, offsets)[:, :T] + condition`, where `avg_pool` averages
+    pool[i] x pool[i] tokens, in fp32 (fp64 for fp64) throughout and rounded once at the end. The backward reads the K
+    gradients and hidden once and writes d hidden once.
 
     Args:
         hidden: [B, T, Hp, Wp, D], or [B, T, S, D] where no pool is above 1; fp32, bf16, fp16 or fp64, any strides.
-        actions: [B, T_a, D] with T_a >= T, dtype and device of hidden.
+        actions: [B, T_a, D], dtype and device of hidden; terms beyond the last action drop out. None: no window sum.
         horizons: its offsets say which actions are summed; its factors play no part.
         pool: K integers >= 1; each divides Hp and Wp.
+        condition: [B, T, K, D], dtype and device of hidden, added to every token of its position: a latent or a goal
+            for each horizon.
         norm_weight: [D] or [K, D]; None leaves the norm out.
         norm_eps: added to the mean square.
-        lag_weight, segment_ids ([B, T_a]), window_start: as in action_window_sum.
+        lag_weight, segment_ids ([B, T_a]), window_start: as in action_window_sum; the first two need actions.
         grad_monitor: filled by the backward, see GradMonitor.
 
     Returns:
         K tensors [B, T, Hp / pool[i], Wp / pool[i], D] (or [B, T, S, D]), dtype of hidden. Differentiable with respect
-        to hidden, actions, norm_weight and lag_weight.
+        to hidden, actions, condition, norm_weight and lag_weight.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
 
     Source: "Multi-Frame Prediction for World Models"; RMSNorm: Zhang and Sennrich, arXiv 1910.07467.
     """
-    checked = check_conditioning(
-        hidden, actions, horizons, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
+    conditioning = check_conditioning(
+        hidden, actions, horizons, condition, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
     )
     pool = check.integers("pool", pool, least=1, count=len(horizons))
     for i, p in enumerate(pool):
@@ -88,82 +94,27 @@ def fan_out(
                 f"pool[{i}] = {p} does not divide the token grid {hidden.shape[2]} x {hidden.shape[3]} "
                 f"(hidden has shape {list(hidden.shape)})"
             )
-    actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
-    args = Arguments(
-        hidden, actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
-        list(horizons.offsets), list(pool), norm_eps, window_start,
-    )  # fmt: skip
-    return tuple(call(OP, args))
+    return tuple(call(OP, Arguments(**conditioning, pool=list(pool))))
 
 
-def check_conditioning(
-    hidden: Tensor,
-    actions: Tensor,
-    horizons: Horizons,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    lag_weight: Tensor | None,
-    segment_ids: Tensor | None,
-    window_start: int,
-    grad_monitor: GradMonitor | None,
-) -> tuple[Any, ...]:
-    """The checks that fan_out and multi_horizon_linear share."""
-    check.tensor("hidden", hidden, (4, 5))
-    check.non_zero_sizes("hidden", hidden)
-    check.tensor("actions", actions, 3)
-    actions, norm_weight, lag_weight = (follow(value, hidden) for value in (actions, norm_weight, lag_weight))
-    check.like("actions", actions, "hidden", hidden)
-    check_horizons(horizons)
-    if actions.shape[0] != hidden.shape[0] or actions.shape[2] != hidden.shape[-1]:
-        raise ValueError(
-            f"actions must have shape [B, T_a, D] = [{hidden.shape[0]}, T_a, {hidden.shape[-1]}], "
-            f"got {list(actions.shape)}"
-        )
-    if actions.shape[1] < hidden.shape[1]:
-        raise ValueError(
-            f"actions must have at least as many steps as hidden has positions: T_a = {actions.shape[1]}, "
-            f"T = {hidden.shape[1]}"
-        )
-    checked = check_window(actions, "actions", horizons.offsets, lag_weight, segment_ids, window_start)
-    if norm_weight is not None:
-        check.tensor("norm_weight", norm_weight, (1, 2))
-        count, width = len(horizons), hidden.shape[-1]
-        if tuple(norm_weight.shape) not in ((width,), (count, width)):
-            raise ValueError(
-                f"norm_weight must have shape [D] = [{width}] or [K, D] = [{count}, {width}], "
-                f"got {list(norm_weight.shape)}"
-            )
-        check.like("norm_weight", norm_weight, "hidden", hidden)
-    norm_eps = check.number("norm_eps", norm_eps, least=0)
-    monitor = fields_of(grad_monitor, len(horizons), hidden)
-    return actions, norm_weight, checked[0], checked[1], *monitor, norm_eps, checked[3]
+def reference(args: Arguments) -> tuple[Tensor, ...]:
+    states = conditioned_states(args, args.pool)
+    return tuple(state.to(args.hidden.dtype) for state in states)
 
 
-def reference(
-    hidden: Tensor,
-    actions: Tensor,
-    norm_weight: Tensor | None,
-    lag_weight: Tensor | None,
-    segment_ids: Tensor | None,
-    scale: Tensor | None,
-    norms: Tensor | None,
-    cosines: Tensor | None,
-    offsets: list[int],
-    pool: list[int],
-    norm_eps: float,
-    window_start: int,
-) -> tuple[Tensor, ...]:
-    sums = window_sum(actions, lag_weight, segment_ids, offsets, window_start, hidden.shape[1])
-    outputs = []
-    for i, branch in enumerate(branches(hidden, len(offsets), scale, norms, cosines)):
+def conditioned_states(args: Any, pool: Sequence[int]) -> list[Tensor]:
+    """The K states in fp32 (fp64 for fp64), from the fields that fan_out and multi_horizon_linear share."""
+    hidden, sums = args.hidden, reference_sums(args)
+    states = []
+    for i, branch in enumerate(branches(hidden, len(pool), args.scale, args.norms, args.cosines)):
         state = average_pool(branch.to(sums.dtype), pool[i])
         token_axes = (1,) * (hidden.dim() - 3)
         state = state + sums[:, :, i].unflatten(-1, (*token_axes, -1))
-        if norm_weight is not None:
-            weight = norm_weight if norm_weight.dim() == 1 else norm_weight[i]
-            state = rms_norm(state, weight.to(state.dtype), norm_eps)
-        outputs.append(state.to(hidden.dtype))
-    return tuple(outputs)
+        if args.norm_weight is not None:
+            weight = args.norm_weight if args.norm_weight.dim() == 1 else args.norm_weight[i]
+            state = rms_norm(state, weight.to(state.dtype), args.norm_eps)
+        states.append(state)
+    return states
 
 
 def average_pool(hidden: Tensor, pool: int) -> Tensor:
@@ -200,9 +151,19 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield {
         "hidden": normal(3, 2, 6, 6, 17).transpose(0, 1), "actions": normal(3, 4, 17)[:2],
         "horizons": Horizons((0, 1, 3), (1, 1, 3)), "pool": (1, 2, 3), "norm_weight": normal(3, 17),
-        "lag_weight": normal(3, 3, 17), "window_start": 0,
+        "lag_weight": normal(3, 3, 17), "window_start": 0, "condition": normal(2, 3, 3, 17),
     }  # fmt: skip
     yield {"hidden": normal(2, 4, 5, 8), "actions": normal(2, 4, 8), "horizons": cascade, "pool": (1, 1, 1, 1)}
+    # A condition for every horizon beside fewer actions than positions; alone; and neither.
+    yield {
+        "hidden": normal(2, 5, 4, 8, 24), "actions": normal(2, 3, 24), "horizons": cascade, "pool": (1, 2, 4, 4),
+        "norm_weight": normal(4, 24), "condition": normal(5, 2, 4, 24).transpose(0, 1),
+        "segment_ids": segments[:, 1:4],
+    }  # fmt: skip
+    yield {"hidden": normal(2, 3, 4, 4, 8), "actions": None, "horizons": cascade, "pool": (1, 2, 4, 4),
+           "norm_weight": normal(8), "condition": normal(2, 3, 4, 16)[..., ::2]}  # fmt: skip
+    yield {"hidden": normal(2, 3, 4, 4, 8), "actions": None, "horizons": cascade, "pool": (1, 2, 4, 4),
+           "norm_weight": normal(8)}  # fmt: skip
     yield {
         "hidden": normal(1, 3, 4, 2, 132)[..., 4:], "actions": normal(1, 3, 256)[..., ::2],
         "horizons": Horizons((1, 2), (1, 2)), "pool": (2, 2), "norm_weight": normal(128),
@@ -210,19 +171,6 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield {"hidden": normal(0, 3, 4, 4, 8), "actions": normal(0, 3, 8), "horizons": cascade, "pool": (1, 2, 4, 4)}
     yield {"hidden": normal(2, 0, 4, 4, 8), "actions": normal(2, 3, 8), "horizons": cascade, "pool": (1, 2, 4, 4),
            "norm_weight": normal(8)}  # fmt: skip
-
-
-def conditioning_variants(make: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Variants that fan_out and multi_horizon_linear share, of their genie size: monitors, lag gates, segments."""
-    kwargs = make(dtype, device)
-    batch, positions, width = kwargs["actions"].shape
-    count, offsets = len(kwargs["horizons"]), kwargs["horizons"].offsets
-    lag_weight = torch.empty(count, offsets[-1], width, dtype=dtype, device=device)
-    segment_ids = torch.empty(batch, positions, dtype=torch.int64, device=device)
-    yield {**kwargs, "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}
-    yield {**kwargs, "norm_weight": None, "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}
-    yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids}
-    yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids.int(), "norm_weight": None}
 
 
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -236,20 +184,6 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     return Cost(hidden.element_size() * (3 * hidden.numel() + 2 * pooled), 16 * (hidden.numel() + pooled))
 
 
-def bench_states(batch: int, positions: int, side: int, width: int) -> Any:
-    """Benchmark inputs that fan_out and multi_horizon_linear share."""
-
-    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
-        return {
-            "hidden": torch.randn(batch, positions, side, side, width, device=device).to(dtype),
-            "actions": torch.randn(batch, positions, width, device=device).to(dtype),
-            "horizons": Horizons.cascade(4),
-            "norm_weight": torch.randn(width, device=device).to(dtype),
-        }
-
-    return make
-
-
 def _bench(batch: int, positions: int, side: int, width: int) -> Any:
     make = bench_states(batch, positions, side, width)
     return lambda *given: {**make(*given), "pool": (1, 2, 4, 8)}
@@ -261,7 +195,7 @@ OP = register(
     Op(
         name="fan_out",
         arguments=Arguments,
-        differentiable=("hidden", "actions", "norm_weight", "lag_weight"),
+        differentiable=DIFFERENTIABLE,
         reference=reference,
         fake=fake,
         public=fan_out,

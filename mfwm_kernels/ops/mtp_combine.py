@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments as check
-from ..autocast import cast
-from ..registry import Backend, Cost, Op, call, register
+from ..autograd import call
+from ..dtypes import cast
+from ..op import Backend, Cost, Op, register
 from .fan_out import rms_norm
 
 ORDERS = ("hidden_first", "embedding_first")
@@ -90,21 +91,15 @@ def mtp_combine(
     return call(OP, args)[0]
 
 
-def reference(
-    hidden: Tensor,
-    embedding: Tensor,
-    weight: Tensor,
-    hidden_norm_weight: Tensor,
-    embedding_norm_weight: Tensor,
-    norm_eps: float,
-    order: str,
-) -> tuple[Tensor]:
+def reference(args: Arguments) -> tuple[Tensor]:
+    hidden, embedding = args.hidden, args.embedding
     computed = torch.promote_types(hidden.dtype, torch.float32)
     halves = [
-        rms_norm(hidden.to(computed), hidden_norm_weight.to(computed), norm_eps).to(hidden.dtype),
-        rms_norm(embedding.to(computed), embedding_norm_weight.to(computed), norm_eps).to(hidden.dtype),
+        rms_norm(hidden.to(computed), args.hidden_norm_weight.to(computed), args.norm_eps).to(hidden.dtype),
+        rms_norm(embedding.to(computed), args.embedding_norm_weight.to(computed), args.norm_eps).to(hidden.dtype),
     ]
-    return (F.linear(torch.cat(halves if order == "hidden_first" else halves[::-1], dim=-1), weight),)
+    joined = torch.cat(halves if args.order == "hidden_first" else halves[::-1], dim=-1)
+    return (F.linear(joined, args.weight),)
 
 
 def fake(args: Arguments) -> list[Tensor]:

@@ -13,18 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments as check
-from ..autocast import cast
+from ..autograd import call
+from ..dtypes import cast
+from ..grad_monitor import GradMonitor
 from ..horizons import Horizons
-from ..monitor import GradMonitor
-from ..registry import Backend, Cost, Op, call, register
-from . import fan_out as fan_out_op
+from ..op import Backend, Cost, Op, register
+from .conditioning import DIFFERENTIABLE, bench_states, check_conditioning
+from .conditioning import variants as conditioning_variants
+from .fan_out import conditioned_states
 
 
 class Arguments(NamedTuple):
     hidden: Tensor
-    actions: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor]  # K, or none at all: torch drops the gradients of a list in which some are None
+    actions: Tensor | None
+    condition: Tensor | None
     norm_weight: Tensor | None
     lag_weight: Tensor | None
     segment_ids: Tensor | None
@@ -34,15 +36,18 @@ class Arguments(NamedTuple):
     offsets: list[int]
     norm_eps: float
     window_start: int
+    weights: list[Tensor]
+    biases: list[Tensor]  # K, or none at all: torch drops the gradients of a list in which some are None
 
 
 def multi_horizon_linear(
     hidden: Tensor,
-    actions: Tensor,
+    actions: Tensor | None,
     weights: Sequence[Tensor],
     horizons: Horizons,
     *,
     biases: Sequence[Tensor | None] | None = None,
+    condition: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
     lag_weight: Tensor | None = None,
@@ -50,22 +55,22 @@ def multi_horizon_linear(
     window_start: int = 1,
     grad_monitor: GradMonitor | None = None,
 ) -> tuple[Tensor, ...]:
-    """K linear heads, each on the hidden state conditioned on its horizon's action window.
+    """K linear heads, each on the hidden state conditioned on its horizon's actions.
 
     Equivalent to `[F.linear(state, weights[i], biases[i]) for i, state in enumerate(fan_out(hidden, actions, horizons,
     pool=(1,) * K, norm_weight=norm_weight, ...))]`. Under autocast every floating tensor is cast as F.linear does.
 
     Args:
         hidden: [B, T, Hp, Wp, D] or [B, T, S, D]; fp32, bf16, fp16 or fp64, any strides.
-        actions: [B, T_a, D] with T_a >= T.
+        actions: [B, T_a, D], or None.
         weights: K tensors [N_i, D].
         horizons: its offsets say which actions are summed; its factors play no part.
         biases: K tensors [N_i] (None for a head without one), or None for no biases.
-        norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor: as in fan_out.
+        condition, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor: as in fan_out.
 
     Returns:
         K tensors [B, T, Hp, Wp, N_i] (or [B, T, S, N_i]), dtype of hidden. Differentiable with respect to hidden,
-        actions, weights, biases, norm_weight and lag_weight.
+        actions, condition, weights, biases, norm_weight and lag_weight.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
@@ -75,11 +80,9 @@ def multi_horizon_linear(
     """
     check.tensor("hidden", hidden, (4, 5))
     device = hidden.device
-    hidden, norm_weight, lag_weight = cast(hidden, device), cast(norm_weight, device), cast(lag_weight, device)
-    if isinstance(actions, Tensor):
-        actions = cast(actions, device)
-    checked = fan_out_op.check_conditioning(
-        hidden, actions, horizons, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
+    hidden = cast(hidden, device)
+    conditioning = check_conditioning(
+        hidden, actions, horizons, condition, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
     )
     count, width = len(horizons), hidden.shape[-1]
     weights = [cast(weight, device) for weight in check.tensors("weights", weights, count, 2)]
@@ -105,36 +108,14 @@ def multi_horizon_linear(
         hidden.new_zeros(weight.shape[0]) if bias is None else bias
         for weight, bias in zip(weights, biases, strict=False)
     ]
-    actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines, norm_eps, window_start = checked
-    args = Arguments(
-        hidden, actions, weights, filled, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
-        list(horizons.offsets), norm_eps, window_start,
-    )  # fmt: skip
-    return tuple(call(OP, args))
+    return tuple(call(OP, Arguments(**conditioning, weights=weights, biases=filled)))
 
 
-def reference(
-    hidden: Tensor,
-    actions: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    norm_weight: Tensor | None,
-    lag_weight: Tensor | None,
-    segment_ids: Tensor | None,
-    scale: Tensor | None,
-    norms: Tensor | None,
-    cosines: Tensor | None,
-    offsets: list[int],
-    norm_eps: float,
-    window_start: int,
-) -> tuple[Tensor, ...]:
-    states = fan_out_op.reference(
-        hidden, actions, norm_weight, lag_weight, segment_ids, scale, norms, cosines,
-        offsets, [1] * len(offsets), norm_eps, window_start,
-    )  # fmt: skip
-    outputs = [F.linear(state, weight) for state, weight in zip(states, weights, strict=True)]
-    if biases:
-        outputs = [output + bias for output, bias in zip(outputs, biases, strict=True)]
+def reference(args: Arguments) -> tuple[Tensor, ...]:
+    states = [state.to(args.hidden.dtype) for state in conditioned_states(args, [1] * len(args.offsets))]
+    outputs = [F.linear(state, weight) for state, weight in zip(states, args.weights, strict=True)]
+    if args.biases:
+        outputs = [output + bias for output, bias in zip(outputs, args.biases, strict=True)]
     return tuple(outputs)
 
 
@@ -157,11 +138,19 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "hidden": normal(3, 2, 7, 17).transpose(0, 1), "actions": normal(2, 4, 34)[..., ::2],
         "horizons": Horizons((0, 1, 3), (1, 1, 3)), "weights": [normal(17, n).T for n in (5, 9, 2)],
         "norm_weight": normal(3, 17), "lag_weight": normal(3, 3, 17), "window_start": 0,
+        "condition": normal(2, 3, 3, 17),
     }  # fmt: skip
     yield {"hidden": normal(2, 4, 3, 8), "actions": normal(2, 4, 8), "horizons": cascade,
            "weights": [normal(6, 8) for _ in range(4)]}  # fmt: skip
     yield {"hidden": normal(0, 4, 3, 8), "actions": normal(0, 4, 8), "horizons": Horizons.next_frame(),
            "weights": [normal(6, 8)]}  # fmt: skip
+    yield {"hidden": normal(2, 5, 6, 16), "actions": normal(2, 3, 16), "horizons": cascade, "norm_weight": normal(16),
+           "weights": [normal(n, 16) for n in (6, 5, 4, 3)],
+           "condition": normal(5, 2, 4, 16).transpose(0, 1)}  # fmt: skip
+    yield {"hidden": normal(2, 3, 6, 16), "actions": None, "horizons": cascade, "condition": normal(2, 3, 4, 16),
+           "weights": [normal(n, 16) for n in (6, 5, 4, 3)]}  # fmt: skip
+    yield {"hidden": normal(2, 3, 6, 16), "actions": None, "horizons": cascade, "norm_weight": normal(4, 16),
+           "weights": [normal(n, 16) for n in (6, 5, 4, 3)]}  # fmt: skip
     # Wide enough for the loops of GPU kernels to be pipelined, and sliced in time: the rows do not flatten.
     yield {
         "hidden": normal(2, 3, 40, 512)[:, :2], "actions": normal(2, 2, 512), "horizons": cascade,
@@ -170,7 +159,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
 
 
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
-    for kwargs in fan_out_op.conditioning_variants(OP.bench["genie"], dtype, device):
+    for kwargs in conditioning_variants(OP.bench["genie"], dtype, device):
         yield {**kwargs, "biases": [weight[:, 0] for weight in kwargs["weights"]]}
 
 
@@ -182,7 +171,7 @@ def cost(kwargs: dict[str, Any]) -> Cost:
 
 
 def _bench(batch: int, positions: int, side: int, width: int, columns: tuple[int, ...]) -> Any:
-    states = fan_out_op.bench_states(batch, positions, side, width)
+    states = bench_states(batch, positions, side, width)
 
     def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         heads = [(torch.randn(n, width, device=device) / width**0.5).to(dtype) for n in columns]
@@ -204,7 +193,7 @@ OP = register(
     Op(
         name="multi_horizon_linear",
         arguments=Arguments,
-        differentiable=("hidden", "actions", "weights", "biases", "norm_weight", "lag_weight"),
+        differentiable=(*DIFFERENTIABLE, "weights", "biases"),
         reference=reference,
         fake=fake,
         public=multi_horizon_linear,

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments as check
-from ..autocast import cast
+from ..autograd import call
+from ..dtypes import cast
+from ..horizon_loss import DETACH, HorizonLoss, check_consistency, check_horizon_weights, nan_if_invalid
 from ..horizons import Horizons, check_horizons, counts_at
-from ..ids import checked_ids, raise_pending
-from ..losses import DETACH, HorizonLoss, check_consistency, check_horizon_weights, refuse_late
-from ..registry import Backend, Cost, Op, call, register
+from ..op import Backend, Cost, Op, register
+from .token_ids import checked_ids, raise_pending
 
 
 class Arguments(NamedTuple):
@@ -33,7 +34,7 @@ class Arguments(NamedTuple):
     offsets: list[int]
     factors: list[int]
     pairs: list[int]
-    factored: int
+    ids_per_token: int
     ignore_index: int
     label_smoothing: float
     z_loss: float
@@ -133,14 +134,16 @@ def multi_horizon_linear_cross_entropy(
         raise ValueError(
             f"tokens must have at least as many frames as inputs positions: T_v = {frames}, T = {positions}"
         )
-    factored = tokens.shape[4] if tokens.dim() == 5 else 1
+    ids_per_token = tokens.shape[4] if tokens.dim() == 5 else 1
     for i, head in enumerate(heads):
         name = "weight" if shared else f"weight[{i}]"
         check.shape(name, head, (heads[0].shape[0], depth), "[V, D]")
         check.non_zero_sizes(name, head, may_be_zero=())
         check.like(name, head, "inputs[0]", inputs[0])
-        if head.shape[0] % factored:
-            raise ValueError(f"{name} must have F * V rows, a multiple of F = {factored}; got shape {list(head.shape)}")
+        if head.shape[0] % ids_per_token:
+            raise ValueError(
+                f"{name} must have F * V rows, a multiple of F = {ids_per_token}; got shape {list(head.shape)}"
+            )
     if token_mask is not None:
         check.tensor("token_mask", token_mask, 4, (torch.bool,))
         check.shape("token_mask", token_mask, (batch, frames, height, width), "[B, T_v, Hp, Wp]")
@@ -162,7 +165,7 @@ def multi_horizon_linear_cross_entropy(
         list(horizons.offsets),
         list(horizons.factors),
         pairs,
-        factored,
+        ids_per_token,
         ignore_index,
         label_smoothing,
         check.number("z_loss", z_loss, least=0),
@@ -171,85 +174,67 @@ def multi_horizon_linear_cross_entropy(
         check.choice("detach", detach, DETACH) or "none",
         check.flag("return_accuracy", return_accuracy),
     )
-    return refuse_late(HorizonLoss(*call(OP, args)), consistency, undivided)
+    return nan_if_invalid(HorizonLoss(*call(OP, args)), consistency, undivided)
 
 
-def reference(
-    inputs: list[Tensor],
-    weight: list[Tensor],
-    tokens: Tensor,
-    horizon_weights: Tensor,
-    consistency_weights: Tensor | None,
-    segment_ids: Tensor | None,
-    token_mask: Tensor | None,
-    offsets: list[int],
-    factors: list[int],
-    pairs: list[int],
-    factored: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    chunk_size: int,
-    detach: str,
-    return_accuracy: bool,
-) -> tuple[Tensor, ...]:
-    batch, frames = tokens.shape[:2]
+def reference(args: Arguments) -> tuple[Tensor, ...]:
+    inputs, offsets, factors = args.inputs, args.offsets, args.factors
+    batch, frames = args.tokens.shape[:2]
     positions = inputs[0].shape[1]
-    vocabulary = weight[0].shape[0] // factored
+    vocabulary = args.weight[0].shape[0] // args.ids_per_token
     computed = torch.promote_types(inputs[0].dtype, torch.float32)
-    ids = checked_ids(tokens, vocabulary, ignore_index)
-    if tokens.dim() == 4:
+    ids = checked_ids(args.tokens, vocabulary, args.ignore_index)
+    if args.tokens.dim() == 4:
         ids = ids.unsqueeze(-1)
 
     def logits(i: int, states: Tensor, taken: Tensor) -> Tensor:
         """[..., F, V]; masked first: NaN where nothing counts would come back as 0 * NaN in the gradients."""
-        z = F.linear(torch.where(taken[..., None], states, 0), weight[i % len(weight)]).to(computed)
-        z = z.unflatten(-1, (factored, vocabulary))
-        return softcap * torch.tanh(z / softcap) if softcap else z
+        z = F.linear(torch.where(taken[..., None], states, 0), args.weight[i % len(args.weight)]).to(computed)
+        z = z.unflatten(-1, (args.ids_per_token, vocabulary))
+        return args.softcap * torch.tanh(z / args.softcap) if args.softcap else z
 
     losses, counts, hits = [], [], []
     for i, (offset, factor) in enumerate(zip(offsets, factors, strict=True)):
         inside = max(0, min(positions, frames - offset))
-        keep = ids != ignore_index
-        if offset == 0 and token_mask is not None:
-            keep = keep & token_mask[..., None]
+        keep = ids != args.ignore_index
+        if offset == 0 and args.token_mask is not None:
+            keep = keep & args.token_mask[..., None]
         target, any_left = pooled_target(ids, keep, factor, vocabulary, computed)
-        position_counts = counts_at(offset, positions, frames, segment_ids, batch, tokens.device)[:, :inside]
+        position_counts = counts_at(offset, positions, frames, args.segment_ids, batch, args.tokens.device)[:, :inside]
         # [B, inside, h, w, F]: which ids' cross-entropies are taken.
         taken = any_left[:, offset : offset + inside] & position_counts[:, :, None, None, None]
         target, z = target[:, offset : offset + inside], logits(i, inputs[i][:, :inside], taken.any(-1))
         normaliser = z.logsumexp(-1)
-        loss = (1 - label_smoothing) * (normaliser - (target * z).sum(-1))
-        loss = loss + label_smoothing * (normaliser - z.mean(-1)) + z_loss * normaliser.square()
+        loss = (1 - args.label_smoothing) * (normaliser - (target * z).sum(-1))
+        loss = loss + args.label_smoothing * (normaliser - z.mean(-1)) + args.z_loss * normaliser.square()
         count = taken.any(-1).sum()
         losses.append(torch.where(taken, loss, 0).sum() / count.clamp_min(1))
         counts.append(count)
         hit = (z.argmax(-1) == target.argmax(-1)) & taken
         hits.append(hit.sum().to(computed) / taken.sum().clamp_min(1))
 
-    shape = (len(inputs),) if consistency_weights is None else consistency_weights.shape
-    agreement = torch.zeros(shape, dtype=computed, device=tokens.device)
-    agreement_counts = torch.zeros(shape, dtype=torch.int64, device=tokens.device)
-    total = (horizon_weights.to(computed) * torch.stack(losses)).sum()
-    for i, j in zip(pairs[::2], pairs[1::2], strict=True):
+    shape = (len(inputs),) if args.consistency_weights is None else args.consistency_weights.shape
+    agreement = torch.zeros(shape, dtype=computed, device=args.tokens.device)
+    agreement_counts = torch.zeros(shape, dtype=torch.int64, device=args.tokens.device)
+    total = (args.horizon_weights.to(computed) * torch.stack(losses)).sum()
+    for i, j in zip(args.pairs[::2], args.pairs[1::2], strict=True):
         apart = offsets[j] - offsets[i]
         inside = max(0, positions - apart)
-        far_counts = counts_at(offsets[j], positions, frames, segment_ids, batch, tokens.device)
-        near_counts = counts_at(offsets[i], positions, frames, segment_ids, batch, tokens.device)
+        far_counts = counts_at(offsets[j], positions, frames, args.segment_ids, batch, args.tokens.device)
+        near_counts = counts_at(offsets[i], positions, frames, args.segment_ids, batch, args.tokens.device)
         both = (far_counts[:, :inside] & near_counts[:, apart:])[:, :, None, None]
         near, far = logits(i, inputs[i][:, apart:], both), logits(j, inputs[j][:, :inside], both)
-        near = near.detach() if detach == "near" else near
-        far = far.detach() if detach == "far" else far
+        near = near.detach() if args.detach == "near" else near
+        far = far.detach() if args.detach == "far" else far
         teacher = pool_grid(near.softmax(-1), factors[j] // factors[i])
         entropy = -(teacher * far.log_softmax(-1)).sum((-1, -2))
         count = both.sum() * (entropy.shape[2] * entropy.shape[3])
         mean = torch.where(both, entropy, 0).sum() / count.clamp_min(1)
-        assert consistency_weights is not None
-        total = total + consistency_weights[j].to(computed) * mean
+        assert args.consistency_weights is not None
+        total = total + args.consistency_weights[j].to(computed) * mean
         agreement[j], agreement_counts[j] = mean.detach(), count
     outputs = (total, torch.stack(losses), torch.stack(counts), agreement, agreement_counts)
-    return (*outputs, torch.stack(hits)) if return_accuracy else outputs
+    return (*outputs, torch.stack(hits)) if args.return_accuracy else outputs
 
 
 def pooled_target(ids: Tensor, keep: Tensor, factor: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments as check
-from ..autocast import enabled, follow
+from ..autograd import call
+from ..dtypes import autocasts, follow, stored_dtype
+from ..horizon_loss import DETACH, HorizonLoss, check_consistency, check_horizon_weights, index_of, nan_if_invalid
 from ..horizons import Horizons, check_horizons, counts_at
-from ..losses import DETACH, HorizonLoss, check_consistency, check_horizon_weights, place_of, refuse_late
-from ..registry import Backend, Cost, Op, call, register
+from ..native import raw
+from ..op import Backend, Cost, Op, Want, register
 from .video_pyramid import (
     VIDEO,
     box_average,
@@ -113,7 +115,7 @@ def multi_horizon_loss(
     patch_sizes = check_patch_sizes(patch_sizes, count)
     check_divisible(video, horizons.factors, patch_sizes)
     preds = check.tensors("preds", preds, count, 5 if patch_sizes is None else 4)
-    if enabled(video.device):
+    if autocasts(video.device):
         preds = [follow(pred, preds[0]) for pred in preds]
     positions = preds[0].shape[1]
     for i, pred in enumerate(preds):
@@ -148,88 +150,72 @@ def multi_horizon_loss(
         check.number("delta", delta, above=0),
         check.number("eps", eps, above=0),
     )
-    return refuse_late(HorizonLoss(*call(OP, args)), consistency, undivided)
+    return nan_if_invalid(HorizonLoss(*call(OP, args)), consistency, undivided)
 
 
-def reference(
-    preds: list[Tensor],
-    video: Tensor,
-    horizon_weights: Tensor,
-    consistency_weights: Tensor | None,
-    segment_ids: Tensor | None,
-    offsets: list[int],
-    factors: list[int],
-    pairs: list[int],
-    patch_sizes: list[int] | None,
-    kind: str,
-    detach: str,
-    residual: bool,
-    scale: float,
-    shift: float,
-    delta: float,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    batch, frames, channels, height, width = video.shape
-    positions, device = preds[0].shape[1], video.device
-    target = normalise(video, scale, shift, preds[0].dtype)
+def reference(args: Arguments) -> tuple[Tensor, ...]:
+    preds, offsets, factors = args.preds, args.offsets, args.factors
+    batch, frames, channels, height, width = args.video.shape
+    positions, device = preds[0].shape[1], args.video.device
+    target = normalise(args.video, args.scale, args.shift, preds[0].dtype)
     computed = target.dtype
 
     predictions, valid, losses, counts = [], [], [], []
     for i, (offset, factor) in enumerate(zip(offsets, factors, strict=True)):
         prediction = preds[i].to(computed)
-        if patch_sizes is not None:
-            prediction = unpatchify(prediction, patch_sizes[i], channels, height // factor, width // factor)
+        if args.patch_sizes is not None:
+            prediction = unpatchify(prediction, args.patch_sizes[i], channels, height // factor, width // factor)
         pyramid = box_average(target, factor)
-        if residual:
+        if args.residual:
             prediction = prediction + pyramid[:, :positions]
         predictions.append(prediction)
-        valid.append(counts_at(offset, positions, frames, segment_ids, batch, device))
+        valid.append(counts_at(offset, positions, frames, args.segment_ids, batch, device))
         inside = max(0, min(positions, frames - offset))
         difference = prediction[:, :inside] - pyramid[:, offset : offset + inside]
-        mean, count = mean_loss(difference, valid[i][:, :inside], kind, delta, eps)
+        mean, count = mean_loss(difference, valid[i][:, :inside], args)
         losses.append(mean)
         counts.append(count)
 
-    shape = (len(preds),) if consistency_weights is None else consistency_weights.shape
+    shape = (len(preds),) if args.consistency_weights is None else args.consistency_weights.shape
     agreement = torch.zeros(shape, dtype=computed, device=device)
     agreement_counts = torch.zeros(shape, dtype=torch.int64, device=device)
-    total = (horizon_weights.to(computed) * torch.stack(losses)).sum()
-    for i, j in zip(pairs[::2], pairs[1::2], strict=True):
+    total = (args.horizon_weights.to(computed) * torch.stack(losses)).sum()
+    for i, j in zip(args.pairs[::2], args.pairs[1::2], strict=True):
         apart = offsets[j] - offsets[i]
         inside = max(0, positions - apart)
-        near = predictions[i].detach() if detach == "near" else predictions[i]
-        far = predictions[j].detach() if detach == "far" else predictions[j]
+        near = predictions[i].detach() if args.detach == "near" else predictions[i]
+        far = predictions[j].detach() if args.detach == "far" else predictions[j]
         near = box_average(near[:, apart:], factors[j] // factors[i])
         both = valid[j][:, :inside] & valid[i][:, apart:]
-        mean, count = mean_loss(far[:, :inside] - near, both, kind, delta, eps)
-        assert consistency_weights is not None
-        place = place_of((i, j), shape)
-        total = total + consistency_weights[place].to(computed) * mean
-        agreement[place], agreement_counts[place] = mean.detach(), count
+        mean, count = mean_loss(far[:, :inside] - near, both, args)
+        assert args.consistency_weights is not None
+        index = index_of((i, j), shape)
+        total = total + args.consistency_weights[index].to(computed) * mean
+        agreement[index], agreement_counts[index] = mean.detach(), count
     # fp64 video with fp32 predictions computes in fp64; the results are in the predictions' precision.
     out = torch.promote_types(preds[0].dtype, torch.float32)
     return total.to(out), torch.stack(losses).to(out), torch.stack(counts), agreement.to(out), agreement_counts
 
 
-def pointwise_loss(difference: Tensor, kind: str, delta: float, eps: float) -> Tensor:
-    if kind == "mse":
+def pointwise_loss(difference: Tensor, args: Arguments) -> Tensor:
+    if args.kind == "mse":
         return difference.square()
-    if kind == "l1":
+    if args.kind == "l1":
         return difference.abs()
-    if kind == "huber":
-        return F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=delta)
-    return (difference.square() + eps**2).sqrt()
+    if args.kind == "huber":
+        return F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=args.delta)
+    return (difference.square() + args.eps**2).sqrt()
 
 
-def mean_loss(difference: Tensor, valid: Tensor, kind: str, delta: float, eps: float) -> tuple[Tensor, Tensor]:
+def mean_loss(difference: Tensor, valid: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
     """Mean loss of [B, N, C, h, w] over the positions where `valid` [B, N], and the number of elements; 0 over nothing.
 
-    Masked before the loss too: NaN where nothing counts would come back as 0 * NaN in the gradient.
+    Masked before the loss too: a NaN where nothing counts would be 0 * NaN in the gradient.
     """
     elements = difference.shape[2] * difference.shape[3] * difference.shape[4]
     mask = valid[:, :, None, None, None]
     count = valid.sum() * elements
-    loss = pointwise_loss(torch.where(mask, difference, 0), kind, delta, eps)
+    loss = pointwise_loss(torch.where(mask, difference, 0), args)
     return torch.where(mask, loss, 0).sum() / count.clamp_min(1), count
 
 
@@ -244,6 +230,40 @@ def fake(args: Arguments) -> list[Tensor]:
         first.new_empty(shape, dtype=out),
         first.new_empty(shape, dtype=torch.int64),
     ]
+
+
+def empty_gradients(args: Arguments, want: Want) -> list[Tensor | None]:
+    """Where a forward writes the gradients of the predictions that are needed."""
+    return [
+        torch.empty_like(pred, dtype=stored_dtype(pred)) if wants else None
+        for pred, wants in zip(args.preds, want["preds"], strict=True)
+    ]
+
+
+def native_arguments(
+    args: Arguments, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> tuple[object, ...]:
+    """What csrc/bindings.cpp unpacks into a MultiHorizonLoss (csrc/ops.h); the outputs are in the reference's order."""
+    return (
+        [raw(pred) for pred in args.preds],
+        [raw(gradient) for gradient in gradients],
+        raw(args.video),
+        raw(args.segment_ids),
+        raw(args.horizon_weights),
+        raw(args.consistency_weights),
+        args.offsets,
+        args.factors,
+        args.pairs,
+        args.patch_sizes or [],
+        KINDS.index(args.kind),
+        0 if args.detach == "none" else DETACH.index(args.detach),
+        args.residual,
+        args.scale,
+        args.shift,
+        args.delta,
+        args.eps,
+        [raw(output) for output in outputs],
+    )
 
 
 def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:

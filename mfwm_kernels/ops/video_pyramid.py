@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import arguments as check
-from ..registry import Backend, Cost, Op, call, register
+from ..autograd import call
+from ..op import Backend, Cost, Gradients, Op, register
 
 VIDEO = (torch.uint8, *check.FLOATING)
 
@@ -91,14 +92,12 @@ def check_normalisation(video: Tensor, scale: float | None, shift: float | None)
     )
 
 
-def reference(
-    video: Tensor, factors: list[int], scale: float, shift: float, patch_sizes: list[int] | None, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    frames = normalise(video, scale, shift, dtype)
+def reference(args: Arguments) -> tuple[Tensor, ...]:
+    frames = normalise(args.video, args.scale, args.shift, args.dtype)
     outputs = []
-    for i, factor in enumerate(factors):
+    for i, factor in enumerate(args.factors):
         image = box_average(frames, factor)
-        outputs.append((image if patch_sizes is None else patchify(image, patch_sizes[i])).to(dtype))
+        outputs.append((image if args.patch_sizes is None else patchify(image, args.patch_sizes[i])).to(args.dtype))
     return tuple(outputs)
 
 
@@ -130,7 +129,7 @@ def unpatchify(tokens: Tensor, patch: int, channels: int, height: int, width: in
     return cut.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, time, channels, height, width)
 
 
-def gradient_of_video(args: Arguments, grads: Sequence[Tensor | None]) -> Tensor:
+def gradient_of_video(args: Arguments, upstream: Sequence[Tensor | None]) -> Gradients:
     """The gradient with respect to a floating video, which every backend's backward returns.
 
     Plain PyTorch: a video that learns (latents of an encoder in training) is rare, and this is K small broadcasts.
@@ -138,14 +137,14 @@ def gradient_of_video(args: Arguments, grads: Sequence[Tensor | None]) -> Tensor
     channels, height, width = args.video.shape[2:]
     computed = torch.promote_types(torch.promote_types(args.video.dtype, args.dtype), torch.float32)
     total = torch.zeros(args.video.shape, dtype=computed, device=args.video.device)
-    for i, (factor, gradient) in enumerate(zip(args.factors, grads, strict=True)):
+    for i, (factor, gradient) in enumerate(zip(args.factors, upstream, strict=True)):
         if gradient is None:
             continue
         if args.patch_sizes is not None:
             gradient = unpatchify(gradient, args.patch_sizes[i], channels, height // factor, width // factor)
         cells = total.unflatten(-1, (width // factor, factor)).unflatten(-3, (height // factor, factor))
         cells += (gradient.to(computed) * (args.scale / factor**2))[..., :, None, :, None]
-    return total.to(args.video.dtype)
+    return {"video": total.to(args.video.dtype)}
 
 
 def output_shape(video: Tensor, factor: int, patch: int | None) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..op import Gradients, Want
 from ..ops.action_window_sum import Arguments
 from .launch import ceil_div, launch, power_of_2, strides, warps_of
 
@@ -124,14 +125,14 @@ def action_window_sum_gates(
     tl.store(partial + gate * width + d, tl.sum(total, 0), in_d)
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    return [window_sums(args, args.actions.shape[1], args.actions.dtype)], []
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
+    return [window_sums(args, args.actions.shape[1], args.actions.dtype)], {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    (gradient,) = grads
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    (gradient,) = upstream
     assert gradient is not None
-    return gradients_of_sums(args, wanted, gradient)
+    return gradients_of_sums(args, want, gradient)
 
 
 def tile_of(rows: int, width: int) -> tuple[int, int]:
@@ -159,13 +160,13 @@ def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
     return sums
 
 
-def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor) -> list[Tensor]:
-    """The gradients of those of (actions, lag_weight) that are wanted, from the sums' gradient [B, N, K, D]."""
+def gradients_of_sums(args: Arguments, want: Want, gradient: Tensor) -> Gradients:
+    """The gradients of actions and lag_weight that are needed, from the sums' gradient [B, N, K, D]."""
     actions, lag_weight, segments = args.actions, args.lag_weight, args.segment_ids
     batch, columns, width = actions.shape
     positions, device = gradient.shape[1], actions.device
-    made = []
-    if wanted[0]:
+    gradients: Gradients = {}
+    if want["actions"]:
         of_actions = torch.empty(actions.shape, dtype=actions.dtype, device=device)
         rows = batch * columns
         tile = tile_of(rows, width)
@@ -177,8 +178,8 @@ def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor)
             OFFSETS=tuple(args.offsets), START=args.window_start, ROWS=tile[0], BLOCK_D=tile[1],
             num_warps=warps_of(tile[0] * tile[1], 16),
         )  # fmt: skip
-        made.append(of_actions)
-    if lag_weight is not None and wanted[1]:
+        gradients["actions"] = of_actions
+    if want["lag_weight"]:
         count, lags = lag_weight.shape[:2]
         rows = batch * positions
         tile = tile_of(min(rows, CHUNK), width)
@@ -192,5 +193,5 @@ def gradients_of_sums(args: Arguments, wanted: Sequence[bool], gradient: Tensor)
             CHUNK=min(CHUNK, power_of_2(rows)), ROWS=tile[0], BLOCK_D=tile[1],
             num_warps=warps_of(tile[0] * tile[1], 16),
         )  # fmt: skip
-        made.append(partial.sum(0).to(lag_weight.dtype))
-    return made
+        gradients["lag_weight"] = partial.sum(0).to(lag_weight.dtype)
+    return gradients

@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..monitor import write_gram
-from ..ops.action_window_sum import Arguments as WindowArguments
+from ..grad_monitor import write_gram
+from ..op import Gradients, Want
+from ..ops.conditioning import conditioning_sums, gradients_of_sums, wants_sums
 from ..ops.fan_out import Arguments
-from .action_window_sum import gradients_of_sums, window_sums
+from .action_window_sum import gradients_of_sums as gradients_of_window
+from .action_window_sum import window_sums
 from .launch import ceil_div, launch, power_of_2, strides, warps_of
 
 # Elements of a tile; S and the largest cell of S x S tokens, in elements; elements per thread.
@@ -349,14 +351,14 @@ def plan_of(hidden: Tensor, pools: Sequence[int], tile: int, largest: Mapping[in
     return Plan(order, units, side, s, cells, block, total, chunk, ceil_div(total, chunk), vector, warps)
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden = on_grid(args.hidden)
     batch, positions, height, width, depth = hidden.shape
     outputs = [
         torch.empty(batch, positions, height // p, width // p, depth, dtype=hidden.dtype, device=hidden.device)
         for p in args.pool
     ]
-    sums = window_sums(window_of(args), positions, torch.float32)
+    sums = conditioning_sums(args, window_sums, torch.float32)
     norm_weight = norm_of(args)
     plan = plan_of(hidden, args.pool, *FORWARD)
     launch(
@@ -368,21 +370,17 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
         VECTOR=plan.vector, num_warps=plan.warps,
     )  # fmt: skip
-    return [output.squeeze(2) for output in outputs] if args.hidden.dim() == 4 else outputs, []
+    return [output.squeeze(2) for output in outputs] if args.hidden.dim() == 4 else outputs, {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    want = dict.fromkeys(("hidden", "actions", "norm_weight", "lag_weight"), False)
-    present = [name for name in want if getattr(args, name) is not None]
-    want.update(zip(present, wanted, strict=True))
-
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
     hidden = on_grid(args.hidden)
     batch, positions, height, width, depth = hidden.shape
     device, count = hidden.device, len(args.pool)
-    sums = window_sums(window_of(args), positions, torch.float32)
+    sums = conditioning_sums(args, window_sums, torch.float32)
     norm_weight = norm_of(args)
     plan = plan_of(hidden, args.pool, *BACKWARD)
-    upstream = [None if grads[i] is None else on_grid(grads[i]) for i in plan.order]
+    ordered = [None if upstream[i] is None else on_grid(upstream[i]) for i in plan.order]
     programs = batch * positions * plan.chunks
     of_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=device) if want["hidden"] else None
     of_cells = [
@@ -391,8 +389,7 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
         else torch.empty(batch, positions, height // p, width // p, depth, dtype=torch.float32, device=device)
         for p in (args.pool[i] for i in plan.order)
     ]
-    needs_sums = want["actions"] or want["lag_weight"]
-    of_sums = torch.empty(programs, count, depth, dtype=torch.float32, device=device) if needs_sums else None
+    of_sums = torch.empty(programs, count, depth, dtype=torch.float32, device=device) if wants_sums(want) else None
     of_norm = torch.empty(programs, count, depth, dtype=torch.float32, device=device) if want["norm_weight"] else None
     monitored = want["hidden"] and args.norms is not None
     gram = torch.empty(programs, count, count, dtype=torch.float32, device=device) if monitored else None
@@ -400,9 +397,9 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
     registers = 128 if plan.block_d >= 32 * plan.warps else 255
     launch(
         fan_out_backward, programs, device,
-        hidden, sums, norm_weight, tuple(upstream), args.scale, of_hidden, tuple(of_cells), of_sums, of_norm, gram,
+        hidden, sums, norm_weight, tuple(ordered), args.scale, of_hidden, tuple(of_cells), of_sums, of_norm, gram,
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
-        strides(hidden, 5), strides(norm_weight, 2), tuple(strides(grad, 5) for grad in upstream),
+        strides(hidden, 5), strides(norm_weight, 2), tuple(strides(grad, 5) for grad in ordered),
         HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order), UNITS=tuple(plan.units),
         COARSER=tuple(high // low for high, low in zip([plan.s, *plan.units], plan.units, strict=False)),
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
@@ -412,19 +409,17 @@ def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | N
         assert args.norms is not None and args.cosines is not None
         write_gram(gram.sum(0, dtype=torch.float64), args.norms, args.cosines)
 
-    made: dict[str, Tensor] = {}
+    gradients: Gradients = {}
     if of_hidden is not None:
-        made["hidden"] = of_hidden.view(args.hidden.shape)
+        gradients["hidden"] = of_hidden.view(args.hidden.shape)
     if of_norm is not None:
         assert args.norm_weight is not None
         axes = (0, 1) if args.norm_weight.dim() == 1 else (0,)
-        made["norm_weight"] = of_norm.sum(axes).to(args.norm_weight.dtype)
+        gradients["norm_weight"] = of_norm.sum(axes).to(args.norm_weight.dtype)
     if of_sums is not None:
-        names = [name for name in ("actions", "lag_weight") if name in present]
-        of_windows = of_sums.view(batch, positions, plan.chunks, count, depth).sum(2)
-        tensors = gradients_of_sums(window_of(args), [want[name] for name in names], of_windows)
-        made.update(zip([name for name in names if want[name]], tensors, strict=True))
-    return [made[name] for name in present if want[name]]
+        of_position = of_sums.view(batch, positions, plan.chunks, count, depth).sum(2)
+        gradients |= gradients_of_sums(args, want, of_position, gradients_of_window)
+    return gradients
 
 
 def on_grid(states: Tensor) -> Tensor:
@@ -435,7 +430,3 @@ def on_grid(states: Tensor) -> Tensor:
 def norm_of(args: Arguments) -> Tensor | None:
     """[K, D], a [D] weight repeated without a copy."""
     return None if args.norm_weight is None else args.norm_weight.expand(len(args.pool), -1)
-
-
-def window_of(args: Arguments) -> WindowArguments:
-    return WindowArguments(args.actions, args.lag_weight, args.segment_ids, args.offsets, args.window_start)

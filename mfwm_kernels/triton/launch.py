@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..registry import INTERPRETED
+from ..backends import INTERPRETED
 
 # In the interpreter tl.dot of bf16 gives garbage.
 EMULATED = tl.constexpr(INTERPRETED)

@@ -3,7 +3,7 @@
 forward   A program computes a tile of rows x columns. For each state it sums squares along the rows, then multiplies.
           Both norms are row factors, so they scale the two products, not the states. Bytes: both states once for each
           block of columns; what a program reads again comes from L2.
-backward  torch's matrix products and two passes over rows, see products/mtp_combine.py.
+backward  torch's matrix products and two passes over rows, see gemm/mtp_combine.py.
 norm      Bytes: both states once, the normed states.
 gradient  Bytes: both states and the gradients at the normed ones once, the gradients of the states.
 """
@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gemm.mtp_combine import Passes, norms_of, ordered
+from ..gemm.mtp_combine import backward as shared_backward
+from ..gemm.rows import chunks, flat, rows_of
+from ..op import Gradients, Want
 from ..ops.mtp_combine import Arguments
-from ..products.mtp_combine import Passes, norms_of, ordered
-from ..products.mtp_combine import backward as shared_backward
-from ..products.rows import chunks, flat, rows_of
 from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
 
 
@@ -116,7 +117,7 @@ def mtp_combine_gradient(
                 tl.store(gradients[half] + place, made.to(gradients[half].dtype.element_ty), mask)
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden, (columns, depth) = args.hidden, args.weight.shape
     weight = (args.weight.float() * norms_of(args, torch.float32)).to(hidden.dtype).contiguous()
     out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
@@ -134,13 +135,13 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
             PRECISION=dot_precision(), ROWS=tile_rows, COLUMNS=tile_columns,
             BLOCK_D=min(32, max(16, power_of_2(depth // 2))), num_warps=8 if half else 4, num_stages=3,
         )  # fmt: skip
-    return [out], []
+    return [out], {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    (grad,) = grads
-    assert grad is not None
-    return shared_backward(args, wanted, grad, PASSES)
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    (gradient_of_out,) = upstream
+    assert gradient_of_out is not None
+    return shared_backward(args, want, gradient_of_out, PASSES)
 
 
 def tile_of(depth: int) -> tuple[int, int]:

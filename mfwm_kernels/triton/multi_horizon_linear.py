@@ -4,7 +4,7 @@ forward   A program computes a tile of rows x columns, the heads side by side. I
           sums of squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue
           adds the actions' part, scales by each row's norm, adds the bias and stores to the outputs it covers.
           Bytes: hidden once for each block of columns (one, up to 256 columns), the outputs.
-backward  torch's matrix products and three passes, see products/multi_horizon_linear.py. Sums over the tokens of a
+backward  torch's matrix products and three passes, see gemm/multi_horizon_linear.py. Sums over the tokens of a
           position are made per program and added afterwards in a fixed order.
 scale     Bytes: hidden, the outputs and their gradients once, P.
 combine   Bytes: hidden and the product once, d hidden.
@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.multi_horizon_linear import Arguments
-from ..products.multi_horizon_linear import (
+from ..gemm.multi_horizon_linear import (
     Passes,
     Rows,
     bias_of,
@@ -29,10 +28,13 @@ from ..products.multi_horizon_linear import (
     heads_of,
     projected_of,
     shape_of,
-    window_of,
 )
-from ..products.multi_horizon_linear import backward as shared_backward
-from .action_window_sum import gradients_of_sums, window_sums
+from ..gemm.multi_horizon_linear import backward as shared_backward
+from ..op import Gradients, Want
+from ..ops.conditioning import conditioning_sums
+from ..ops.multi_horizon_linear import Arguments
+from .action_window_sum import gradients_of_sums as gradients_of_window
+from .action_window_sum import window_sums
 from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
 
 
@@ -244,12 +246,12 @@ def multi_horizon_linear_monitor(
     tl.store(of_hidden + place, total.to(of_hidden.dtype.element_ty), mask)
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden, columns = on_grid(args.hidden), columns_of(args)
     positions, tokens = shape_of(args.hidden)
     depth, total, count = hidden.shape[-1], sum(columns), len(columns)
     outputs = [torch.empty(*args.hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
-    sums = window_sums(window_of(args), hidden.shape[1], torch.float32)
+    sums = conditioning_sums(args, window_sums, torch.float32)
     heads, bias = heads_of(args, hidden.dtype), bias_of(args, torch.float32)
     projected = projected_of(args, sums, heads)
     half = hidden.element_size() == 2
@@ -269,13 +271,11 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
         STEP=min(32, power_of_2(depth)), num_warps=8 if tile_columns >= 128 else 4, num_stages=3,
     )  # fmt: skip
-    return outputs, []
+    return outputs, {}
 
 
-def backward(
-    args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
-) -> list[Tensor]:
-    return shared_backward(args, wanted, grads, outputs, PASSES)
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    return shared_backward(args, want, upstream, outputs, PASSES)
 
 
 def on_grid(states: Tensor) -> Tensor:
@@ -288,8 +288,8 @@ def firsts_of(columns: Sequence[int]) -> tuple[int, ...]:
     return tuple(sum(columns[:i]) for i in range(len(columns) + 1))
 
 
-class Dealt:
-    """How a chunk is dealt out to programs: each takes a piece of one position."""
+class Split:
+    """How the rows of a chunk are split among programs: each takes a piece of one position."""
 
     def __init__(self, rows: Rows, most: int) -> None:
         self.last = rows.first + rows.hidden.shape[0]
@@ -317,22 +317,22 @@ def scale(
     scaled_sums: Tensor | None,
 ) -> None:
     columns, (_, depth), device = columns_of(args), rows.hidden.shape, scaled.device
-    dealt = Dealt(rows, 16)
+    split = Split(rows, 16)
     partial = None
     if scaled_sums is not None:
-        partial = torch.empty(dealt.programs, sum(columns), dtype=torch.float32, device=device)
+        partial = torch.empty(split.programs, sum(columns), dtype=torch.float32, device=device)
     launch(
-        multi_horizon_linear_scale, dealt.programs, device,
+        multi_horizon_linear_scale, split.programs, device,
         rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, partial,
-        tuple(columns), firsts_of(columns), rows.first, dealt.last, rows.tokens, dealt.pieces,
+        tuple(columns), firsts_of(columns), rows.first, split.last, rows.tokens, split.pieces,
         depth, sum(columns), args.norm_eps,
         strides(rows.hidden, 2), tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
-        COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=dealt.rows, BLOCK_N=64,
+        COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=split.rows, BLOCK_N=64,
         # Without a limit ptxas spills 8 bytes to end just below one of its own. 128 leave room for 4 programs on an SM;
         # the masks of narrow rows take more.
         BLOCK_D=min(128, power_of_2(depth)), num_warps=4, maxnreg=128 if depth >= 64 else 255,
     )  # fmt: skip
-    dealt.add(partial, scaled_sums, 1)
+    split.add(partial, scaled_sums, 1)
 
 
 def combine(
@@ -344,16 +344,16 @@ def combine(
     of_sums: Tensor | None,
 ) -> None:
     (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
-    dealt, block = Dealt(rows, 64), min(64, power_of_2(depth))
-    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, dtype=torch.float32, device=device)
+    split, block = Split(rows, 64), min(64, power_of_2(depth))
+    partial = None if of_sums is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
     blocks = ceil_div(depth, block)
     launch(
-        multi_horizon_linear_combine, dealt.programs * blocks, device,
+        multi_horizon_linear_combine, split.programs * blocks, device,
         rows.hidden, rows.sums, product, shares, of_hidden, partial,
-        rows.first, dealt.last, rows.tokens, dealt.pieces, blocks, depth, strides(rows.hidden, 2),
-        COUNT=count, ROWS=dealt.rows, BLOCK_D=block, num_warps=4,
+        rows.first, split.last, rows.tokens, split.pieces, blocks, depth, strides(rows.hidden, 2),
+        COUNT=count, ROWS=split.rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    dealt.add(partial, of_sums, -1)
+    split.add(partial, of_sums, -1)
 
 
 def monitor(
@@ -366,18 +366,18 @@ def monitor(
     gram: Tensor,
 ) -> None:
     (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
-    dealt, block = Dealt(rows, 16), min(64, power_of_2(depth))
-    partial = None if of_sums is None else torch.empty(dealt.programs, count, depth, dtype=torch.float32, device=device)
+    split, block = Split(rows, 16), min(64, power_of_2(depth))
+    partial = None if of_sums is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
     blocks = ceil_div(depth, block)
-    grams = torch.empty(dealt.programs * blocks, count, count, dtype=torch.float32, device=device)
+    grams = torch.empty(split.programs * blocks, count, count, dtype=torch.float32, device=device)
     launch(
-        multi_horizon_linear_monitor, dealt.programs * blocks, device,
+        multi_horizon_linear_monitor, split.programs * blocks, device,
         rows.hidden, rows.sums, tuple(states), shares, args.scale, of_hidden, partial, grams,
-        rows.first, dealt.last, rows.tokens, dealt.pieces, blocks, depth, strides(rows.hidden, 2),
-        COUNT=count, NORM=args.norm_weight is not None, ROWS=dealt.rows, BLOCK_D=block, num_warps=4,
+        rows.first, split.last, rows.tokens, split.pieces, blocks, depth, strides(rows.hidden, 2),
+        COUNT=count, NORM=args.norm_weight is not None, ROWS=split.rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
     gram += grams.sum(0, dtype=torch.float64)
-    dealt.add(partial, of_sums, 1)
+    split.add(partial, of_sums, 1)
 
 
-PASSES = Passes(window_sums, gradients_of_sums, lambda dtype: dtype, scale, combine, monitor)
+PASSES = Passes(window_sums, gradients_of_window, lambda dtype: dtype, scale, combine, monitor)

@@ -12,20 +12,22 @@ so no element of a row is compared with the ids of its cell, of which a far cell
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gemm.multi_horizon_linear_cross_entropy import Passes
+from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
+from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
-from ..products.multi_horizon_linear_cross_entropy import Passes
-from ..products.multi_horizon_linear_cross_entropy import forward as shared_forward
+from . import multi_horizon_loss
 from .launch import ceil_div, launch, power_of_2
-from .multi_horizon_loss import scale as scale
 
 CHUNK_BYTES = 512 * 2**20
+
+scale = multi_horizon_loss.scale
+
 # The longest row that is held in registers, by 16 warps; and how much of longer ones at a time.
 LONGEST = 16384
 LOOPED = 4096
@@ -228,8 +230,8 @@ def multi_horizon_linear_consistency(
     tl.store(losses + program, tl.sum(loss, 0))
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
-    return shared_forward(args, wanted, PASSES)
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
+    return shared_forward(args, want, PASSES)
 
 
 def tile_of(vocabulary: int, longest: int, ids: int = 1) -> tuple[int, int, int]:
@@ -268,7 +270,7 @@ def cross_entropy(
 
 def normalisers_of(args: Arguments, logits: Tensor) -> Tensor:
     """[rows * F] of logits [rows, F * V]."""
-    rows, vocabulary = logits.shape[0] * args.factored, logits.shape[1] // args.factored
+    rows, vocabulary = logits.shape[0] * args.ids_per_token, logits.shape[1] // args.ids_per_token
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     tile_rows, block, warps = tile_of(vocabulary, LOOPED)
     launch(
@@ -289,12 +291,12 @@ def consistency(
     learns_near: bool,
     learns_far: bool,
 ) -> None:
-    cells, vocabulary = far.shape[0], far.shape[1] // args.factored
+    cells, vocabulary = far.shape[0], far.shape[1] // args.ids_per_token
     near_sums, far_sums = normalisers_of(args, near), normalisers_of(args, far)
     launch(
-        multi_horizon_linear_consistency, cells * args.factored, far.device,
+        multi_horizon_linear_consistency, cells * args.ids_per_token, far.device,
         near, far, near_sums, far_sums, torch.empty_like(near_sums) if learns_near else None, counted, scale, losses,
-        args.factored, near.shape[0] // cells, vocabulary, args.softcap,
+        args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
         SOFTCAP=args.softcap > 0, NEAR=learns_near, FAR=learns_far,
         BLOCK=min(2048, LOOPED, max(16, power_of_2(vocabulary))), num_warps=4,
     )  # fmt: skip

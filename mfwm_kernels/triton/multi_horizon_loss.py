@@ -14,16 +14,15 @@ collects its gradient in fp32, one launch after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..losses import gradients_of_weights, place_of
+from ..dtypes import stored_dtype
+from ..horizon_loss import gradients_of_weights, index_of
+from ..op import Gradients, Want
 from ..ops.multi_horizon_loss import Arguments
-from ..registry import stored_dtype
 from .frames import (
     average,
     axis,
@@ -257,7 +256,7 @@ def scale(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
     return gradients
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     video, device, count = args.video, args.video.device, len(args.preds)
     batch, frames = video.shape[:2]
     positions = args.preds[0].shape[1]
@@ -287,7 +286,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
     pair_places, kept_places = (), ()
     if args.consistency_weights is not None:
-        places = [place_of(pair, shape) for pair in pairs]
+        places = [index_of(pair, shape) for pair in pairs]
         steps = args.consistency_weights.stride()
         pair_places = tuple(sum(p * s for p, s in zip(place, steps, strict=True)) for place in places)
         kept_places = tuple(place[0] if len(shape) == 1 else place[0] * count + place[1] for place in places)
@@ -297,7 +296,7 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
     involved = [sorted({e for t in members for e in ([t] if t < count else pairs[t - count])}) for members in chains]
     shared = {i for i in range(count) if sum(i in horizons for horizons in involved) > 1}
     gradients = [
-        torch.empty_like(pred, dtype=torch.float32 if i in shared else stored_dtype(pred)) if wanted[i] else None
+        torch.empty_like(pred, dtype=torch.float32 if i in shared else stored_dtype(pred)) if want["preds"][i] else None
         for i, pred in enumerate(args.preds)
     ]
     sources = [0] * len(spans)
@@ -322,9 +321,9 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
         total, means, counts_out, agreement, agreement_counts, agreement.numel(),
         COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(agreement.numel()), num_warps=1,
     )  # fmt: skip
-    extras = [g.to(stored_dtype(pred)) for g, pred in zip(gradients, args.preds, strict=True) if g is not None]
-    extras += gradients_of_weights(args.horizon_weights, args.consistency_weights, wanted[count:], means, agreement)
-    return [total, means, counts_out, agreement, agreement_counts], extras
+    stored = [None if g is None else g.to(stored_dtype(p)) for g, p in zip(gradients, args.preds, strict=True)]
+    outputs = [total, means, counts_out, agreement, agreement_counts]
+    return outputs, {"preds": stored, **gradients_of_weights(args, want, means, agreement)}
 
 
 def _launch_chain(

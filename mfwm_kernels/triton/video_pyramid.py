@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..op import Gradients, Want
 from ..ops.video_pyramid import Arguments, gradient_of_video, output_shape
 from .frames import (
     average,
@@ -63,7 +64,7 @@ def video_pyramid(
                 tl.store(made + offsets, values.to(outputs[i].dtype.element_ty), mask)
 
 
-def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     video = args.video
     batch, time, channels, height, width = video.shape
     outputs = [
@@ -88,8 +89,8 @@ def forward(args: Arguments, wanted: Sequence[bool]) -> tuple[list[Tensor], list
             CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels, LONG=needs_long(video, *made),
             num_warps=warps_of(tiling.elements),
         )  # fmt: skip
-    return outputs, []
+    return outputs, {}
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [gradient_of_video(args, grads)]
+def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
+    return gradient_of_video(args, upstream)

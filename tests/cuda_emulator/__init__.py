@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import mfwm_kernels.cuda
-from mfwm_kernels import registry
+from mfwm_kernels import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -149,8 +149,8 @@ def emulated_cuda(fences: Fences, module: ModuleType | None = None) -> Iterator[
         return lambda *args, **kwargs: fences.empty_like(make(*args, **kwargs))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.ABSENT, "cuda", "")
-        patch.setattr(registry, "served_devices", lambda backend: ("cuda", "cpu"))
+        patch.setitem(backends.ABSENT, "cuda", "")
+        patch.setattr(backends, "served_devices", lambda backend: ("cuda", "cpu"))
         patch.setattr(mfwm_kernels.cuda, "kernels", module or emulated_module())
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

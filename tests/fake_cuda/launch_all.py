@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 from mfwm_kernels.aot import Driver
 from mfwm_kernels.launches import Launch, Pointer, calls, recorded
-from mfwm_kernels.registry import OPS
+from mfwm_kernels.op import OPS
 
 BYTES = {"CUdeviceptr": 8, **{f"{sign}int{bits}_t": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}}
 

@@ -10,9 +10,9 @@ from conftest import kernels_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mfwm_kernels import GradMonitor, Horizons, multi_horizon_linear, registry, use_backend
+from mfwm_kernels import GradMonitor, Horizons, autograd, multi_horizon_linear, use_backend
 from mfwm_kernels.check import relative_error
-from mfwm_kernels.products import rows
+from mfwm_kernels.gemm import rows
 
 KERNELS = kernels_of("multi_horizon_linear")
 HORIZONS = Horizons((1, 2, 4), (1, 1, 1))
@@ -109,7 +109,7 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_temporary_as_large_as_hidden(dtype: torch.dtype, monitored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The mode is to see what happens within the op.
-    monkeypatch.setattr(registry, "settle", lambda args: (args, False))
+    monkeypatch.setattr(autograd, "settle", lambda args: (args, False))
     kwargs = call_of(dtype, 30, 30, width=64)
     upstream = [torch.randn(2, 3, 30, 30, n).to(dtype) for n in (7, 3, 1)]
     if monitored:

@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backend
-from mfwm_kernels import ids as token_ids
 from mfwm_kernels.arguments import Shared
 from mfwm_kernels.check import relative_error
+from mfwm_kernels.ops import token_ids
 
 KERNELS = kernels_of("multi_horizon_linear_cross_entropy")
 BACKENDS = ["reference", *KERNELS]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfwm_kernels import Horizons, multi_horizon_loss, use_backend
-from mfwm_kernels.registry import ABSENT
+from mfwm_kernels.backends import ABSENT
 
 pytestmark = pytest.mark.skipif(bool(ABSENT["cpu"]), reason="no compiled module")
 

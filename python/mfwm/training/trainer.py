@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mfwm_kernels import arguments as check
-from mfwm_kernels.cpu import product_dtype
+from mfwm_kernels.dtypes import product_dtype
 
 from ..data.place import location, overlap
 from ..data.replay import ClipSampler, Replay, split_levels

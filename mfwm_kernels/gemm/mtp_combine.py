@@ -10,14 +10,14 @@ X and d X exist for a chunk of rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.mtp_combine import OP, Arguments
-from ..registry import gradients_by_field
+from ..op import Gradients, Want
+from ..ops.mtp_combine import Arguments
 from .rows import chunks, rows_of
 
 
@@ -44,9 +44,7 @@ def norms_of(args: Arguments, dtype: torch.dtype) -> Tensor:
     return torch.cat(ordered(args, args.hidden_norm_weight, args.embedding_norm_weight)).to(dtype)
 
 
-def backward(args: Arguments, wanted: Sequence[bool], grad: Tensor, passes: Passes) -> list[Tensor]:
-    flags: list[Any] = list(wanted)
-    want = gradients_by_field(OP, args, flags)
+def backward(args: Arguments, want: Want, upstream: Tensor, passes: Passes) -> Gradients:
     hidden, (columns, depth) = args.hidden, args.weight.shape
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
@@ -66,21 +64,20 @@ def backward(args: Arguments, wanted: Sequence[bool], grad: Tensor, passes: Pass
     for first, last in pieces:
         joined = joined_all[: last - first]
         states = [rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)]
-        upstream = rows_of(grad, first, last).to(dtype)
+        of_out = rows_of(upstream, first, last).to(dtype)
         if wants_weight:
             passes.norm(states, joined, args.norm_eps)
-            of_weight += upstream.t() @ joined
+            of_weight += of_out.t() @ joined
         if wants_states:
-            torch.mm(upstream, weight, out=joined)
+            torch.mm(of_out, weight, out=joined)
             to = [None if g is None else rows_of(g, first, last) for g in ordered(args, of_hidden, of_embedding)]
             passes.gradient(states, joined, args.norm_eps, to)
     of_norms = (args.weight * of_weight).sum(0).to(hidden.dtype).chunk(2)
     of_hidden_norm, of_embedding_norm = ordered(args, *of_norms)
-    made = {
+    return {
         "hidden": of_hidden,
         "embedding": of_embedding,
         "weight": (of_weight * norms).to(hidden.dtype) if want["weight"] else None,
         "hidden_norm_weight": of_hidden_norm,
         "embedding_norm_weight": of_embedding_norm,
     }
-    return [made[name] for name in OP.differentiable if want[name]]

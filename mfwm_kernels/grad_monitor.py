@@ -1,4 +1,4 @@
-"""GradMonitor: do the horizons pull the shared hidden state in the same direction?"""
+"""GradMonitor: whether the horizons pull the shared hidden state in the same direction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import arguments as check
 
 
 class GradMonitor:
-    """Collects, in the backward pass of fan_out or multi_horizon_linear, what each horizon asks of the hidden state.
+    """Collects, in the backward pass of fan_out or multi_horizon_linear, each horizon's gradient at the hidden state.
 
     With g_i the gradient that horizon i sends to `hidden`:
 
@@ -42,13 +42,21 @@ class GradMonitor:
         self.cosines = torch.zeros(K, K, dtype=torch.float32, device=device)
         self.scale: Tensor | None = None
         if scale is not None:
-            made = check.horizon_weights("scale", scale, [(K,)], self.norms)
-            # The tensor of a list is remembered, so others have it too.
-            self.scale = made.detach() if isinstance(scale, Tensor) else made.clone()
+            numbers = check.horizon_weights("scale", scale, [(K,)], self.norms)
+            # A list was turned into a cached tensor (arguments.constant) that other calls share: clone it, so that
+            # writing to .scale is safe.
+            self.scale = numbers.detach() if isinstance(scale, Tensor) else numbers.clone()
+
+    def __repr__(self) -> str:
+        scale = "" if self.scale is None else f", scale={self.scale.tolist()}"
+        norms, cosines = (
+            [[round(x, 4) for x in row] for row in figures.tolist()] for figures in (self.norms[None], self.cosines)
+        )
+        return f"GradMonitor({len(self.norms)}{scale}, norms={norms[0]}, cosines={cosines})"
 
 
-def fields_of(monitor: GradMonitor | None, count: int, hidden: Tensor) -> tuple[Tensor | None, ...]:
-    """(scale, norms, cosines) for the flat arguments, moved to the hidden state's device."""
+def monitor_fields(monitor: GradMonitor | None, count: int, hidden: Tensor) -> tuple[Tensor | None, ...]:
+    """(scale, norms, cosines) for the arguments of an op, moved to the hidden state's device."""
     if monitor is None:
         return None, None, None
     if not isinstance(monitor, GradMonitor):
@@ -75,7 +83,7 @@ class _Branches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, count: int, scale: Tensor | None, norms: Tensor, cosines: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
-        # Not saved through autograd: they are written again by each backward, and that is no error.
+        # Kept outside save_for_backward: each backward overwrites them, which autograd would report as an error.
         ctx.norms, ctx.cosines = norms, cosines
         return hidden.unsqueeze(0).expand(count, *hidden.shape)
 
@@ -92,7 +100,7 @@ class _Branches(torch.autograd.Function):
 def branches(
     hidden: Tensor, count: int, scale: Tensor | None, norms: Tensor | None, cosines: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """`hidden` K times; monitored on the way back where norms is given."""
+    """`hidden` K times; the backward fills norms and cosines where they are given."""
     if norms is None or cosines is None:
         return (hidden,) * count
     return _Branches.apply(hidden, count, scale, norms, cosines).unbind(0)

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dtypes import stored_dtype
+from ..horizon_loss import gradients_of_weights
 from ..horizons import counts_at
-from ..ids import checked_ids
-from ..losses import gradients_of_weights
-from ..ops.multi_horizon_linear_cross_entropy import OP, Arguments
-from ..registry import gradients_by_field, stored_dtype
+from ..op import Gradients, Want
+from ..ops.multi_horizon_linear_cross_entropy import Arguments
+from ..ops.token_ids import checked_ids
 from .rows import by_clip, flat, pieces, rows_at, rows_of
 
 # The share of a chunk from which on rows are multiplied where they lie, by themselves: there a copy costs more than
@@ -119,8 +120,8 @@ class Pair(NamedTuple):
     cells: Tensor
 
 
-def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[list[Tensor], list[Tensor]]:
-    heads = Heads(args, wanted, passes)
+def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], Gradients]:
+    heads = Heads(args, want, passes)
     device, count, computed = args.tokens.device, len(args.inputs), heads.computed
 
     def empty(*shape: int, dtype: torch.dtype = computed) -> Tensor:
@@ -128,19 +129,19 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
 
     targets = targets_of(args, passes.drops)
     heads.begin(targets.rows)
-    terms = [size * args.factored for size in targets.sizes]
+    terms = [size * args.ids_per_token for size in targets.sizes]
     scales = (args.horizon_weights.to(computed) / targets.cells.clamp_min(1)).unbind()
     scale_of = torch.cat([scale.expand(size) for scale, size in zip(scales, terms, strict=True)])
     losses = empty(sum(terms))
     hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
     for first, last, parts in packed(targets, heads.size):
         products = heads.products(parts)
-        logits = heads.logits(products).view(-1, args.weight[0].shape[0] // args.factored)
-        here = slice(first * args.factored, last * args.factored)
+        logits = heads.logits(products).view(-1, args.weight[0].shape[0] // args.ids_per_token)
+        here = slice(first * args.ids_per_token, last * args.ids_per_token)
         starts = targets.starts[here.start : here.stop + 1]
         learns = any(heads.learn_from(part.horizon) for part in parts)
-        its_hits = None if hits is None else hits[here]
-        passes.cross_entropy(args, logits, targets.ids, starts, scale_of[here], losses[here], its_hits, learns)
+        hits_here = None if hits is None else hits[here]
+        passes.cross_entropy(args, logits, targets.ids, starts, scale_of[here], losses[here], hits_here, learns)
         if learns:
             counted = None if targets.counted is None else targets.counted[first:last]
             heads.learn(products, counted, added=False)
@@ -153,7 +154,7 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
         assert args.consistency_weights is not None
         pair = pair_of(args, i, j, passes.drops)
         scale = args.consistency_weights[j].to(computed) / pair.cells.clamp_min(1)
-        losses = empty(pair.far.shape[0], args.factored)
+        losses = empty(pair.far.shape[0], args.ids_per_token)
         learns_near = args.detach != "near" and heads.learn_from(i)
         learns_far = args.detach != "far" and heads.learn_from(j)
         size = max(1, heads.size // (1 + pair.near.shape[1]))
@@ -173,16 +174,15 @@ def forward(args: Arguments, wanted: Sequence[bool], passes: Passes) -> tuple[li
         agreement[j], agreement_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
     total = (args.horizon_weights.to(computed) * per_horizon).sum()
-    extras = heads.gradients()
+    gradients = heads.gradients()
     if args.consistency_weights is not None:
         total = total + torch.where(agreement_counts > 0, args.consistency_weights.to(computed) * agreement, 0).sum()
-    rest = wanted[count + len(args.weight) :]
-    extras += gradients_of_weights(args.horizon_weights, args.consistency_weights, rest, per_horizon, agreement)
+    gradients |= gradients_of_weights(args, want, per_horizon, agreement)
     outputs = [total, per_horizon, targets.cells, agreement, agreement_counts]
     if hits is not None:
         right = torch.stack([part.sum() for part in hits.split(terms)])
         outputs.append(right.to(computed) / targets.terms.clamp_min(1))
-    return outputs, extras
+    return outputs, gradients
 
 
 def sum_of(losses: Tensor) -> Tensor:
@@ -192,9 +192,8 @@ def sum_of(losses: Tensor) -> Tensor:
 class Heads:
     """The matrix products of a call: the buffer of logits, and the gradients of inputs and weights."""
 
-    def __init__(self, args: Arguments, wanted: Sequence[bool], passes: Passes) -> None:
-        flags: list[Any] = list(wanted)
-        self.args, self.want = args, gradients_by_field(OP, args, flags)
+    def __init__(self, args: Arguments, want: Want, passes: Passes) -> None:
+        self.args, self.want = args, want
         dtype = args.inputs[0].dtype
         self.computed = torch.promote_types(dtype, torch.float32)
         self.dtype, self.add = passes.product_dtype(dtype), passes.add
@@ -286,14 +285,14 @@ class Heads:
                 for part, computed in zip(product.parts, computed_by_part, strict=True):
                     self._scatter(part, computed, added)
 
-    def gradients(self) -> list[Tensor]:
-        """Those of the inputs and weights that are wanted."""
-        made = [gradient for gradient in self.of_inputs if gradient is not None]
+    def gradients(self) -> Gradients:
+        """Those of the inputs and weights that are needed."""
+        of_weights: list[Tensor | None] = []
         for weight, total, wants in zip(self.args.weight, self.of_weights, self.want["weight"], strict=True):
-            if wants:
-                stored = stored_dtype(weight)
-                made.append(torch.zeros_like(weight, dtype=stored) if total is None else total.to(stored))
-        return made
+            stored = stored_dtype(weight)
+            zeros = torch.zeros_like(weight, dtype=stored) if wants and total is None else None
+            of_weights.append(total.to(stored) if wants and total is not None else zeros)
+        return {"inputs": self.of_inputs, "weight": of_weights}
 
     def _place(self, horizon: int) -> int:
         """Which weight is a horizon's."""
@@ -384,35 +383,38 @@ def pairs_of(args: Arguments) -> list[tuple[int, int]]:
     return list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
 
 
-def kept_ids(args: Arguments) -> Tensor:
-    """[B, T_v, Hp, Wp, F] int32, -1 for what is ignored."""
-    ids = checked_ids(args.tokens, args.weight[0].shape[0] // args.factored, args.ignore_index)
+def ids_or_ignored(args: Arguments) -> Tensor:
+    """[B, T_v, Hp, Wp, F] int32, -1 where an id is ignored."""
+    ids = checked_ids(args.tokens, args.weight[0].shape[0] // args.ids_per_token, args.ignore_index)
     ids = torch.where(ids == args.ignore_index, -1, ids).int()
     return ids if ids.dim() == 5 else ids.unsqueeze(-1)
 
 
 def targets_of(args: Arguments, drops: bool) -> Targets:
-    kept = kept_ids(args)
-    rows, asked = zip(*(asked_of(args, kept, i, drops) for i in range(len(args.inputs))), strict=True)
-    taken = [(ids >= 0).any(-1) for ids in asked]
+    all_ids = ids_or_ignored(args)
+    rows, targets = zip(*(targets_of_horizon(args, all_ids, i, drops) for i in range(len(args.inputs))), strict=True)
+    sizes = [ids.shape[0] for ids in targets]
     starts, first = [], 0
-    for ids in asked:
+    for ids in targets:
         starts.append(torch.arange(first, first + ids.numel(), ids.shape[-1], device=ids.device))
         first += ids.numel()
-    starts.append(torch.full((1,), first, device=kept.device))
-    masked = not drops and (args.segment_ids is not None or args.token_mask is not None)
-    return Targets(
-        list(rows),
-        [ids.shape[0] for ids in asked],
-        torch.cat([ids.flatten() for ids in asked]),
-        torch.cat(starts),
-        torch.stack([any_left.any(-1).sum() for any_left in taken]),
-        torch.stack([any_left.sum() for any_left in taken]),
-        torch.cat([any_left.any(-1) for any_left in taken]) if masked else None,
-    )
+    starts.append(torch.full((1,), first, device=all_ids.device))
+    counted = None
+    if drops and args.ids_per_token == 1:
+        # The rows that remain are those that count, each with its one cross-entropy.
+        cells = terms = torch.tensor(sizes, dtype=torch.int64, device=all_ids.device)
+    else:
+        taken = [(ids >= 0).any(-1) for ids in targets]
+        counts = [any_left.any(-1) for any_left in taken]
+        cells = torch.stack([count.sum() for count in counts])
+        terms = torch.stack([any_left.sum() for any_left in taken])
+        if not drops and (args.segment_ids is not None or args.token_mask is not None):
+            counted = torch.cat(counts)
+    ids = torch.cat([ids.flatten() for ids in targets])
+    return Targets(list(rows), sizes, ids, torch.cat(starts), cells, terms, counted)
 
 
-def asked_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | Tensor, Tensor]:
+def targets_of_horizon(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | Tensor, Tensor]:
     """The rows of horizon i, as in Targets, and the target ids [R, F, f * f] of each."""
     offset, factor = args.offsets[i], args.factors[i]
     states = args.inputs[i]
@@ -425,7 +427,7 @@ def asked_of(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | T
     if args.segment_ids is not None:
         counts = counts_at(offset, positions, frames, args.segment_ids, batch, ids.device)[:, :inside]
         ids = torch.where(counts[:, :, None, None, None], ids, -1)
-    ids = cells_of(ids, height, width).permute(0, 1, 2, 3, 5, 4).reshape(-1, args.factored, factor * factor)
+    ids = cells_of(ids, height, width).permute(0, 1, 2, 3, 5, 4).reshape(-1, args.ids_per_token, factor * factor)
     if drops:
         counted = (ids >= 0).any(-1).any(-1)
         if not counted.all():

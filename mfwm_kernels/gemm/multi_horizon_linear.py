@@ -19,23 +19,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..monitor import write_gram
-from ..ops.action_window_sum import Arguments as WindowArguments
-from ..ops.multi_horizon_linear import OP, Arguments
-from ..registry import gradients_by_field
+from ..grad_monitor import write_gram
+from ..op import Gradients, Want
+from ..ops.conditioning import conditioning_sums, gradients_of_sums, wants_sums
+from ..ops.multi_horizon_linear import Arguments
 from .rows import chunks, rows_of
 
 
 class Passes(NamedTuple):
     """What a backend brings to `backward`.
 
-    window_sums, gradients_of_sums   of its action_window_sum
-    product_dtype(dtype)             what matrix products take
+    window_sums, gradients_of_window   of its action_window_sum
+    product_dtype(dtype)               what matrix products take
     scale(args, rows, upstream, outputs, bias, scaled, shares, scaled_sums)
         scaled = P, shares = c; adds P over tokens to scaled_sums
     combine(args, rows, product, shares, of_hidden, of_sums)
@@ -45,7 +45,7 @@ class Passes(NamedTuple):
     """
 
     window_sums: Callable[..., Tensor]
-    gradients_of_sums: Callable[..., list[Tensor]]
+    gradients_of_window: Callable[..., Gradients]
     product_dtype: Callable[[torch.dtype], torch.dtype]
     scale: Callable[..., None]
     combine: Callable[..., None]
@@ -64,10 +64,6 @@ class Rows(NamedTuple):
 def shape_of(hidden: Tensor) -> tuple[int, int]:
     """(positions, tokens per position)."""
     return hidden.shape[0] * hidden.shape[1], math.prod(hidden.shape[2:-1])
-
-
-def window_of(args: Arguments) -> WindowArguments:
-    return WindowArguments(args.actions, args.lag_weight, args.segment_ids, args.offsets, args.window_start)
 
 
 def columns_of(args: Arguments) -> list[int]:
@@ -104,22 +100,20 @@ def projected_of(args: Arguments, sums: Tensor, heads: Tensor) -> Tensor:
 
 def backward(
     args: Arguments,
-    wanted: Sequence[bool],
-    grads: Sequence[Tensor | None],
+    want: Want,
+    upstream: Sequence[Tensor | None],
     outputs: Sequence[Tensor],
     passes: Passes,
-) -> list[Tensor]:
-    flags: list[Any] = list(wanted)
-    want: dict[str, Any] = {"norm_weight": False, "lag_weight": False, **gradients_by_field(OP, args, flags)}
+) -> Gradients:
     wants_heads = any(want["weights"]) or want["norm_weight"]
-    wants_sums = want["actions"] or want["lag_weight"]
+    of_sums_needed = wants_sums(want)
     monitored = want["hidden"] and args.norms is not None
     hidden, columns = args.hidden, columns_of(args)
     positions, tokens = shape_of(hidden)
     count, depth = len(columns), hidden.shape[-1]
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
-    sums = passes.window_sums(window_of(args), hidden.shape[1], computed)
+    sums = conditioning_sums(args, passes.window_sums, computed)
     heads, bias = heads_of(args, dtype), bias_of(args, computed)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -129,24 +123,24 @@ def backward(
         return torch.zeros(shape, dtype=dtype, device=hidden.device)
 
     of_hidden = empty(*hidden.shape, dtype=hidden.dtype) if want["hidden"] else None
-    of_sums = zeros(*sums.shape) if wants_sums else None
+    of_sums = zeros(*sums.shape) if of_sums_needed else None
     of_heads = zeros(sum(columns), depth) if wants_heads else None
-    scaled_sums = zeros(positions, sum(columns)) if wants_heads or wants_sums else None
+    scaled_sums = zeros(positions, sum(columns)) if wants_heads or of_sums_needed else None
     gram = zeros(count, count, dtype=torch.float64) if monitored else None
 
     copies = count if monitored else 0 if dtype == hidden.dtype else 2
-    wants_any = want["hidden"] or wants_heads or wants_sums
+    wants_any = want["hidden"] or wants_heads or of_sums_needed
     pieces = list(chunks(hidden, (sum(columns) + copies * depth) * dtype.itemsize)) if wants_any else []
     size = pieces[0][1] if pieces else 0
     scaled_all, shares_all = empty(size, sum(columns)), empty(size, count, dtype=computed)
     product_all = empty(size, depth) if want["hidden"] and not monitored and dtype != hidden.dtype else None
-    states_all = [empty(size, depth) if monitored and grad is not None else None for grad in grads]
+    states_all = [empty(size, depth) if monitored and grad is not None else None for grad in upstream]
     for first, last in pieces:
         chunk = Rows(rows_of(hidden, first, last), first, tokens, sums)
-        upstream = [None if grad is None else rows_of(grad, first, last) for grad in grads]
+        of_outputs = [None if grad is None else rows_of(grad, first, last) for grad in upstream]
         scaled, shares = scaled_all[: last - first], shares_all[: last - first]
-        made = [rows_of(output, first, last) for output in outputs]
-        passes.scale(args, chunk, upstream, made, bias, scaled, shares, scaled_sums)
+        computed_before = [rows_of(output, first, last) for output in outputs]
+        passes.scale(args, chunk, of_outputs, computed_before, bias, scaled, shares, scaled_sums)
         if of_heads is not None:
             of_heads += scaled.t() @ chunk.hidden.to(dtype)
         to = None if of_hidden is None else rows_of(of_hidden, first, last)
@@ -169,8 +163,7 @@ def backward(
     if scaled_sums is not None:
         scaled_in_all, windows = scaled_sums.to(dtype).split(columns, 1), sums.flatten(0, 1).unbind(1)
         per_horizon = list(zip(scaled_in_all, heads.split(columns), windows, strict=True))
-    gradients: dict[str, list[Tensor | None]] = {name: [] for name in OP.differentiable}
-    gradients["hidden"] = [of_hidden]
+    gradients: Gradients = {"hidden": of_hidden}
     if gram is not None:
         assert args.norms is not None and args.cosines is not None
         write_gram(gram, args.norms, args.cosines)
@@ -178,9 +171,7 @@ def backward(
         if not monitored:
             for of_sum, (p, head, _) in zip(of_sums.flatten(0, 1).unbind(1), per_horizon, strict=True):
                 of_sum += p @ head
-        leaves = [name for name in ("actions", "lag_weight") if getattr(args, name) is not None]
-        given = iter(passes.gradients_of_sums(window_of(args), [want[name] for name in leaves], of_sums))
-        gradients.update({name: [next(given)] for name in leaves if want[name]})
+        gradients |= gradients_of_sums(args, want, of_sums, passes.gradients_of_window)
     if of_heads is not None:
         for of_head, (p, _, a) in zip(of_heads.split(columns), per_horizon, strict=True):
             of_head += p.t() @ a.to(dtype)
@@ -192,8 +183,13 @@ def backward(
             products = torch.cat(args.weights) * of_heads
             parts = [products] if args.norm_weight.dim() == 1 else products.split(columns)
             of_norm = torch.stack([part.sum(0) for part in parts]).view(args.norm_weight.shape)
-            gradients["norm_weight"] = [of_norm.to(hidden.dtype)]
-    for wants, b, grad in zip(want["biases"], args.biases, grads, strict=False):
-        if wants:
-            gradients["biases"].append(torch.zeros_like(b) if grad is None else grad.sum(tuple(range(grad.dim() - 1))))
-    return [tensor for name in OP.differentiable for tensor in gradients[name] if tensor is not None]
+            gradients["norm_weight"] = of_norm.to(hidden.dtype)
+    gradients["biases"] = [
+        gradient_of_bias(bias, grad) if wants else None
+        for wants, bias, grad in zip(want["biases"], args.biases, upstream, strict=False)
+    ]
+    return gradients
+
+
+def gradient_of_bias(bias: Tensor, upstream: Tensor | None) -> Tensor:
+    return torch.zeros_like(bias) if upstream is None else upstream.sum(tuple(range(upstream.dim() - 1)))

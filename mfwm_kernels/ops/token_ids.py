@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import Shared
+from ..arguments import Shared
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What the two loss ops return, and the weights that both take."""
+"""HorizonLoss, which the two loss ops return, and the weights that both take."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import arguments as check
 from .horizons import Horizons, consistency_pairs
+from .op import Gradients, Want
 
 DETACH = (None, "near", "far")
 
@@ -49,11 +50,11 @@ def check_consistency(
     *,
     matrix: bool = True,
 ) -> tuple[Tensor | None, list[int], list[tuple[int, ...]]]:
-    """The weights as a tensor, the pairs to compute as a flat list i0, j0, i1, j1, ..., and places for refuse_late.
+    """The weights as a tensor, the pairs to compute as a flat list i0, j0, i1, j1, ..., and indices for nan_if_invalid.
 
     A pair whose weight is a Python 0 is left out. A pair whose factors do not divide must have weight 0. The values of
     a tensor are read only on the CPU outside torch.compile (reading them elsewhere would wait for the device);
-    elsewhere `refuse_late` looks at them.
+    elsewhere `nan_if_invalid` tests them.
     """
     if consistency_weights is None:
         return None, [], []
@@ -67,7 +68,7 @@ def check_consistency(
     undivided: list[tuple[int, ...]] = []
     shape = tensor.shape
     for i, j in consistency_pairs(count, shape):
-        where = place_of((i, j), shape)
+        where = index_of((i, j), shape)
         if listed and _entry(consistency_weights, where) == 0:
             continue
         if horizons.factors[j] % horizons.factors[i]:
@@ -93,26 +94,28 @@ def _entry(numbers: Any, place: tuple[int, ...]) -> float:
     return numbers[place[0]] if len(place) == 1 else numbers[place[0]][place[1]]
 
 
-def refuse_late(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[tuple[int, ...]]) -> HorizonLoss:
-    """The total is NaN where a weight that could not be read beforehand asks for a pair that cannot be computed."""
+def nan_if_invalid(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[tuple[int, ...]]) -> HorizonLoss:
+    """Set the total to NaN if a weight that could not be read beforehand is not 0 for a pair whose factors do not
+    divide."""
     if not undivided:
         return loss
     assert weights is not None
     total = loss.total
-    for place in undivided:
-        total = torch.where(weights.detach()[place] == 0, total, float("nan"))
+    for index in undivided:
+        total = torch.where(weights.detach()[index] == 0, total, float("nan"))
     return HorizonLoss(total, *loss[1:])  # torch 2.11 cannot compile _replace.
 
 
-def gradients_of_weights(
-    weights: Tensor, consistency_weights: Tensor | None, wanted: Sequence[bool], means: Tensor, agreement: Tensor
-) -> list[Tensor]:
-    """The wanted gradients of the two: the total is linear in them, so these are the means that they weigh."""
-    pairs = [(weights, means), (consistency_weights, agreement)]
-    present = [(weight, mean) for weight, mean in pairs if weight is not None]
-    return [mean.to(weight.dtype, copy=True) for (weight, mean), want in zip(present, wanted, strict=True) if want]
+def gradients_of_weights(args: Any, want: Want, means: Tensor, agreement: Tensor) -> Gradients:
+    """The gradients of horizon_weights and consistency_weights: the total is linear in both, so they are the means that
+    it weighs."""
+    gradients: Gradients = {}
+    for name, mean in (("horizon_weights", means), ("consistency_weights", agreement)):
+        if want[name]:
+            gradients[name] = mean.to(getattr(args, name).dtype, copy=True)
+    return gradients
 
 
-def place_of(pair: tuple[int, int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Where a pair stands in the consistency weights."""
+def index_of(pair: tuple[int, int], shape: Sequence[int]) -> tuple[int, ...]:
+    """The index of a pair in consistency weights of this shape."""
     return pair if len(shape) == 2 else pair[1:]

@@ -1,0 +1,257 @@
+"""A call of an op: the choice of its backend, and its gradients.
+
+In eager mode a call goes straight to an autograd.Function: the registered-op boundary costs tens of microseconds.
+Under torch.compile, and where torch watches or transforms the call (transforms.py), it goes through
+`torch.ops.mfwm.<name>` (torch_library.py). The compiler traces through the `reference` backend, which is plain PyTorch.
+
+autograd.Function and torch.library take flat lists. The order in them is known here and nowhere else: a *leaf* is a
+differentiable tensor of the arguments, field after field, lists flattened, None left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import choose, load
+from .op import Gradients, Op, Want
+from .transforms import is_batched, refuse_compiled_forward_mode, refuse_transforms, settle
+
+
+def call(op: Op, args: Any) -> list[Tensor]:
+    """Run `op` on checked arguments; the outputs are those of `op.reference`."""
+    if torch.compiler.is_compiling():
+        # The compiler sees the registered op in any case.
+        watched = True
+        refuse_compiled_forward_mode(op.name)
+    else:
+        args, watched = settle(args)
+    backend = choose(op, args)
+    leaves, want, needed = flatten(op, args, torch.is_grad_enabled())
+    if watched:
+        if backend == "reference":
+            outputs = list(op.reference(args))
+        else:
+            refuse_transforms(op.name, args)
+            flags = flags_of(want)
+            flat = getattr(torch.ops.mfwm, op.name).default(*args, flags, backend)
+            outputs = list(flat[: len(flat) - (sum(flags) if op.gradients_in_forward else 0)])
+        return [outputs[0], *(o.detach() for o in outputs[1:])] if op.gradients_in_forward else outputs
+    if not needed:
+        return list(op.reference(args)) if backend == "reference" else load(op, backend).forward(args, want)[0]
+    function = _Reference if backend == "reference" else _Kernel
+    return list(function.apply(op, backend, args, want, *leaves))
+
+
+def flatten(op: Op, args: Any, grad: bool = True) -> tuple[list[Tensor], dict[str, Any], bool]:
+    """The leaves, which gradients are needed (none where not `grad`), and whether any is."""
+    leaves: list[Tensor] = []
+    want: dict[str, Any] = {}
+    needed = False
+    for name in op.differentiable:
+        value = getattr(args, name)
+        if value is None:
+            want[name] = None
+        elif type(value) is list:
+            leaves += value
+            want[name] = flags = [grad and entry.requires_grad for entry in value]
+            needed = needed or True in flags
+        else:
+            leaves.append(value)
+            want[name] = flag = grad and value.requires_grad
+            needed = needed or flag
+    return leaves, want, needed
+
+
+def flags_of(want: Want) -> list[bool]:
+    """`want` as one bool per leaf."""
+    flags: list[bool] = []
+    for wanted in want.values():
+        if wanted is not None:
+            flags += wanted if type(wanted) is list else [wanted]
+    return flags
+
+
+def nested(op: Op, args: Any, values: Sequence[Any]) -> dict[str, Any]:
+    """One value per leaf, by field: for a list of tensors a list, None for a field that is None."""
+    rest = iter(values)
+    fields: dict[str, Any] = {}
+    for name in op.differentiable:
+        value = getattr(args, name)
+        if value is None:
+            fields[name] = None
+        else:
+            fields[name] = [next(rest) for _ in value] if type(value) is list else next(rest)
+    return fields
+
+
+def gradient_of_leaves(want: Want, gradients: Gradients) -> list[Tensor | None]:
+    """Gradients by field as one entry per leaf, None where none is needed."""
+    flat: list[Tensor | None] = []
+    for name, wanted in want.items():
+        if type(wanted) is list:
+            flat += gradients[name] if True in wanted else [None] * len(wanted)
+        elif wanted is not None:
+            flat.append(gradients[name] if wanted else None)
+    return flat
+
+
+def first_order_only(op: Op) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op.name} has no second derivative: call backward without create_graph=True")
+
+
+class _Reference(torch.autograd.Function):
+    """The reference, differentiated by autograd on a graph of its own: first order only, like every backend."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, backend: str, args: Any, want: Want, *leaves: Tensor) -> tuple[Tensor, ...]:
+        flags = flags_of(want)
+        with torch.enable_grad():
+            own = [leaf.detach().requires_grad_(flag) for leaf, flag in zip(leaves, flags, strict=True)]
+            outputs = op.reference(args._replace(**nested(op, args, own)))
+        ctx.op, ctx.flags = op, flags
+        ctx.inputs = [leaf for leaf, flag in zip(own, flags, strict=True) if flag]
+        ctx.outputs = outputs
+        ctx.set_materialize_grads(False)
+        detached = tuple(output.detach() for output in outputs)
+        if op.gradients_in_forward:
+            ctx.mark_non_differentiable(*detached[1:])
+        return detached
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        first_order_only(ctx.op)
+        pairs = [(o, g) for o, g in zip(ctx.outputs, grads, strict=True) if g is not None and o.requires_grad]
+        gradients: Sequence[Tensor | None] = [None] * len(ctx.inputs)
+        if pairs:
+            outputs, upstream = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(outputs, ctx.inputs, upstream, retain_graph=True, allow_unused=True)
+        if any(grad is not None for grad in grads):
+            # Zeros where nothing depends on an input, as kernels give.
+            gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(ctx.inputs, gradients, strict=True)]
+        rest = iter(gradients)
+        return (None, None, None, None, *(next(rest) if flag else None for flag in ctx.flags))
+
+
+class _Kernel(torch.autograd.Function):
+    """A backend's forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, backend: str, args: Any, want: Want, *leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs, gradients = load(op, backend).forward(args, want)
+        ctx.op, ctx.backend, ctx.want = op, backend, want
+        if op.gradients_in_forward:
+            ctx.gradients = gradients
+            ctx.dtypes = [leaf.dtype for leaf in leaves]
+            ctx.mark_non_differentiable(*outputs[1:])
+        save(ctx, op, args, outputs if op.outputs_in_backward else ())
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        op, want = ctx.op, ctx.want
+        first_order_only(op)
+        if all(grad is None for grad in grads):
+            return (None,) * (4 + len(flags_of(want)))
+        grads, watched = settle(grads)
+        if watched or is_batched(grads):
+            refuse_transforms(op.name, grads)
+        if op.gradients_in_forward:
+            return (None, None, None, None, *_scaled(ctx, grads[0], watched))
+        args, outputs = saved(ctx, op)
+        if watched:
+            gradients = registered_backward(op, args, list(grads), want, ctx.backend, outputs)
+        else:
+            gradients = load(op, ctx.backend).backward(args, want, grads, outputs)
+        return (None, None, None, None, *gradient_of_leaves(want, gradients))
+
+
+def _scaled(ctx: Any, upstream: Tensor | None, watched: bool) -> list[Tensor | None]:
+    """The gradients that the forward computed, times the upstream gradient, one entry per leaf.
+
+    The first backward scales the stored gradients in place and releases them; a second one recomputes them.
+    """
+    assert upstream is not None
+    kernels = load(ctx.op, ctx.backend)
+    stored, ctx.gradients = ctx.gradients, None
+    if stored is None:
+        stored = kernels.forward(saved(ctx, ctx.op)[0], ctx.want)[1]
+    flat = gradient_of_leaves(ctx.want, stored)
+    present = [gradient for gradient in flat if gradient is not None]
+    scaled = iter(multiplied(present, upstream) if watched else kernels.scale(present, upstream))
+    gradients: list[Tensor | None] = []
+    for old, dtype in zip(flat, ctx.dtypes, strict=True):
+        gradient = None if old is None else next(scaled)
+        gradients.append(gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype))
+    return gradients
+
+
+# Takes the place of a tensor that autograd saves.
+_SAVED = object()
+
+
+def save(ctx: Any, op: Op, args: Any, outputs: Sequence[Tensor]) -> None:
+    """Save the tensors of `args`, and `outputs`, through autograd, and the rest of `args` on ctx.
+
+    If a saved tensor is changed in place before a backward that reads it, that backward raises. What the backward
+    itself writes is kept on ctx: it may be written again.
+    """
+    tensors: list[Tensor] = []
+    rest: list[Any] = []
+    for name, value in zip(args._fields, args, strict=True):
+        if isinstance(value, Tensor) and name not in op.mutated_in_backward:
+            tensors.append(value)
+            rest.append(_SAVED)
+        elif type(value) is list and value and isinstance(value[0], Tensor):
+            tensors += value
+            rest.append([_SAVED] * len(value))
+        else:
+            rest.append(value)
+    ctx.rest = rest
+    ctx.save_for_backward(*tensors, *outputs)
+
+
+def saved(ctx: Any, op: Op) -> tuple[Any, list[Tensor]]:
+    """The arguments again, and the outputs that were saved after them."""
+    tensors = iter(ctx.saved_tensors)
+    fields = []
+    for value in ctx.rest:
+        if value is _SAVED:
+            value = next(tensors)
+        elif type(value) is list and value and value[0] is _SAVED:
+            value = [next(tensors) for _ in value]
+        fields.append(value)
+    return op.arguments(*fields), list(tensors)
+
+
+def multiplied(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """gradients * upstream, in fp32 (fp64 for fp64): a loss scale may not be representable in the gradients' dtype."""
+    return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * upstream for gradient in gradients]
+
+
+def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """gradients *= upstream, without touching them where it is known to be 1: `scale` of a backend without its own."""
+    if upstream.device.type == "cpu":
+        factor = upstream.item()
+        return gradients if factor == 1 else [gradient.mul_(factor) for gradient in gradients]
+    return [gradient.mul_(upstream) for gradient in gradients]
+
+
+def registered_backward(
+    op: Op, args: Any, upstream: list[Tensor | None], want: Want, backend: str, outputs: Sequence[Tensor]
+) -> Gradients:
+    """The gradients that are needed, by the registered op."""
+    flags = flags_of(want)
+    backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default
+    returned = backward_op(*args, upstream, flags, backend, *([outputs] if op.outputs_in_backward else []))
+    targets = [getattr(args, name) for name in op.mutated_in_backward if getattr(args, name) is not None]
+    count = sum(flags)
+    for target, value in zip(targets, returned[count:], strict=True):
+        target.copy_(value)
+    rest = iter(returned[:count])
+    return nested(op, args, [next(rest) if flag else None for flag in flags])

@@ -1,0 +1,148 @@
+"""What fan_out and multi_horizon_linear share: the hidden state with an action window and a condition per horizon.
+
+x_i = hidden + window_sum_i + condition_i,  with window_sum_i from action_window_sum (0 without actions)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arguments as check
+from ..dtypes import follow
+from ..grad_monitor import GradMonitor, monitor_fields
+from ..horizons import Horizons, check_horizons
+from ..op import Gradients, Want
+from . import action_window_sum
+from .action_window_sum import check_window, window_sum
+
+DIFFERENTIABLE = ("hidden", "actions", "condition", "norm_weight", "lag_weight")
+
+
+def check_conditioning(
+    hidden: Tensor,
+    actions: Tensor | None,
+    horizons: Horizons,
+    condition: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    lag_weight: Tensor | None,
+    segment_ids: Tensor | None,
+    window_start: int,
+    grad_monitor: GradMonitor | None,
+) -> dict[str, Any]:
+    """The fields of both ops' arguments that concern the conditioned hidden state."""
+    check.tensor("hidden", hidden, (4, 5))
+    check.non_zero_sizes("hidden", hidden)
+    check_horizons(horizons)
+    batch, positions, width, count = hidden.shape[0], hidden.shape[1], hidden.shape[-1], len(horizons)
+    if actions is None:
+        for name, value in (("lag_weight", lag_weight), ("segment_ids", segment_ids)):
+            if value is not None:
+                raise ValueError(f"{name} must be None where actions is None: it acts on the window of actions")
+        window_start = check.integer("window_start", window_start, least=0)
+    else:
+        check.tensor("actions", actions, 3)
+        actions, lag_weight = follow(actions, hidden), follow(lag_weight, hidden)
+        check.like("actions", actions, "hidden", hidden)
+        if actions.shape[0] != batch or actions.shape[2] != width:
+            raise ValueError(
+                f"actions must have shape [B, T_a, D] = [{batch}, T_a, {width}], got {list(actions.shape)}"
+            )
+        lag_weight, segment_ids, _, window_start = check_window(
+            actions, "actions", horizons.offsets, lag_weight, segment_ids, window_start
+        )
+    if condition is not None:
+        check.tensor("condition", condition, 4)
+        condition = follow(condition, hidden)
+        check.shape("condition", condition, (batch, positions, count, width), "[B, T, K, D]")
+        check.like("condition", condition, "hidden", hidden)
+    if norm_weight is not None:
+        check.tensor("norm_weight", norm_weight, (1, 2))
+        norm_weight = follow(norm_weight, hidden)
+        if tuple(norm_weight.shape) not in ((width,), (count, width)):
+            raise ValueError(
+                f"norm_weight must have shape [D] = [{width}] or [K, D] = [{count}, {width}], "
+                f"got {list(norm_weight.shape)}"
+            )
+        check.like("norm_weight", norm_weight, "hidden", hidden)
+    norm_eps = check.number("norm_eps", norm_eps, least=0)
+    scale, norms, cosines = monitor_fields(grad_monitor, count, hidden)
+    return {
+        "hidden": hidden, "actions": actions, "condition": condition, "norm_weight": norm_weight,
+        "lag_weight": lag_weight, "segment_ids": segment_ids, "scale": scale, "norms": norms, "cosines": cosines,
+        "offsets": list(horizons.offsets), "norm_eps": norm_eps, "window_start": window_start,
+    }  # fmt: skip
+
+
+def reference_sums(args: Any) -> Tensor:
+    """[B, T, K, D] in fp32 (fp64 for fp64): what is added to the hidden state, as plain PyTorch."""
+    batch, positions, width = args.hidden.shape[0], args.hidden.shape[1], args.hidden.shape[-1]
+    computed = torch.promote_types(args.hidden.dtype, torch.float32)
+    if args.actions is None:
+        sums = torch.zeros(batch, positions, len(args.offsets), width, dtype=computed, device=args.hidden.device)
+    else:
+        sums = window_sum(window_of(args), positions)
+    return sums if args.condition is None else sums + args.condition.to(computed)
+
+
+def window_of(args: Any) -> action_window_sum.Arguments:
+    return action_window_sum.Arguments(args.actions, args.lag_weight, args.segment_ids, args.offsets, args.window_start)
+
+
+def conditioning_sums(args: Any, window_sums: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+    """[B, T, K, D], dense: what is added to the hidden state, with the window sums of a backend."""
+    batch, positions, width = args.hidden.shape[0], args.hidden.shape[1], args.hidden.shape[-1]
+    if args.actions is not None:
+        sums = window_sums(window_of(args), positions, dtype)
+        return sums if args.condition is None else sums.add_(args.condition)
+    if args.condition is not None:
+        return args.condition.to(dtype).contiguous()
+    return torch.zeros(batch, positions, len(args.offsets), width, dtype=dtype, device=args.hidden.device)
+
+
+def wants_sums(want: Want) -> bool:
+    """Whether the gradient of the sums is needed."""
+    return bool(want["actions"] or want["condition"] or want["lag_weight"])
+
+
+def gradients_of_sums(
+    args: Any, want: Want, gradient: Tensor, gradients_of_window: Callable[..., Gradients]
+) -> Gradients:
+    """The gradients of actions, condition and lag_weight from that of the sums, [B, T, K, D]."""
+    gradients: Gradients = {}
+    if want["condition"]:
+        gradients["condition"] = gradient.to(args.condition.dtype)
+    if want["actions"] or want["lag_weight"]:
+        gradients |= gradients_of_window(window_of(args), want, gradient)
+    return gradients
+
+
+def variants(make: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Variants of both ops at their genie size: monitors, lag gates, segments."""
+    kwargs = make(dtype, device)
+    batch, positions, width = kwargs["actions"].shape
+    count, offsets = len(kwargs["horizons"]), kwargs["horizons"].offsets
+    lag_weight = torch.empty(count, offsets[-1], width, dtype=dtype, device=device)
+    segment_ids = torch.empty(batch, positions, dtype=torch.int64, device=device)
+    yield {**kwargs, "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}
+    yield {**kwargs, "norm_weight": None, "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}
+    yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids}
+    yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids.int(), "norm_weight": None}
+
+
+def bench_states(batch: int, positions: int, side: int, width: int) -> Any:
+    """Benchmark inputs of both ops."""
+
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
+        return {
+            "hidden": torch.randn(batch, positions, side, side, width, device=device).to(dtype),
+            "actions": torch.randn(batch, positions, width, device=device).to(dtype),
+            "horizons": Horizons.cascade(4),
+            "norm_weight": torch.randn(width, device=device).to(dtype),
+        }
+
+    return make

@@ -1,0 +1,158 @@
+"""torch.ops.mfwm.<op>: what torch.compile, torch.export and tracers see of an op, defined from its record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .autograd import (
+    first_order_only,
+    flatten,
+    gradient_of_leaves,
+    multiplied,
+    nested,
+    registered_backward,
+    save,
+    saved,
+)
+from .backends import load
+from .dtypes import stored_dtype
+from .op import Op
+from .transforms import refuse_transforms
+
+_library = torch.library.Library("mfwm", "DEF")
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "list[Tensor]": "Tensor[]",
+    "list[int]": "int[]",
+    "list[float]": "float[]",
+    "list[int] | None": "int[]?",
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+    "torch.dtype": "ScalarType",
+}
+
+
+def schema_of(op: Op) -> str:
+    """The schema of the arguments, from their annotations."""
+    kinds = {
+        name: _SCHEMA_TYPES[annotation if isinstance(annotation, str) else annotation.__forward_arg__]
+        for name, annotation in op.arguments.__annotations__.items()
+    }
+    return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
+
+
+def define(op: Op) -> None:
+    """Define torch.ops.mfwm.<op>, its fake and its gradient. The reference alone needs none: torch traces through it.
+
+    The op takes the fields of its arguments, a flag per leaf (gradient needed) and the backend. It returns the outputs
+    and, where gradients are computed in the forward, those that are needed.
+    """
+    if not op.backends:
+        return
+    count = len(op.arguments.__annotations__)
+
+    def forward(*flat: Any) -> list[Tensor]:
+        args, (flags, backend) = op.arguments(*flat[:count]), flat[count:]
+        want = nested(op, args, list(map(bool, flags)))
+        outputs, gradients = load(op, backend).forward(args, want)
+        if not op.gradients_in_forward:
+            return outputs
+        pairs = zip(flatten(op, args)[0], gradient_of_leaves(want, gradients), strict=True)
+        return [*outputs, *(laid_out_like(leaf, gradient) for leaf, gradient in pairs if gradient is not None)]
+
+    def forward_fake(*flat: Any) -> list[Tensor]:
+        args, (flags, _) = op.arguments(*flat[:count]), flat[count:]
+        outputs = list(op.fake(args))
+        if op.gradients_in_forward:
+            leaves = zip(flatten(op, args)[0], flags, strict=True)
+            outputs += [torch.empty_like(leaf, dtype=stored_dtype(leaf)) for leaf, flag in leaves if flag]
+        return outputs
+
+    schema = schema_of(op)
+    # Flags as int[], because torch.jit.trace knows no bool[].
+    _library.define(f"{op.name}({schema}, int[] flags, str backend) -> Tensor[]")
+    _library.impl(op.name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfwm::{op.name}", forward_fake, lib=_library)
+    if not op.gradients_in_forward:
+        _define_backward(op, schema, count)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        args, (flags, backend) = op.arguments(*inputs[:count]), inputs[count:]
+        ctx.flags, ctx.backend = list(flags), backend
+        gradients = output[len(output) - sum(ctx.flags) :] if op.gradients_in_forward else []
+        save(ctx, op, args, output if op.outputs_in_backward else gradients)
+
+    def autograd_backward(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
+        first_order_only(op)
+        refuse_transforms(op.name, upstream)
+        args, outputs = saved(ctx, op)
+        if op.gradients_in_forward:
+            first = upstream[0]
+            assert first is not None
+            scaled = iter(multiplied(outputs, first))
+            leaves = zip(flatten(op, args)[0], ctx.flags, strict=True)
+            gradients = nested(op, args, [next(scaled).to(leaf.dtype) if flag else None for leaf, flag in leaves])
+        else:
+            want = nested(op, args, ctx.flags)
+            gradients = registered_backward(op, args, upstream, want, ctx.backend, outputs)
+        # torch.library cannot tell an empty int[] from an empty Tensor[], and expects a list as the gradient of either.
+        by_field = [gradients.get(n, [] if getattr(args, n) == [] else None) for n in args._fields]
+        return (*by_field, None, None)
+
+    torch.library.register_autograd(f"mfwm::{op.name}", autograd_backward, setup_context=setup_context, lib=_library)
+    if op.counts_flops:
+        _register_flops(op, count)
+
+
+def _define_backward(op: Op, schema: str, count: int) -> None:
+    """torch.ops.mfwm.<op>_backward: the gradients that are needed, then what the backward writes."""
+
+    def backward(*flat: Any) -> list[Tensor]:
+        args, (upstream, flags, backend, *outputs) = op.arguments(*flat[:count]), flat[count:]
+        # The registered op must be functional: it writes to clones and returns them, and registered_backward copies
+        # them back. A backward that computes no monitor figures returns the clones unchanged.
+        written = {n: getattr(args, n).clone() for n in op.mutated_in_backward if getattr(args, n) is not None}
+        args = args._replace(**written)
+        want = nested(op, args, list(map(bool, flags)))
+        gradients = load(op, backend).backward(args, want, upstream, outputs[0] if outputs else [])
+        return [g for g in gradient_of_leaves(want, gradients) if g is not None] + list(written.values())
+
+    def backward_fake(*flat: Any) -> list[Tensor]:
+        args, (_, flags, *_) = op.arguments(*flat[:count]), flat[count:]
+        leaves = [leaf for leaf, flag in zip(flatten(op, args)[0], flags, strict=True) if flag]
+        written = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
+        return [*(leaf.new_empty(leaf.shape) for leaf in leaves), *(torch.empty_like(w) for w in written)]
+
+    given = "Tensor?[] upstream, int[] flags, str backend" + (", Tensor[] outputs" if op.outputs_in_backward else "")
+    _library.define(f"{op.name}_backward({schema}, {given}) -> Tensor[]")
+    _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mfwm::{op.name}_backward", backward_fake, lib=_library)
+
+
+def laid_out_like(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` in the strides of torch.empty_like(leaf), which is what the compiler is told."""
+    expected = torch.empty_like(leaf, device="meta").stride()
+    return gradient if gradient.stride() == expected else torch.empty_like(leaf, dtype=gradient.dtype).copy_(gradient)
+
+
+def _register_flops(op: Op, count: int) -> None:
+    """Tell FlopCounterMode, which sees the op and not the products within it, what it costs."""
+
+    def forward_flops(*flat: Any, **_: Any) -> int:
+        whole = op.gradients_in_forward and any(flat[count])
+        return op.cost(op.arguments(*flat[:count])._asdict()).flops // (1 if whole else 3)
+
+    def backward_flops(*flat: Any, **_: Any) -> int:
+        return 2 * op.cost(op.arguments(*flat[:count])._asdict()).flops // 3
+
+    register_flop_formula(getattr(torch.ops.mfwm, op.name), get_raw=True)(forward_flops)
+    if not op.gradients_in_forward:
+        register_flop_formula(getattr(torch.ops.mfwm, f"{op.name}_backward"), get_raw=True)(backward_flops)
