@@ -45,6 +45,20 @@ class Horizons:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name per horizon for logs and plots: its offset, with its factor where several horizons share an offset.
+
+        >>> Horizons.multi_resolution().labels
+        ('1@1/1', '1@1/2', '1@1/4', '2', '4')
+        """
+        pairs = zip(self.offsets, self.factors, strict=True)
+        return tuple(str(k) if self.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs)
+
+    def valid(self, i: int, positions: int, frames: int, segment_ids: Tensor) -> Tensor:
+        """[B, positions] bool: where horizon i counts in a clip of `frames` frames with `segment_ids` [B, frames]."""
+        return counts_at(self.offsets[i], positions, frames, segment_ids, segment_ids.shape[0], segment_ids.device)
+
     @classmethod
     def next_frame(cls) -> Horizons:
         """Only the next frame: ((1,), (1,))."""
