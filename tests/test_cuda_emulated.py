@@ -168,12 +168,12 @@ FAULTS = {
     ),
     "the wrong lane": ("multi_horizon_loss", "frames.cuh", "pair, 16)", "pair, 8)", "relative error"),
     "a vector from an odd address": (
-        "multi_horizon_loss", "frames.cuh", "reinterpret_cast<uintptr_t>(array.data) % together == 0",
-        "together > 0", "misaligned",
+        "multi_horizon_loss", "frames.cuh", "reinterpret_cast<uintptr_t>(array.data) % vector_bytes == 0",
+        "vector_bytes > 0", "misaligned",
     ),
     "no zero gradients": (
-        "multi_horizon_loss", "multi_horizon_loss.cu", "if (!meeting.is_active(i)) continue;\n      float",
-        "if (!meeting.counts(i)) continue;\n      float", "relative error inf",
+        "multi_horizon_loss", "multi_horizon_loss.cu", "if (!work.is_active(i)) continue;\n      float",
+        "if (!work.is_counted(i)) continue;\n      float", "relative error inf",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-// What every CUDA kernel uses: elements of any dtype, the caller's device, and errors as exceptions.
+// Shared by every CUDA kernel: loads and stores of any dtype, launches, the caller's device, and errors as exceptions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Makes the device that `data` lies on current, and gives the caller's back.
+// Makes the device of `data` current, and restores the caller's device when destroyed.
 class DeviceGuard {
  public:
   explicit DeviceGuard(const void* data) {
@@ -33,7 +33,7 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-// The one place where kernels are launched: on a one-dimensional grid, axes y and z stop at 65,535.
+// All kernels are launched here, on one-dimensional grids, because axes y and z are limited to 65,535 blocks.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
@@ -45,14 +45,14 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
-// The shared memory whose size the launch gives.
+// The dynamic shared memory, whose size the launch sets.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
 #ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes);
 #else
-  // g++ compiles the kernels for the tests' emulator, tests/cuda_emulator.
+  // tests/cuda_emulator compiles the kernels with g++ and runs them on the CPU.
   return static_cast<T*>(emulator::shared_memory());
 #endif
 }
@@ -92,7 +92,7 @@ __device__ __forceinline__ void assign(float& to, float value) { to = value; }
 __device__ __forceinline__ void assign(__nv_bfloat16& to, float value) { to = __float2bfloat16(value); }
 __device__ __forceinline__ void assign(__half& to, float value) { to = __float2half(value); }
 
-// Together in memory, and aligned so.
+// `size` contiguous elements, aligned for vector loads and stores of up to 16 bytes.
 template <class T, int size>
 struct alignas(size * sizeof(T) < 16 ? size * sizeof(T) : 16) Vector {
   T values[size];

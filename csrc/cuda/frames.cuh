@@ -1,4 +1,5 @@
-// Frames in image or token layout, and patches of them in registers: what the lanes of a warp hold, and averages of it.
+// Frames in image or token layout, and patches of them in the registers of a warp: loads, stores and averages. The
+// kernels of multi_horizon_loss.cu use it.
 #pragma once
 
 #include <algorithm>
@@ -7,22 +8,22 @@
 
 namespace mfwm::cuda {
 
-// A cell is 8 x 8 pixels of a channel, and four lanes of a warp share it, two rows each:
+// A cell is 8 x 8 pixels of a channel. Four lanes of a warp share it, two rows each:
 //
-//   level   factor   a lane holds    lanes that hold the same
+//   level   factor   a lane holds    lanes with the same values
 //   0       1        2 rows of 8     1
 //   1       2        4               1
 //   2       4        2               2
 //   3       8        1               4
 //
-// Averages stay inside a lane, or come from the lanes with the other rows. Lanes that hold the same compute the same,
-// and the first of them speaks for all.
+// Averages stay inside a lane or add values of the lanes with the other rows. Lanes with the same values do the same
+// work; only the first of them, the owner, sums losses and stores.
 
-constexpr int cell = 8, held = 16;
+constexpr int cell = 8, lane_pixels = 16;
 
-__host__ __device__ __forceinline__ int elements_at(int level) { return level == 0 ? held : cell >> level; }
+__host__ __device__ __forceinline__ int elements_at(int level) { return level == 0 ? lane_pixels : cell >> level; }
 
-// body(k) for the `count` elements of a level, by few branches and with k known to the compiler.
+// Call body(k) for the `count` elements of a level, with few branches and with k a compile-time constant.
 template <class Body>
 __device__ __forceinline__ void for_elements(int count, const Body& body) {
   body(0);
@@ -30,22 +31,22 @@ __device__ __forceinline__ void for_elements(int count, const Body& body) {
   if (count > 2) body(2), body(3);
   if (count > 4) {
 #pragma unroll
-    for (int k = 4; k < held; ++k) body(k);
+    for (int k = 4; k < lane_pixels; ++k) body(k);
   }
 }
 
-// What a lane holds of a frame at a level: from row y and column x, a bit for each element that exists.
+// A lane's part of a frame at a level: its first row and column, and a bit for each element inside the frame.
 struct Region {
   int level, y, x;
   unsigned exists;
 };
 
-// Frames [b, t, c, y, x] as images, or cut into tokens with features in (row, column, channel) order.
+// Frames [b, t, c, y, x], stored as images or as tokens whose features are in (row, column, channel) order.
 struct Frames {
   void* data;
   DType dtype;
-  int patch, shift;  // 0: images; log2 where patch is a power of 2, else -1
-  bool vectors;      // what a lane holds of a row lies together and aligned
+  int patch, shift;  // patch 0: images; shift = log2(patch) if patch is a power of 2, else -1
+  bool vectors;      // a lane's part of a row is contiguous and aligned for vector loads
   int64_t batch, time, channel, row, column;
   int64_t patch_row, patch_column;
 
@@ -78,15 +79,16 @@ inline Frames frames_of(const Array& array, int64_t patch, int64_t channels, int
     frames.patch_row = width / patch * s[2];
     return frames;
   }
-  const int64_t bytes = bytes_of(array.dtype), together = std::min<int64_t>(16, (cell >> std::min(level, 3)) * bytes);
-  frames.vectors = s[4] == 1 && reinterpret_cast<uintptr_t>(array.data) % together == 0;
+  const int64_t bytes = bytes_of(array.dtype);
+  const int64_t vector_bytes = std::min<int64_t>(16, (cell >> std::min(level, 3)) * bytes);
+  frames.vectors = s[4] == 1 && reinterpret_cast<uintptr_t>(array.data) % vector_bytes == 0;
   for (int axis = 0; axis < 4; ++axis)
-    frames.vectors = frames.vectors && (array.size[axis] == 1 || s[axis] * bytes % together == 0);
+    frames.vectors = frames.vectors && (array.size[axis] == 1 || s[axis] * bytes % vector_bytes == 0);
   return frames;
 }
 
-// Averages of averages: what a lane holds at level `from` becomes what it holds at the coarser level `to`.
-__device__ __forceinline__ void average(float (&v)[held], int from, int to) {
+// Average a lane's values at level `from` to the coarser level `to`, one level at a time.
+__device__ __forceinline__ void average(float (&v)[lane_pixels], int from, int to) {
   if (from < 1 && to >= 1) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) v[k] = 0.25f * (v[2 * k] + v[2 * k + 1] + v[cell + 2 * k] + v[cell + 2 * k + 1]);
@@ -104,8 +106,8 @@ __device__ __forceinline__ void average(float (&v)[held], int from, int to) {
   }
 }
 
-// Each value as often as it has elements at the finer level `to`.
-__device__ __forceinline__ void repeat(float (&v)[held], int from, int to) {
+// Repeat a lane's values at level `from` over their elements at the finer level `to`.
+__device__ __forceinline__ void repeat(float (&v)[lane_pixels], int from, int to) {
   if (from >= 3 && to < 3) v[1] = v[0];
   if (from >= 2 && to < 2) {
     v[3] = v[2] = v[1];
@@ -117,7 +119,7 @@ __device__ __forceinline__ void repeat(float (&v)[held], int from, int to) {
   }
 }
 
-// run(k, offset) for the elements of a row from column x on.
+// Call run(k, offset) for `columns` elements of a row, from column x on.
 template <class Run>
 __device__ __forceinline__ void walk(const Frames& frames, int x, int columns, const Run& run) {
   int64_t offset = frames.column_offset(x);
@@ -135,7 +137,7 @@ __device__ __forceinline__ void walk(const Frames& frames, int x, int columns, c
 }
 
 template <class T>
-__device__ __forceinline__ void load_region(float (&v)[held], const Frames& frames, int64_t start,
+__device__ __forceinline__ void load_region(float (&v)[lane_pixels], const Frames& frames, int64_t start,
                                             const Region& region) {
   const int columns = cell >> region.level;
 #pragma unroll
@@ -161,7 +163,7 @@ __device__ __forceinline__ void load_region(float (&v)[held], const Frames& fram
 }
 
 template <class T>
-__device__ __forceinline__ void store_region(const float (&v)[held], const Frames& frames, int64_t start,
+__device__ __forceinline__ void store_region(const float (&v)[lane_pixels], const Frames& frames, int64_t start,
                                              const Region& region) {
   const int columns = cell >> region.level;
 #pragma unroll

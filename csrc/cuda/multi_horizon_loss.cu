@@ -1,35 +1,38 @@
-// multi_horizon_loss in CUDA C++, frame-major: losses and gradients in one pass, made in the forward.
+// multi_horizon_loss in CUDA C++: losses and gradients in one frame-major pass, in the forward. bindings.cpp calls the
+// function at the end, which launches these kernels:
 //
-// count_kernel    With segments only: what each term (a horizon's loss or a pair's) is a mean over.
-// patch_kernel    A block has a tile of frame m of one clip. It makes the frame's pyramid in registers, meets in it the
-//                 predictions of frame m made at m - k_i, and writes their gradients, those of the pairs included.
-// gather_kernel   The same for factors other than 1, 2, 4 and 8: a thread gathers what one element needs.
-// finish_kernel   Adds the blocks' sums in order. Nothing is read on the host.
+// count_kernel    Counts the elements of each term (a horizon's loss or a pair's). Only with segments.
+// patch_kernel    A block processes a tile of frame m of one clip. It computes the frame's pyramid in registers,
+//                 compares the predictions of frame m (those at positions m - k_i) with it, and writes their gradients,
+//                 including the pairs' part.
+// gather_kernel   The same for factors other than 1, 2, 4 and 8: a thread reads everything that one element depends on.
+// finish_kernel   Adds the blocks' sums in order and writes the outputs. The host reads nothing back.
 #include "multi_horizon_loss.cuh"
 
 namespace mfwm::cuda {
 namespace {
 
 constexpr int cells_of_block = threads / 4;
-constexpr size_t most_shared_bytes = 48 << 10;
+constexpr size_t max_shared_bytes = 48 << 10;
 
 // ---- patch_kernel
 
-// Whose patch a thread has: a cell of a tile, and which rows of it.
+// A thread's patch: a cell of the tile, and two rows of that cell.
 struct Place {
-  int c, y, x;  // of its cell and rows, in pixels
-  int quarter;  // of the cell
+  int c, y, x;  // the channel and the first pixel
+  int quarter;  // which two rows of the cell
   bool exists;
 
   __device__ Place(const Parameters& p, int tile) {
-    const int lane = threadIdx.x % 32, unit = tile * cells_of_block + static_cast<int>(threadIdx.x) / 32 * 8 + lane % 8;
+    const int lane = threadIdx.x % 32;
+    const int cell_index = tile * cells_of_block + static_cast<int>(threadIdx.x) / 32 * 8 + lane % 8;
     const int cells = p.cells_y * p.cells_x;
-    c = p.channels_fastest ? unit % p.channels : unit / cells;
-    const int at = p.channels_fastest ? unit / p.channels : unit % cells;
+    c = p.channels_fastest ? cell_index % p.channels : cell_index / cells;
+    const int at = p.channels_fastest ? cell_index / p.channels : cell_index % cells;
     quarter = lane / 8;
     y = at / p.cells_x * cell + 2 * quarter;
     x = at % p.cells_x * cell;
-    exists = unit < cells * p.channels;
+    exists = cell_index < cells * p.channels;
   }
 
   __device__ Region at(int level, int height, int width) const {
@@ -41,11 +44,11 @@ struct Place {
     return region;
   }
   __device__ Region at(const Horizon& h) const { return at(h.level, h.height, h.width); }
-  __device__ bool speaks(int level) const { return level < 2 || quarter % (1 << (level - 1)) == 0; }
+  __device__ bool is_owner(int level) const { return level < 2 || quarter % (1 << (level - 1)) == 0; }
 };
 
-// The frame t at a level.
-__device__ __forceinline__ void load_video(float (&v)[held], const Parameters& p, const Place& place, int64_t b,
+// Load the thread's part of frame t at a level.
+__device__ __forceinline__ void load_video(float (&v)[lane_pixels], const Parameters& p, const Place& place, int64_t b,
                                            int64_t t, int level) {
   const Frames& video = p.video;
   const Region region = place.at(0, p.height, p.width);
@@ -57,24 +60,25 @@ __device__ __forceinline__ void load_video(float (&v)[held], const Parameters& p
     default: load_region<__half>(v, video, start, region);
   }
 #pragma unroll
-  for (int k = 0; k < held; ++k) v[k] = v[k] * p.scale + p.shift;
+  for (int k = 0; k < lane_pixels; ++k) v[k] = v[k] * p.scale + p.shift;
   average(v, 0, level);
 }
 
 template <class T>
-__device__ __forceinline__ void load_prediction(float (&v)[held], const Parameters& p, const Horizon& h,
-                                                const Place& place, const Meeting& meeting) {
-  const int64_t n = meeting.m - h.offset;
-  load_region<T>(v, h.pred, meeting.b * h.pred.batch + n * h.pred.time + place.c * h.pred.channel, place.at(h));
+__device__ __forceinline__ void load_prediction(float (&v)[lane_pixels], const Parameters& p, const Horizon& h,
+                                                const Place& place, const Work& work) {
+  const int64_t n = work.m - h.offset;
+  load_region<T>(v, h.pred, work.b * h.pred.batch + n * h.pred.time + place.c * h.pred.channel, place.at(h));
   if (p.residual) {
-    float current[held];
-    load_video(current, p, place, meeting.b, n, h.level);
+    float current[lane_pixels];
+    load_video(current, p, place, work.b, n, h.level);
 #pragma unroll
-    for (int k = 0; k < held; ++k) v[k] += current[k];
+    for (int k = 0; k < lane_pixels; ++k) v[k] += current[k];
   }
 }
 
-// What a gradient is stored in until the upstream gradient is known: fp16 would make it subnormal.
+// The type that a gradient is stored in until the upstream gradient is known. fp16 gradients are stored in fp32,
+// because many would be subnormal in fp16.
 template <class T>
 struct Stored {
   using type = T;
@@ -84,76 +88,76 @@ struct Stored<__half> {
   using type = float;
 };
 
-// Four blocks a multiprocessor leave a thread 128 registers, enough for what it holds; without the 4 the compiler takes
-// fewer and spills.
+// Four blocks per multiprocessor leave a thread 128 registers, which is enough; without the 4 the compiler uses fewer
+// and spills.
 template <class T>
 __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant__ Parameters p) {
-  Kept kept(p);
+  BlockSums block(p);
   const int terms = p.count + p.pair_count;
-  for (unsigned program = blockIdx.x; program < p.programs; program += gridDim.x) {
-    const Meeting meeting(p, program);
-    const Place place(p, meeting.tile);
-    float target[held];
+  for (unsigned unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+    const Work work(p, unit);
+    const Place place(p, work.tile);
+    float target[lane_pixels];
     int target_level = 0;
-    if (meeting.counted) load_video(target, p, place, meeting.b, meeting.m, 0);
+    if (work.counted) load_video(target, p, place, work.b, work.m, 0);
     for (int at = 0; at < p.count; ++at) {
       const int i = p.order[at];
       const Horizon& h = p.horizons[i];
-      if (!meeting.is_active(i)) continue;
-      float gradient[held] = {}, prediction[held];
+      if (!work.is_active(i)) continue;
+      float gradient[lane_pixels] = {}, prediction[lane_pixels];
       int level = h.level;
-      // Horizon i against the frame (q = -1), then the far sides of its pairs against horizon i.
-      for (int q = -1; q < p.pair_count && meeting.counts(i); ++q) {
-        if (q >= 0 && (p.pairs[q].near != i || !meeting.counts(p.pairs[q].far))) continue;
+      // Compare horizon i with the frame (q = -1), then the far sides of its pairs with horizon i.
+      for (int q = -1; q < p.pair_count && work.is_counted(i); ++q) {
+        if (q >= 0 && (p.pairs[q].near != i || !work.is_counted(p.pairs[q].far))) continue;
         const Horizon& far = p.horizons[q < 0 ? i : p.pairs[q].far];
         const int term = q < 0 ? i : p.count + q, elements = elements_at(far.level);
-        float apart[held];
-        load_prediction<T>(apart, p, far, place, meeting);
+        float difference[lane_pixels];
+        load_prediction<T>(difference, p, far, place, work);
         if (q < 0) {
           average(target, target_level, h.level);
           target_level = h.level;
-          for_elements(elements, [&](int k) { prediction[k] = apart[k], apart[k] -= target[k]; });
+          for_elements(elements, [&](int k) { prediction[k] = difference[k], difference[k] -= target[k]; });
         } else {
           average(prediction, level, far.level);
           level = far.level;
-          for_elements(elements, [&](int k) { apart[k] -= prediction[k]; });
+          for_elements(elements, [&](int k) { difference[k] -= prediction[k]; });
         }
-        const unsigned summed = place.speaks(far.level) ? place.at(far).exists : 0;
-        kept.sum(term) += with_kind(p.kind, [&](auto kind) {
+        const unsigned owned = place.is_owner(far.level) ? place.at(far).exists : 0;
+        block.sum(term) += with_kind(p.kind, [&](auto kind) {
           float sum = 0;
           for_elements(elements, [&](int k) {
-            const float loss = loss_of<decltype(kind)::value>(apart[k], p.delta, p.eps);
-            if (summed >> k & 1) sum += loss;
+            const float loss = loss_of<decltype(kind)::value>(difference[k], p.delta, p.eps);
+            if (owned >> k & 1) sum += loss;
           });
           return sum;
         });
-        const float weight = kept.coefficients[term];
+        const float weight = block.coefficients[term];
         if (far.slot >= 0)
           for_elements(elements, [&](int k) {
-            float& slot = kept.sum(terms + far.slot + k);
+            float& slot = block.sum(terms + far.slot + k);
             if (q < 0) gradient[k] = slot;
-            slot = q < 0 ? 0 : slot + weight * apart[k];
+            slot = q < 0 ? 0 : slot + weight * difference[k];
           });
         if (q < 0) {
-          for_elements(elements, [&](int k) { gradient[k] += weight * apart[k]; });
+          for_elements(elements, [&](int k) { gradient[k] += weight * difference[k]; });
         } else if (p.near_learns) {
-          repeat(apart, far.level, h.level);
+          repeat(difference, far.level, h.level);
           const float share = weight / static_cast<float>(1 << 2 * (far.level - h.level));
-          for_elements(elements_at(h.level), [&](int k) { gradient[k] -= share * apart[k]; });
+          for_elements(elements_at(h.level), [&](int k) { gradient[k] -= share * difference[k]; });
         }
       }
       const Frames& to = h.gradient;
-      if (to.data && place.speaks(h.level))
+      if (to.data && place.is_owner(h.level))
         store_region<typename Stored<T>::type>(
-            gradient, to, meeting.b * to.batch + (meeting.m - h.offset) * to.time + place.c * to.channel, place.at(h));
+            gradient, to, work.b * to.batch + (work.m - h.offset) * to.time + place.c * to.channel, place.at(h));
     }
   }
-  kept.write_sums(p);
+  block.write_sums(p);
 }
 
-// ---- gather_kernel. Any factors: an element reads all that its loss and its gradient depend on.
+// ---- gather_kernel
 
-// Mean over a box of values at(y, x), a row at a time.
+// The mean of at(y, x) over a box; sums each row first.
 template <class At>
 __device__ __forceinline__ float mean_of_box(int y, int x, int size, const At& at) {
   float sum = 0;
@@ -171,60 +175,61 @@ __device__ __forceinline__ float frame_at(const Parameters& p, int64_t b, int64_
   });
 }
 
-__device__ __forceinline__ float prediction_at(const Parameters& p, const Horizon& h, const Meeting& meeting, int c,
+__device__ __forceinline__ float prediction_at(const Parameters& p, const Horizon& h, const Work& work, int c,
                                                int y, int x) {
-  const int64_t n = meeting.m - h.offset;
-  const float made = load<float>(h.pred.data, h.pred.dtype, h.pred.offset(meeting.b, n, c, y, x));
-  return p.residual ? made + frame_at(p, meeting.b, n, c, y, x, h.factor) : made;
+  const int64_t n = work.m - h.offset;
+  const float pred = load<float>(h.pred.data, h.pred.dtype, h.pred.offset(work.b, n, c, y, x));
+  return p.residual ? pred + frame_at(p, work.b, n, c, y, x, h.factor) : pred;
 }
 
 __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constant__ Parameters p) {
-  Kept kept(p);
-  for (unsigned program = blockIdx.x; program < p.programs; program += gridDim.x) {
-    const Meeting meeting(p, program);
+  BlockSums block(p);
+  for (unsigned unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
+    const Work work(p, unit);
     for (int i = 0; i < p.count; ++i) {
       const Horizon& h = p.horizons[i];
-      if (!meeting.is_active(i)) continue;
-      // No frame has 2^31 elements, the launcher sees to it; unsigned for the sums that go beyond.
+      if (!work.is_active(i)) continue;
+      // The launcher ensures that a frame has fewer than 2^31 elements; the sums below can exceed that, so use
+      // unsigned.
       const unsigned elements = p.channels * h.height * h.width, share = (elements + p.tiles - 1) / p.tiles;
-      const unsigned first = min(elements, meeting.tile * share), end = min(elements, first + share);
+      const unsigned first = min(elements, work.tile * share), end = min(elements, first + share);
       for (unsigned e = first + threadIdx.x; e < end; e += threads) {
         const int row = e / h.width, x = e - row * h.width, c = row / h.height, y = row - c * h.height;
         float gradient = 0;
-        if (meeting.counts(i)) {
-          const float prediction = prediction_at(p, h, meeting, c, y, x);
-          float d = prediction - frame_at(p, meeting.b, meeting.m, c, y, x, h.factor);
+        if (work.is_counted(i)) {
+          const float prediction = prediction_at(p, h, work, c, y, x);
+          float d = prediction - frame_at(p, work.b, work.m, c, y, x, h.factor);
           const auto loss_of_d = [&] {
             return with_kind(p.kind, [&](auto kind) { return loss_of<decltype(kind)::value>(d, p.delta, p.eps); });
           };
-          kept.sum(i) += loss_of_d();
-          gradient = kept.coefficients[i] * d;
+          block.sum(i) += loss_of_d();
+          gradient = block.coefficients[i] * d;
           for (int q = 0; q < p.pair_count; ++q) {
             const Pair pair = p.pairs[q];
             const bool is_far = pair.far == i, learns = is_far ? p.far_learns : p.near_learns;
             if ((!is_far && pair.near != i) || (!is_far && !learns)) continue;
-            if (!meeting.counts(pair.near) || !meeting.counts(pair.far)) continue;
+            if (!work.is_counted(pair.near) || !work.is_counted(pair.far)) continue;
             const Horizon &near = p.horizons[pair.near], &far = p.horizons[pair.far];
             const int ratio = far.factor / near.factor, far_y = is_far ? y : y / ratio, far_x = is_far ? x : x / ratio;
-            d = is_far ? prediction : prediction_at(p, far, meeting, c, far_y, far_x);
+            d = is_far ? prediction : prediction_at(p, far, work, c, far_y, far_x);
             d -= mean_of_box(far_y, far_x, ratio, [&](int row, int column) {
-              return prediction_at(p, near, meeting, c, row, column);
+              return prediction_at(p, near, work, c, row, column);
             });
-            const float loss = loss_of_d(), weight = kept.coefficients[p.count + q];
-            if (is_far) kept.sum(p.count + q) += loss;
+            const float loss = loss_of_d(), weight = block.coefficients[p.count + q];
+            if (is_far) block.sum(p.count + q) += loss;
             if (learns) gradient += is_far ? weight * d : -weight * d / (static_cast<float>(ratio) * ratio);
           }
         }
         if (h.gradient.data)
           store<float>(h.gradient.data, h.gradient.dtype,
-                       h.gradient.offset(meeting.b, meeting.m - h.offset, c, y, x), gradient);
+                       h.gradient.offset(work.b, work.m - h.offset, c, y, x), gradient);
       }
     }
   }
-  kept.write_sums(p);
+  block.write_sums(p);
 }
 
-// ---- Before and after
+// ---- count_kernel and finish_kernel
 
 __global__ void __launch_bounds__(threads) count_kernel(const __grid_constant__ Parameters p, int64_t* counts) {
   int64_t* sums = dynamic_shared<int64_t>();
@@ -234,9 +239,9 @@ __global__ void __launch_bounds__(threads) count_kernel(const __grid_constant__ 
   int64_t count = 0;
   for (int64_t row = threadIdx.x; row < p.batch * p.positions; row += threads) {
     const int64_t b = row / p.positions, n = row % p.positions;
-    if (n + span.apart >= p.positions || n + ahead >= p.frames) continue;
+    if (n + span.distance >= p.positions || n + ahead >= p.frames) continue;
     const int64_t target = segment_at(p.segment_ids, b, n + ahead);
-    count += segment_at(p.segment_ids, b, n) == target && segment_at(p.segment_ids, b, n + span.apart) == target;
+    count += segment_at(p.segment_ids, b, n) == target && segment_at(p.segment_ids, b, n + span.distance) == target;
   }
   count = warp_sum(count);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = count;
@@ -250,7 +255,7 @@ struct Results {
   float *total, *means, *agreement;
   int64_t *counts, *agreement_counts;
   int64_t agreement_size;
-  bool agreement_by_pair;  // [K, K], not [K]
+  bool agreement_by_pair;  // true: [K, K]; false: [K]
 };
 
 __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__ Parameters p, const Results results,
@@ -285,7 +290,7 @@ __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__
   *results.total = total;
 }
 
-// ---- The host's side
+// ---- Host code
 
 Numbers numbers_of(const Array& array) {
   // A vector of pair weights is indexed by the far side.
@@ -355,12 +360,12 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
     launch("multi_horizon_loss: counts", count_kernel, terms, threads, warps * sizeof(int64_t), stream, p,
            static_cast<int64_t*>(scratch.term_counts.data));
 
-  // Predictions of frames beyond the video only get their zero gradient.
+  // Frames beyond the video are processed only to write zero gradients for their predictions.
   const int64_t last = p.positions + p.horizons[p.count - 1].offset;
-  p.first_moment = p.horizons[0].offset;
-  p.moments = std::max<int64_t>(0, (any_gradient ? last : std::min(last, p.frames)) - p.first_moment);
+  p.first_target = p.horizons[0].offset;
+  p.targets = std::max<int64_t>(0, (any_gradient ? last : std::min(last, p.frames)) - p.first_target);
   const auto shared_bytes = [&] { return (terms + static_cast<size_t>(terms + p.slots) * threads) * sizeof(float); };
-  by_patches = by_patches && shared_bytes() <= most_shared_bytes;
+  by_patches = by_patches && shared_bytes() <= max_shared_bytes;
   int64_t tiles;
   if (by_patches) {
     p.cells_y = (p.height + cell - 1) / cell;
@@ -369,16 +374,16 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
     tiles = (int64_t(p.channels) * p.cells_y * p.cells_x + cells_of_block - 1) / cells_of_block;
   } else {
     p.slots = 0;
-    tiles = (int64_t(p.channels) * p.height * p.width + threads * held - 1) / (threads * held);
+    tiles = (int64_t(p.channels) * p.height * p.width + threads * lane_pixels - 1) / (threads * lane_pixels);
   }
-  const int64_t programs = p.positions == 0 ? 0 : p.batch * p.moments * tiles, most = int64_t(1) << 31;
-  if (size[2] * size[3] * size[4] >= most || programs >= most)
+  const int64_t units = p.positions == 0 ? 0 : p.batch * p.targets * tiles, limit = int64_t(1) << 31;
+  if (size[2] * size[3] * size[4] >= limit || units >= limit)
     throw std::invalid_argument("multi_horizon_loss: a frame of video must have fewer than 2**31 elements, all frames "
                                 "fewer than 2**31 tiles; they have " + std::to_string(size[2] * size[3] * size[4]) +
-                                " and " + std::to_string(programs));
+                                " and " + std::to_string(units));
   p.tiles = static_cast<int>(tiles);
-  p.programs = static_cast<unsigned>(programs);
-  const int64_t blocks = std::min(programs, scratch.partial.size[1]);
+  p.units = static_cast<unsigned>(units);
+  const int64_t blocks = std::min(units, scratch.partial.size[1]);
   if (blocks > 0) {
     const auto by_dtype = op.preds[0].dtype == DType::float32    ? patch_kernel<float>
                           : op.preds[0].dtype == DType::bfloat16 ? patch_kernel<__nv_bfloat16>

@@ -1,4 +1,5 @@
-// What the kernels of multi_horizon_loss take, and what they share: losses, counts, sums, and which horizons meet.
+// Shared by the kernels of multi_horizon_loss.cu: their parameters, losses, counts and sums, and the unit of work of a
+// block.
 #pragma once
 
 #include <type_traits>
@@ -7,22 +8,23 @@
 
 namespace mfwm::cuda {
 
-constexpr int most_horizons = 16, most_pairs = most_horizons * (most_horizons - 1) / 2;
+constexpr int max_horizons = 16, max_pairs = max_horizons * (max_horizons - 1) / 2;
 constexpr int threads = 128, warps = threads / 32;
 
 struct Horizon {
-  Frames pred, gradient;  // gradient.data is null where it is not wanted
+  Frames pred, gradient;  // gradient.data is null if the prediction needs no gradient
   int64_t offset;
   int factor, height, width;
   int level;  // factor = 2^level in patch_kernel
-  int slot;   // where the slopes of its pairs are kept for it; -1: nowhere
+  int slot;   // the slot that accumulates the gradients of the pairs whose far side it is; -1: none
 };
 
 struct Pair {
   uint8_t near, far;
 };
 
-struct Numbers {  // fp32 or fp64
+// A vector or a matrix of fp32 or fp64 weights.
+struct Numbers {
   const void* data;
   DType dtype;
   int64_t step[2];
@@ -30,45 +32,46 @@ struct Numbers {  // fp32 or fp64
 };
 
 struct Parameters {
-  Horizon horizons[most_horizons];
-  Pair pairs[most_pairs];        // by the far side's level, so that the near side is averaged step by step
-  uint8_t order[most_horizons];  // by level, then as given: a pair's near side comes before its far side
+  Horizon horizons[max_horizons];
+  Pair pairs[max_pairs];        // sorted by the far side's level, so that the near side is averaged step by step
+  uint8_t order[max_horizons];  // sorted by level, stably, so that a pair's near side comes before its far side
   int count, pair_count, slots;
   Frames video;
   Array segment_ids;
   Numbers weights, pair_weights;
-  int64_t batch, frames, positions, first_moment, moments;
+  int64_t batch, frames, positions;
+  int64_t first_target, targets;  // the frames m to process: first_target .. first_target + targets - 1
   int channels, height, width, cells_y, cells_x, tiles;
-  unsigned programs;
+  unsigned units;
   bool channels_fastest, residual, near_learns, far_learns;
   LossKind kind;
   float scale, shift, delta, eps;
-  const int64_t* term_counts;  // null: every position that has a frame counts
+  const int64_t* term_counts;  // null without segments: every position whose target frame exists counts
   float* partial;              // [terms, blocks]
 };
-static_assert(sizeof(Parameters) <= 4096, "what a kernel takes");
+static_assert(sizeof(Parameters) <= 4096, "CUDA limits kernel parameters to 4,096 bytes");
 
-// The loss of `d`; d becomes its derivative.
+// The loss of a difference `d`; replaces d by the derivative.
 template <LossKind kind>
 __device__ __forceinline__ float loss_of(float& d, float delta, float eps) {
-  const float given = d, size = fabsf(d);
+  const float difference = d, size = fabsf(d);
   if constexpr (kind == LossKind::mse) {
-    d = 2 * given;
-    return given * given;
+    d = 2 * difference;
+    return difference * difference;
   } else if constexpr (kind == LossKind::l1) {
-    d = given > 0 ? 1.f : given < 0 ? -1.f : given;  // 0, or NaN
+    d = difference > 0 ? 1.f : difference < 0 ? -1.f : difference;  // otherwise it is 0, or NaN, which must propagate
     return size;
   } else if constexpr (kind == LossKind::huber) {
-    d = given > delta ? delta : given < -delta ? -delta : given;
-    return size > delta ? delta * (size - 0.5f * delta) : 0.5f * given * given;
+    d = difference > delta ? delta : difference < -delta ? -delta : difference;
+    return size > delta ? delta * (size - 0.5f * delta) : 0.5f * difference * difference;
   } else {
-    const float root = sqrtf(given * given + eps * eps);
-    d = given / root;
+    const float root = sqrtf(difference * difference + eps * eps);
+    d = difference / root;
     return root;
   }
 }
 
-// body(kind), with the kind as a constant.
+// Call body(kind) with the kind as a compile-time constant.
 template <class Body>
 __device__ __forceinline__ float with_kind(LossKind kind, const Body& body) {
   switch (kind) {
@@ -85,10 +88,10 @@ __device__ __forceinline__ int64_t segment_at(const Array& segments, int64_t b, 
                                         : static_cast<const int64_t*>(segments.data)[at];
 }
 
-// The far side of a pair stands at n, its near side `apart` later; a horizon is a pair with itself.
+// The far side of a term is at position n, its near side at n + distance. A horizon is treated as a pair with itself.
 struct Span {
   int far;
-  int64_t apart, elements;
+  int64_t distance, elements;  // elements: of one frame of the far side
 };
 
 __device__ __forceinline__ Span span_of(const Parameters& p, int term) {
@@ -101,7 +104,7 @@ __device__ __forceinline__ Span span_of(const Parameters& p, int term) {
 __device__ __forceinline__ int64_t count_of(const Parameters& p, int term) {
   if (p.term_counts) return p.term_counts[term];
   const Span span = span_of(p, term);
-  const int64_t inside = min(p.positions - span.apart, p.frames - p.horizons[span.far].offset);
+  const int64_t inside = min(p.positions - span.distance, p.frames - p.horizons[span.far].offset);
   return inside > 0 ? p.batch * inside * span.elements : 0;
 }
 
@@ -116,13 +119,13 @@ __device__ __forceinline__ float weight_of(const Parameters& p, int term) {
   return p.pair_weights.at(pair.near, pair.far);
 }
 
-// What a block keeps in shared memory: the terms' coefficients in the gradient, and columns of each thread's own (the
-// sums of the terms, then the slots), which need no barrier.
-struct Kept {
+// A block's shared memory: the coefficient of each term in the gradient, and a column per thread with its sums of the
+// terms and then its slots. A thread accesses only its own column until write_sums, so the columns need no barrier.
+struct BlockSums {
   float* coefficients;
   float* column;
 
-  __device__ explicit Kept(const Parameters& p) : coefficients(dynamic_shared<float>()) {
+  __device__ explicit BlockSums(const Parameters& p) : coefficients(dynamic_shared<float>()) {
     const int terms = p.count + p.pair_count;
     column = coefficients + terms + threadIdx.x;
     for (int term = threadIdx.x; term < terms; term += threads)
@@ -144,17 +147,18 @@ struct Kept {
   }
 };
 
-// A tile of frame m of clip b, and a bit per horizon: it has a position that predicts m (active), and it counts.
-struct Meeting {
+// A unit of work: a tile of frame m of clip b. A horizon's bit in `active` says that it has a position that predicts m;
+// its bit in `counted`, that this prediction also has a loss.
+struct Work {
   int64_t b, m;
   int tile;
   unsigned active = 0, counted = 0;
 
-  __device__ Meeting(const Parameters& p, unsigned program) {
-    tile = static_cast<int>(program % static_cast<unsigned>(p.tiles));
-    const unsigned moment = program / static_cast<unsigned>(p.tiles), moments = static_cast<unsigned>(p.moments);
-    b = moment / moments;
-    m = p.first_moment + moment % moments;
+  __device__ Work(const Parameters& p, unsigned unit) {
+    tile = static_cast<int>(unit % static_cast<unsigned>(p.tiles));
+    const unsigned frame = unit / static_cast<unsigned>(p.tiles), targets = static_cast<unsigned>(p.targets);
+    b = frame / targets;
+    m = p.first_target + frame % targets;
     for (int i = 0; i < p.count; ++i) {
       const int64_t n = m - p.horizons[i].offset;
       if (n < 0 || n >= p.positions) continue;
@@ -165,7 +169,7 @@ struct Meeting {
     }
   }
   __device__ bool is_active(int i) const { return active >> i & 1; }
-  __device__ bool counts(int i) const { return counted >> i & 1; }
+  __device__ bool is_counted(int i) const { return counted >> i & 1; }
 };
 
 }  // namespace mfwm::cuda

@@ -1,4 +1,6 @@
-// The gradients of multi_horizon_loss times the upstream gradient, which is read on the device; returns early at 1.
+// The backward of multi_horizon_loss: multiply the gradients that the forward computed by the upstream gradient, in
+// place. bindings.cpp calls the function at the end. The kernel reads the upstream gradient on the device, so that the
+// host need not wait for it, and returns early if it is 1.
 #include <algorithm>
 
 #include "common.cuh"
@@ -7,8 +9,8 @@ namespace mfwm::cuda {
 namespace {
 
 constexpr int threads = 128;
-// As many horizons as there may be, and two kinds of weights.
-constexpr int most_scaled = 18, scaled_by_thread = 4;  // vectors of 16 bytes
+constexpr int max_tensors = 18;       // 16 horizons and two tensors of weights
+constexpr int vectors_by_thread = 4;  // of 16 bytes
 
 struct Scaled {
   void* data;
@@ -18,7 +20,7 @@ struct Scaled {
 };
 
 struct Scaling {
-  Scaled tensors[most_scaled];
+  Scaled tensors[max_tensors];
   int count;
   const float* upstream;
 };
@@ -28,8 +30,8 @@ __device__ __forceinline__ void scale_tensor(const Scaled& tensor, int64_t block
   constexpr int size = 16 / sizeof(T);
   T* data = static_cast<T*>(tensor.data);
 #pragma unroll
-  for (int step = 0; step < scaled_by_thread; ++step) {
-    const int64_t first = ((block * scaled_by_thread + step) * threads + threadIdx.x) * size;
+  for (int step = 0; step < vectors_by_thread; ++step) {
+    const int64_t first = ((block * vectors_by_thread + step) * threads + threadIdx.x) * size;
     if (tensor.vectors && first + size <= tensor.size) {
       float values[size];
       load_vector<T, size>(values, data + first);
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(threads) scale_kernel(const __grid_constant__ 
     case DType::float32: return scale_tensor<float>(tensor, block, factor);
     case DType::bfloat16: return scale_tensor<__nv_bfloat16>(tensor, block, factor);
     case DType::float16: return scale_tensor<__half>(tensor, block, factor);
-    default: {  // fp64: the gradient of fp64 weights
+    default: {  // float64: only the gradients of fp64 weights, which are short
       double* data = static_cast<double*>(tensor.data);
       for (int64_t k = threadIdx.x; k < tensor.size; k += threads) data[k] *= factor;
     }
@@ -72,7 +74,7 @@ void multi_horizon_loss_scale(const std::vector<Array>& tensors, const Array& up
     Scaled& tensor = p.tensors[p.count++];
     tensor = {array.data, array.dtype, reinterpret_cast<uintptr_t>(array.data) % 16 == 0, 1, blocks};
     for (int axis = 0; axis < array.rank; ++axis) tensor.size *= array.size[axis];
-    const int64_t by_block = threads * scaled_by_thread * 16 / bytes_of(array.dtype);
+    const int64_t by_block = threads * vectors_by_thread * 16 / bytes_of(array.dtype);
     blocks += array.dtype == DType::float64 ? 1 : (tensor.size + by_block - 1) / by_block;
   }
   if (blocks > 0)

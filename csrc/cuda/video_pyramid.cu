@@ -1,6 +1,7 @@
-// video_pyramid in CUDA C++. A block reads a tile of one channel of one frame into shared memory, normalised, and
-// writes the tile's part of every output. The tile's sides are multiples of every factor; where such a tile does not fit
-// in shared memory, pixels are read from global memory for each output.
+// video_pyramid in CUDA C++; bindings.cpp calls the function at the end. A block loads a tile of one channel of one
+// frame into shared memory, normalised, and writes the tile's part of every output. The tile's sides are multiples of
+// every factor. If such a tile does not fit into shared memory, the block reads the pixels from global memory for each
+// output.
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
@@ -11,7 +12,7 @@
 namespace mfwm::cuda {
 namespace {
 
-constexpr int most_outputs = 8;  // per launch; more take several
+constexpr int max_outputs = 8;  // per launch; more outputs take several launches
 constexpr int threads = 256;
 
 struct Output {
@@ -21,7 +22,7 @@ struct Output {
 
 struct Parameters {
   Array video;
-  Output outputs[most_outputs];
+  Output outputs[max_outputs];
   int count;
   double scale, shift;
   int tile_height, tile_width, tiles_y, tiles_x;
@@ -37,7 +38,7 @@ __device__ __forceinline__ int64_t offset_of(const Output& output, int channels,
   return b * s[0] + t * s[1] + token * s[2] + feature * s[3];
 }
 
-// Left to itself the compiler takes fewer registers and spills.
+// Four blocks per multiprocessor leave a thread 64 registers; without the 4 the compiler uses fewer and spills.
 template <class C, bool in_shared>
 __global__ void __launch_bounds__(threads, 4) pyramid_kernel(const __grid_constant__ Parameters p) {
   C* tile = dynamic_shared<C>();
@@ -54,8 +55,10 @@ __global__ void __launch_bounds__(threads, 4) pyramid_kernel(const __grid_consta
     const int rows = min(p.tile_height, height - top), columns = min(p.tile_width, width - left);
     const int64_t start = b * s[0] + t * s[1] + c * s[2] + top * s[3] + left * s[4];
     if (in_shared) {
-      for (int k = threadIdx.x; k < rows * columns; k += threads)
-        tile[k] = load<C>(p.video.data, p.video.dtype, start + int64_t(k / columns) * s[3] + (k % columns) * s[4]) * scale + shift;
+      for (int k = threadIdx.x; k < rows * columns; k += threads) {
+        const int64_t from = start + int64_t(k / columns) * s[3] + (k % columns) * s[4];
+        tile[k] = load<C>(p.video.data, p.video.dtype, from) * scale + shift;
+      }
       __syncthreads();
     }
     for (int i = 0; i < p.count; ++i) {
@@ -81,18 +84,18 @@ __global__ void __launch_bounds__(threads, 4) pyramid_kernel(const __grid_consta
 
 template <class C>
 void run(const VideoPyramid& op, cudaStream_t stream) {
-  constexpr int64_t most_elements = 4096;
+  constexpr int64_t max_elements = 4096;
   int64_t step = 1;
   for (int64_t factor : op.factors) step = std::lcm(step, factor);
-  const bool fits = step * step <= most_elements;
+  const bool fits = step * step <= max_elements;
   const int64_t* size = op.video.size;
   Parameters p{};
   p.video = op.video;
   p.scale = op.scale;
   p.shift = op.shift;
   int64_t tile_width = std::min(size[4], fits ? std::max(step, 128 / step * step) : step);
-  if (fits && tile_width * step > most_elements) tile_width = step;
-  const int64_t tile_height = std::min(size[3], fits ? std::max(step, most_elements / tile_width / step * step) : step);
+  if (fits && tile_width * step > max_elements) tile_width = step;
+  const int64_t tile_height = std::min(size[3], fits ? std::max(step, max_elements / tile_width / step * step) : step);
   const int64_t tiles_y = (size[3] + tile_height - 1) / tile_height, tiles_x = (size[4] + tile_width - 1) / tile_width;
   const int64_t tiles = size[0] * size[1] * size[2] * tiles_y * tiles_x;
   if (tiles == 0) return;
@@ -105,12 +108,13 @@ void run(const VideoPyramid& op, cudaStream_t stream) {
   p.tiles_x = static_cast<int>(tiles_x);
   p.tiles = static_cast<unsigned>(tiles);
   const size_t shared = fits ? static_cast<size_t>(tile_width * tile_height) * sizeof(C) : 0;
-  for (size_t first = 0; first < op.outputs.size(); first += most_outputs) {
-    p.count = static_cast<int>(std::min<size_t>(most_outputs, op.outputs.size() - first));
+  for (size_t first = 0; first < op.outputs.size(); first += max_outputs) {
+    p.count = static_cast<int>(std::min<size_t>(max_outputs, op.outputs.size() - first));
     for (int i = 0; i < p.count; ++i)
       p.outputs[i] = {op.outputs[first + i], static_cast<int>(op.factors[first + i]),
                       op.patch_sizes.empty() ? 0 : static_cast<int>(op.patch_sizes[first + i])};
-    launch("video_pyramid", fits ? pyramid_kernel<C, true> : pyramid_kernel<C, false>, tiles, threads, shared, stream, p);
+    const auto kernel = fits ? pyramid_kernel<C, true> : pyramid_kernel<C, false>;
+    launch("video_pyramid", kernel, tiles, threads, shared, stream, p);
   }
 }
 

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels run on the CPU, for values and out-of-bounds accesses where there is no GPU.
+"""Run the CUDA C++ kernels on the CPU, to test values and out-of-bounds accesses without a GPU.
 
 `emulated_module()` compiles csrc/bindings.cpp, csrc/cuda and the emulator with g++ into a module like
-mfwm_kernels._native. `emulated_cuda` makes the cuda backend serve CPU tensors through it, by its own launchers.
+mfwm_kernels._native. Within `emulated_cuda`, the cuda backend runs it on CPU tensors through the usual launchers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FLAGS = [
     *(f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-DMFWM_WITH_CUDA"),
     *('-DMFWM_CUDA_VERSION=""', '-DMFWM_CUDA_ARCHITECTURES=""', '-DMFWM_SIMD_LEVELS=""'),
 ]
-# What a GPU traps, or what no kernel should do, becomes an illegal instruction, which the emulator reports.
+# Faults that a GPU would trap, or that no kernel should have, raise an illegal instruction, which the emulator reports.
 TRAPS = [
     "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fsanitize-undefined-trap-on-error",
@@ -47,8 +47,8 @@ TRAPS = [
 BUILT = ROOT / "build" / "cuda_emulator"
 
 
-def made(suffix: str, parts: list[Path], command: list[str]) -> Path:
-    """The file that `command` makes of `parts`, kept by what they hold."""
+def build(suffix: str, parts: list[Path], command: list[str]) -> Path:
+    """The file that `command` builds from `parts`, cached under a hash of the command and their contents."""
     contents = b"".join(part.read_bytes() for part in parts)
     path = BUILT / (hashlib.sha256(repr((command, sys.version)).encode() + contents).hexdigest()[:24] + suffix)
     if not path.exists():
@@ -66,20 +66,20 @@ def compile_module(sources: Path) -> Path:
 
     def compiled(source: Path) -> Path:
         if source.suffix == ".cu":
-            return made(".o", [source, *headers, *cuda_headers], ["g++", *FLAGS, *TRAPS, "-x", "c++", "-c"])
-        return made(".o", [source, *headers], ["g++", *FLAGS, "-c"])
+            return build(".o", [source, *headers, *cuda_headers], ["g++", *FLAGS, *TRAPS, "-x", "c++", "-c"])
+        return build(".o", [source, *headers], ["g++", *FLAGS, "-c"])
 
     units = [sources / "bindings.cpp", *sorted(sources.glob("cuda/*.cu")), HERE / "emulator.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, units))
-    # csrc/cpu is left out: its names are bound when they are called, which is never.
-    return made(".so", objects, ["g++", "-shared", "-Wl,-z,lazy"])
+    # Leave csrc/cpu out: with lazy binding its functions need not exist, because nothing calls them.
+    return build(".so", objects, ["g++", "-shared", "-Wl,-z,lazy"])
 
 
 @functools.cache
 def emulated_module(sources: Path = ROOT / "csrc") -> ModuleType:
     path = compile_module(sources)
-    # pybind11 keeps modules by their full name, and Python looks for PyInit_ with the last part.
+    # pybind11 caches modules by their full name, so each needs its own. Python looks for PyInit_ plus the last part.
     name = f"{path.stem}._native"
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
@@ -99,19 +99,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Fences:
-    """Tensors in memory of their own, between two inaccessible pages.
+    """Allocates each tensor between two inaccessible pages.
 
-    A tensor touches one of them, by its "start" (then it is aligned as a GPU's) or its "end", and an access beyond
-    ends the emulated launch. Or it lies "unaligned", one element from the start. The rest of the room is filled with
-    NaN, and `check` sees whether it still is.
+    The tensor touches one of the pages with its "start" (and is then aligned as on a GPU) or with its "end", so that an
+    access beyond it ends the emulated launch. An "unaligned" tensor is one element away from the start. The remaining
+    space is filled with NaN, and `check` asserts that it still is.
     """
 
     def __init__(self, edge: str) -> None:
         self.edge = edge
-        self.kept: list[tuple[mmap.mmap, int, int, int]] = []
+        self.allocated: list[tuple[mmap.mmap, int, int, int]] = []
 
     def empty_like(self, like: Tensor) -> Tensor:
-        """Of the shape, strides and dtype of `like`, filled with NaN (255, -1)."""
+        """A tensor of the shape, strides and dtype of `like`, filled with NaN (255 or -1 for integers)."""
         if like.numel() == 0:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         steps = zip(like.shape, like.stride(), strict=True)
@@ -125,28 +125,28 @@ class Fences:
         for page in (address, address + PAGE + room):
             if _libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0):
                 raise OSError(ctypes.get_errno(), "mprotect")
-        self.kept.append((memory, first, used, room))
+        self.allocated.append((memory, first, used, room))
         flat = torch.frombuffer(memory, dtype=like.dtype, count=span, offset=first)
         return flat.as_strided(like.shape, like.stride())
 
     def copy(self, value: Any) -> Any:
-        """Tensors moved between fences, with their strides; lists followed."""
+        """A copy of `value` with its tensors between fences, with the same strides; also inside lists."""
         if isinstance(value, (list, tuple)) and any(isinstance(entry, Tensor) for entry in value):
             return [self.copy(entry) for entry in value]
         return self.empty_like(value).copy_(value) if isinstance(value, Tensor) else value
 
     def check(self) -> None:
-        for memory, first, used, room in self.kept:
+        for memory, first, used, room in self.allocated:
             around = memory[PAGE:first] + memory[first + used : PAGE + room]
-            assert around == b"\xff" * len(around), "a kernel wrote beside a tensor"
+            assert around == b"\xff" * len(around), "a kernel wrote outside a tensor"
 
 
 @contextlib.contextmanager
 def emulated_cuda(fences: Fences, module: ModuleType | None = None) -> Iterator[None]:
-    """The cuda backend on CPU tensors. What it allocates stands between fences and is NaN until a kernel writes it."""
+    """Run the cuda backend on CPU tensors. It allocates between fences, and memory is NaN until a kernel writes it."""
 
-    def fenced(make: Any) -> Any:
-        return lambda *args, **kwargs: fences.empty_like(make(*args, **kwargs))
+    def fenced(allocate: Any) -> Any:
+        return lambda *args, **kwargs: fences.empty_like(allocate(*args, **kwargs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.ABSENT, "cuda", "")

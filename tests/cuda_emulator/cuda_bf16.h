@@ -1,3 +1,4 @@
+// The part of CUDA's cuda_bf16.h that csrc/cuda uses, for the emulator.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@ inline float __bfloat162float(__nv_bfloat16 value) {
   return out;
 }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __nv_bfloat16 __float2bfloat16(float value) {
   if (value != value) return {0x7fff};
   uint32_t bits;

@@ -1,3 +1,4 @@
+// The part of CUDA's cuda_fp16.h that csrc/cuda uses, for the emulator.
 #pragma once
 
 struct __half {

@@ -1,6 +1,6 @@
-// The part of CUDA that csrc/cuda uses, as ordinary C++: put first on the include path, it lets g++ compile the kernels,
-// and emulator.cpp runs them on the CPU. Blocks run one after the other; a block's threads are fibers that change places
-// at barriers and warp collectives.
+// The part of CUDA that csrc/cuda uses, as ordinary C++. With this folder first on the include path, g++ compiles the
+// kernels, and emulator.cpp runs them on the CPU. Blocks run one after another; the threads of a block are fibers that
+// switch at barriers and warp collectives.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One block at a time: its threads share what all share.
+// Blocks run one at a time, so a static variable is shared by exactly the threads of one block.
 #define __shared__ static
 
 struct dim3 {
@@ -29,8 +29,8 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-// Runs `thread` for every thread of every block. Throws where a thread touches memory that is not there, a misaligned
-// vector among it, or where threads wait for others that never come.
+// Runs `thread` for every thread of every block. Throws if a thread accesses memory outside all tensors or a misaligned
+// vector, or if threads wait for others that never arrive.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
 // Ends the launch with an error.
@@ -39,7 +39,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 void* shared_memory();
 void sync_threads();
 
-// Waits for the lanes of `mask` and returns what each lane of the warp brought.
+// Waits for the lanes of `mask` and returns the value that each lane of the warp passed.
 const uint64_t* exchange(unsigned mask, uint64_t value);
 
 template <class T>
@@ -47,11 +47,11 @@ T shuffle(unsigned mask, T value, unsigned from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const uint64_t* brought = exchange(mask, bits);
-  // A lane that has no source keeps its own value, as on the device.
+  const uint64_t* values = exchange(mask, bits);
+  // A lane whose source lane does not exist keeps its own value, as on the device.
   if (from >= 32) return value;
   if (!(mask >> from & 1)) fail("a shuffle reads from a lane outside its mask");
-  std::memcpy(&value, &brought[from], sizeof(T));
+  std::memcpy(&value, &values[from], sizeof(T));
   return value;
 }
 
@@ -73,10 +73,10 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by) {
   return emulator::shuffle(mask, value, (threadIdx.x & 31) + by);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* brought = emulator::exchange(mask, predicate != 0);
+  const uint64_t* values = emulator::exchange(mask, predicate != 0);
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane)
-    if (mask >> lane & 1) votes |= static_cast<unsigned>(brought[lane]) << lane;
+    if (mask >> lane & 1) votes |= static_cast<unsigned>(values[lane]) << lane;
   return votes;
 }
 template <class T>
@@ -87,7 +87,7 @@ T __ldg(const T* address) {
 using std::max;
 using std::min;
 
-// ---- The host's side
+// ---- Host code
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess };
@@ -106,7 +106,8 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes*, const void*) { return cudaSuccess; }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   const std::tuple<Parameters...> copies(arguments...);
   emulator::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { std::apply(kernel, copies); });
   return cudaSuccess;

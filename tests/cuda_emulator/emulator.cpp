@@ -1,4 +1,5 @@
-// Fibers for the threads of a block, barriers between them, and what is wrong with a kernel as an exception.
+// Runs a kernel's threads as fibers with barriers between them, and reports faults of the kernel as exceptions.
+// Launches (cudaLaunchKernelEx in cuda_runtime.h) call run.
 #include "cuda_runtime.h"
 
 #include <csetjmp>
@@ -18,7 +19,7 @@ namespace {
 
 constexpr size_t stack_bytes = 64 << 10;
 
-// A barrier opens when all who must come have come; a generation is one opening.
+// A barrier opens when all expected threads have arrived; `generation` counts its openings.
 struct Barrier {
   unsigned arrived = 0, generation = 0;
 };
@@ -26,11 +27,11 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   unsigned mask = 0;
-  // A lane may be one exchange ahead of the others, never two.
+  // Two sets of values, because a lane may be one exchange ahead of the others, but never two.
   uint64_t values[2][32];
 };
 
-// Contexts only start a fiber: swapcontext would make two system calls at every change.
+// ucontext only starts a fiber; _setjmp and _longjmp switch, because swapcontext makes two system calls per switch.
 struct Fiber {
   ucontext_t start;
   jmp_buf place;
@@ -52,7 +53,7 @@ class FencedMemory {
   FencedMemory(const FencedMemory&) = delete;
   FencedMemory& operator=(const FencedMemory&) = delete;
   ~FencedMemory() { munmap(base_, mapped_); }
-  // NaN, whatever floating type is read.
+  // Fills the memory with NaN, in every floating-point type.
   void poison() { std::memset(data, 0xff, bytes_); }
 
   char* data;
@@ -97,7 +98,7 @@ void fiber_main() {
       failure = error.what();
     }
     fibers[current].finished = true;
-    // Threads that have returned are not waited for.
+    // Barriers do not wait for threads that have returned.
     if (--living > 0 && block_barrier.arrived == living) open(block_barrier);
     leave();
   }
@@ -114,7 +115,7 @@ void on_signal(int number, siginfo_t* info, void*) {
   _longjmp(scheduler, 1);
 }
 
-// For as long as it lives, bad accesses end the launch instead of the process.
+// While an instance exists, a bad access ends the launch instead of the process.
 class Signals {
  public:
   Signals() {
@@ -160,7 +161,7 @@ void run_block(unsigned block) {
   while (living > 0) {
     bool progress = false;
     for (size_t k = 0; k < fibers.size(); ++k) {
-      // Backwards in every second block: no order of the threads is the right one.
+      // Reverse the order of threads in every second block, since a kernel must not depend on it.
       const size_t number = block % 2 ? fibers.size() - 1 - k : k;
       const Fiber& fiber = fibers[number];
       if (fiber.finished || (fiber.waits_at && fiber.waits_at->generation == fiber.generation)) continue;
@@ -189,8 +190,8 @@ void sync_threads() {
 const uint64_t* exchange(unsigned mask, uint64_t value) {
   const unsigned lane = threadIdx.x & 31;
   Warp& warp = warps[threadIdx.x / 32];
-  if (!(mask >> lane & 1)) fail("a lane takes part in a collective whose mask leaves it out");
-  if (warp.barrier.arrived && warp.mask != mask) fail("lanes of a warp name different masks");
+  if (!(mask >> lane & 1)) fail("a lane takes part in a collective whose mask excludes it");
+  if (warp.barrier.arrived && warp.mask != mask) fail("lanes of a warp pass different masks");
   uint64_t* values = warp.values[warp.barrier.generation & 1];
   values[lane] = value;
   warp.mask = mask;
@@ -204,7 +205,8 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
   if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > 48 << 10)
-    throw std::runtime_error("a launch that no device takes");
+    throw std::runtime_error(
+        "no device accepts this launch: it needs a block, 1 to 1,024 threads and at most 48 KiB of shared memory");
   FencedMemory stacks(block.x * stack_bytes), shared_bytes_of_block(shared_bytes);
   body = &thread;
   shared = &shared_bytes_of_block;
