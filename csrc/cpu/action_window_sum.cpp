@@ -1,4 +1,5 @@
-// action_window_sum on the CPU. The terms of a window are added one by one in order of their lag.
+// action_window_sum on the CPU: windowed sums of actions, optionally gated, and their gradients. bindings.cpp calls the
+// two functions at the end. A window's terms are added one by one in order of their lag.
 #include "common.h"
 
 namespace mfwm::cpu {
@@ -43,7 +44,8 @@ struct Window {
       int64_t lag = op.window_start;
       std::fill(total, total + width, C(0));
       for (int64_t i = 0; i < horizons; ++i) {
-        // Offsets do not decrease, so a plain sum goes on from the previous horizon's; gates differ by horizon.
+        // Offsets never decrease, so a plain sum continues from the previous horizon's. A gated one must start again,
+        // because each horizon has gates of its own.
         if (op.lag_weight) {
           lag = op.window_start;
           std::fill(total, total + width, C(0));
@@ -61,7 +63,7 @@ struct Window {
     });
   }
 
-  // d actions[b, m] = sum over lags and horizons of the gradients of the sums that action m went into
+  // d actions[b, m] = the sum of the gradients of all window sums that contain action m, over lags and horizons
   void backward_actions(const Array& gradients) const {
     parallel_for<C>(op.threads, batch * steps, 3 * row, [&](int64_t unit, C* scratch) {
       const int64_t b = unit / steps, m = unit % steps;
@@ -82,7 +84,7 @@ struct Window {
     });
   }
 
-  // d lag_weight[i, lag] = sum over positions of gradient times action, first within a clip, then over clips
+  // d lag_weight[i, lag] = the sum of gradient * action over the positions of each clip, then over clips
   void backward_gates(const Array& gradients) const {
     const int64_t lags = gradients.size[1];
     parallel_for<C>(op.threads, horizons * lags, 4 * row, [&](int64_t unit, C* scratch) {

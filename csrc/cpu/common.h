@@ -1,7 +1,8 @@
-// What every CPU kernel uses: the SIMD macro, rows of any dtype, and a loop over work units.
+// Shared by every CPU kernel: the SIMD macro, loads and stores of rows of any dtype, and a parallel loop over work
+// units.
 //
-// Kernels compute in C = float, or double where a tensor is float64. A row of any dtype and stride is loaded into C
-// and stored from C by two functions, so that a kernel is written once and not per dtype.
+// Kernels compute in C = float, or double if a tensor is float64. load_row and store_row convert rows of any dtype and
+// stride to and from C, so each kernel is written once instead of once per dtype.
 #pragma once
 
 #include <omp.h>
@@ -17,8 +18,8 @@
 #include "../ops.h"
 #include "lanes.h"
 
-// Baseline, AVX2 and AVX-512 copies of a function side by side; the loader takes the one for the machine.
-// It needs ifunc (glibc) and a compiler that knows the level names. -DMFWM_BASELINE leaves the baseline alone.
+// Compiles a function for the baseline, AVX2 and AVX-512; the loader picks the copy that suits the machine. This needs
+// ifunc (glibc) and a compiler that knows the level names. -DMFWM_BASELINE compiles the baseline only.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
     !defined(MFWM_BASELINE)
 #define MFWM_SIMD __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
@@ -49,11 +50,11 @@ void load_row(double* to, const void* from, DType dtype, int64_t offset, int64_t
 void store_row(const float* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
 void store_row(const double* from, void* to, DType dtype, int64_t offset, int64_t stride, int64_t count);
 
-// A rectangle in an array: element k of row r lies at offset + r * row_stride + k * stride.
+// A rectangle in an array: element k of row r is at offset + r * row_stride + k * stride.
 struct Rows {
   int64_t offset, row_stride, stride, rows, count;
 
-  // As one long row, where the rows lie one after the other.
+  // The same elements as one long row if the rows are adjacent in memory, else *this.
   MFWM_INLINE Rows joined() const {
     return row_stride == count * stride ? Rows{offset, 0, stride, rows > 0 ? 1 : 0, rows * count} : *this;
   }
@@ -62,14 +63,14 @@ struct Rows {
 // to = scale * from + shift, row after row
 void load_rows(float* to, const void* from, DType dtype, const Rows& rows, float scale, float shift);
 void load_rows(double* to, const void* from, DType dtype, const Rows& rows, double scale, double shift);
-// The inverse, without scale and shift.
+// The inverse, without scale or shift.
 void store_rows(const float* from, void* to, DType dtype, const Rows& rows);
 void store_rows(const double* from, void* to, DType dtype, const Rows& rows);
 
-// A rectangle of pixels in tokens of patch x patch of them, whose channels lie side by side.
+// A rectangle of pixels of a frame cut into tokens of patch x patch pixels. The channels of a pixel are adjacent.
 struct TokenPixels {
-  int64_t frame, token_stride;  // in elements: where token 0 begins, and from one to the next
-  int64_t across, patch, channels;
+  int64_t frame, token_stride;      // in elements: the offset of token 0, and from one token to the next
+  int64_t across, patch, channels;  // across: tokens per row of tokens
   int64_t y, x, rows, columns;
 
   int64_t row_at(int64_t r) const {
@@ -78,8 +79,8 @@ struct TokenPixels {
   int64_t column_at(int64_t k) const { return (x + k) / patch * token_stride + (x + k) % patch * channels; }
 };
 
-// Channel c of the pixel in row r and column k goes to, or comes from, c * plane + r * columns + k. To load one asks for
-// the rectangle below.
+// Copy pixels to and from planes: channel c of the pixel in row r and column k is element c * plane + r * columns + k.
+// Loading prefetches the rectangle below, which the caller is likely to load next.
 void load_planes(float* to, int64_t plane, const void* from, DType dtype, const TokenPixels& pixels);
 void load_planes(double* to, int64_t plane, const void* from, DType dtype, const TokenPixels& pixels);
 void store_planes(const float* from, int64_t plane, void* to, DType dtype, const TokenPixels& pixels);
@@ -90,7 +91,7 @@ MFWM_INLINE bool is_plain(const Array& array, int64_t stride) {
   return array.dtype == dtype_of<C> && stride == 1;
 }
 
-// The row where it lies if it is of type C with unit stride, else a copy of it in `scratch`.
+// A pointer to the row itself if it has type C and unit stride, else to a converted copy in `scratch`.
 template <class C>
 MFWM_INLINE const C* row_of(C* scratch, const Array& array, int64_t offset, int64_t stride, int64_t count) {
   if (is_plain<C>(array, stride)) return static_cast<const C*>(array.data) + offset;
@@ -98,7 +99,7 @@ MFWM_INLINE const C* row_of(C* scratch, const Array& array, int64_t offset, int6
   return scratch;
 }
 
-// Asks for a row of unit stride: one that is read a while later is then in cache.
+// Prefetch a row of unit stride. Call it well before reading the row, so that the row has arrived in cache by then.
 MFWM_INLINE void prefetch_row(const Array& array, int64_t offset, int64_t count) {
   const int64_t size = array.dtype == DType::float64 ? 8 : array.dtype == DType::float32 ? 4 : 2;
   const char* from = static_cast<const char*>(array.data) + offset * size;
@@ -111,7 +112,7 @@ inline int64_t id_at(const Array& ids, int64_t row, int64_t column) {
                                    : static_cast<const int64_t*>(ids.data)[offset];
 }
 
-// An element of an array of float32 or float64.
+// Read or write one element of a float32 or float64 array.
 inline double number_at(const Array& array, int64_t offset) {
   return array.dtype == DType::float64 ? static_cast<const double*>(array.data)[offset]
                                        : static_cast<const float*>(array.data)[offset];
@@ -123,12 +124,13 @@ inline void set_number(const Array& array, int64_t offset, double value) {
     static_cast<float*>(array.data)[offset] = static_cast<float>(value);
 }
 
-// Two steps lie in one segment (always, where there are no segments).
+// True if two time steps belong to the same segment; always true without segments.
 inline bool same_segment(const Array& ids, int64_t row, int64_t one, int64_t other) {
   return !ids || id_at(ids, row, one) == id_at(ids, row, other);
 }
 
-// term(0) + ... + term(count - 1). In one sum each addition waits for the last; four quarters go on side by side.
+// term(0) + ... + term(count - 1). Four partial sums hide the latency of addition; in a single sum every addition would
+// wait for the one before it.
 template <class C, class Term>
 MFWM_INLINE C sum_of(int64_t count, const Term& term) {
   const int64_t quarter = count / 4;
@@ -143,7 +145,7 @@ MFWM_INLINE C sum_of(int64_t count, const Term& term) {
   return (a + b) + (c + d);
 }
 
-// Memory on cache-line boundaries, not initialised.
+// Uninitialised memory, aligned to a cache line.
 template <class C>
 class Scratch {
  public:
@@ -159,15 +161,16 @@ class Scratch {
   C* data_;
 };
 
-// A whole number of cache lines, in elements.
+// `count` elements rounded up to whole cache lines.
 template <class C>
 constexpr int64_t padded(int64_t count) {
   constexpr int64_t line = 64 / sizeof(C);
   return (count + line - 1) / line * line;
 }
 
-// body(unit, scratch) for every unit. What a unit does must not depend on which thread does it: results are then the
-// same for any number of threads. Scratch is made before the threads start, since nothing may throw inside.
+// Call body(unit, scratch) for every unit. A unit must do the same work on any thread, so that results do not depend on
+// the number of threads. Scratch is allocated before the threads start, because an exception must not leave an OpenMP
+// loop.
 template <class C, class Body>
 void parallel_for(int threads, int64_t units, int64_t scratch_size, const Body& body) {
   if (units <= 0) return;
@@ -178,7 +181,7 @@ void parallel_for(int threads, int64_t units, int64_t scratch_size, const Body& 
   for (int64_t unit = 0; unit < units; ++unit) body(unit, scratch[omp_get_thread_num()].data());
 }
 
-// body(C{}) with C = double or float.
+// Call body(C{}) with C = double or float.
 template <class Body>
 auto in_precision(bool is_double, const Body& body) {
   return is_double ? body(double{}) : body(float{});

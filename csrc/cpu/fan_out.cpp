@@ -1,9 +1,10 @@
-// fan_out on the CPU, a tile of tokens at a time (fan_tiles.h), level by level. Forward, sums over coarser cells come
-// first, then the states of each level's cells. Backward, gradients go the other way: a coarse cell's first, then those of
-// the cells that it is made of.
+// fan_out on the CPU, forward and backward; bindings.cpp calls the two functions at the end. It processes a tile of
+// tokens at a time (fan_tiles.h), level by level. The forward first sums over coarser cells, then computes the states
+// of each level's cells. The backward runs the other way: the gradients of a coarse cell, then those of the cells it
+// sums over.
 //
-// What is done to a row is the same for each of its elements (row_steps.h), and four cells are gone through together: what
-// they share is read once, and their sums do not wait for each other.
+// row_steps.h gives the operations on rows. Four cells are processed together, so that data they share is read once and
+// their four independent sums hide each other's latency.
 #include <cmath>
 #include <utility>
 
@@ -26,7 +27,7 @@ struct Fan : FanTiles {
   const R access{depth};
   const int64_t row = access.row;
   const bool norms = bool(op.norm_weight);
-  std::vector<C> norm_weight;  // rows of the horizons, or one for all
+  std::vector<C> norm_weight;  // a row per horizon, or one for all of them
 
   explicit Fan(const FanOut& op_) : FanTiles(op_), op(op_) {
     const bool one = !norms || op.norm_weight.stride[0] == 0;
@@ -40,31 +41,33 @@ struct Fan : FanTiles {
     return C(1) / std::sqrt(R::total(squares) / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
   }
 
-  // Where things lie in a thread's scratch, in rows.
+  // The layout of a thread's scratch, in rows.
   struct Plan {
     int64_t size = 0;
-    int64_t copies = 0, zeros = 0;          // copies of a group's rows: made from, read besides, written
-    int64_t adds = 0;                       // horizon -> window sum
-    std::vector<int64_t> sums{};            // level -> sums over its cells, but of the first
-    int64_t made = 0;                       // a group's gradients
-    int64_t of_windows = 0, of_weights = 0; // horizon -> gradients of its window sum and of its norm's weights
-    std::vector<int64_t> totals{};          // level -> gradients at the sums over its cells, but of the first
-    std::vector<int64_t> own{};             // horizon -> gradients at its states, kept for the Gram matrix
+    int64_t copies = 0;  // row copies of a group: 0-3 sources, 4-7 upstream gradients, 8-11 outputs
+    int64_t zeros = 0;
+    int64_t window_sums = 0;                // per horizon
+    std::vector<int64_t> sums{};            // level -> sums over its cells; none for level 0
+    int64_t group_gradients = 0;            // accumulators for the gradients of a group's tokens
+    int64_t window_gradients = 0;           // per horizon: the gradient of its window sum
+    int64_t weight_gradients = 0;           // per horizon: the gradient of its norm's weights
+    std::vector<int64_t> sum_gradients{};   // level -> gradients at the sums over its cells; none for level 0
+    std::vector<int64_t> state_gradients{}; // horizon -> gradients at its states, for the Gram matrix
     bool gram = false;
-    std::vector<bool> past_caches{};        // of each array that is written
+    std::vector<bool> non_temporal{};       // per array written: use non-temporal stores
 
-    int64_t take(int64_t rows) { return std::exchange(size, size + rows); }
+    int64_t reserve(int64_t rows) { return std::exchange(size, size + rows); }
   };
   Plan plan() const {
     Plan plan;
-    plan.copies = plan.take(12);
-    plan.zeros = plan.take(1);
-    plan.adds = plan.take(horizons);
-    for (size_t l = 0; l < chain.size(); ++l) plan.sums.push_back(plan.take(l == 0 ? 0 : cells(l)));
+    plan.copies = plan.reserve(12);
+    plan.zeros = plan.reserve(1);
+    plan.window_sums = plan.reserve(horizons);
+    for (size_t l = 0; l < chain.size(); ++l) plan.sums.push_back(plan.reserve(l == 0 ? 0 : cells(l)));
     return plan;
   }
 
-  // A tile at work.
+  // The tile that a thread is working on, with its scratch.
   struct Tile {
     const Fan& fan;
     const Plan& plan;
@@ -80,20 +83,20 @@ struct Fan : FanTiles {
       return fan.access.read(array, offset(array, group, c), copy);
     }
     MFWM_INLINE S* target(const Array& array, const Group& group, int c, S* copy) const {
-      return fan.access.lies(array) ? R::row_in(array, offset(array, group, c)) : copy;
+      return fan.access.is_in_place(array) ? R::row_in(array, offset(array, group, c)) : copy;
     }
-    MFWM_INLINE void written(const Array& array, const Group& group, int c, const S* copy) const {
-      if (!fan.access.lies(array)) fan.access.write(array, offset(array, group, c), copy);
+    MFWM_INLINE void write_back(const Array& array, const Group& group, int c, const S* copy) const {
+      if (!fan.access.is_in_place(array)) fan.access.write(array, offset(array, group, c), copy);
     }
   };
 
-  // The tiles of a unit one after the other, once its window sums are in place.
+  // Load a unit's window sums, then call body(tile) for each of its tiles.
   template <class Body>
   MFWM_INLINE void visit(const Plan& plan, int64_t unit, C* scratch, const Body& body) const {
     Tile tile{*this, plan, scratch};
     std::fill_n(tile.at(plan.zeros), row, C(0));
     for (int i = 0; i < horizons; ++i)
-      access.read_into(tile.at(plan.adds + i), op.sums, (unit / groups * horizons + i) * depth, 1);
+      access.read_into(tile.at(plan.window_sums + i), op.sums, (unit / groups * horizons + i) * depth, 1);
     tiles_of(unit, [&](const Place& place, const Place& after) {
       tile.place = place;
       tile.after = after;
@@ -101,9 +104,9 @@ struct Fan : FanTiles {
     });
   }
 
-  // ---- sums over the cells of every level but the first
+  // ---- Sums over the cells of every level above the tokens
 
-  // to = from[0] + .. of `count` rows, and what is there
+  // to = from[0] + ... + from[count - 1]; with `more`, to += that sum
   template <int count, bool more, class Row>
   MFWM_INLINE void add_rows(const Row* const* from, C* to) const {
     for (int64_t d = 0; d < row; d += step) {
@@ -113,7 +116,8 @@ struct Fan : FanTiles {
       R::store(all, to + d);
     }
   }
-  // child(k, cell): the row of a cell of the level below, the k-th of at most 4
+  // to = the sum of the rows of a cell's children. child(k, children, c) returns the row of child c; k < 4 numbers the
+  // copies that may be needed at once.
   template <class Row, class Child>
   MFWM_INLINE void add_children(const Group& cell, C* to, const Child& child) const {
     const int64_t q = chain[cell.level].ratio;
@@ -146,32 +150,34 @@ struct Fan : FanTiles {
         }
   }
 
-  // The rows that a group's states are made of, and rows to ask for meanwhile: the tokens at the same place in the next tile.
+  // A group's source rows, and rows to prefetch meanwhile: the tokens at the same place in the next tile.
   template <int count, class Row>
   struct Source {
     const Row *from[count], *ahead[count];
   };
   template <int count>
   MFWM_INLINE Source<count, S> tokens(const Tile& tile, const Group& group) const {
-    Source<count, S> made;
+    Source<count, S> source;
     for (int c = 0; c < count; ++c) {
-      made.from[c] = tile.read(op.hidden, group, c, tile.copy(c));
-      made.ahead[c] = R::row_in(op.hidden, offset(op.hidden, tile.after, group, c));
+      source.from[c] = tile.read(op.hidden, group, c, tile.copy(c));
+      source.ahead[c] = R::row_in(op.hidden, offset(op.hidden, tile.after, group, c));
     }
-    return made;
+    return source;
   }
   template <int count>
   MFWM_INLINE Source<count, C> sums(const Tile& tile, const Group& group) const {
-    Source<count, C> made;
-    for (int c = 0; c < count; ++c) made.from[c] = made.ahead[c] = tile.at(tile.plan.sums[group.level] + index(group, c));
-    return made;
+    Source<count, C> source;
+    for (int c = 0; c < count; ++c)
+      source.from[c] = source.ahead[c] = tile.at(tile.plan.sums[group.level] + index(group, c));
+    return source;
   }
 
-  // ---- forward
+  // ---- Forward
 
+  // Write horizon i's states at a group of cells.
   template <int count, class Row>
   MFWM_INLINE void states(const Tile& tile, const Group& group, int i, const Source<count, Row> source) const {
-    const C *add = tile.at(tile.plan.adds + i), *weight = weight_of(i), mean = mean_of(i);
+    const C *add = tile.at(tile.plan.window_sums + i), *weight = weight_of(i), mean = mean_of(i);
     C scale[count];
     std::fill(scale, scale + count, C(1));
     if (norms) {
@@ -189,16 +195,16 @@ struct Fan : FanTiles {
       for (int c = 0; c < count; ++c) scale[c] = scale_of(squares[c]);
     }
     const Array& output = op.outputs[i];
-    const bool past_caches = tile.plan.past_caches[i];
+    const bool non_temporal = tile.plan.non_temporal[i];
     S* to[count];
     for (int c = 0; c < count; ++c) to[c] = tile.target(output, group, c, tile.copy(8 + c));
     for (int64_t d = 0; d < row; d += line)
       for (int c = 0; c < count; ++c)
         for (int64_t k = d; k < d + line; k += step) {
           const Two state = R::load(source.from[c] + k) * mean + R::load(add + k);
-          R::store(state * scale[c] * R::load(weight + k), to[c] + k, past_caches);
+          R::store(state * scale[c] * R::load(weight + k), to[c] + k, non_temporal);
         }
-    for (int c = 0; c < count; ++c) tile.written(output, group, c, to[c]);
+    for (int c = 0; c < count; ++c) tile.write_back(output, group, c, to[c]);
   }
 
   MFWM_SIMD void forward_tile(const Tile& tile) const {
@@ -217,34 +223,35 @@ struct Fan : FanTiles {
   }
 
   void forward() const {
-    Plan made = plan();
-    for (const Array& output : op.outputs) made.past_caches.push_back(access.streams(output));
-    parallel_for<C>(op.threads, units, made.size * row, [&](int64_t unit, C* scratch) {
-      visit(made, unit, scratch, [&](const Tile& tile) { forward_tile(tile); });
+    Plan layout = plan();
+    for (const Array& output : op.outputs) layout.non_temporal.push_back(access.streams(output));
+    parallel_for<C>(op.threads, units, layout.size * row, [&](int64_t unit, C* scratch) {
+      visit(layout, unit, scratch, [&](const Tile& tile) { forward_tile(tile); });
       finish_streaming();
     });
   }
 
-  // ---- backward
+  // ---- Backward
 
   Plan plan(const FanOutGradients& gradients) const {
-    Plan made = plan();
-    made.gram = bool(gradients.gram);
-    made.past_caches.push_back(gradients.hidden && access.streams(gradients.hidden));
-    made.made = made.take(4);
-    made.of_windows = made.take(horizons);
-    made.of_weights = made.take(horizons);
-    for (size_t l = 0; l < chain.size(); ++l) made.totals.push_back(made.take(l == 0 ? 0 : cells(l)));
-    for (int i = 0; i < horizons; ++i) made.own.push_back(made.take(made.gram ? cells(level_of[i]) : 0));
-    return made;
+    Plan layout = plan();
+    layout.gram = bool(gradients.gram);
+    layout.non_temporal.push_back(gradients.hidden && access.streams(gradients.hidden));
+    layout.group_gradients = layout.reserve(4);
+    layout.window_gradients = layout.reserve(horizons);
+    layout.weight_gradients = layout.reserve(horizons);
+    for (size_t l = 0; l < chain.size(); ++l) layout.sum_gradients.push_back(layout.reserve(l == 0 ? 0 : cells(l)));
+    for (int i = 0; i < horizons; ++i)
+      layout.state_gradients.push_back(layout.reserve(layout.gram ? cells(level_of[i]) : 0));
+    return layout;
   }
 
-  // to = base + share * the gradients of horizon i's states at a group of cells, which are added to that of its window
-  // sum, and to that of its norm's weights:
+  // to = base + share * d state for horizon i's states at a group of cells. Also add d state to the gradient of the
+  // horizon's window sum, and d weight to that of its norm's weights:
   //   d state = r (g w) - state r^3 / D <g w, state>,  d weight = g state r
   template <int count, class Row, class Out>
   MFWM_INLINE void add_gradients(const Tile& tile, const Group& group, int i, const Source<count, Row> source,
-                                 const C* const* base, C share, Out* const* to, bool past_caches) const {
+                                 const C* const* base, C share, Out* const* to, bool non_temporal) const {
     const Array& g = op.outputs[i];
     const auto [next_group, next_tile] = next(group, tile.place, tile.after);
     const S *upstream[count], *ahead[count];
@@ -252,21 +259,22 @@ struct Fan : FanTiles {
       upstream[c] = tile.read(g, group, c, tile.copy(4 + c));
       ahead[c] = R::row_in(g, offset(g, next_tile, next_group, c));
     }
-    const C *add = tile.at(tile.plan.adds + i), *weight = weight_of(i), mean = mean_of(i);
-    C *of_window = tile.at(tile.plan.of_windows + i), *of_weight = tile.at(tile.plan.of_weights + i);
-    if (!norms) {  // Nothing of the states is needed.
+    const C *add = tile.at(tile.plan.window_sums + i), *weight = weight_of(i), mean = mean_of(i);
+    C* window_gradient = tile.at(tile.plan.window_gradients + i);
+    C* weight_gradient = tile.at(tile.plan.weight_gradients + i);
+    if (!norms) {  // d state = g, so the states are not needed.
       for (int64_t d = 0; d < row; d += line) {
         Two window[line / step];
-        for (int64_t k = 0; k < line; k += step) window[k / step] = R::load(of_window + d + k);
+        for (int64_t k = 0; k < line; k += step) window[k / step] = R::load(window_gradient + d + k);
         for (int c = 0; c < count; ++c) {
           __builtin_prefetch(ahead[c] + d);
           for (int64_t k = 0; k < line; k += step) {
-            const Two made = R::load(upstream[c] + d + k);
-            window[k / step] = window[k / step] + made;
-            R::store(R::load(base[c] + d + k) + made * share, to[c] + d + k, past_caches);
+            const Two gradient = R::load(upstream[c] + d + k);
+            window[k / step] = window[k / step] + gradient;
+            R::store(R::load(base[c] + d + k) + gradient * share, to[c] + d + k, non_temporal);
           }
         }
-        for (int64_t k = 0; k < line; k += step) R::store(window[k / step], of_window + d + k);
+        for (int64_t k = 0; k < line; k += step) R::store(window[k / step], window_gradient + d + k);
       }
       return;
     }
@@ -282,48 +290,50 @@ struct Fan : FanTiles {
         }
       }
     }
-    C r[count], along[count];
+    C r[count], projection[count];
     for (int c = 0; c < count; ++c) {
       r[c] = scale_of(squares[c]);
-      along[c] = R::total(products[c]) * r[c] * r[c] * r[c] / static_cast<C>(depth);
+      projection[c] = R::total(products[c]) * r[c] * r[c] * r[c] / static_cast<C>(depth);
     }
     for (int64_t d = 0; d < row; d += line) {
       Two window[line / step], weights[line / step];
       for (int64_t k = 0; k < line; k += step) {
-        window[k / step] = R::load(of_window + d + k);
-        weights[k / step] = R::load(of_weight + d + k);
+        window[k / step] = R::load(window_gradient + d + k);
+        weights[k / step] = R::load(weight_gradient + d + k);
       }
       for (int c = 0; c < count; ++c) {
         __builtin_prefetch(ahead[c] + d);
         for (int64_t k = 0; k < line; k += step) {
           const Two state = R::load(source.from[c] + d + k) * mean + R::load(add + d + k);
           const Two scaled = R::load(upstream[c] + d + k) * r[c];
-          const Two made = scaled * R::load(weight + d + k) - state * along[c];
-          window[k / step] = window[k / step] + made;
+          const Two gradient = scaled * R::load(weight + d + k) - state * projection[c];
+          window[k / step] = window[k / step] + gradient;
           weights[k / step] = weights[k / step] + scaled * state;
-          R::store(R::load(base[c] + d + k) + made * share, to[c] + d + k, past_caches);
+          R::store(R::load(base[c] + d + k) + gradient * share, to[c] + d + k, non_temporal);
         }
       }
       for (int64_t k = 0; k < line; k += step) {
-        R::store(window[k / step], of_window + d + k);
-        R::store(weights[k / step], of_weight + d + k);
+        R::store(window[k / step], window_gradient + d + k);
+        R::store(weights[k / step], weight_gradient + d + k);
       }
     }
   }
 
-  // to = base + share * made
+  // to = base + share * term
   template <int count, class Out>
-  MFWM_INLINE void combine(const C* const* base, C share, const C* const* made, Out* const* to, bool past_caches) const {
+  MFWM_INLINE void combine(const C* const* base, C share, const C* const* term, Out* const* to,
+                           bool non_temporal) const {
     for (int c = 0; c < count; ++c)
       for (int64_t d = 0; d < row; d += step)
-        R::store(R::load(base[c] + d) + R::load(made[c] + d) * share, to[c] + d, past_caches);
+        R::store(R::load(base[c] + d) + R::load(term[c] + d) * share, to[c] + d, non_temporal);
   }
 
-  // to = the gradients at the sums over a group's cells: of the states made of them, and of the coarser cells that they
-  // are parts of. `made` is where they are added up meanwhile; it may be `to`.
+  // to = the gradients at the sums over a group's cells. They come from the states computed from those sums and from
+  // the coarser cells that contain them. `partial` holds intermediate sums; it may be `to`.
   template <int count, class Row, class Out>
   MFWM_INLINE void gradients_of(const Tile& tile, const std::vector<double>& scale, const Group& group,
-                                const Source<count, Row>& source, C* const* made, Out* const* to, bool past_caches) const {
+                                const Source<count, Row>& source, C* const* partial, Out* const* to,
+                                bool non_temporal) const {
     const size_t l = group.level;
     const C *base[count], *zeros[count];
     std::fill(zeros, zeros + count, tile.at(tile.plan.zeros));
@@ -332,26 +342,27 @@ struct Fan : FanTiles {
       if (chain[coarse].parent != static_cast<int>(l)) continue;
       for (int c = 0; c < count; ++c) {
         const Group parent{coarse, group.row(c) / chain[coarse].ratio, group.column(c) / chain[coarse].ratio, 1, 1};
-        const C* total = tile.at(tile.plan.totals[coarse] + index(parent, 0));
-        if (base[c] != zeros[c]) combine<1>(&base[c], C(1), &total, &made[c], false);
-        base[c] = base[c] == zeros[c] ? total : made[c];
+        const C* total = tile.at(tile.plan.sum_gradients[coarse] + index(parent, 0));
+        if (base[c] != zeros[c]) combine<1>(&base[c], C(1), &total, &partial[c], false);
+        base[c] = base[c] == zeros[c] ? total : partial[c];
       }
     }
     int last = -1;
     for (int i = 0; i < horizons; ++i)
       if (level_of[i] == l && op.outputs[i]) last = i;
-    if (last < 0) return combine<count>(base, C(0), zeros, to, past_caches);
+    if (last < 0) return combine<count>(base, C(0), zeros, to, non_temporal);
     for (int i = 0; i <= last; ++i) {
       if (level_of[i] != l || !op.outputs[i]) continue;
       const C share = mean_of(i) * (scale.empty() ? C(1) : static_cast<C>(scale[i]));
       const bool gram = tile.plan.gram;
-      if (i == last && !gram) return add_gradients(tile, group, i, source, base, share, to, past_caches);
+      if (i == last && !gram) return add_gradients(tile, group, i, source, base, share, to, non_temporal);
       C* own[count];
-      for (int c = 0; c < count; ++c) own[c] = gram ? tile.at(tile.plan.own[i] + index(group, c)) : made[c];
+      for (int c = 0; c < count; ++c)
+        own[c] = gram ? tile.at(tile.plan.state_gradients[i] + index(group, c)) : partial[c];
       add_gradients(tile, group, i, source, gram ? zeros : base, gram ? C(1) : share, own, false);
-      if (gram && i == last) return combine<count>(base, share, own, to, past_caches);
-      if (gram) combine<count>(base, share, own, made, false);
-      std::copy(made, made + count, base);
+      if (gram && i == last) return combine<count>(base, share, own, to, non_temporal);
+      if (gram) combine<count>(base, share, own, partial, false);
+      std::copy(partial, partial + count, base);
     }
   }
 
@@ -360,20 +371,21 @@ struct Fan : FanTiles {
     for (size_t l = chain.size(); l-- > 0;)
       groups_of(l, [&](auto cells, const Group& group) __attribute__((always_inline)) {
         constexpr int count = decltype(cells)::value;
-        C* made[count];
-        for (int c = 0; c < count; ++c) made[c] = tile.at(l > 0 ? tile.plan.totals[l] + index(group, c) : tile.plan.made + c);
-        if (l > 0) return gradients_of(tile, gradients.scale, group, sums<count>(tile, group), made, made, false);
+        C* partial[count];
+        for (int c = 0; c < count; ++c)
+          partial[c] = tile.at(l > 0 ? tile.plan.sum_gradients[l] + index(group, c) : tile.plan.group_gradients + c);
+        if (l > 0) return gradients_of(tile, gradients.scale, group, sums<count>(tile, group), partial, partial, false);
         const Array& hidden = gradients.hidden;
         S* to[count];
         for (int c = 0; c < count; ++c)
           to[c] = hidden ? tile.target(hidden, group, c, tile.copy(8 + c)) : tile.copy(8 + c);
-        gradients_of(tile, gradients.scale, group, tokens<count>(tile, group), made, to, tile.plan.past_caches[0]);
-        for (int c = 0; hidden && c < count; ++c) tile.written(hidden, group, c, to[c]);
+        gradients_of(tile, gradients.scale, group, tokens<count>(tile, group), partial, to, tile.plan.non_temporal[0]);
+        for (int c = 0; hidden && c < count; ++c) tile.write_back(hidden, group, c, to[c]);
       });
     if (gram) add_gram(tile, gram);
   }
 
-  // <g_i, g_j> over the tile's tokens: each pair of cells that overlap, times the tokens in the overlap.
+  // Add <g_i, g_j> over the tile's tokens: the product of every two cells that overlap, times the tokens they share.
   MFWM_INLINE void add_gram(const Tile& tile, double* gram) const {
     for (int i = 0; i < horizons; ++i)
       for (int j = 0; j < horizons; ++j) {
@@ -386,8 +398,8 @@ struct Fan : FanTiles {
               for (int64_t u = x * p / q; u <= (x * p + p - 1) / q; ++u) {
                 const int64_t down = std::min(y * p + p, v * q + q) - std::max(y * p, v * q);
                 const int64_t across = std::min(x * p + p, u * q + q) - std::max(x * p, u * q);
-                const C product = access.dot(tile.at(tile.plan.own[i] + y * (wide / p) + x),
-                                             tile.at(tile.plan.own[j] + v * (wide / q) + u));
+                const C product = access.dot(tile.at(tile.plan.state_gradients[i] + y * (wide / p) + x),
+                                             tile.at(tile.plan.state_gradients[j] + v * (wide / q) + u));
                 sum += static_cast<double>(down * across) * static_cast<double>(product);
               }
         sum /= static_cast<double>(p * p * q * q);
@@ -397,42 +409,43 @@ struct Fan : FanTiles {
   }
 
   void backward(const FanOutGradients& gradients) const {
-    const Plan made = plan(gradients);
+    const Plan layout = plan(gradients);
     const int64_t slab = horizons * depth, pairs = horizons * horizons;
-    // Sums over tokens: per unit for the window sums, per slot for the rest. A slot is a fixed range of units taken in
-    // order, and slots are added in order.
+    // Sum over tokens per unit for the window sums, and per slot for the rest. A slot is a fixed range of units, summed
+    // in order; the slots are then summed in order, so results do not depend on the number of threads.
     const int64_t slots = std::min<int64_t>(units, 64);
-    const bool apart = gradients.sums && groups > 1;
-    Scratch<C> windows(apart ? units * slab : 0);
-    C* of_windows = apart ? windows.data() : static_cast<C*>(gradients.sums.data);
-    Scratch<double> of_weights(gradients.norm_weight ? slots * slab : 0);
-    std::vector<double> gram(made.gram ? slots * pairs : 0, 0.0);
-    parallel_for<C>(op.threads, slots, made.size * row, [&](int64_t slot, C* scratch) {
+    const bool separate = gradients.sums && groups > 1;
+    Scratch<C> windows(separate ? units * slab : 0);
+    C* window_gradients = separate ? windows.data() : static_cast<C*>(gradients.sums.data);
+    Scratch<double> weight_gradients(gradients.norm_weight ? slots * slab : 0);
+    std::vector<double> gram(layout.gram ? slots * pairs : 0, 0.0);
+    parallel_for<C>(op.threads, slots, layout.size * row, [&](int64_t slot, C* scratch) {
       const int64_t first = slot * units / slots;
-      C *window = scratch + made.of_windows * row, *weights = scratch + made.of_weights * row;
+      C *window = scratch + layout.window_gradients * row, *weights = scratch + layout.weight_gradients * row;
       for (int64_t unit = first; unit < (slot + 1) * units / slots; ++unit) {
         std::fill_n(window, horizons * row, C(0));
         std::fill_n(weights, horizons * row, C(0));
-        visit(made, unit, scratch, [&](const Tile& tile) {
+        visit(layout, unit, scratch, [&](const Tile& tile) {
           backward_tile(tile, gradients, gram.empty() ? nullptr : &gram[slot * pairs]);
         });
         for (int64_t i = 0; i < horizons; ++i) {
-          if (R::in_pairs) from_pairs(window + i * row, window + i * row, row);
-          if (R::in_pairs) from_pairs(weights + i * row, weights + i * row, row);
-          if (gradients.sums) std::copy_n(window + i * row, depth, of_windows + unit * slab + i * depth);
-          double* sum = of_weights.data() + slot * slab + i * depth;
+          if (R::is_split) interleave_row(window + i * row, window + i * row, row);
+          if (R::is_split) interleave_row(weights + i * row, weights + i * row, row);
+          if (gradients.sums) std::copy_n(window + i * row, depth, window_gradients + unit * slab + i * depth);
+          double* sum = weight_gradients.data() + slot * slab + i * depth;
           for (int64_t d = 0; gradients.norm_weight && d < depth; ++d)
             sum[d] = static_cast<double>(weights[i * row + d]) + (unit > first ? sum[d] : 0);
         }
       }
       finish_streaming();
     });
-    if (apart) add_parts(of_windows, units / groups, groups, slab, static_cast<C*>(gradients.sums.data));
-    if (gradients.norm_weight) add_parts(of_weights.data(), 1, slots, slab, static_cast<double*>(gradients.norm_weight.data));
-    if (made.gram) add_parts(gram.data(), 1, slots, pairs, static_cast<double*>(gradients.gram.data));
+    if (separate) add_parts(window_gradients, units / groups, groups, slab, static_cast<C*>(gradients.sums.data));
+    if (gradients.norm_weight)
+      add_parts(weight_gradients.data(), 1, slots, slab, static_cast<double*>(gradients.norm_weight.data));
+    if (layout.gram) add_parts(gram.data(), 1, slots, pairs, static_cast<double*>(gradients.gram.data));
   }
 
-  // to[k] = sum of parts[k, part] over `each` parts, all rows of `size`
+  // to[k] = the sum of `each` parts, parts[k * each] and following; every part and to[k] are rows of `size`.
   template <class T>
   static void add_parts(const T* parts, int64_t count, int64_t each, int64_t size, T* to) {
     std::fill_n(to, count * size, T(0));
@@ -442,7 +455,7 @@ struct Fan : FanTiles {
   }
 };
 
-// run(C{}, S{})
+// Call run(C{}, S{}) with the compute and the storage type of a dtype (row_steps.h).
 template <class Run>
 void with_types(DType dtype, const Run& run) {
   switch (dtype) {

@@ -1,7 +1,8 @@
-// Half a cache line of elements as one value, and bf16 as elements of it.
+// Lanes: explicit vectors of half a cache line, with loads and stores of C, bf16 and bytes. Also bfloat16 itself.
 //
-// Loops over single elements are left to the compiler wherever it vectorises them well. Lanes are for loops over pairs,
-// of which it makes long shuffles, and for rows too short for its prologues and epilogues.
+// Most loops are plain C++, which the compiler vectorises well. Lanes serve the loops where it does not: those over
+// pairs of neighbours, which it turns into long chains of shuffles, and rows too short to pay for its prologues and
+// epilogues.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,8 @@
 #include <emmintrin.h>
 #endif
 
-// Pieces of functions that exist once per SIMD level must be inlined: a copy for each level exists only of the function
-// that bears the macro MFWM_SIMD.
+// Every helper of an MFWM_SIMD function must be inlined: only the function that carries the macro is compiled once per
+// SIMD level, so a helper that is called would run at the baseline.
 #define MFWM_INLINE inline __attribute__((always_inline))
 
 namespace mfwm::cpu {
@@ -45,8 +46,8 @@ MFWM_INLINE void narrow(float value, bfloat16& to) {
   to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// 32 bytes of C: one register of AVX2. Of wider vectors GCC keeps there what it shuffles in memory, element by element,
-// which made multi_horizon_loss five times slower; the baseline takes two registers. In memory they may lie at any address.
+// 32 bytes of C: one AVX2 register, or two at the baseline. GCC shuffles wider vectors through memory, element by
+// element, which made multi_horizon_loss five times slower. Loads and stores accept any address.
 template <class C>
 struct Lanes {
   static constexpr int64_t count = 32 / sizeof(C);
@@ -54,19 +55,19 @@ struct Lanes {
 
   static MFWM_INLINE type load(const C* from) { return *reinterpret_cast<const Stored*>(from); }
   static MFWM_INLINE void store(const type& lanes, C* to) { *reinterpret_cast<Stored*>(to) = lanes; }
-  // Past the caches where the machine can; `to` lies on a multiple of 16 bytes.
+  // A non-temporal store if the machine has one. `to` must be aligned to 16 bytes.
   static MFWM_INLINE void stream(const type& lanes, C* to) { stream_words(reinterpret_cast<Words>(lanes), to); }
 
-  // The same of bf16, rounded to nearest even; C is float.
+  // The same for bf16, rounded to nearest even; C must be float.
   static MFWM_INLINE type load(const bfloat16* from) {
     return reinterpret_cast<type>(widened(*reinterpret_cast<const Halves*>(from)) << 16);
   }
   static MFWM_INLINE type load(const uint8_t* from) {
-    type made;
+    type result;
     C wide[count];
     for (int k = 0; k < count; ++k) wide[k] = static_cast<C>(from[k]);
-    std::memcpy(&made, wide, sizeof made);
-    return made;
+    std::memcpy(&result, wide, sizeof result);
+    return result;
   }
   static MFWM_INLINE void store(const type& lanes, bfloat16* to) {
     *reinterpret_cast<Halves*>(to) = narrowed(lanes);
@@ -80,32 +81,33 @@ struct Lanes {
 #endif
   }
 
-  // Neighbours of twice as many elements: those at even places, and those at odd ones. bf16 is read and written so
-  // without a shuffle, a word of 4 bytes holding a pair. Written without `any_nan`, a NaN must not have a one among its
-  // lower 16 bits, as none has that arithmetic makes of bf16: rounding could carry through all of it.
-  struct Pairs {
+  // 2 * count neighbouring elements, split into those at even and those at odd positions. bf16 loads and stores this
+  // way without a shuffle, because a word of 4 bytes holds one even and one odd element. `any_nan` = false skips the
+  // check for NaN when storing as bf16. No NaN may then have a non-zero bit among its lower 16, or rounding could carry
+  // all the way through it; a NaN that arithmetic on bf16 produces never has one.
+  struct Split {
     type even, odd;
 
-    friend MFWM_INLINE Pairs operator+(const Pairs& a, const Pairs& b) { return {a.even + b.even, a.odd + b.odd}; }
-    friend MFWM_INLINE Pairs operator-(const Pairs& a, const Pairs& b) { return {a.even - b.even, a.odd - b.odd}; }
-    friend MFWM_INLINE Pairs operator*(const Pairs& a, const Pairs& b) { return {a.even * b.even, a.odd * b.odd}; }
-    friend MFWM_INLINE Pairs operator*(const Pairs& a, C b) { return {a.even * b, a.odd * b}; }
+    friend MFWM_INLINE Split operator+(const Split& a, const Split& b) { return {a.even + b.even, a.odd + b.odd}; }
+    friend MFWM_INLINE Split operator-(const Split& a, const Split& b) { return {a.even - b.even, a.odd - b.odd}; }
+    friend MFWM_INLINE Split operator*(const Split& a, const Split& b) { return {a.even * b.even, a.odd * b.odd}; }
+    friend MFWM_INLINE Split operator*(const Split& a, C b) { return {a.even * b, a.odd * b}; }
   };
-  static MFWM_INLINE Pairs load_pairs(const C* from) {
+  static MFWM_INLINE Split load_split(const C* from) {
     const type a = load(from), b = load(from + count);
     return {every_other<0>(a, b), every_other<1>(a, b)};
   }
-  static MFWM_INLINE Pairs load_pairs(const bfloat16* from) {
+  static MFWM_INLINE Split load_split(const bfloat16* from) {
     const Bits words = *reinterpret_cast<const StoredBits*>(from);
     return {reinterpret_cast<type>(words << 16), reinterpret_cast<type>(words & 0xffff0000u)};
   }
-  static MFWM_INLINE Pairs load_pairs(const uint8_t* from) {
+  static MFWM_INLINE Split load_split(const uint8_t* from) {
     const Bits words = widened(*reinterpret_cast<const Halves*>(from));
     return {__builtin_convertvector(reinterpret_cast<Ints>(words & 0xff), type),
             __builtin_convertvector(reinterpret_cast<Ints>(words >> 8), type)};
   }
-  // The sums of 2 x 2 bytes, as pairs of 16 neighbours; C is float.
-  static MFWM_INLINE Pairs sums_of_squares(const uint8_t* upper, const uint8_t* lower) {
+  // Sums over 2 x 2 bytes: 16 neighbouring sums, split; C must be float.
+  static MFWM_INLINE Split sums_of_squares(const uint8_t* upper, const uint8_t* lower) {
     const ManyHalves above = *reinterpret_cast<const StoredHalves*>(upper);
     const ManyHalves below = *reinterpret_cast<const StoredHalves*>(lower);
     const ManyHalves sums = ((above & 0xff) + (above >> 8)) + ((below & 0xff) + (below >> 8));
@@ -113,34 +115,34 @@ struct Lanes {
     return {__builtin_convertvector(reinterpret_cast<Ints>(words & 0xffff), type),
             __builtin_convertvector(reinterpret_cast<Ints>(words >> 16), type)};
   }
-  static MFWM_INLINE void store_pairs(const Pairs& pairs, C* to) {
+  static MFWM_INLINE void store_split(const Split& split, C* to) {
     if constexpr (count == 8) {
-      store(__builtin_shufflevector(pairs.even, pairs.odd, 0, 8, 1, 9, 2, 10, 3, 11), to);
-      store(__builtin_shufflevector(pairs.even, pairs.odd, 4, 12, 5, 13, 6, 14, 7, 15), to + count);
+      store(__builtin_shufflevector(split.even, split.odd, 0, 8, 1, 9, 2, 10, 3, 11), to);
+      store(__builtin_shufflevector(split.even, split.odd, 4, 12, 5, 13, 6, 14, 7, 15), to + count);
     } else {
-      store(__builtin_shufflevector(pairs.even, pairs.odd, 0, 4, 1, 5), to);
-      store(__builtin_shufflevector(pairs.even, pairs.odd, 2, 6, 3, 7), to + count);
+      store(__builtin_shufflevector(split.even, split.odd, 0, 4, 1, 5), to);
+      store(__builtin_shufflevector(split.even, split.odd, 2, 6, 3, 7), to + count);
     }
   }
   template <bool any_nan = true>
-  static MFWM_INLINE void store_pairs(const Pairs& pairs, bfloat16* to) {
-    *reinterpret_cast<StoredBits*>(to) = joined<any_nan>(pairs);
+  static MFWM_INLINE void store_split(const Split& split, bfloat16* to) {
+    *reinterpret_cast<StoredBits*>(to) = interleaved<any_nan>(split);
   }
   template <bool any_nan = true>
-  static MFWM_INLINE void stream_pairs(const Pairs& pairs, bfloat16* to) {
-    stream_words(reinterpret_cast<Words>(joined<any_nan>(pairs)), to);
+  static MFWM_INLINE void stream_split(const Split& split, bfloat16* to) {
+    stream_words(reinterpret_cast<Words>(interleaved<any_nan>(split)), to);
   }
 
-  // The elements at even, or odd, places of two neighbours.
+  // The elements at even (or odd) positions of two neighbouring vectors.
   template <int odd>
   static MFWM_INLINE type every_other(const type& a, const type& b) {
     return in_order(alternate<odd>(a, b));
   }
-  // The sums of each two elements of two neighbours.
+  // a[0] + a[1], a[2] + a[3], ..., and then the same of b.
   static MFWM_INLINE type pair_sums(const type& a, const type& b) {
     return in_order(alternate<0>(a, b) + alternate<1>(a, b));
   }
-  // Each element of the lower, or upper, half twice.
+  // Each element of the lower (or upper) half, twice.
   template <int upper>
   static MFWM_INLINE type doubled(const type& a) {
     constexpr int k = upper * count / 2;
@@ -150,8 +152,8 @@ struct Lanes {
       return __builtin_shufflevector(a, a, k, k, k + 1, k + 1);
   }
 
-  // Three neighbours of triples, to a vector per place in the triple, and back. Of 8 lanes: 3 * k modulo 8 takes every
-  // value, so no two elements of one place lie in the same lane.
+  // De-interleave three neighbouring vectors of 8 triples into a vector of first, of second and of third elements, and
+  // back. 3 * k modulo 8 takes every value, so no two elements of one result are in the same lane, and blends suffice.
   struct Triple {
     type first, second, third;
   };
@@ -170,7 +172,7 @@ struct Lanes {
     return {blended(first, second, third), blended(third, first, second), blended(second, third, first)};
   }
 
-  // Four elements at each of two places; C is float.
+  // Load or store four elements at each of two addresses; C must be float.
   static MFWM_INLINE type load_halves(const float* lower, const float* upper) {
     const Half a = *reinterpret_cast<const StoredHalf*>(lower), b = *reinterpret_cast<const StoredHalf*>(upper);
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -189,7 +191,7 @@ struct Lanes {
     *reinterpret_cast<StoredQuarter*>(lower) = quarters[0];
     *reinterpret_cast<StoredQuarter*>(upper) = quarters[1];
   }
-  // The lower halves of four vectors as a matrix, transposed, and their upper halves likewise.
+  // Transpose the 4 x 4 matrix in the lower halves of four vectors, and the one in their upper halves.
   static MFWM_INLINE void transpose_halves(type* rows) {
     static_assert(count == 8);
     const type a = __builtin_shufflevector(rows[0], rows[1], 0, 8, 1, 9, 4, 12, 5, 13);
@@ -201,7 +203,7 @@ struct Lanes {
     rows[2] = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13);
     rows[3] = __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
   }
-  // The lower halves of both, or the upper ones.
+  // The lower (or upper) halves of a and b as one vector.
   static MFWM_INLINE type lower_halves(const type& a, const type& b) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
   }
@@ -229,18 +231,18 @@ struct Lanes {
   typedef uint16_t StoredHalves __attribute__((vector_size(32), aligned(1), may_alias));
   typedef uint16_t Halves __attribute__((vector_size(16), aligned(1), may_alias));
 
-  // In a loop: of the conversion of a vector GCC makes two of its halves.
+  // A loop, because GCC splits a vector conversion into two conversions of its halves.
   static MFWM_INLINE Bits widened(const Halves& from) {
     uint16_t narrow[8];
     uint32_t wide[8];
     std::memcpy(narrow, &from, sizeof narrow);
     for (int k = 0; k < 8; ++k) wide[k] = narrow[k];
-    Bits made;
-    std::memcpy(&made, wide, sizeof made);
-    return made;
+    Bits result;
+    std::memcpy(&result, wide, sizeof result);
+    return result;
   }
-  // Every other element of both, in the order that costs one shuffle within halves of a register; the second shuffle
-  // brings them in order. As one, GCC makes three of it.
+  // Every other element of a and b, in the order that a single shuffle within register halves produces; in_order sorts
+  // them with a second one. GCC needs three shuffles if both steps are written as one.
   template <int odd>
   static MFWM_INLINE type alternate(const type& a, const type& b) {
     if constexpr (count == 8)
@@ -252,7 +254,8 @@ struct Lanes {
     const Words words = reinterpret_cast<Words>(alternated);
     return reinterpret_cast<type>(__builtin_shufflevector(words, words, 0, 2, 1, 3));
   }
-  // Nearest bf16 in the upper halves; a NaN becomes one of ones alone. The baseline compares one element at a time.
+  // The nearest bf16 in the upper half of each word. With `any_nan`, a NaN becomes all ones; the baseline makes that
+  // comparison one element at a time, so skip it where possible.
   template <bool any_nan = true>
   static MFWM_INLINE Bits rounded(const type& lanes) {
     const Bits bits = reinterpret_cast<Bits>(lanes), nearest = bits + 0x7fffu + ((bits << 15) >> 31);
@@ -262,9 +265,9 @@ struct Lanes {
     return __builtin_convertvector(rounded(lanes) >> 16, Halves);
   }
   template <bool any_nan>
-  static MFWM_INLINE Bits joined(const Pairs& pairs) {
-    const auto even = reinterpret_cast<ManyHalves>(rounded<any_nan>(pairs.even) >> 16);
-    const auto odd = reinterpret_cast<ManyHalves>(rounded<any_nan>(pairs.odd));
+  static MFWM_INLINE Bits interleaved(const Split& split) {
+    const auto even = reinterpret_cast<ManyHalves>(rounded<any_nan>(split.even) >> 16);
+    const auto odd = reinterpret_cast<ManyHalves>(rounded<any_nan>(split.odd));
     return reinterpret_cast<Bits>(
         __builtin_shufflevector(even, odd, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31));
   }
@@ -282,7 +285,7 @@ struct Lanes {
   }
 };
 
-// What is written past the caches is in memory after this.
+// Order all earlier non-temporal stores before any later store, so that other threads see them.
 inline void finish_streaming() {
 #ifdef __SSE2__
   _mm_sfence();

@@ -1,4 +1,5 @@
-// What surrounds the matrix products of mtp_combine on the CPU: RMS norms of two states, side by side, and their gradient.
+// mtp_combine on the CPU, without its matrix products, which torch computes: two states, RMS-normed and concatenated,
+// and the gradient of that. bindings.cpp calls the two functions at the end.
 #include <cmath>
 
 #include "common.h"
@@ -6,7 +7,7 @@
 namespace mfwm::cpu {
 namespace {
 
-// Rows that a thread takes at a time.
+// Rows per unit of work.
 constexpr int64_t block = 16;
 
 template <class C>
@@ -33,7 +34,7 @@ struct Join {
       }
   }
 
-  // With g the gradient at r x: d x = r (g - x r^2 mean(x g))
+  // If g is the gradient at r x, then d x = r (g - x r^2 mean(x g)).
   MFWM_SIMD void gradient_rows(const std::vector<Array>& gradients, int64_t begin, int64_t end, C* scratch) const {
     C *state = scratch, *upstream = scratch + row, *__restrict out = scratch + 2 * row;
     for (int64_t r = begin; r < end; ++r)

@@ -1,4 +1,5 @@
-// What surrounds the matrix products of multi_horizon_linear on the CPU: passes over a chunk of rows.
+// multi_horizon_linear on the CPU, without its matrix products, which torch computes: four passes over a chunk of rows,
+// one in the forward and three in the backward. bindings.cpp calls the functions at the end.
 #include <cmath>
 
 #include "common.h"
@@ -6,10 +7,10 @@
 namespace mfwm::cpu {
 namespace {
 
-// Rows of one position; a piece of them where there are many, so that few positions still occupy many threads.
+// A unit of work: the rows of one position, or at most 64 of them, so that few positions still occupy many threads.
 struct Unit {
   int64_t position, begin, end;
-  bool whole;  // all the position's rows in this chunk
+  bool has_all_rows;  // the unit has all of the position's rows in this chunk
 };
 
 // to += shares[0] rows[0] + ... + shares[3] rows[3]
@@ -20,10 +21,10 @@ MFWM_INLINE void add_four(C* __restrict to, const C* const* rows, const C* share
   for (int64_t k = 0; k < count; ++k) to[k] += (of_a * a[k] + of_b * b[k]) + (of_c * c[k] + of_d * d[k]);
 }
 
-// own = g - share (h + add), which is added to `into` and, weighted, to `total`
+// own = g - share (h + add); into += own; total += weight * own
 template <class C>
-MFWM_INLINE void spread(C* __restrict own, C* __restrict into, C* __restrict total, const C* g, const C* h, const C* add,
-                        C share, C weight, int64_t count) {
+MFWM_INLINE void subtract_share(C* __restrict own, C* __restrict into, C* __restrict total, const C* g, const C* h,
+                                const C* add, C share, C weight, int64_t count) {
   for (int64_t d = 0; d < count; ++d) {
     const C value = g[d] - (h[d] + add[d]) * share;
     own[d] = value;
@@ -46,7 +47,7 @@ struct Heads {
     return row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
   }
 
-  // scales[i] = r_i of every horizon. Four at a time: their sums wait for themselves, not for each other.
+  // scales[i] = r_i. Four horizons at a time, because four independent sums hide each other's latency.
   MFWM_INLINE void scales_of(const C* h, int64_t position, C* scales) const {
     for (int64_t i = 0; i < horizons; i += 4) {
       const int64_t last = horizons - 1;
@@ -66,32 +67,33 @@ struct Heads {
   }
 
   std::vector<Unit> units() const {
-    constexpr int64_t most = 64;
-    std::vector<Unit> made;
+    constexpr int64_t max_rows = 64;
+    std::vector<Unit> all;
     for (int64_t begin = 0; begin < rows;) {
       const int64_t position = (op.first + begin) / op.tokens;
       const int64_t end = std::min((position + 1) * op.tokens - op.first, rows);
-      const bool whole = end - begin <= most;
-      for (; begin < end; begin += most) made.push_back({position, begin, std::min(begin + most, end), whole});
+      const bool has_all_rows = end - begin <= max_rows;
+      for (; begin < end; begin += max_rows)
+        all.push_back({position, begin, std::min(begin + max_rows, end), has_all_rows});
       begin = end;
     }
-    return made;
+    return all;
   }
 
-  // body(number, unit, scratch, to) adds to `to`, the position's slab of `sums` (nullptr where there are no sums). Units
-  // that share a position have slabs of their own, which are added in order.
+  // Call body(index, unit, scratch, to) for every unit. The body adds to `to`, the position's slab of `sums` (nullptr
+  // without sums). Units that share a position get a slab each; these are then added in order.
   template <class Body>
   void by_position(int64_t scratch_size, const Array& sums, int64_t slab, const Body& body) const {
     const std::vector<Unit> all = units();
     std::vector<int64_t> part(all.size(), -1);
     int64_t parts = 0;
     for (size_t u = 0; sums && u < all.size(); ++u)
-      if (!all[u].whole) part[u] = parts++;
+      if (!all[u].has_all_rows) part[u] = parts++;
     std::vector<C> partial(parts * slab, C(0));
     C* const total = static_cast<C*>(sums.data);
     parallel_for<C>(op.threads, static_cast<int64_t>(all.size()), scratch_size, [&](int64_t u, C* scratch) {
-      C* own = part[u] >= 0 ? &partial[part[u] * slab] : total + all[u].position * slab;
-      body(u, all[u], scratch, sums ? own : nullptr);
+      C* to = part[u] >= 0 ? &partial[part[u] * slab] : total + all[u].position * slab;
+      body(u, all[u], scratch, sums ? to : nullptr);
     });
     for (size_t u = 0; u < all.size(); ++u)
       for (int64_t k = 0; part[u] >= 0 && k < slab; ++k)
@@ -129,13 +131,13 @@ struct Heads {
                     [&](int64_t u, C* scratch) { forward_rows(to, all[u], scratch); });
   }
 
-  // ---- scaled_i = r_i gradients_i, its sums over the tokens of a position, and
+  // ---- scaled_i = r_i gradients_i and its sum over the tokens of a position, and
   //   shares_i = r_i^2 / D <x_i, scaled_i W_i> = r_i^2 / D <gradients_i, outputs_i - bias_i>
 
   MFWM_SIMD void scale_rows(const MultiHorizonLinearScaled& to, const Unit& unit, C* scratch, C* sums) const {
     const int64_t columns = to.scaled.size[1];
     C *token = scratch, *scales = scratch + row, *out = scales + padded<C>(horizons),
-      *__restrict made = out + padded<C>(columns);
+      *__restrict unbiased = out + padded<C>(columns);
     const C* bias = static_cast<const C*>(to.bias.data);
     C* shares = static_cast<C*>(to.shares.data) + unit.begin * horizons;
     for (int64_t r = unit.begin; r < unit.end; ++r, shares += horizons) {
@@ -151,10 +153,10 @@ struct Heads {
         } else {
           load_row(own, gradient.data, gradient.dtype, r * gradient.stride[0], gradient.stride[1], count);
           if (op.norm) {
-            load_row(made, output.data, output.dtype, r * output.stride[0], output.stride[1], count);
+            load_row(unbiased, output.data, output.dtype, r * output.stride[0], output.stride[1], count);
             if (bias)
-              for (int64_t n = 0; n < count; ++n) made[n] -= bias[first + n];
-            for (int64_t n = 0; n < count; ++n) product += own[n] * made[n];
+              for (int64_t n = 0; n < count; ++n) unbiased[n] -= bias[first + n];
+            for (int64_t n = 0; n < count; ++n) product += own[n] * unbiased[n];
             const C scale = scales[i];
             shares[i] = product * scale * scale / static_cast<C>(depth);
             for (int64_t n = 0; n < count; ++n) own[n] *= scale;
@@ -174,43 +176,44 @@ struct Heads {
     by_position(row + padded<C>(horizons) + 2 * padded<C>(columns), to.sums, columns, body);
   }
 
-  // ---- With G_i = scaled_i W_i, d x_i = G_i - shares_i x_i; d h = sum of d x_i, d a_i = sum of d x_i over tokens.
-  // Here the sum of G_i over i is given, and d a_i lacks the sum of G_i over tokens.
+  // ---- With G_i = scaled_i W_i: d x_i = G_i - shares_i x_i; d hidden = the sum of d x_i over i; d sums_i = the sum of
+  // d x_i over tokens. This pass reads the sum of G_i over i. It leaves the sum of G_i over tokens out of d sums_i,
+  // since the caller gets that from a matrix product.
 
   MFWM_SIMD void combine_rows(const MultiHorizonLinearCombined& to, const Unit& unit, C* scratch, C* sums) const {
-    C *state = scratch, *total = scratch + row, *none = scratch + 2 * row, *tokens = scratch + 3 * row;
-    std::fill(none, none + depth, C(0));
+    C *state = scratch, *total = scratch + row, *zeros = scratch + 2 * row, *tokens = scratch + 3 * row;
+    std::fill(zeros, zeros + depth, C(0));
     const C* shares = static_cast<const C*>(to.shares.data);
     for (int64_t r = unit.begin; r < unit.end; r += 4) {
       const int64_t count = std::min<int64_t>(4, unit.end - r);
-      const C* h[4] = {none, none, none, none};
+      const C* h[4] = {zeros, zeros, zeros, zeros};
       for (int64_t j = 0; j < count; ++j) h[j] = hidden(tokens + j * row, r + j);
       for (int64_t j = 0; to.hidden && j < count; ++j) {
         const C *share = shares + (r + j) * horizons, *from = h[j];
         C all = 0;
         for (int64_t i = 0; i < horizons; ++i) all += share[i];
-        const Array &given = to.product, &out = to.hidden;
-        const C* g = row_of(state, given, (r + j) * given.stride[0], given.stride[1], depth);
+        const Array &product = to.product, &out = to.hidden;
+        const C* g = row_of(state, product, (r + j) * product.stride[0], product.stride[1], depth);
         for (int64_t d = 0; d < depth; ++d) total[d] = g[d] - all * from[d];
         for (int64_t i = 0; i < horizons; i += 4) {
-          const C* added[4] = {none, none, none, none};
-          C minus[4] = {0, 0, 0, 0};
+          const C* window_sums[4] = {zeros, zeros, zeros, zeros};
+          C factors[4] = {0, 0, 0, 0};
           for (int64_t k = i; k < std::min(i + 4, horizons); ++k) {
-            added[k - i] = window_sum(unit.position, k);
-            minus[k - i] = -share[k];
+            window_sums[k - i] = window_sum(unit.position, k);
+            factors[k - i] = -share[k];
           }
-          add_four(total, added, minus, depth);
+          add_four(total, window_sums, factors, depth);
         }
         store_row(total, out.data, out.dtype, (r + j) * out.stride[0], out.stride[1], depth);
       }
       for (int64_t i = 0; sums && i < horizons; ++i) {
-        C minus[4] = {0, 0, 0, 0}, all = 0;
+        C factors[4] = {0, 0, 0, 0}, all = 0;
         for (int64_t j = 0; j < count; ++j) {
-          minus[j] = -shares[(r + j) * horizons + i];
-          all += minus[j];
+          factors[j] = -shares[(r + j) * horizons + i];
+          all += factors[j];
         }
         C* into = sums + i * depth;
-        add_four(into, h, minus, depth);
+        add_four(into, h, factors, depth);
         const C* add = window_sum(unit.position, i);
         for (int64_t d = 0; d < depth; ++d) into[d] += all * add[d];
       }
@@ -222,11 +225,11 @@ struct Heads {
     by_position(7 * row, to.sums, horizons * depth, body);
   }
 
-  // ---- The same from every G_i, which the dot products between horizons need.
+  // ---- The same gradients from each G_i separately: a gradient monitor needs the dot products between horizons.
 
   MFWM_SIMD void monitor_rows(const MultiHorizonLinearMonitored& to, const Unit& unit, C* scratch, C* sums,
                               double* gram) const {
-    C *token = scratch, *state = scratch + row, *total = scratch + 2 * row, *unwanted = scratch + 3 * row,
+    C *token = scratch, *state = scratch + row, *total = scratch + 2 * row, *discarded = scratch + 3 * row,
       *each = scratch + 4 * row;
     std::fill(scratch, scratch + 4 * row, C(0));
     for (int64_t r = unit.begin; r < unit.end; ++r) {
@@ -234,13 +237,13 @@ struct Heads {
       const C* shares = static_cast<const C*>(to.shares.data) + r * horizons;
       std::fill(total, total + depth, C(0));
       for (int64_t i = 0; i < horizons; ++i) {
-        const Array& given = to.states[i];
-        if (!given) continue;
-        const C* g = row_of(state, given, r * given.stride[0], given.stride[1], depth);
+        const Array& gradient = to.states[i];
+        if (!gradient) continue;
+        const C* g = row_of(state, gradient, r * gradient.stride[0], gradient.stride[1], depth);
         const C* add = op.norm ? window_sum(unit.position, i) : token;
-        C *own = each + i * row, *into = sums ? sums + i * depth : unwanted;
+        C *own = each + i * row, *into = sums ? sums + i * depth : discarded;
         const C weight = to.weights.empty() ? C(1) : static_cast<C>(to.weights[i]);
-        spread(own, into, total, g, h, add, shares[i], weight, depth);
+        subtract_share(own, into, total, g, h, add, shares[i], weight, depth);
         for (int64_t j = 0; j <= i; ++j) {
           if (!to.states[j]) continue;
           const C* other = each + j * row;

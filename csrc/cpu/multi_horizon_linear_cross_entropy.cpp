@@ -1,5 +1,6 @@
-// What surrounds the matrix products of multi_horizon_linear_cross_entropy on the CPU: a chunk of rows of logits to losses
-// and, in their place, the gradients of the logits. A row is converted once and worked on in cache.
+// multi_horizon_linear_cross_entropy on the CPU, without its matrix products, which torch computes: the losses of a
+// chunk of rows of logits, and the logits' gradients, written over the logits. A row is converted once and then stays
+// in cache. bindings.cpp calls the functions at the end.
 #include <cmath>
 #include <limits>
 
@@ -8,11 +9,11 @@
 namespace mfwm::cpu {
 namespace {
 
-// Rows of a unit of work.
+// Rows per unit of work.
 constexpr int64_t unit_rows = 8;
 
-// exp(x) for x <= 0, without branches. In base 2, with one constant for the conversion: its rounding costs |x| 2^-24 of
-// exp(x), which beside the row's largest, exp(0), is nothing. NaN stays NaN.
+// exp(x) for x <= 0, without branches: a power of 2, with one constant for the conversion. Rounding that constant costs
+// a relative error of |x| 2^-24, which is negligible next to the row's largest value, exp(0). NaN stays NaN.
 MFWM_INLINE float exp_of(float x) {
   float y = x * 1.44269504088896341f;
   y = y < -126.0f ? -126.0f : y;
@@ -30,7 +31,7 @@ MFWM_INLINE float exp_of(float x) {
 }
 MFWM_INLINE double exp_of(double x) { return std::exp(x); }
 
-// tanh(x): an odd polynomial near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
+// tanh(x), by an odd polynomial near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
 MFWM_INLINE float tanh_of(float x) {
   const float size = std::fabs(x), square = x * x;
   float p = -5.70498872745e-3f;
@@ -40,27 +41,27 @@ MFWM_INLINE float tanh_of(float x) {
   p = p * square - 3.33332819422e-1f;
   const float small = x + x * square * p;
   const float e = exp_of(-2 * size), large = std::copysign((1 - e) / (1 + e), x);
-  // Chosen by bits: of ?: the compiler makes a branch.
+  // Select by bits, because the compiler turns ?: into a branch.
   const uint32_t is_small = -static_cast<uint32_t>(size < 0.625f);
   return as_float((as_bits(small) & is_small) | (as_bits(large) & ~is_small));
 }
 MFWM_INLINE double tanh_of(double x) { return std::tanh(x); }
 
-// The largest of whole cache lines.
+// The largest of `count` elements, which must fill whole cache lines.
 template <class C>
 MFWM_INLINE C largest_of(const C* from, int64_t count) {
   using L = Lanes<C>;
-  typename L::type most = L::load(from);
+  typename L::type largest = L::load(from);
   for (int64_t k = L::count; k < count; k += L::count) {
     const typename L::type next = L::load(from + k);
-    most = next > most ? next : most;
+    largest = next > largest ? next : largest;
   }
-  C result = most[0];
-  for (int64_t k = 1; k < L::count; ++k) result = std::max<C>(result, most[k]);
+  C result = largest[0];
+  for (int64_t k = 1; k < L::count; ++k) result = std::max<C>(result, largest[k]);
   return result;
 }
 
-// Sums of many floats: in C over a piece, then in double.
+// The sum of many terms: in C within pieces of 2048, in double over the pieces.
 template <class C, class Term>
 MFWM_INLINE double long_sum(int64_t count, const Term& term) {
   constexpr int64_t piece = 2048;
@@ -72,16 +73,17 @@ MFWM_INLINE double long_sum(int64_t count, const Term& term) {
   return total;
 }
 
-// One softmax: `logits` (softcapped), `powers` = exp(logits - largest), their sum and the log of the sum of exp(logits).
+// The softmax of one row of logits.
 template <class C>
 struct Softmax {
-  C *logits, *powers;
-  C largest = 0, sum = 1, normaliser = 0;
+  C *logits, *powers;                      // the softcapped logits, and exp(logits - largest)
+  C largest = 0, sum = 1, normaliser = 0;  // `sum` adds up the powers; normaliser is the log of the sum of exp(logits)
 };
 
+// Loads rows of logits and stores their gradients.
 template <class C>
 struct Rowwise {
-  int64_t vocabulary, row;  // the latter in whole cache lines
+  int64_t vocabulary, row;  // row: `vocabulary` rounded up to whole cache lines
   C softcap;
 
   MFWM_INLINE void load(Softmax<C>& to, const Array& from, int64_t r, int64_t group) const {
@@ -94,16 +96,17 @@ struct Rowwise {
       for (int64_t k = 0; k < vocabulary; ++k) z[k] = cap * tanh_of(z[k] * inverse);
     }
     std::fill(z + vocabulary, z + row, std::numeric_limits<C>::lowest());
-    const C most = largest_of<C>(z, row);
-    for (int64_t k = 0; k < vocabulary; ++k) e[k] = exp_of(z[k] - most);
+    const C largest = largest_of<C>(z, row);
+    for (int64_t k = 0; k < vocabulary; ++k) e[k] = exp_of(z[k] - largest);
     const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return e[k]; });
-    to.largest = most;
+    to.largest = largest;
     to.sum = static_cast<C>(sum);
-    to.normaliser = most + static_cast<C>(std::log(sum));
+    to.normaliser = largest + static_cast<C>(std::log(sum));
   }
 
-  // The gradient at softcapped logits z -> at the logits, written over them.
-  MFWM_INLINE void store(C* __restrict gradient, const C* __restrict z, const Array& to, int64_t r, int64_t group) const {
+  // Turn the gradient at softcapped logits z into the gradient at the logits, and write it over the logits.
+  MFWM_INLINE void store(C* __restrict gradient, const C* __restrict z, const Array& to, int64_t r,
+                         int64_t group) const {
     if (softcap > 0) {
       const C inverse = 1 / softcap;
       for (int64_t k = 0; k < vocabulary; ++k) gradient[k] *= 1 - (z[k] * inverse) * (z[k] * inverse);
@@ -112,7 +115,7 @@ struct Rowwise {
   }
 };
 
-// ---- Cross-entropy with pooled ids
+// ---- Cross-entropy: the target of a row is the mean of its cell's ids
 
 template <class C>
 struct CrossEntropy {
@@ -120,54 +123,55 @@ struct CrossEntropy {
   const int64_t vocabulary = op.logits.size[1];
   const Rowwise<C> rowwise{vocabulary, padded<C>(vocabulary), static_cast<C>(op.softcap)};
 
-  // The smallest of the most frequent ids.
+  // The most frequent id of a cell; the smallest of them in a tie.
   static MFWM_INLINE int32_t most_frequent(const int32_t* cell, int64_t ids) {
     int32_t best = -1;
-    int64_t most = 0;
+    int64_t best_count = 0;
     for (int64_t j = 0; j < ids; ++j) {
       if (cell[j] < 0) continue;
-      const int64_t times = std::count(cell, cell + ids, cell[j]);
-      if (times > most || (times == most && cell[j] < best)) best = cell[j], most = times;
+      const int64_t count = std::count(cell, cell + ids, cell[j]);
+      if (count > best_count || (count == best_count && cell[j] < best)) best = cell[j], best_count = count;
     }
     return best;
   }
 
   MFWM_SIMD void rows(int64_t begin, int64_t end, C* scratch) const {
     const C smooth = static_cast<C>(op.label_smoothing), z_loss = static_cast<C>(op.z_loss);
-    Softmax<C> made{scratch, scratch + rowwise.row};
-    C* __restrict e = made.powers;
-    const C* __restrict z = made.logits;
+    Softmax<C> softmax{scratch, scratch + rowwise.row};
+    C* __restrict e = softmax.powers;
+    const C* __restrict z = softmax.logits;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t* starts = static_cast<const int64_t*>(op.starts.data) + r;
       const int32_t* cell = static_cast<const int32_t*>(op.ids.data) + starts[0];
       const int64_t ids = starts[1] - starts[0];
       C& loss = static_cast<C*>(op.losses.data)[r];
       int32_t* hit = op.hits ? static_cast<int32_t*>(op.hits.data) + r : nullptr;
-      int64_t kept = 0;
-      for (int64_t j = 0; j < ids; ++j) kept += cell[j] >= 0;
-      if (kept == 0) {
+      int64_t valid = 0;
+      for (int64_t j = 0; j < ids; ++j) valid += cell[j] >= 0;
+      if (valid == 0) {
         loss = 0;
         if (hit) *hit = 0;
         std::fill(e, e + vocabulary, C(0));
         if (op.gradients) store_row(e, op.logits.data, op.logits.dtype, r * op.logits.stride[0], 1, vocabulary);
         continue;
       }
-      rowwise.load(made, op.logits, r, 0);
-      const C each = 1 / static_cast<C>(kept), log_sum = made.normaliser;
-      C sum_of_asked = 0;
+      rowwise.load(softmax, op.logits, r, 0);
+      const C each = 1 / static_cast<C>(valid), log_sum = softmax.normaliser;
+      C target_sum = 0;
       for (int64_t j = 0; j < ids; ++j)
-        if (cell[j] >= 0) sum_of_asked += z[cell[j]];
-      loss = (1 - smooth) * (log_sum - sum_of_asked * each) + z_loss * log_sum * log_sum;
+        if (cell[j] >= 0) target_sum += z[cell[j]];
+      loss = (1 - smooth) * (log_sum - target_sum * each) + z_loss * log_sum * log_sum;
       if (smooth > 0) {
         const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return z[k]; });
         loss += smooth * (log_sum - static_cast<C>(sum / static_cast<double>(vocabulary)));
       }
       if (hit) {
-        const int32_t asked = most_frequent(cell, ids);
-        *hit = z[asked] == made.largest && std::find(z, z + asked, made.largest) == z + asked;
+        const int32_t target = most_frequent(cell, ids);
+        *hit = z[target] == softmax.largest && std::find(z, z + target, softmax.largest) == z + target;
       }
       if (op.gradients) {
-        const C scale = static_cast<const C*>(op.scales.data)[r], factor = scale * (1 + 2 * z_loss * log_sum) / made.sum;
+        const C scale = static_cast<const C*>(op.scales.data)[r];
+        const C factor = scale * (1 + 2 * z_loss * log_sum) / softmax.sum;
         const C shift = scale * smooth / static_cast<C>(vocabulary);
         for (int64_t k = 0; k < vocabulary; ++k) e[k] = e[k] * factor - shift;
         for (int64_t j = 0; j < ids; ++j)
@@ -185,13 +189,14 @@ struct CrossEntropy {
   }
 };
 
-// ---- Cross-entropy of far cells under the mean of near distributions
+// ---- Consistency: the cross-entropy of far cells against the mean distribution of their near cells
 
 template <class C>
 struct Consistency {
   const MultiHorizonLinearConsistency& op;
   const int64_t cells = op.far.size[0], covered = op.near.size[0] / std::max<int64_t>(cells, 1);
-  const Rowwise<C> rowwise{op.far.size[1] / op.groups, padded<C>(op.far.size[1] / op.groups), static_cast<C>(op.softcap)};
+  const Rowwise<C> rowwise{op.far.size[1] / op.groups, padded<C>(op.far.size[1] / op.groups),
+                           static_cast<C>(op.softcap)};
 
   MFWM_SIMD void cell(int64_t c, C* scratch) const {
     const int64_t vocabulary = rowwise.vocabulary, row = rowwise.row;
@@ -212,7 +217,7 @@ struct Consistency {
       const double loss = long_sum<C>(
           vocabulary, [=](int64_t k) __attribute__((always_inline)) { return teacher[k] * (log_sum - z[k]); });
       static_cast<C*>(op.losses.data)[c * op.groups + group] = static_cast<C>(loss);
-      // With g the gradient at the teacher, -log q: at a near logit p (g - <p, g>) / covered.
+      // The gradient at the teacher is g = -log q, so that at a near logit is p (g - <p, g>) / covered.
       for (int64_t s = 0; op.near_gradients && s < covered; ++s) {
         rowwise.load(near, op.near, c * covered + s, group);
         C* __restrict e = near.powers;

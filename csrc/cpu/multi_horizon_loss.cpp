@@ -1,6 +1,7 @@
-// multi_horizon_loss on the CPU, frame-major: everything that concerns a tile of frame m (its pyramid, the predictions
-// of it made at m - k_i, their losses, the consistency between them, their gradients) meets in the caches of a core,
-// so video, predictions and gradients are each moved once.
+// multi_horizon_loss on the CPU, losses and gradients in one frame-major pass; bindings.cpp calls the function at the
+// end. A unit of work loads a tile of frame m and computes everything that concerns it while it is in a core's caches:
+// its pyramid, the losses of the predictions of it (those at positions m - k_i), the consistency between them, and
+// their gradients. So video, predictions and gradients cross memory once each.
 #include <cmath>
 #include <cstring>
 
@@ -11,27 +12,28 @@ namespace {
 
 struct Pair {
   int near, far;
-  int level;   // the far factor's place in the near horizon's chain
-  bool alone;  // no other pair adds to the far horizon's gradient, nor to that level's
+  int level;       // the far factor's level in the near horizon's chain
+  bool exclusive;  // no other pair adds to the far horizon's gradient or to that level's
 };
 
-// What a thread knows of the frame that it is at: an entry per horizon, or per horizon and level of its near chain.
+// A thread's state for the tile that it is processing: an entry per horizon, or per horizon and level of its near
+// chain.
 template <class C>
-struct Meeting {
+struct TileState {
   std::vector<char> counted;
   std::vector<AnyTile<C>> pred, gradient;
-  std::vector<Addition<C>> addition;  // what the pairs add to the gradient
-  std::vector<Tile<const C>> average_of;    // of the levels of one chain
-  std::vector<std::vector<char>> is_asked;  // the near gradient of that level holds something
+  std::vector<Addition<C>> addition;            // the pairs' contribution to the gradient
+  std::vector<Tile<const C>> average_of;        // the levels of the near chain being compared
+  std::vector<std::vector<char>> has_gradient;  // the level's near gradient has been written
 
-  explicit Meeting(const std::vector<std::vector<Level>>& near_chain)
+  explicit TileState(const std::vector<std::vector<Level>>& near_chain)
       : counted(near_chain.size()),
         pred(counted.size()),
         gradient(counted.size()),
         addition(counted.size()),
         average_of(counted.size()),
-        is_asked(counted.size()) {
-    for (size_t i = 0; i < is_asked.size(); ++i) is_asked[i].resize(near_chain[i].size());
+        has_gradient(counted.size()) {
+    for (size_t i = 0; i < has_gradient.size(); ++i) has_gradient[i].resize(near_chain[i].size());
   }
 };
 
@@ -42,25 +44,26 @@ struct Loss {
   const int count = static_cast<int>(op.preds.size());
   const int64_t batch = op.video.size[0], frames = op.video.size[1], channels = op.video.size[2];
   const int64_t positions = op.preds[0].size[1];
-  // Predictions are of frames offset .. positions - 1 + offset, and those beyond the video get a zero gradient.
-  const int64_t last = std::max(frames, positions + op.offsets.back());
+  // Horizon i predicts frames offset .. positions - 1 + offset; predictions beyond the video get a zero gradient.
+  const int64_t target_frames = std::max(frames, positions + op.offsets.back());
   Frames video{op.video, 0, channels, op.video.size[3], op.video.size[4]};
   std::vector<Frames> preds, gradients;
-  std::vector<Level> chain;                    // of the video, base 1
+  std::vector<Level> chain;                    // the video's, base 1
   std::vector<int> level_of;                   // horizon -> level of that chain
-  std::vector<std::vector<Level>> near_chain;  // of horizon i's predictions, base f_i
+  std::vector<std::vector<Level>> near_chain;  // horizon i -> the chain of its predictions, base f_i
   std::vector<Pair> pairs;
   Tiling tiling;
-  std::vector<double> coefficient;       // one per horizon, then one per pair
-  std::vector<int64_t> counts;           // elements, likewise
-  // Gradients larger than the caches are written past them, which saves reading what is overwritten.
+  std::vector<double> coefficient;  // per term: one per horizon, then one per pair
+  std::vector<int64_t> counts;      // elements per term
+  // Write gradients with non-temporal stores if they are larger than the caches: an ordinary store would first read the
+  // cache line that it overwrites.
   bool streams = false;
-  // All gradients are of bf16 and written in place, and targets are in pairs.
-  bool in_pairs = std::is_same_v<C, float>;
-  // Besides, the frames are bytes of which no tile of C is made: they are averaged, and compared with, as they lie.
+  // All predictions and gradients are bf16, gradients are written in place, and targets are split (lanes.h).
+  bool is_split = std::is_same_v<C, float>;
+  // In addition, the video is uint8 and used without conversion to a tile of C: pooled and compared as bytes.
   bool from_bytes;
-  // Scratch, in elements from its start.
-  int64_t scratch_size = 0, spare, base, difference_at;
+  // Offsets into a thread's scratch, in elements.
+  int64_t scratch_size = 0, row_scratch, base, difference_at;
   std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, addition_at;
   std::vector<std::vector<int64_t>> near_at, near_gradient_at;
 
@@ -70,14 +73,14 @@ struct Loss {
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
         tiling(video.height, video.width, op_.factors, batch * frames,
-               wanted_pixels<C>(op_.factors, channels_at_once(), 2, 1)) {
+               target_pixels<C>(op_.factors, channels_at_once(), 2, 1)) {
     for (int i = 0; i < count; ++i) {
       Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
                   video.width / op.factors[i]};
       preds.push_back(pred);
-      in_pairs = in_pairs && pred.array.dtype == DType::bfloat16;
+      is_split = is_split && pred.array.dtype == DType::bfloat16;
       pred.array = op.gradients[i];
-      in_pairs = in_pairs && (!pred.array || pred.is_plain_image());
+      is_split = is_split && (!pred.array || pred.is_plain_image());
       gradients.push_back(pred);
       level_of.push_back(index_of(chain, op.factors[i]));
       std::vector<int64_t> far;
@@ -85,10 +88,10 @@ struct Loss {
         if (op.pairs[k] == i) far.push_back(op.factors[op.pairs[k + 1]]);
       near_chain[i] = chain_of(op.factors[i], far);
     }
-    from_bytes = in_pairs && op.video.dtype == DType::uint8 && video.is_plain_image();
+    from_bytes = is_split && op.video.dtype == DType::uint8 && video.is_plain_image();
     for (int i = 0; i < count; ++i) from_bytes = from_bytes && (op.factors[i] > 1 || reads_in_place(i));
     for (const Level& level : chain)
-      from_bytes = from_bytes && (level.factor == 1 || level.ratio == 2 || !is_of_frame(level));
+      from_bytes = from_bytes && (level.factor == 1 || level.ratio == 2 || !is_from_frame(level));
     for (size_t k = 0; k < op.pairs.size(); k += 2) {
       const int near = static_cast<int>(op.pairs[k]), far = static_cast<int>(op.pairs[k + 1]);
       pairs.push_back({near, far, index_of(near_chain[near], op.factors[far]), true});
@@ -97,7 +100,7 @@ struct Loss {
       for (const Pair& other : pairs)
         if (&other != &pair && (other.far == pair.far || other.near == pair.far ||
                                 (other.near == pair.near && other.level == pair.level)))
-          pair.alone = false;
+          pair.exclusive = false;
     int64_t bytes = 0;
     for (const Frames& gradient : gradients)
       if (gradient.array)
@@ -107,60 +110,60 @@ struct Loss {
     count_elements();
   }
 
-  // The channels of a token share its cache lines, so a tile of tokens is read and written with all of them.
+  // The channels of a token share its cache lines, so read and write all channels of a tile of tokens together.
   int64_t channels_at_once() const { return op.patch_sizes.empty() ? 1 : channels; }
   int64_t plane_of(int64_t factor) const { return padded<C>((tiling.rows / factor) * (tiling.columns / factor)); }
-  int64_t take(int64_t factor, int64_t planes = 1) {
+  int64_t reserve(int64_t factor, int64_t planes = 1) {
     const int64_t at = scratch_size;
     scratch_size += planes * plane_of(factor);
     return at;
   }
 
   void lay_out_scratch() {
-    spare = scratch_size;
+    row_scratch = scratch_size;
     scratch_size += 2 * padded<C>(tiling.columns);
-    base = take(1);
-    for (const Level& level : chain) level_at.push_back(level.factor == 1 ? base : take(level.factor));
-    // With `residual`, the pyramid of the frame that a prediction is added to.
+    base = reserve(1);
+    for (const Level& level : chain) level_at.push_back(level.factor == 1 ? base : reserve(level.factor));
+    // With `residual`, a second pyramid: of the frame that the prediction is added to.
     if (op.residual)
-      for (const Level& level : chain) other_level_at.push_back(take(level.factor));
+      for (const Level& level : chain) other_level_at.push_back(reserve(level.factor));
     near_at.resize(count);
     near_gradient_at.resize(count);
     addition_at.resize(count);
-    int64_t finest = 0;  // of the far sides
+    int64_t finest = 0;  // the smallest far factor
     for (int i = 0; i < count; ++i) {
-      pred_at.push_back(reads_in_place(i) ? 0 : take(op.factors[i], channels_at_once()));
-      gradient_at.push_back(writes_in_place(i) ? 0 : take(op.factors[i], channels_at_once()));
+      pred_at.push_back(reads_in_place(i) ? 0 : reserve(op.factors[i], channels_at_once()));
+      gradient_at.push_back(writes_in_place(i) ? 0 : reserve(op.factors[i], channels_at_once()));
       for (const Level& level : near_chain[i]) {
-        near_at[i].push_back(take(level.factor));
-        near_gradient_at[i].push_back(take(level.factor));
+        near_at[i].push_back(reserve(level.factor));
+        near_gradient_at[i].push_back(reserve(level.factor));
       }
     }
     for (const Pair& pair : pairs) {
       for (int i : {pair.near, pair.far})
-        if (addition_at[i] == 0) addition_at[i] = take(op.factors[i]);
+        if (addition_at[i] == 0) addition_at[i] = reserve(op.factors[i]);
       finest = finest == 0 ? op.factors[pair.far] : std::min(finest, op.factors[pair.far]);
     }
-    if (finest > 0) difference_at = take(finest);
+    if (finest > 0) difference_at = reserve(finest);
   }
 
-  // Elements are of C or, where that is float, of bf16, and lie side by side.
+  // In place requires contiguous elements of C or, if C is float, of bf16.
   bool reads_in_place(int i) const {
     const DType dtype = preds[i].array.dtype;
     return !op.residual && preds[i].is_plain_image() &&
            (dtype == dtype_of<C> || (dtype == DType::bfloat16 && std::is_same_v<C, float>));
   }
   bool writes_in_place(int i) const {
-    return in_pairs || (gradients[i].is_plain_image() && gradients[i].array.dtype == dtype_of<C>);
+    return is_split || (gradients[i].is_plain_image() && gradients[i].array.dtype == dtype_of<C>);
   }
 
-  // Horizon i has a position that predicts frame m.
+  // Whether horizon i has a position that predicts frame m, and whether that prediction counts.
   bool active(int i, int64_t m) const { return m >= op.offsets[i] && m - op.offsets[i] < positions; }
   bool counted(int i, int64_t b, int64_t m) const {
     return m < frames && active(i, m) && same_segment(op.segment_ids, b, m - op.offsets[i], m);
   }
 
-  // Of a term in an array of the horizons' numbers, or in one of the pairs'.
+  // The offset of a term in an array indexed by horizon, or in one indexed by pair.
   int64_t offset_in(const Array& array, size_t term) const {
     if (term < preds.size()) return static_cast<int64_t>(term) * array.stride[0];
     const Pair& pair = pairs[term - count];
@@ -187,23 +190,23 @@ struct Loss {
     }
   }
 
-  // A level of the video's chain is averaged from the frame as it is.
-  bool is_of_frame(const Level& level) const { return level.parent < 0 || chain[level.parent].factor == 1; }
+  // Whether a level of the video's chain is averaged directly from the frame.
+  bool is_from_frame(const Level& level) const { return level.parent < 0 || chain[level.parent].factor == 1; }
 
   // A tile of one channel of frame m of clip b, at pixel y, x.
   struct Place {
     int64_t b, m, c, y, x, rows, columns;
   };
 
-  MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor, bool pairs = false) const {
-    return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, pairs};
+  MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor, bool split = false) const {
+    return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, split};
   }
   MFWM_INLINE Curve<C> curve_of(size_t k) const {
     return {op.kind, static_cast<C>(coefficient[k] * omitted_factor(op.kind)), static_cast<C>(op.delta),
             static_cast<C>(op.eps)};
   }
 
-  // Where the place's channel begins in what holds all that are handled at once.
+  // The offset of the place's channel in a buffer with all channels that are processed at once.
   MFWM_INLINE int64_t plane_at(const Place& place, int64_t factor) const {
     return channels_at_once() == 1 ? 0 : place.c * plane_of(factor);
   }
@@ -213,14 +216,14 @@ struct Loss {
             video.array.stride[3], place.rows, place.columns};
   }
 
-  // The pyramid of frame t at the place, down to the level `coarsest`.
-  MFWM_SIMD void make_pyramid(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at,
-                              int coarsest, bool pairs) const {
+  // Compute the pyramid of frame t at the place, up to the level `coarsest`.
+  MFWM_SIMD void build_pyramid(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at,
+                              int coarsest, bool split) const {
     const C scale = static_cast<C>(op.scale), shift = static_cast<C>(op.shift);
-    const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1, pairs);
-    const bool bytes = pairs && from_bytes;
-    if (pairs && !bytes) video.load_in_pairs(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
-    if (!pairs) {
+    const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1, split);
+    const bool bytes = split && from_bytes;
+    if (split && !bytes) video.load_split(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
+    if (!split) {
       video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
       video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
     }
@@ -228,18 +231,18 @@ struct Loss {
       const Level& level = chain[l];
       if (level.factor == 1) continue;
       if constexpr (std::is_same_v<C, float>)
-        if (bytes && is_of_frame(level)) {
+        if (bytes && is_from_frame(level)) {
           average_bytes(bytes_at(t, place), tile_at(scratch, at[l], place, level.factor, true), scale, shift,
                         chain[0].factor > 1);
           continue;
         }
       const Tile<C> from =
-          level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor, pairs);
-      average(read_only(from), tile_at(scratch, at[l], place, level.factor, pairs), level.ratio, scratch + spare);
+          level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor, split);
+      average(read_only(from), tile_at(scratch, at[l], place, level.factor, split), level.ratio, scratch + row_scratch);
     }
   }
 
-  // Horizon i's prediction of the frame: where it lies if it can be read there, else a copy in scratch.
+  // Horizon i's prediction of the frame: in place if possible, else a copy in scratch.
   MFWM_SIMD AnyTile<C> prediction(int i, const Place& place, C* scratch) const {
     const Frames& pred = preds[i];
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
@@ -250,12 +253,13 @@ struct Loss {
     else if (place.c == 0)
       pred.load_channels(copy.data, plane_of(factor), place.b, n, y, x, copy.rows, copy.columns);
     if (op.residual) {
-      make_pyramid(n, place, scratch, other_level_at, level_of[i], false);
+      build_pyramid(n, place, scratch, other_level_at, level_of[i], false);
       const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, factor);
       for (int64_t r = 0; r < copy.rows; ++r) {
         C *__restrict to = copy.row(r), *__restrict add = current.row(r);
         for (int64_t k = 0; k < copy.columns; ++k) {
-          const C sum = to[k] + add[k];  // no NaN with a one among its lower 16 bits
+          const C sum = to[k] + add[k];
+          // Make every NaN quiet: its lower 16 bits must be zero (see Split in lanes.h).
           to[k] = sum == sum ? sum : std::numeric_limits<C>::quiet_NaN();
         }
       }
@@ -263,14 +267,14 @@ struct Loss {
     return copy;
   }
 
-  // Where horizon i's gradient is made: in place if it can be, else in scratch, nowhere if it is not wanted.
+  // The tile to compute horizon i's gradient in: in place if possible, else in scratch; empty if it needs no gradient.
   MFWM_INLINE AnyTile<C> gradient_tile(int i, const Place& place, C* scratch) const {
     const Frames& gradient = gradients[i];
     if (!gradient.array) return {};
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
-    const Tile<C> made = tile_at(scratch, gradient_at[i] + plane_at(place, factor), place, factor);
-    if (writes_in_place(i)) return {gradient.array, gradient.image_offset(place.b, n, place.c, y, x), made};
-    return made;
+    const Tile<C> tile = tile_at(scratch, gradient_at[i] + plane_at(place, factor), place, factor);
+    if (writes_in_place(i)) return {gradient.array, gradient.image_offset(place.b, n, place.c, y, x), tile};
+    return tile;
   }
 
   MFWM_INLINE void store_gradient(int i, const Place& place, const AnyTile<C>& tile) const {
@@ -283,120 +287,121 @@ struct Loss {
       gradients[i].store_channels(from, plane_of(factor), place.b, n, y, x, tile.rows, tile.columns);
   }
 
-  // What the pairs add to horizon i's gradient as a tile of its own size.
-  MFWM_INLINE Tile<C> addition_tile(int i, const Place& place, Meeting<C>& here, C* scratch) const {
+  // The pairs' contribution to horizon i's gradient, converted to a full-size tile that more can be added to.
+  MFWM_INLINE Tile<C> addition_tile(int i, const Place& place, TileState<C>& state, C* scratch) const {
     const Tile<C> tile = tile_at(scratch, addition_at[i], place, op.factors[i]);
-    Addition<C>& addition = here.addition[i];
+    Addition<C>& addition = state.addition[i];
     if (addition.ratio == 1) return tile;
     std::fill(tile.data, tile.data + tile.rows * tile.columns, C(0));
-    if (addition.ratio == 2) add_repeated(addition.tile, tile, 2, addition.weight, scratch + spare);
+    if (addition.ratio == 2) add_repeated(addition.tile, tile, 2, addition.weight, scratch + row_scratch);
     addition = {read_only(tile), 1, 1};
     return tile;
   }
 
-  // The losses of the consistency pairs whose near side is horizon `near`, and what the levels of its chain and the far
-  // horizons are asked for by them.
-  MFWM_SIMD void compare(int near, const Place& place, Meeting<C>& here, double* sums, C* scratch) const {
+  // Losses of the pairs whose near side is `near`; accumulates their gradients per level of near's chain and per far
+  // horizon.
+  MFWM_SIMD void compare_pairs(int near, const Place& place, TileState<C>& state, double* sums, C* scratch) const {
     const std::vector<Level>& levels = near_chain[near];
-    const std::vector<AnyTile<C>>&pred = here.pred, &gradient = here.gradient;
-    std::vector<Tile<const C>>& average_of = here.average_of;
-    std::vector<char>& is_asked = here.is_asked[near];
-    std::fill(is_asked.begin(), is_asked.end(), 0);
+    const std::vector<AnyTile<C>>&pred = state.pred, &gradient = state.gradient;
+    std::vector<Tile<const C>>& average_of = state.average_of;
+    std::vector<char>& has_gradient = state.has_gradient[near];
+    std::fill(has_gradient.begin(), has_gradient.end(), 0);
     for (size_t l = 0; l < levels.size(); ++l) {
       const Level& level = levels[l];
-      if (level.parent < 0 && level.ratio == 1 && !pred[near].is_half) {
+      if (level.parent < 0 && level.ratio == 1 && !pred[near].is_bf16) {
         average_of[l] = pred[near].template as<const C>();
         continue;
       }
       const Tile<C> to = tile_at(scratch, near_at[near][l], place, level.factor);
       if (level.parent < 0)
         pred[near].visit([&](const auto& from) __attribute__((always_inline)) {
-          average(read_only(from), to, level.ratio, scratch + spare);
+          average(read_only(from), to, level.ratio, scratch + row_scratch);
         });
       else
-        average(average_of[level.parent], to, level.ratio, scratch + spare);
+        average(average_of[level.parent], to, level.ratio, scratch + row_scratch);
       average_of[l] = read_only(to);
     }
     for (size_t k = 0; k < pairs.size(); ++k) {
       const Pair& pair = pairs[k];
-      if (pair.near != near || !here.counted[pair.far]) continue;
+      if (pair.near != near || !state.counted[pair.far]) continue;
       const bool near_learns = op.detach != Detach::near && gradient[near].data;
       const bool far_learns = op.detach != Detach::far && gradient[pair.far].data;
-      const bool first = far_learns && here.addition[pair.far].ratio == 0;
-      const Tile<C> asked = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
-      // The far gradient is made before what the level is asked for goes down the chain, so both may read one tile.
-      const bool in_level = near_learns && !is_asked[pair.level] && (pair.alone || !far_learns);
+      const bool is_first = far_learns && state.addition[pair.far].ratio == 0;
+      const Tile<C> level_gradient = tile_at(scratch, near_gradient_at[near][pair.level], place, op.factors[pair.far]);
+      // Both gradients may read the same tile: the far gradient is computed before backpropagate_levels changes it.
+      const bool writes_level = near_learns && !has_gradient[pair.level] && (pair.exclusive || !far_learns);
       Tile<C> difference{};
-      if (in_level)
-        difference = asked;
+      if (writes_level)
+        difference = level_gradient;
       else if (near_learns || far_learns)
-        difference = tile_at(scratch, first ? addition_at[pair.far] : difference_at, place, op.factors[pair.far]);
+        difference = tile_at(scratch, is_first ? addition_at[pair.far] : difference_at, place, op.factors[pair.far]);
       sums[count + k] += loss_and_gradient<C>(pred[pair.far], {average_of[pair.level]}, difference, {},
                                               curve_of(count + k), false, false);
-      if (near_learns && !in_level) {
-        if (is_asked[pair.level])
-          add_repeated(read_only(difference), asked, 1, C(1), scratch + spare);
+      if (near_learns && !writes_level) {
+        if (has_gradient[pair.level])
+          add_repeated(read_only(difference), level_gradient, 1, C(1), scratch + row_scratch);
         else
-          std::copy(difference.data, difference.data + difference.rows * difference.columns, asked.data);
+          std::copy(difference.data, difference.data + difference.rows * difference.columns, level_gradient.data);
       }
-      is_asked[pair.level] |= near_learns;
-      if (first)
-        here.addition[pair.far] = {read_only(difference), 1, 1};
+      has_gradient[pair.level] |= near_learns;
+      if (is_first)
+        state.addition[pair.far] = {read_only(difference), 1, 1};
       else if (far_learns)
-        add_repeated(read_only(difference), addition_tile(pair.far, place, here, scratch), 1, C(1), scratch + spare);
+        add_repeated(read_only(difference), addition_tile(pair.far, place, state, scratch), 1, C(1),
+                     scratch + row_scratch);
     }
   }
 
-  // What the levels of horizon `near` are asked for, as an addition to its gradient: from the coarsest one down, each
-  // asks its parent for it in equal parts.
-  MFWM_SIMD void pass_down(int near, const Place& place, Meeting<C>& here, C* scratch) const {
+  // Backpropagate the level gradients into an addition to near's own gradient, coarsest level first; each level spreads
+  // its gradient evenly over its parent's pixels.
+  MFWM_SIMD void backpropagate_levels(int near, const Place& place, TileState<C>& state, C* scratch) const {
     const std::vector<Level>& levels = near_chain[near];
-    std::vector<char>& is_asked = here.is_asked[near];
+    std::vector<char>& has_gradient = state.has_gradient[near];
     for (int l = static_cast<int>(levels.size()) - 1; l >= 0; --l) {
-      if (!is_asked[l]) continue;
+      if (!has_gradient[l]) continue;
       const Level& level = levels[l];
       const Tile<const C> from = read_only(tile_at(scratch, near_gradient_at[near][l], place, level.factor));
       const C share = C(1) / static_cast<C>(level.ratio * level.ratio);
       if (level.parent < 0) {
-        if (level.ratio == 2 && here.addition[near].ratio == 0)
-          here.addition[near] = {from, 2, -share};
+        if (level.ratio == 2 && state.addition[near].ratio == 0)
+          state.addition[near] = {from, 2, -share};
         else
-          add_repeated(from, addition_tile(near, place, here, scratch), level.ratio, -share, scratch + spare);
+          add_repeated(from, addition_tile(near, place, state, scratch), level.ratio, -share, scratch + row_scratch);
         continue;
       }
       const int64_t factor = levels[level.parent].factor;
       const Tile<C> to = tile_at(scratch, near_gradient_at[near][level.parent], place, factor);
-      if (!is_asked[level.parent]) std::fill(to.data, to.data + to.rows * to.columns, C(0));
-      is_asked[level.parent] = true;
-      add_repeated(from, to, level.ratio, share, scratch + spare);
+      if (!has_gradient[level.parent]) std::fill(to.data, to.data + to.rows * to.columns, C(0));
+      has_gradient[level.parent] = true;
+      add_repeated(from, to, level.ratio, share, scratch + row_scratch);
     }
   }
 
-  // Everything at one place.
-  void meet(const Place& place, Meeting<C>& here, double* sums, C* scratch) const {
+  // Compute all losses and gradients at one place.
+  void process(const Place& place, TileState<C>& state, double* sums, C* scratch) const {
     int coarsest = -1;
     for (int i = 0; i < count; ++i)
-      if (here.counted[i]) coarsest = std::max(coarsest, level_of[i]);
-    if (coarsest >= 0) make_pyramid(place.m, place, scratch, level_at, coarsest, in_pairs);
+      if (state.counted[i]) coarsest = std::max(coarsest, level_of[i]);
+    if (coarsest >= 0) build_pyramid(place.m, place, scratch, level_at, coarsest, is_split);
     for (int i = 0; i < count; ++i) {
-      if (active(i, place.m)) here.gradient[i] = gradient_tile(i, place, scratch);
-      if (here.counted[i]) here.pred[i] = prediction(i, place, scratch);
-      here.addition[i] = {};
+      if (active(i, place.m)) state.gradient[i] = gradient_tile(i, place, scratch);
+      if (state.counted[i]) state.pred[i] = prediction(i, place, scratch);
+      state.addition[i] = {};
     }
     for (int i = 0; i < count; ++i)
-      if (here.counted[i] && !near_chain[i].empty()) compare(i, place, here, sums, scratch);
-    // From the last on: a far gradient comes before that of its near one.
+      if (state.counted[i] && !near_chain[i].empty()) compare_pairs(i, place, state, sums, scratch);
+    // Last horizon first, because a far gradient must be computed before that of its near horizon.
     for (int i = count - 1; i >= 0; --i) {
       if (!active(i, place.m)) continue;
-      const AnyTile<C>& gradient = here.gradient[i];
-      if (here.counted[i]) {
-        if (!near_chain[i].empty()) pass_down(i, place, here, scratch);
-        Target<C> target{read_only(tile_at(scratch, level_at[level_of[i]], place, op.factors[i], in_pairs))};
+      const AnyTile<C>& gradient = state.gradient[i];
+      if (state.counted[i]) {
+        if (!near_chain[i].empty()) backpropagate_levels(i, place, state, scratch);
+        Target<C> target{read_only(tile_at(scratch, level_at[level_of[i]], place, op.factors[i], is_split))};
         if (from_bytes && op.factors[i] == 1)
           target = {target.tile, bytes_at(place.m, place), static_cast<C>(op.scale), static_cast<C>(op.shift)};
         const bool stream = streams && writes_in_place(i) && gradient.is_aligned();
-        sums[i] += loss_and_gradient<C>(here.pred[i], target, gradient, here.addition[i], curve_of(i), reads_in_place(i),
-                                        stream);
+        sums[i] += loss_and_gradient<C>(state.pred[i], target, gradient, state.addition[i], curve_of(i),
+                                        reads_in_place(i), stream);
       } else if (gradient.data) {
         gradient.visit([&](const auto& tile) {
           for (int64_t r = 0; r < tile.rows; ++r)
@@ -409,22 +414,23 @@ struct Loss {
 
   void run() const {
     const size_t terms = coefficient.size();
-    const int64_t units = positions == 0 ? 0 : batch * last * tiling.chunks;
-    // A row of sums per unit, added in order at the end: the result does not depend on which thread did what.
+    const int64_t units = positions == 0 ? 0 : batch * target_frames * tiling.chunks;
+    // Each unit has a row of sums. Adding the rows in order at the end makes the result independent of the threads.
     std::vector<double> sums(units * terms, 0.0);
-    std::vector<Meeting<C>> meetings(threads, Meeting<C>(near_chain));
+    std::vector<TileState<C>> states(threads, TileState<C>(near_chain));
     parallel_for<C>(threads, units, scratch_size, [&](int64_t unit, C* scratch) {
-      const int64_t chunk = unit % tiling.chunks, m = unit / tiling.chunks % last, b = unit / tiling.chunks / last;
+      const int64_t chunk = unit % tiling.chunks, frame = unit / tiling.chunks;
+      const int64_t m = frame % target_frames, b = frame / target_frames;
       const int64_t top = chunk * tiling.chunk_rows, bottom = std::min(tiling.height, top + tiling.chunk_rows);
-      Meeting<C>& here = meetings[omp_get_thread_num()];
-      for (int i = 0; i < count; ++i) here.counted[i] = counted(i, b, m);
+      TileState<C>& state = states[omp_get_thread_num()];
+      for (int i = 0; i < count; ++i) state.counted[i] = counted(i, b, m);
       for (int64_t first = 0; first < channels; first += channels_at_once())
         for (int64_t y = top; y < bottom; y += tiling.rows)
           for (int64_t x = 0; x < tiling.width; x += tiling.columns)
             for (int64_t c = first; c < first + channels_at_once(); ++c) {
               const Place place{b, m, c, y, x, std::min(tiling.rows, tiling.height - y),
                                 std::min(tiling.columns, tiling.width - x)};
-              meet(place, here, sums.data() + unit * terms, scratch);
+              process(place, state, sums.data() + unit * terms, scratch);
             }
       if (streams) finish_streaming();
     });

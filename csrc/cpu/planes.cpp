@@ -1,28 +1,29 @@
-// Pixels of tokens, whose channels lie side by side, to planes of the precision that is computed in, and back.
+// load_planes and store_planes of common.h: copy pixels between tokens, where a pixel's channels are adjacent, and one
+// plane per channel in the compute precision. video_pyramid and multi_horizon_loss call them through pyramid.h.
 #include "convert.h"
 
 namespace mfwm::cpu {
 namespace {
 
-// Lanes<C> reads and writes S.
+// Whether Lanes<C> can load and store S.
 template <class C, class S>
 constexpr bool has_lanes = std::is_same_v<C, float> && (std::is_same_v<S, float> || std::is_same_v<S, bfloat16>);
 
-// Neighbours in a row of pixels, at most eight of them, and the same in `rows` rows of their tokens.
+// A block of pixels to copy together: `count` <= 8 neighbours in each of `rows` rows of the same tokens.
 struct Neighbours {
-  int64_t first;      // the first one's element of a plane
-  int64_t offset;     // in memory, of their first row
-  const int64_t* at;  // pixel k of that row lies at offset + at[k]
+  int64_t first;      // plane element of the first pixel
+  int64_t offset;     // offset in the tensor of the first row of pixels
+  const int64_t* at;  // pixel k of that row is at offset + at[k]
   int64_t count, rows;
 };
 
-// run(neighbours) for all of them, in the order in which they lie in memory.
+// Call run(neighbours) for every such block of the rectangle, in memory order.
 template <class Run>
 MFWM_INLINE void runs(const TokenPixels& pixels, const Run& run) {
-  constexpr int64_t most = 256;
-  int64_t at[most];
-  for (int64_t first = 0; first < pixels.columns; first += most) {
-    const int64_t count = std::min(most, pixels.columns - first);
+  constexpr int64_t max_columns = 256;
+  int64_t at[max_columns];
+  for (int64_t first = 0; first < pixels.columns; first += max_columns) {
+    const int64_t count = std::min(max_columns, pixels.columns - first);
     for (int64_t k = 0; k < count; ++k) at[k] = pixels.column_at(first + k);
     for (int64_t top = 0, bottom; top < pixels.rows; top = bottom) {
       bottom = std::min(pixels.rows, ((pixels.y + top) / pixels.patch + 1) * pixels.patch - pixels.y);
@@ -35,10 +36,10 @@ MFWM_INLINE void runs(const TokenPixels& pixels, const Run& run) {
   }
 }
 
-// Fours of pixels, from the first on, lie side by side.
-MFWM_INLINE bool in_fours(const TokenPixels& pixels) { return pixels.patch % 4 == 0 && pixels.x % 4 == 0; }
+// True if every group of four pixels, counted from the first, is contiguous in a token.
+MFWM_INLINE bool has_contiguous_quads(const TokenPixels& pixels) { return pixels.patch % 4 == 0 && pixels.x % 4 == 0; }
 
-// Eight pixels to a vector per channel: `pixel(j)` is where pixel j lies.
+// Transpose eight pixels into one vector per channel and back; `pixel(j)` points to pixel j.
 template <class C, class S, class Pixel>
 MFWM_INLINE void load_eight(C* to, int64_t plane, int64_t channels, const Pixel& pixel) {
   using L = Lanes<C>;
@@ -84,8 +85,9 @@ MFWM_INLINE void store_eight(const C* from, int64_t plane, int64_t channels, con
 template <class C>
 MFWM_INLINE void load(C* to, int64_t plane, const void* from, DType dtype, const TokenPixels& pixels) {
   using L = Lanes<C>;
-  const int64_t channels = pixels.channels, below = pixels.rows / pixels.patch * pixels.across * pixels.token_stride;
-  const bool threes = channels == 3 && in_fours(pixels), fours = channels % 4 == 0;
+  const int64_t channels = pixels.channels;
+  const int64_t next_rectangle = pixels.rows / pixels.patch * pixels.across * pixels.token_stride;
+  const bool rgb_quads = channels == 3 && has_contiguous_quads(pixels), channel_quads = channels % 4 == 0;
   with_type(dtype, [&](auto zero) __attribute__((always_inline)) {
     using S = decltype(zero);
     runs(pixels, [&](const Neighbours& near) __attribute__((always_inline)) {
@@ -94,10 +96,10 @@ MFWM_INLINE void load(C* to, int64_t plane, const void* from, DType dtype, const
       const int64_t* at = near.at;
       for (int64_t r = 0; r < near.rows; ++r, row += pixels.patch * channels, out += pixels.columns) {
         if constexpr (has_lanes<C, S>)
-          if (near.count == 8 && (threes || fours)) {
-            for (int j = 0; below > 0 && j < 8; j += channels < 16 ? 4 : 1)
-              __builtin_prefetch(row + at[j] + below, 0, 2);
-            if (fours) {
+          if (near.count == 8 && (rgb_quads || channel_quads)) {
+            for (int j = 0; next_rectangle > 0 && j < 8; j += channels < 16 ? 4 : 1)
+              __builtin_prefetch(row + at[j] + next_rectangle, 0, 2);
+            if (channel_quads) {
               load_eight<C, S>(out, plane, channels, [&](int j) { return row + at[j]; });
               continue;
             }
@@ -119,7 +121,7 @@ template <class C>
 MFWM_INLINE void store(const C* from, int64_t plane, void* to, DType dtype, const TokenPixels& pixels) {
   using L = Lanes<C>;
   const int64_t channels = pixels.channels;
-  const bool threes = channels == 3 && in_fours(pixels), fours = channels % 4 == 0;
+  const bool rgb_quads = channels == 3 && has_contiguous_quads(pixels), channel_quads = channels % 4 == 0;
   with_type(dtype, [&](auto zero) __attribute__((always_inline)) {
     using S = decltype(zero);
     if constexpr (!std::is_same_v<S, uint8_t>)
@@ -129,8 +131,8 @@ MFWM_INLINE void store(const C* from, int64_t plane, void* to, DType dtype, cons
         const int64_t* at = near.at;
         for (int64_t r = 0; r < near.rows; ++r, row += pixels.patch * channels, in += pixels.columns) {
           if constexpr (has_lanes<C, S>)
-            if (near.count == 8 && (threes || fours)) {
-              if (fours) {
+            if (near.count == 8 && (rgb_quads || channel_quads)) {
+              if (channel_quads) {
                 store_eight<C, S>(in, plane, channels, [&](int j) { return row + at[j]; });
                 continue;
               }

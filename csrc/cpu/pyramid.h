@@ -1,5 +1,5 @@
-// Box averages of a tile at a chain of factors, and frames in image or token layout: shared by video_pyramid and
-// multi_horizon_loss.
+// Box averages of a tile at a chain of factors, and loads and stores of frames in image or token layout.
+// video_pyramid.cpp and multi_horizon_loss.cpp use all of it; fan_out.cpp uses the chain of levels and the split rows.
 #pragma once
 
 #include <limits>
@@ -8,50 +8,51 @@
 
 namespace mfwm::cpu {
 
-// A rectangle of C in rows of `pitch` elements. `in_pairs`: of every whole 2 * Lanes<float>::count elements of a row those at
-// even places come first, as bf16 is read and written, and as pairs are averaged, without a shuffle.
+// A rectangle of C in rows of `pitch` elements. If `is_split`, every whole block of 2 * Lanes<float>::count elements of
+// a row holds its even elements first, then its odd ones. In that order bf16 is loaded and stored, and neighbours are
+// averaged, without a shuffle.
 template <class C>
 struct Tile {
   C* data = nullptr;
   int64_t pitch = 0, rows = 0, columns = 0;
-  bool in_pairs = false;
+  bool is_split = false;
   MFWM_INLINE C* row(int64_t y) const { return data + y * pitch; }
-  // Its rows make one long row.
+  // True if the rows can be treated as one long row.
   MFWM_INLINE bool is_dense() const {
-    return pitch == columns && (!in_pairs || columns % (2 * Lanes<float>::count) == 0);
+    return pitch == columns && (!is_split || columns % (2 * Lanes<float>::count) == 0);
   }
-  // Of a dense tile: one long row.
-  MFWM_INLINE Tile joined() const { return {data, rows * columns, 1, rows * columns, in_pairs}; }
+  // A dense tile as one long row.
+  MFWM_INLINE Tile joined() const { return {data, rows * columns, 1, rows * columns, is_split}; }
 };
 
 template <class C>
 MFWM_INLINE Tile<const C> read_only(const Tile<C>& tile) {
-  return {tile.data, tile.pitch, tile.rows, tile.columns, tile.in_pairs};
+  return {tile.data, tile.pitch, tile.rows, tile.columns, tile.is_split};
 }
 
-// A row of C or bf16 into pairs and back; the two may be the same.
+// Split a row of C or bf16, and interleave it again; `from` and `to` may be the same row.
 template <class C, class S>
-MFWM_INLINE void into_pairs(const S* from, C* to, int64_t count) {
+MFWM_INLINE void split_row(const S* from, C* to, int64_t count) {
   using L = Lanes<C>;
   int64_t x = 0;
   for (; x + 2 * L::count <= count; x += 2 * L::count) {
-    const auto pairs = L::load_pairs(from + x);
-    L::store(pairs.even, to + x);
-    L::store(pairs.odd, to + x + L::count);
+    const auto split = L::load_split(from + x);
+    L::store(split.even, to + x);
+    L::store(split.odd, to + x + L::count);
   }
   for (; x < count; ++x) to[x] = widen(from[x]);
 }
 template <class C>
-MFWM_INLINE void from_pairs(const C* from, C* to, int64_t count) {
+MFWM_INLINE void interleave_row(const C* from, C* to, int64_t count) {
   using L = Lanes<C>;
   int64_t x = 0;
   for (; x + 2 * L::count <= count; x += 2 * L::count)
-    L::store_pairs({L::load(from + x), L::load(from + x + L::count)}, to + x);
+    L::store_split({L::load(from + x), L::load(from + x + L::count)}, to + x);
   for (; x < count; ++x) to[x] = from[x];
 }
 
-// Frames [b, t, c, y, x], stored as images or cut into tokens of patch x patch pixels with features in
-// (row, column, channel) order.
+// Frames [b, t, c, y, x], stored as images or as tokens of patch x patch pixels, whose features are in (row, column,
+// channel) order.
 struct Frames {
   Array array;
   int64_t patch = 0;  // 0: images
@@ -64,10 +65,11 @@ struct Frames {
     return b * s[0] + t * s[1] + c * s[2] + y * s[3] + x * s[4];
   }
 
-  // run(first, rows): the pixels of row y from column x, `count` of them, lie at `rows`, in pieces that start with pixel
-  // x + first. Whole tokens make one piece.
+  // Locate `count` pixels of row y from column x on. Calls run(first, rows) for each piece, where `rows` holds the
+  // pixels from x + first on. Adjacent whole tokens are one piece.
   template <class Run>
-  MFWM_INLINE void token_runs(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t count, const Run& run) const {
+  MFWM_INLINE void token_runs(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t count,
+                              const Run& run) const {
     const int64_t* s = array.stride;
     const int64_t frame = b * s[0] + t * s[1] + (y / patch) * (width / patch) * s[2];
     for (int64_t done = 0; done < count;) {
@@ -79,7 +81,7 @@ struct Frames {
       done += tokens * length;
     }
   }
-  // The rectangle of one channel whose first pixel is y, x. `to` and `from` hold its rows one after the other.
+  // Load or store the rectangle of one channel whose first pixel is y, x. `to` and `from` hold its rows without gaps.
   template <class C>
   void load(C* to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns, C scale = 1,
             C shift = 0) const {
@@ -91,14 +93,15 @@ struct Frames {
       });
   }
   template <class C>
-  void store(const C* from, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
+  void store(const C* from, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows,
+             int64_t columns) const {
     if (patch == 0) return store_rows(from, array.data, array.dtype, image_rows(b, t, c, y, x, rows, columns));
     for (int64_t r = 0; r < rows; ++r)
       token_runs(b, t, c, y + r, x, columns, [&](int64_t first, const Rows& run) {
         store_rows(from + r * columns + first, array.data, array.dtype, run);
       });
   }
-  // All channels of a rectangle, `plane` elements apart.
+  // Load or store all channels of a rectangle; their planes are `plane` elements apart.
   template <class C>
   void load_channels(C* to, int64_t plane, int64_t b, int64_t t, int64_t y, int64_t x, int64_t rows,
                      int64_t columns) const {
@@ -111,9 +114,10 @@ struct Frames {
     if (is_plain_tokens()) return store_planes(from, plane, array.data, array.dtype, pixels(b, t, y, x, rows, columns));
     for (int64_t c = 0; c < channels; ++c) store(from + c * plane, b, t, c, y, x, rows, columns);
   }
-  // A rectangle of one channel in pairs, no NaN with a one among its lower 16 bits; asks for the rectangle below.
+  // Load a rectangle of one channel into a split tile, and prefetch the rectangle below. Every NaN becomes the quiet
+  // NaN, whose lower 16 bits are zero (see Split in lanes.h).
   template <class C>
-  MFWM_INLINE void load_in_pairs(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
+  MFWM_INLINE void load_split(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
                                  C shift) const {
     using L = Lanes<C>;
     if constexpr (std::is_same_v<C, float>)
@@ -123,9 +127,9 @@ struct Frames {
           C* row = to.row(r);
           int64_t k = 0;
           for (; k + 2 * L::count <= to.columns; k += 2 * L::count) {
-            const auto pairs = L::load_pairs(from + k);
-            L::store(pairs.even * scale + shift, row + k);
-            L::store(pairs.odd * scale + shift, row + k + L::count);
+            const auto split = L::load_split(from + k);
+            L::store(split.even * scale + shift, row + k);
+            L::store(split.odd * scale + shift, row + k + L::count);
             __builtin_prefetch(from + to.rows * array.stride[3] + k, 0, 2);
           }
           for (; k < to.columns; ++k) row[k] = static_cast<C>(from[k]) * scale + shift;
@@ -137,13 +141,14 @@ struct Frames {
       C* row = to.row(r);
       for (int64_t k = 0; k < to.columns; ++k)
         row[k] = row[k] == row[k] ? row[k] : std::numeric_limits<C>::quiet_NaN();
-      into_pairs(row, row, to.columns);
+      split_row(row, row, to.columns);
     }
     prefetch(b, t, c, y + to.rows, x, to.rows, to.columns);
   }
-  // Asks for a rectangle of a plain image, taken to be dense, that is read soon. Inlined: a call of a function that only
-  // asks for memory is left out by the compiler.
-  MFWM_INLINE void prefetch(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows, int64_t columns) const {
+  // Prefetch a rectangle of a plain image, as if it were dense. Inlined, because GCC drops calls to functions that only
+  // prefetch.
+  MFWM_INLINE void prefetch(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows,
+                            int64_t columns) const {
     if (!is_plain_image()) return;
     const int64_t bytes = size_of(array.dtype);
     const char* first = static_cast<const char*>(array.data) + image_offset(b, t, c, y, x) * bytes;
@@ -160,14 +165,15 @@ struct Frames {
   }
 };
 
-// One step of a chain: this factor is averaged from an earlier, finer one.
+// One step of a chain: this factor is averaged from its parent, an earlier, finer level.
 struct Level {
   int64_t factor;
-  int parent;     // index of that level, -1: the base
+  int parent;     // index of the parent; -1: the base
   int64_t ratio;  // factor / the parent's factor
 };
 
-// The distinct `factors`, each a multiple of `base`, in increasing order, each from the coarsest level it can be made of.
+// The chain of the distinct `factors`, multiples of `base`, in increasing order. The parent of a level is the coarsest
+// level whose factor divides its own.
 inline std::vector<Level> chain_of(int64_t base, std::vector<int64_t> factors) {
   std::sort(factors.begin(), factors.end());
   factors.erase(std::unique(factors.begin(), factors.end()), factors.end());
@@ -187,7 +193,8 @@ inline int index_of(const std::vector<Level>& chain, int64_t factor) {
   return -1;
 }
 
-// Sums over runs of `ratio` elements, in place. Pairs first: they are vectorised.
+// to = scale * the sums over runs of `ratio` elements; overwrites `row` and `other`. While the ratio is even it adds
+// neighbours, since the compiler vectorises that loop.
 template <class C>
 MFWM_INLINE void sum_runs(C* __restrict row, C* __restrict other, int64_t count, int64_t ratio, C scale, C* to) {
   while (ratio % 2 == 0) {
@@ -203,24 +210,24 @@ MFWM_INLINE void sum_runs(C* __restrict row, C* __restrict other, int64_t count,
   }
 }
 
-// to = averages of 2 x 2 elements, both in pairs or neither. S is C or bf16.
-template <bool in_pairs, class C, class S>
+// to = averages of 2 x 2 elements; input and output are both split or neither is. S is C or bf16.
+template <bool is_split, class C, class S>
 MFWM_INLINE void average_pairs(const S* __restrict above, const S* __restrict below, C* __restrict to, int64_t count) {
   using L = Lanes<C>;
   const auto averages = [&](int64_t x) __attribute__((always_inline)) -> typename L::type {
     const S *upper = above + 2 * x, *lower = below + 2 * x;
     if constexpr (std::is_same_v<S, bfloat16>) {
-      const auto a = L::load_pairs(upper), b = L::load_pairs(lower);
+      const auto a = L::load_split(upper), b = L::load_split(lower);
       return ((a.even + b.even) + (a.odd + b.odd)) * C(0.25);
     } else {
-      // The rows are added first: pairs within a row cost shuffles.
+      // Add the two rows first, which halves the shuffles that adding neighbours within a row costs.
       const auto left = L::load(upper) + L::load(lower), right = L::load(upper + L::count) + L::load(lower + L::count);
-      if constexpr (in_pairs) return (left + right) * C(0.25);
+      if constexpr (is_split) return (left + right) * C(0.25);
       return L::pair_sums(left, right) * C(0.25);
     }
   };
   int64_t x = 0;
-  if constexpr (in_pairs)
+  if constexpr (is_split)
     for (; x + 2 * L::count <= count; x += 2 * L::count) {
       const auto left = averages(x), right = averages(x + L::count);
       L::store(L::template every_other<0>(left, right), to + x);
@@ -231,14 +238,15 @@ MFWM_INLINE void average_pairs(const S* __restrict above, const S* __restrict be
   for (; x < count; ++x) to[x] = (column(2 * x) + column(2 * x + 1)) * C(0.25);
 }
 
-// to = box average of `from` over ratio x ratio elements, in pairs where `from` is; `scratch` holds two rows of `from`.
+// to = the box average of `from` over ratio x ratio elements, split if `from` is. `scratch` has room for two rows of
+// `from`.
 template <class C, class S>
 MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t ratio, C* scratch) {
   const C scale = C(1) / static_cast<C>(ratio * ratio);
   for (int64_t y = 0; y < to.rows; ++y) {
     C* __restrict out = to.row(y);
     if (ratio == 2) {
-      if (from.in_pairs)
+      if (from.is_split)
         average_pairs<true>(from.row(2 * y), from.row(2 * y + 1), out, to.columns);
       else
         average_pairs<false>(from.row(2 * y), from.row(2 * y + 1), out, to.columns);
@@ -251,21 +259,21 @@ MFWM_INLINE void average(const Tile<const S>& from, const Tile<C>& to, int64_t r
       const S* __restrict next = from.row(y * ratio + dy);
       for (int64_t x = 0; x < from.columns; ++x) sums[x] += widen(next[x]);
     }
-    if (from.in_pairs) from_pairs(scratch, scratch, from.columns);
+    if (from.is_split) interleave_row(scratch, scratch, from.columns);
     sum_runs<C>(sums, other, from.columns, ratio, scale, out);
-    if (from.in_pairs) into_pairs(to.row(y), to.row(y), to.columns);
+    if (from.is_split) split_row(to.row(y), to.row(y), to.columns);
   }
 }
 
-// to = scale * box average over 2 x 2 bytes + shift, in pairs: their sums are, as words of two. With `fetch`, asks for the
-// bytes that many rows below.
+// to = scale * the box average over 2 x 2 bytes + shift, split: summing bytes as 16-bit halves of words leaves the sums
+// split. With `prefetch`, also prefetch the tile of bytes below.
 template <class C>
-MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& to, C scale, C shift, bool fetch) {
+MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& to, C scale, C shift, bool prefetch) {
   using L = Lanes<C>;
   const C quarter = scale * C(0.25);
   for (int64_t y = 0; y < to.rows; ++y) {
     const uint8_t *upper = from.row(2 * y), *lower = from.row(2 * y + 1);
-    for (int64_t x = 0; fetch && x < from.columns; x += 64) {
+    for (int64_t x = 0; prefetch && x < from.columns; x += 64) {
       __builtin_prefetch(upper + from.rows * from.pitch + x, 0, 2);
       __builtin_prefetch(lower + from.rows * from.pitch + x, 0, 2);
     }
@@ -277,7 +285,7 @@ MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& t
       L::store(sums.odd * quarter + shift, row + x + L::count);
     }
     for (; x + L::count <= to.columns; x += L::count) {
-      const auto sums = L::load_pairs(upper + 2 * x) + L::load_pairs(lower + 2 * x);
+      const auto sums = L::load_split(upper + 2 * x) + L::load_split(lower + 2 * x);
       L::store((sums.even + sums.odd) * quarter + shift, row + x);
     }
     for (; x < to.columns; ++x)
@@ -285,7 +293,7 @@ MFWM_INLINE void average_bytes(const Tile<const uint8_t>& from, const Tile<C>& t
   }
 }
 
-// to += weight * from, each element of `from` repeated over ratio x ratio; `scratch` holds one row of `to`.
+// to += weight * from, with each element of `from` repeated over ratio x ratio. `scratch` has room for one row of `to`.
 template <class C>
 MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int64_t ratio, C weight,
                               C* __restrict scratch) {
@@ -324,40 +332,43 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
   }
 }
 
-// How frames are cut into tiles of about so many pixels: a tile's rows and columns are multiples of every factor. It is as
-// wide as the frame where it can be: its rows then make one long row, and none ends within a cache line, which would be
-// written twice past the caches. `chunks` groups of tile rows make a frame; they depend on the shapes alone. As few of
-// them as keep the threads busy: what is asked for in advance is the next tile of the chunk.
+// Cuts frames into tiles of about `target_pixels` pixels, whose rows and columns are multiples of every factor. A tile
+// is as wide as the frame if possible: its rows then form one long row, and no row ends inside a cache line, which
+// non-temporal stores would write twice. A frame has `chunks` groups of tile rows, the units of work; their number
+// depends on shapes only. There are only as many as keep the threads busy, because prefetching reaches no further than
+// the next tile of the same chunk.
 struct Tiling {
   int64_t rows, columns, height, width, chunks, chunk_rows;
 
-  Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t wanted_pixels)
+  Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t target_pixels)
       : height(height_), width(width_) {
-    const int64_t wanted_units = 128;
+    const int64_t target_units = 128;
     int64_t step = 1;
     for (int64_t factor : factors) step = std::lcm(step, factor);
-    const int64_t most_columns = std::max(step, 2 * wanted_pixels / step / step * step);
-    const int64_t across = (width + most_columns - 1) / most_columns;
+    const int64_t max_columns = std::max(step, 2 * target_pixels / step / step * step);
+    const int64_t across = (width + max_columns - 1) / max_columns;
     columns = (width / step + across - 1) / across * step;
-    rows = std::min(height, std::max(step, wanted_pixels / columns / step * step));
+    rows = std::min(height, std::max(step, target_pixels / columns / step * step));
     const int64_t tile_rows = (height + rows - 1) / rows;
-    const int64_t wanted = (wanted_units + frames - 1) / std::max<int64_t>(frames, 1);
-    const int64_t tiles_in_chunk = tile_rows / std::clamp<int64_t>(wanted, 1, tile_rows);
+    const int64_t target_chunks = (target_units + frames - 1) / std::max<int64_t>(frames, 1);
+    const int64_t tiles_in_chunk = tile_rows / std::clamp<int64_t>(target_chunks, 1, tile_rows);
     chunk_rows = tiles_in_chunk * rows;
     chunks = (height + chunk_rows - 1) / chunk_rows;
   }
 };
 
-// The pixels of a tile. 32 KiB of one channel: the tile, its pyramid and its predictions stay in the second-level cache;
-// fewer would stay in the first, but the beginnings and ends of so many loops cost more than that saves. With several
-// channels at once so many that `planes` of the frame, and the `copies` of all channels at each factor, stay there.
+// The number of pixels of a tile. For one channel, 32 KiB: the tile, its pyramid and its predictions then stay in the
+// L2 cache. Smaller tiles would stay in L1, but the prologues and epilogues of so many loops cost more than that saves.
+// For several channels at once, as many as keep `planes` planes of the frame and `copies` copies of all channels at
+// each factor in L2.
 template <class C>
-int64_t wanted_pixels(const std::vector<int64_t>& factors, int64_t channels, int64_t copies, int64_t planes) {
-  const int64_t most = (int64_t(32) << 10) / sizeof(C);
-  if (channels == 1) return most;
-  double elements = static_cast<double>(planes);  // for a pixel
-  for (int64_t factor : factors) elements += static_cast<double>(channels * copies) / static_cast<double>(factor * factor);
-  return std::min(most, static_cast<int64_t>((256 << 10) / (static_cast<double>(sizeof(C)) * elements)));
+int64_t target_pixels(const std::vector<int64_t>& factors, int64_t channels, int64_t copies, int64_t planes) {
+  const int64_t max_pixels = (int64_t(32) << 10) / sizeof(C);
+  if (channels == 1) return max_pixels;
+  double elements = static_cast<double>(planes);  // per pixel
+  for (int64_t factor : factors)
+    elements += static_cast<double>(channels * copies) / static_cast<double>(factor * factor);
+  return std::min(max_pixels, static_cast<int64_t>((256 << 10) / (static_cast<double>(sizeof(C)) * elements)));
 }
 
 }  // namespace mfwm::cpu

@@ -1,4 +1,5 @@
-// Rows of any dtype and stride, to and from the precision that is computed in.
+// The load and store functions for rows that common.h declares: rows of any dtype and stride, converted to and from the
+// compute precision. Every CPU kernel calls them, directly or through pyramid.h.
 #include "convert.h"
 
 namespace mfwm::cpu {
@@ -19,7 +20,7 @@ struct Scaling {
 
 template <class C, class S, class Map>
 MFWM_INLINE void load_as(C* __restrict to, const S* __restrict from, int64_t stride, int64_t count, const Map& map) {
-  // The strides of contiguous rows and of RGB pixels are constants, so that these loops are vectorised.
+  // Loops with a constant stride vectorise, so contiguous rows (1) and RGB pixels (3) have loops of their own.
   if (stride == 1)
     for (int64_t k = 0; k < count; ++k) to[k] = map(static_cast<C>(widen(from[k])));
   else if (stride == 3)

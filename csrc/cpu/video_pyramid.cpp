@@ -1,4 +1,5 @@
-// video_pyramid on the CPU: tile by tile, each factor averaged from the next finer one in cache.
+// video_pyramid on the CPU: tile by tile, averaging each factor from a finer one while that is in cache. bindings.cpp
+// calls the function at the end.
 #include "pyramid.h"
 
 namespace mfwm::cpu {
@@ -8,13 +9,14 @@ template <class C>
 struct Pyramid {
   const VideoPyramid& op;
   const int64_t batch = op.video.size[0], frames = op.video.size[1], channels = op.video.size[2];
-  // The channels of a token share its cache lines, so tokens are written with all of them.
+  // The channels of a token share its cache lines, so write all channels of a token at once.
   const int64_t channels_at_once = op.patch_sizes.empty() ? 1 : channels;
   Frames video{op.video, 0, channels, op.video.size[3], op.video.size[4]};
   std::vector<Frames> outputs;
   std::vector<Level> chain;
   Tiling tiling;
-  // Scratch, in elements from its start: two rows for averaging, the tile of the frame, and one per coarser level.
+  // Offsets into a thread's scratch, in elements: two rows for averaging, the frame's tile, and a tile per coarser
+  // level.
   int64_t scratch_size = 0;
   std::vector<int64_t> level_at;
 
@@ -22,7 +24,7 @@ struct Pyramid {
       : op(op_),
         chain(chain_of(1, op_.factors)),
         tiling(video.height, video.width, op_.factors, batch * frames,
-               wanted_pixels<C>(op_.factors, channels_at_once, 1, channels_at_once)) {
+               target_pixels<C>(op_.factors, channels_at_once, 1, channels_at_once)) {
     for (size_t i = 0; i < op.outputs.size(); ++i)
       outputs.push_back(Frames{op.outputs[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels,
                                video.height / op.factors[i], video.width / op.factors[i]});
@@ -36,7 +38,7 @@ struct Pyramid {
   int64_t plane_of(int64_t factor) const { return padded<C>((tiling.rows / factor) * (tiling.columns / factor)); }
   int64_t frame_at() const { return 2 * padded<C>(tiling.columns); }
 
-  // All factors of channels first .. first + channels_at_once - 1.
+  // Write one tile at every factor, for channels first .. first + channels_at_once - 1.
   MFWM_SIMD void tile(int64_t b, int64_t t, int64_t first, int64_t y, int64_t x, C* scratch) const {
     const int64_t rows = std::min(tiling.rows, tiling.height - y), columns = std::min(tiling.columns, tiling.width - x);
     const auto tile_of = [&](int64_t at, int64_t factor, int64_t c) __attribute__((always_inline)) {
@@ -50,13 +52,15 @@ struct Pyramid {
       const int64_t from = parent < 0 ? frame_at() : level_at[parent];
       for (int64_t c = 0; c < channels_at_once && factor > 1; ++c)
         average(read_only(tile_of(from, factor / ratio, c)), tile_of(level_at[l], factor, c), ratio, scratch);
-      const Tile<C> made = tile_of(level_at[l], factor, 0);
+      const Tile<C> average_tile = tile_of(level_at[l], factor, 0);
       for (size_t i = 0; i < outputs.size(); ++i) {
         if (op.factors[i] != factor) continue;
         if (channels_at_once == 1)
-          outputs[i].store(made.data, b, t, first, y / factor, x / factor, made.rows, made.columns);
+          outputs[i].store(average_tile.data, b, t, first, y / factor, x / factor, average_tile.rows,
+                           average_tile.columns);
         else
-          outputs[i].store_channels(made.data, plane_of(factor), b, t, y / factor, x / factor, made.rows, made.columns);
+          outputs[i].store_channels(average_tile.data, plane_of(factor), b, t, y / factor, x / factor,
+                                    average_tile.rows, average_tile.columns);
       }
     }
   }
