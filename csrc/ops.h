@@ -1,5 +1,5 @@
-// What crosses from Python to a kernel: one plain struct per op, of pointers, sizes, strides and numbers.
-// Everything in them has been checked in Python; kernels check nothing.
+// The arguments of every kernel: one plain struct per op with pointers, sizes, strides and numbers. bindings.cpp fills
+// the structs and calls the functions at the end. Python has checked everything in them; kernels check nothing.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 
 namespace mfwm {
 
-// The codes are those of mfwm_kernels/cpu/__init__.py.
+// The Python side passes these codes (CODES in mfwm_kernels): change both together.
 enum class DType : int { uint8 = 0, float32 = 1, bfloat16 = 2, float16 = 3, float64 = 4, int32 = 5, int64 = 6 };
 
-// A tensor: sizes and strides in elements. Rank -1 stands for None.
+// A tensor; sizes and strides count elements. Rank -1 means None.
 struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -28,7 +28,7 @@ struct ActionWindowSum {
   Array segment_ids;  // [B, A] int32 or int64, or none
   std::vector<int64_t> offsets;
   int64_t window_start;
-  Array sums;  // [B, N, K, D], N <= A: what the forward writes, what the backward reads as the gradient
+  Array sums;  // [B, N, K, D], N <= A: the forward writes it; the backward reads the upstream gradient from it
   int threads;
 };
 
@@ -40,27 +40,28 @@ struct ActionWindowSumGradients {
 // outputs[i] = rms_norm(avg_pool(hidden, pool[i]) + sums[:, :, i])
 struct FanOut {
   Array hidden;       // [B, T, Hp, Wp, D]
-  Array sums;         // [B, T, K, D], contiguous, in the precision that is computed in
+  Array sums;         // [B, T, K, D], contiguous, in the compute precision: float64 if hidden is, else float32
   Array norm_weight;  // [K, D] or none
   std::vector<int64_t> pool;
   double norm_eps;
-  std::vector<Array> outputs;  // K of [B, T, Hp / p, Wp / p, D]; in the backward their gradients, each may be none
+  std::vector<Array> outputs;  // K of [B, T, Hp / p, Wp / p, D]; the backward's upstream gradients, some may be none
   int threads;
 };
 
 struct FanOutGradients {
   Array hidden;               // [B, T, Hp, Wp, D] or none
-  Array sums;                 // [B, T, K, D] or none, contiguous, as FanOut.sums
+  Array sums;                 // [B, T, K, D] or none, contiguous, of the dtype of FanOut.sums
   Array norm_weight;          // [K, D] or none, float64
   Array gram;                 // [K, K] or none, float64: dot products of the horizons' gradients at hidden
-  std::vector<double> scale;  // per horizon, into hidden alone
+  std::vector<double> scale;  // per horizon: multiplies its gradient at hidden only
 };
 
-// A chunk of rows of multi_horizon_linear, whose matrix products are torch's. With x_i = hidden + sums[position, i]:
-// outputs[i] = r_i x_i W_i^T + bias_i, r_i = rsqrt(mean(x_i^2) + eps), or 1 without a norm.
+// A chunk of rows of multi_horizon_linear. torch computes the matrix products; these kernels compute the rest. With
+// x_i = hidden + sums[position, i]: outputs[i] = r_i x_i W_i^T + bias_i, where r_i = rsqrt(mean(x_i^2) + eps), or 1
+// without a norm. "Precision" below is the compute precision: float64 if hidden is, else float32.
 struct MultiHorizonLinear {
   Array hidden;           // [R, D]
-  Array sums;             // [B * T, K, D], contiguous, in the precision that is computed in, as all of "precision" below
+  Array sums;             // [B * T, K, D], contiguous, precision
   int64_t first, tokens;  // row r is at position (first + r) / tokens
   bool norm;
   double norm_eps;
@@ -68,8 +69,8 @@ struct MultiHorizonLinear {
 };
 
 struct MultiHorizonLinearOutputs {
-  Array product;               // [R, N]: hidden with all heads side by side
-  Array projected;             // [B * T, N], contiguous, precision: sums[:, i] with head i
+  Array product;               // [R, N]: hidden W^T, all heads side by side
+  Array projected;             // [B * T, N], contiguous, precision: sums[:, i] W_i^T
   Array bias;                  // [N] or none, precision
   std::vector<Array> outputs;  // K of [R, N_i]
 };
@@ -77,54 +78,55 @@ struct MultiHorizonLinearOutputs {
 struct MultiHorizonLinearScaled {
   std::vector<Array> gradients, outputs;  // K of [R, N_i]; a gradient may be none
   Array bias;                             // as above
-  Array scaled;                           // [R, N]: r_i gradients[i] side by side
-  Array shares;  // [R, K], contiguous, precision: of each x_i, what its gradient loses by the norm
-  Array sums;    // [B * T, N] or none, contiguous, precision; `scaled` over tokens is added
+  Array scaled;                           // written, [R, N]: r_i gradients[i] side by side
+  Array shares;  // written, [R, K], contiguous, precision: the norm subtracts shares[i] x_i from x_i's gradient
+  Array sums;    // [B * T, N] or none, contiguous, precision; accumulates `scaled` summed over tokens
 };
 
 struct MultiHorizonLinearCombined {
-  Array product;  // [R, D]: `scaled` with all heads
-  Array shares;   // as written above
-  Array hidden;   // [R, D] or none; may be `product`
-  Array sums;     // [B * T, K, D] or none, contiguous, precision; what the norm takes off is subtracted
+  Array product;  // [R, D]: the sum of scaled_i W_i over all heads
+  Array shares;   // from multi_horizon_linear_scale
+  Array hidden;   // written, [R, D] or none; may be `product`
+  Array sums;     // [B * T, K, D] or none, contiguous, precision; the norm's part shares[i] x_i is subtracted from it
 };
 
 struct MultiHorizonLinearMonitored {
-  std::vector<Array> states;    // K of [R, D], each may be none: scaled_i with head i
-  Array shares;                 // as written above
-  std::vector<double> weights;  // per horizon, into hidden alone; empty for ones
-  Array hidden;                 // [R, D]
-  Array sums;                   // [B * T, K, D] or none, contiguous, precision; added to
-  Array gram;                   // [K, K], float64: dot products of the horizons' gradients at hidden; added to
+  std::vector<Array> states;    // K of [R, D], each may be none: scaled_i W_i
+  Array shares;                 // from multi_horizon_linear_scale
+  std::vector<double> weights;  // per horizon: multiplies its gradient at hidden only; empty for ones
+  Array hidden;                 // written, [R, D]
+  Array sums;                   // [B * T, K, D] or none, contiguous, precision; accumulates the gradients
+  Array gram;                   // [K, K], float64; accumulates dot products of the horizons' gradients at hidden
 };
 
-// joined = (states[0] / rms(states[0]), states[1] / rms(states[1])); in the backward the gradient there
+// joined = (states[0] / rms(states[0]), states[1] / rms(states[1]))
 struct MtpCombine {
   std::vector<Array> states;  // 2 of [R, D]
-  Array joined;               // [R, 2 D]
+  Array joined;               // [R, 2 D]: mtp_combine_norm writes it; mtp_combine_gradient reads its gradient from it
   double eps;
   int threads;
 };
 
-// A chunk of rows, of any horizons, of multi_horizon_linear_cross_entropy, whose matrix products are torch's. The
-// gradients of each row's loss, times its scale, are written over its logits. "Precision" is float32, float64 for
-// float64 logits.
+// A chunk of rows, of any horizons, of multi_horizon_linear_cross_entropy. torch computes the matrix products. The
+// kernel overwrites a row's logits with the gradient of its loss times its scale. "Precision" is float64 for float64
+// logits, else float32. All arrays but the logits are contiguous.
 struct MultiHorizonLinearCrossEntropy {
   Array logits;                             // [R, V], of unit stride
-  Array ids;                                // int32: what the cells cover, cell after cell; negative ones are left out
+  Array ids;                                // int32: the target ids of each row's cell; negative ids are ignored
   Array starts;                             // [R + 1] int64: row r's ids are ids[starts[r]] to ids[starts[r + 1] - 1]
-  Array scales;                             // [R], precision; like all arrays but the logits, contiguous
+  Array scales;                             // [R], precision
   Array losses;                             // [R], precision
-  Array hits;                               // [R] int32, or none: 1 where the most frequent id is predicted
+  Array hits;                               // [R] int32, or none: 1 where the argmax is the cell's most frequent id
   double label_smoothing, z_loss, softcap;  // softcap 0: none
-  bool gradients;
+  bool gradients;                           // false: leave the logits alone
   int threads;
 };
 
-// Cross-entropy of each far row under the mean of the distributions of its near rows.
+// Cross-entropy of each far row against the mean of its near rows' distributions. The kernel overwrites logits with
+// their gradients, times `scale`.
 struct MultiHorizonLinearConsistency {
-  Array near;      // [C * S, F * V], the S rows of a cell one after the other; of unit stride, as `far` is
-  Array far;       // [C, F * V]
+  Array near;      // [C * S, F * V], of unit stride; the S rows of a cell are adjacent
+  Array far;       // [C, F * V], of unit stride
   Array losses;    // [C, F], contiguous, precision
   int64_t groups;  // F
   double softcap, scale;
@@ -147,11 +149,11 @@ enum class Detach : int { none = 0, near = 1, far = 2 };
 
 struct MultiHorizonLoss {
   std::vector<Array> preds;      // K of [B, T, C, H / f, W / f] or [B, T, S, P * P * C]
-  std::vector<Array> gradients;  // K, none where not wanted
+  std::vector<Array> gradients;  // written, K; none for predictions that need no gradient
   Array video;                   // [B, T_v, C, H, W]
   Array segment_ids;             // [B, T_v] or none
   Array weights;                 // [K] float32 or float64
-  Array pair_weights;            // [K], by the far side, or [K, K], or none
+  Array pair_weights;            // [K], indexed by a pair's far side, or [K, K], or none
   std::vector<int64_t> offsets, factors;
   std::vector<int64_t> pairs;        // i0, j0, i1, j1, ...
   std::vector<int64_t> patch_sizes;  // empty: image layout
@@ -159,15 +161,15 @@ struct MultiHorizonLoss {
   Detach detach;
   bool residual;
   double scale, shift, delta, eps;
-  // Written; float32 or float64, counts int64; contiguous.
+  // The outputs, contiguous: float32 or float64, counts int64.
   Array total, per_horizon, counts;   // [], [K], [K]
-  Array agreement, agreement_counts;  // in the shape of pair_weights, [K] without: zeros where there is no pair
+  Array agreement, agreement_counts;  // of pair_weights' shape, or [K] without weights; zero where there is no pair
 };
 
-// What the CUDA kernels of multi_horizon_loss use besides.
+// Scratch memory for the CUDA kernels of multi_horizon_loss.
 struct MultiHorizonLossScratch {
   Array term_counts;  // [terms] int64 with segments, else none. The terms are the horizons, then the pairs.
-  Array partial;      // [terms, blocks] float32: no more blocks are launched
+  Array partial;      // [terms, blocks] float32; caps the number of blocks launched
 };
 
 namespace cpu {
@@ -192,7 +194,7 @@ void multi_horizon_loss(const MultiHorizonLoss&, int threads);
 namespace cuda {
 void video_pyramid(const VideoPyramid&, void* stream);
 void multi_horizon_loss(const MultiHorizonLoss&, const MultiHorizonLossScratch&, void* stream);
-// tensors *= upstream, a scalar on the device; the tensors are dense.
+// tensors *= upstream, a scalar in device memory; the tensors must be dense.
 void multi_horizon_loss_scale(const std::vector<Array>& tensors, const Array& upstream, void* stream);
 }  // namespace cuda
 

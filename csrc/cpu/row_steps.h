@@ -45,8 +45,9 @@ struct RowSteps {
     std::fill(to + depth, to + row, C(0));
     if (is_split) split_row(to, to, row);
   }
-  // Whether to write an array with non-temporal stores: only if it is larger than the caches. Write whole cache lines
-  // one after another; alternating half lines of four rows made fan_out twice as slow in bf16.
+  // Whether to write an array with non-temporal stores: if its rows are in place and aligned, and it is larger than the
+  // caches. Write whole cache lines one after another: alternating half lines of four rows made fan_out twice as slow
+  // in bf16.
   bool streams(const Array& array) const {
     int64_t alignment = reinterpret_cast<int64_t>(array.data), bytes = sizeof(S);
     for (int k = 0; k < 4; ++k) alignment |= array.stride[k] * static_cast<int64_t>(sizeof(S));
