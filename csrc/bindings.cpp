@@ -1,5 +1,7 @@
-// Python numbers and (pointer, dtype code, sizes, strides) tuples -> the structs of ops.h. The GIL is released while a
-// kernel runs. This is the only file that includes pybind11, and nothing here or below includes torch.
+// The Python module mfwm_kernels._native: converts Python numbers and (pointer, dtype code, sizes, strides) tuples to
+// the structs of ops.h, then calls the kernel with the GIL released. The launchers in mfwm_kernels/cpu and
+// mfwm_kernels/cuda call it; mfwm_kernels/_native.pyi describes it to type checkers. Only this file includes pybind11,
+// and no file in csrc includes torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,7 +41,8 @@ using Numbers = std::vector<double>;
 
 ActionWindowSum window_of(const py::handle& actions, const py::handle& lag_weight, const py::handle& segment_ids,
                           const Sizes& offsets, int64_t window_start, const py::handle& sums, int threads) {
-  return {array_of(actions), array_of(lag_weight), array_of(segment_ids), offsets, window_start, array_of(sums), threads};
+  return {array_of(actions), array_of(lag_weight), array_of(segment_ids), offsets,
+          window_start,      array_of(sums),       threads};
 }
 
 FanOut fan_of(const py::handle& hidden, const py::handle& sums, const py::handle& norm_weight, const Sizes& pool,
@@ -52,21 +55,42 @@ MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, in
   return {array_of(hidden), array_of(sums), first, tokens, norm, norm_eps, threads};
 }
 
+// `numbers` is a dict, because the compiler cannot tell four doubles in a row apart: a swap would go unnoticed.
 MultiHorizonLoss loss_of(const py::list& preds, const py::list& gradients, const py::handle& video,
                          const py::handle& segment_ids, const py::handle& weights, const py::handle& pair_weights,
                          const Sizes& offsets, const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes,
-                         int kind, int detach, bool residual, double scale, double shift, double delta, double eps,
-                         const py::list& outputs) {
-  return {arrays_of(preds), arrays_of(gradients), array_of(video), array_of(segment_ids), array_of(weights),
-          array_of(pair_weights), offsets, factors, pairs, patch_sizes, static_cast<LossKind>(kind),
-          static_cast<Detach>(detach), residual, scale, shift, delta, eps, array_of(outputs[0]), array_of(outputs[1]),
-          array_of(outputs[2]), array_of(outputs[3]), array_of(outputs[4])};
+                         int kind, int detach, bool residual, const py::dict& numbers, const py::list& outputs) {
+  const auto number = [&](const char* name) { return numbers[name].cast<double>(); };
+  MultiHorizonLoss op;
+  op.preds = arrays_of(preds);
+  op.gradients = arrays_of(gradients);
+  op.video = array_of(video);
+  op.segment_ids = array_of(segment_ids);
+  op.weights = array_of(weights);
+  op.pair_weights = array_of(pair_weights);
+  op.offsets = offsets;
+  op.factors = factors;
+  op.pairs = pairs;
+  op.patch_sizes = patch_sizes;
+  op.kind = static_cast<LossKind>(kind);
+  op.detach = static_cast<Detach>(detach);
+  op.residual = residual;
+  op.scale = number("scale");
+  op.shift = number("shift");
+  op.delta = number("delta");
+  op.eps = number("eps");
+  op.total = array_of(outputs[0]);
+  op.per_horizon = array_of(outputs[1]);
+  op.counts = array_of(outputs[2]);
+  op.agreement = array_of(outputs[3]);
+  op.agreement_counts = array_of(outputs[4]);
+  return op;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Kernels of mfwm_kernels. Arguments are checked by the Python side; nothing is checked here.";
+  module.doc() = "The compiled kernels of mfwm_kernels. Its Python code checks all arguments; this module checks none.";
 
   module.def("action_window_sum_forward",
              [](py::object actions, py::object lag_weight, py::object segment_ids, const Sizes& offsets,
@@ -101,8 +125,8 @@ PYBIND11_MODULE(_native, module) {
                cpu::fan_out_backward(op, gradients);
              });
   module.def("multi_horizon_linear_forward",
-             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
-                py::object product, py::object projected, py::object bias, const py::list& outputs) {
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps,
+                int threads, py::object product, py::object projected, py::object bias, const py::list& outputs) {
                const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
                const MultiHorizonLinearOutputs to{array_of(product), array_of(projected), array_of(bias),
                                                   arrays_of(outputs)};
@@ -110,8 +134,8 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_forward(op, to);
              });
   module.def("multi_horizon_linear_scale",
-             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
-                const py::list& upstream, const py::list& outputs, py::object bias, py::object scaled,
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps,
+                int threads, const py::list& upstream, const py::list& outputs, py::object bias, py::object scaled,
                 py::object shares, py::object scaled_sums) {
                const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
                const MultiHorizonLinearScaled to{arrays_of(upstream), arrays_of(outputs), array_of(bias),
@@ -120,8 +144,9 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_scale(op, to);
              });
   module.def("multi_horizon_linear_combine",
-             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
-                py::object product, py::object shares, py::object hidden_gradient, py::object sums_gradient) {
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps,
+                int threads, py::object product, py::object shares, py::object hidden_gradient,
+                py::object sums_gradient) {
                const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
                const MultiHorizonLinearCombined to{array_of(product), array_of(shares), array_of(hidden_gradient),
                                                    array_of(sums_gradient)};
@@ -129,9 +154,9 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_combine(op, to);
              });
   module.def("multi_horizon_linear_monitor",
-             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps, int threads,
-                const py::list& states, py::object shares, const Numbers& weights, py::object hidden_gradient,
-                py::object sums_gradient, py::object gram) {
+             [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps,
+                int threads, const py::list& states, py::object shares, const Numbers& weights,
+                py::object hidden_gradient, py::object sums_gradient, py::object gram) {
                const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
                const MultiHorizonLinearMonitored to{arrays_of(states), array_of(shares), weights,
                                                     array_of(hidden_gradient), array_of(sums_gradient), array_of(gram)};
@@ -139,8 +164,8 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_monitor(op, to);
              });
   module.def("multi_horizon_linear_cross_entropy",
-             [](py::object logits, py::object ids, py::object starts, py::object scales, py::object losses, py::object hits,
-                double label_smoothing, double z_loss, double softcap, bool gradients, int threads) {
+             [](py::object logits, py::object ids, py::object starts, py::object scales, py::object losses,
+                py::object hits, double label_smoothing, double z_loss, double softcap, bool gradients, int threads) {
                const MultiHorizonLinearCrossEntropy op{
                    array_of(logits), array_of(ids),   array_of(starts), array_of(scales), array_of(losses),
                    array_of(hits),   label_smoothing, z_loss,           softcap,          gradients,
@@ -182,10 +207,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
                 py::object weights, py::object pair_weights, const Sizes& offsets, const Sizes& factors,
-                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual, double scale,
-                double shift, double delta, double eps, const py::list& outputs, int threads) {
+                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
+                const py::dict& numbers, const py::list& outputs, int threads) {
                const auto op = loss_of(preds, gradients, video, segment_ids, weights, pair_weights, offsets, factors,
-                                       pairs, patch_sizes, kind, detach, residual, scale, shift, delta, eps, outputs);
+                                       pairs, patch_sizes, kind, detach, residual, numbers, outputs);
                py::gil_scoped_release release;
                cpu::multi_horizon_loss(op, threads);
              });
@@ -200,11 +225,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("cuda_multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
                 py::object weights, py::object pair_weights, const Sizes& offsets, const Sizes& factors,
-                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual, double scale,
-                double shift, double delta, double eps, const py::list& outputs, py::object term_counts,
-                py::object partial, uintptr_t stream) {
+                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
+                const py::dict& numbers, const py::list& outputs, py::object term_counts, py::object partial,
+                uintptr_t stream) {
                const auto op = loss_of(preds, gradients, video, segment_ids, weights, pair_weights, offsets, factors,
-                                       pairs, patch_sizes, kind, detach, residual, scale, shift, delta, eps, outputs);
+                                       pairs, patch_sizes, kind, detach, residual, numbers, outputs);
                const MultiHorizonLossScratch scratch{array_of(term_counts), array_of(partial)};
                py::gil_scoped_release release;
                cuda::multi_horizon_loss(op, scratch, reinterpret_cast<void*>(stream));

@@ -258,10 +258,7 @@ def native_arguments(
         KINDS.index(args.kind),
         0 if args.detach == "none" else DETACH.index(args.detach),
         args.residual,
-        args.scale,
-        args.shift,
-        args.delta,
-        args.eps,
+        {"scale": args.scale, "shift": args.shift, "delta": args.delta, "eps": args.eps},
         [raw(output) for output in outputs],
     )
 
