@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from setuptools import Distribution
 
-from mfwm_kernels import registry
+from mfwm_kernels import native
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -80,13 +80,13 @@ def compiled_functions(module: ModuleType) -> dict[str, int]:
 
 
 def test_the_stub_lists_the_functions_of_the_compiled_module() -> None:
-    native = registry.native
-    if native is None:
+    module = native.module
+    if module is None:
         pytest.fail("the module mfwm_kernels._native is part of a test installation")
     expected = {name: len(names) for name, names in stub_functions().items()}
-    if not native.has_cuda:
+    if not module.has_cuda:
         expected = {name: count for name, count in expected.items() if not name.startswith("cuda_")}
-    assert compiled_functions(native) == expected
+    assert compiled_functions(module) == expected
 
 
 def test_the_stub_names_the_arguments_of_the_bindings() -> None:
@@ -100,9 +100,9 @@ def test_the_stub_names_the_arguments_of_the_bindings() -> None:
 def test_the_stub_describes_the_build() -> None:
     body = ast.parse((ROOT / "mfwm_kernels" / "_native.pyi").read_text()).body
     (build_info,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == "BuildInfo")
-    assert registry.native is not None
+    assert native.module is not None
     assert {ast.unparse(field.target) for field in build_info.body if isinstance(field, ast.AnnAssign)} == set(
-        registry.native.build_info
+        native.module.build_info
     )
 
 
