@@ -106,7 +106,7 @@ def multi_horizon_linear_combine(
     norm: bool,
     norm_eps: float,
     threads: int,
-    product: Array,
+    product: Array | None,
     shares: Array,
     hidden_gradient: Array | None,
     sums_gradient: Array | None,

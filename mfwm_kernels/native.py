@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from . import _native as kernels
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -17,9 +21,11 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the compiled module mfwm_kernels._native did not import: {error}"
 
 
-# The module, or None and why it is absent. `kernels` is the same for code that runs only where it is present.
+# The module, or None and why it is absent.
 module, absent = _load()
-kernels: Any = module
+if not TYPE_CHECKING:
+    # The same, with the signatures of _native.pyi, for code that runs only where it is present.
+    kernels = module
 
 # As DType in csrc/ops.h.
 CODES = {
@@ -32,9 +38,15 @@ CODES = {
     torch.int64: 6,
 }
 
-Array = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+Array = tuple[int, int, Sequence[int], Sequence[int]]
 
 
+@overload
+def raw(tensor: Tensor) -> Array: ...
+@overload
+def raw(tensor: None) -> None: ...
+@overload
+def raw(tensor: Tensor | None) -> Array | None: ...
 def raw(tensor: Tensor | None) -> Array | None:
     """(pointer, dtype code, sizes, strides), which csrc/bindings.cpp unpacks into an Array.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dtypes import precision
 from ..grad_monitor import write_gram
-from ..native import kernels, raw
+from ..native import Array, kernels, raw
 from ..op import Gradients, Want
 from ..ops.conditioning import conditioning_sums, gradients_of_sums, wants_sums
 from ..ops.fan_out import Arguments
@@ -70,7 +70,7 @@ def on_grid(states: Tensor) -> Tensor:
     return states.unsqueeze(2) if states.dim() == 4 else states
 
 
-def conditioned(args: Arguments, hidden: Tensor, sums: Tensor) -> tuple[object, ...]:
+def conditioned(args: Arguments, hidden: Tensor, sums: Tensor) -> tuple[Array, Array, Array | None, list[int], float]:
     """The arguments that both kernels begin with."""
     norm_weight = None if args.norm_weight is None else args.norm_weight.expand(len(args.pool), -1)
     return raw(hidden), raw(sums), raw(norm_weight), args.pool, args.norm_eps

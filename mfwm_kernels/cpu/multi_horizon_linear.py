@@ -19,7 +19,7 @@ from ..gemm.multi_horizon_linear import (
 )
 from ..gemm.multi_horizon_linear import backward as shared_backward
 from ..gemm.rows import chunks, rows_of
-from ..native import kernels, raw
+from ..native import Array, kernels, raw
 from ..op import Gradients, Want
 from ..ops.conditioning import conditioning_sums
 from ..ops.multi_horizon_linear import Arguments
@@ -52,7 +52,7 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     return shared_backward(args, want, upstream, outputs, PASSES)
 
 
-def begin(args: Arguments, rows: Rows) -> tuple[object, ...]:
+def begin(args: Arguments, rows: Rows) -> tuple[Array, Array, int, int, bool, float, int]:
     """The arguments that all kernels begin with."""
     norm = args.norm_weight is not None
     return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), rows.first, rows.tokens, norm, args.norm_eps,

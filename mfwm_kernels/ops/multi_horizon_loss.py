@@ -8,7 +8,7 @@ total          = sum_i horizon_weights[i] * per_horizon_i + sum_ij consistency_w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from ..autograd import call
 from ..dtypes import autocasts, follow, stored_dtype
 from ..horizon_loss import DETACH, HorizonLoss, check_consistency, check_horizon_weights, index_of, nan_if_invalid
 from ..horizons import Horizons, check_horizons, counts_at
-from ..native import raw
+from ..native import Array, raw
 from ..op import Backend, Cost, Op, Want, register
 from .video_pyramid import (
     VIDEO,
@@ -31,6 +31,9 @@ from .video_pyramid import (
     output_shape,
     unpatchify,
 )
+
+if TYPE_CHECKING:
+    from .._native import LossNumbers
 
 KINDS = ("mse", "l1", "huber", "charbonnier")
 
@@ -242,7 +245,10 @@ def empty_gradients(args: Arguments, want: Want) -> list[Tensor | None]:
 
 def native_arguments(
     args: Arguments, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor]
-) -> tuple[object, ...]:
+) -> tuple[
+    list[Array], list[Array | None], Array, Array | None, Array, Array | None,
+    list[int], list[int], list[int], list[int], int, int, bool, LossNumbers, list[Array],
+]:  # fmt: skip
     """What csrc/bindings.cpp unpacks into a MultiHorizonLoss (csrc/ops.h); the outputs are in the reference's order."""
     return (
         [raw(pred) for pred in args.preds],
