@@ -107,11 +107,14 @@ def choose(op: Op, args: Any) -> str:
         if reason:
             raise BackendError(f"backend {_forced!r} cannot serve this call of {op.name}: {reason}")
         return _forced
-    for backend in op.backends:
-        # The interpreter is for checking kernels: its results are right, and it is very slow.
-        if backend == "triton" and INTERPRETED and first_tensor(args).device.type == "cpu":
+    # The tests of `refusal`, without its reasons: every eager call pays for them.
+    first = first_tensor(args)
+    device, dtype = first.device.type, first.dtype
+    for backend, record in op.backends.items():
+        if ABSENT[backend] or dtype not in record.dtypes or device not in served_devices(backend):
             continue
-        if not refusal(op, backend, args):
+        # The interpreter is for checking kernels: its results are right, and it is very slow.
+        if not (backend == "triton" and device == "cpu") and not record.refuses(args):
             return backend
     return "reference"
 
