@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mfwm.models.rollout import Roller, as_frames
+from mfwm.models.rollouts import Rollout, rollout
 from mfwm.models.sizes import DEMO_MODEL
 from mfwm.models.world_model import WorldModel
 from torch import Tensor
@@ -36,9 +36,9 @@ def measure(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     actions = torch.randint(0, config.actions, (1, SEEN + STEPS), device=device)
     anew = f"the last {config.context} frames anew"
     calls = {
-        "cached": lambda: model.rollout(video, actions, STEPS),
-        "uncached": lambda: model.rollout(video, actions, STEPS, cached=False),
-        anew: lambda: of_context.rollout(video, actions, STEPS, cached=False, keep=config.context),
+        "cached": lambda: rollout(model, video, actions, STEPS),
+        "uncached": lambda: rollout(model, video, actions, STEPS, cached=False),
+        anew: lambda: rollout(of_context, video, actions, STEPS, cached=False, keep=config.context),
     }
     apart = (calls["cached"]() - calls["uncached"]()).abs().max().item()
     times = interleaved([Contender(name, [call]) for name, call in calls.items()], device, budget, graphs=False)
@@ -54,7 +54,7 @@ def measure(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
 
 def held_bytes(model: WorldModel, video: Tensor, actions: Tensor) -> tuple[int, int]:
     """What a rollout holds of its past, half way and at its end."""
-    roller = Roller(model, as_frames(model, video), actions)
+    roller = Rollout(model, video, actions, STEPS)
     held = []
     for step in range(1, STEPS + 1):
         roller.step()

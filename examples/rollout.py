@@ -13,8 +13,8 @@ from pathlib import Path
 
 import imageio.v3 as imageio
 import torch
+from mfwm import random_actions, rollout, rollout_in_jumps, rollout_with_drift
 from mfwm.data import Clips, Replay, split_levels
-from mfwm.models.rollout import random_actions
 from mfwm.training import load_model
 
 from mfwm_kernels import video_pyramid
@@ -36,8 +36,8 @@ def main() -> None:
     video, actions = clip["video"][None], clip["actions"][None]
     beginning = video[:, :BEGINNING]
 
-    frames, drift = model.rollout_with_drift(beginning, actions, steps)
-    own = model.rollout(beginning, actions[:, :BEGINNING], steps, policy=random_actions(model))
+    frames, drift = rollout_with_drift(model, beginning, actions, steps)
+    own = rollout(model, beginning, actions[:, :BEGINNING], steps, policy=random_actions(model))
     (truth,) = video_pyramid(video[:, BEGINNING:], (1,))
     error = (frames - truth).square().flatten(2).mean(2)[0]
     for step in range(steps):
@@ -49,7 +49,7 @@ def main() -> None:
     stride, factor = horizons.offsets[last], horizons.factors[last]
     jumps = steps // stride
     if jumps:
-        jumped = model.rollout_in_jumps(beginning, actions, jumps, last)
+        jumped = rollout_in_jumps(model, beginning, actions, jumps, last)
         (small,) = video_pyramid(video[:, BEGINNING + stride - 1 :: stride][:, :jumps], (factor,))
         for i, value in enumerate((jumped - small).square().flatten(2).mean(2)[0].tolist()):
             print(f"jump {i + 1}, {stride * (i + 1)} frames ahead at 1/{factor}: squared error {value:.4f}")

@@ -18,6 +18,7 @@ from mfwm.evaluation.world_model import CONTEXT, closed_loop, evaluate
 from mfwm.metrics.intervals import correlation, drift_signal, interval, ranks
 from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
 from mfwm.metrics.quality import similarity
+from mfwm.models.rollouts import rollout
 from mfwm.training import train
 from mfwm.training.json_values import as_json
 from mfwm.training.run_log import read_log
@@ -159,7 +160,7 @@ def test_rollouts_are_measured_frame_by_frame(
     model, (file, theirs) = model_of(Horizons((1, 2, 4), (1, 2, 4))), lpips_of_torchmetrics
     found = closed_loop(model, clips, LPIPS(file))
     truth = clips["video"].float() / 127.5 - 1
-    rolled = model.rollout(clips["video"][:, :CONTEXT], clips["actions"], 5)
+    rolled = rollout(model, clips["video"][:, :CONTEXT], clips["actions"], 5)
     for step in range(5):
         frame, seen = truth[:, CONTEXT + step], truth[:, CONTEXT - 1]
         for name, picture in (("rollout", rolled[:, step]), ("persistence_rollout", seen)):

@@ -12,6 +12,7 @@ from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.models.balance import surgery_scale
 from mfwm.models.blocks import RMSNorm, SpaceTimeBlock, rotate, time_mask
 from mfwm.models.looking import look
+from mfwm.models.rollouts import rollout
 from mfwm.models.upsampler import Upsampler, patchify, unpatchify
 from mfwm.training.world_model import WorldModelLoss
 from torch import Tensor, nn
@@ -526,13 +527,13 @@ def test_untrained_model_keeps_the_last_frame() -> None:
     kept = video_pyramid(clips["video"], HORIZONS.factors)
     for prediction, frame in zip(model.predict(**clips), kept, strict=True):
         torch.testing.assert_close(prediction, frame)
-    rolled = model.rollout(clips["video"][:, :3], clips["actions"], 4)
+    rolled = rollout(model, clips["video"][:, :3], clips["actions"], 4)
     torch.testing.assert_close(rolled, kept[0][:, 2:3].expand(-1, 4, -1, -1, -1))
 
 
 def test_rollout_feeds_back_its_own_frames() -> None:
     model, clips = build().eval(), clip(12)
-    rolled = model.rollout(clips["video"][:, :4], clips["actions"], 8, keep=6)
+    rolled = rollout(model, clips["video"][:, :4], clips["actions"], 8, keep=6)
     (frames,) = video_pyramid(clips["video"][:, :4], (1,))
     for step in range(8):
         start = max(0, frames.shape[1] - model.config.context)
@@ -540,7 +541,7 @@ def test_rollout_feeds_back_its_own_frames() -> None:
         torch.testing.assert_close(rolled[:, step : step + 1], following)
         frames = torch.cat([frames, following], dim=1)
     with pytest.raises(ValueError, match=r"actions must cover frames 0\.\.10, got 5"):
-        model.rollout(clips["video"][:, :4], clips["actions"][:, :5], 8)
+        rollout(model, clips["video"][:, :4], clips["actions"][:, :5], 8)
 
 
 def test_continuous_actions_and_the_monitor() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm.models.maskgit import sample, sample_frame, training_mask
-from mfwm.models.rollout import Roller, random_actions
+from mfwm.models.rollouts import Rollout, random_actions, rollout, rollout_in_jumps, rollout_with_drift
 from mfwm.training.world_model import WorldModelLoss
 from torch import Tensor, nn
 
@@ -79,8 +79,8 @@ def test_a_cache_changes_nothing(name: str, keep: int | None) -> None:
         return
     model = build(trunk=trunk, **options)
     video, actions = begin(model)
-    cached = model.rollout(video, actions, 9, keep=keep)
-    torch.testing.assert_close(cached, model.rollout(video, actions, 9, keep=keep, cached=False), atol=1e-4, rtol=1e-4)
+    cached = rollout(model, video, actions, 9, keep=keep)
+    torch.testing.assert_close(cached, rollout(model, video, actions, 9, keep=keep, cached=False), atol=1e-4, rtol=1e-4)
     assert not torch.equal(cached[:, -1], cached[:, 0])
 
 
@@ -95,7 +95,7 @@ def test_a_window_rolls_on_past_the_context(options: dict[str, Any]) -> None:
     model, whole = (build(trunk={**trunk, "context": context}, **options) for context in (CONTEXT, 40))
     video, actions = begin(model, frames=14, actions=34)
     assert actions is not None
-    rolled = model.rollout(video, actions, 20, masked_steps=1)
+    rolled = rollout(model, video, actions, 20, masked_steps=1)
     frames = torch.cat([video if model.tokens else video_pyramid(video, (1,))[0], rolled], dim=1)
     for step in (0, 1, 7, 19):
         seen = 14 + step
@@ -109,9 +109,9 @@ def test_a_window_rolls_on_past_the_context(options: dict[str, Any]) -> None:
         else:
             following = whole.predict(frames[:, :seen], actions[:, :seen], near_only=True)[0][:, -1]
             torch.testing.assert_close(rolled[:, step], following, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(rolled, model.rollout(video, actions, 20, masked_steps=1, cached=False))
+    torch.testing.assert_close(rolled, rollout(model, video, actions, 20, masked_steps=1, cached=False))
     with pytest.raises(ValueError, match="keep must be None for a model with a window, got 3"):
-        model.rollout(video, actions, 2, keep=3)
+        rollout(model, video, actions, 2, keep=3)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_a_frame_depends_on_all_actions_before_it_and_on_no_other(options: dict[
     model = build(trunk={"masked": "output" in options}, **options)
     video, actions = begin(model)
     assert actions is not None
-    rolled = model.rollout(video, actions, 6, masked_steps=3)
+    rolled = rollout(model, video, actions, 6, masked_steps=3)
     for changed_at in (3, 5, 8):
         changed = actions.clone()
         changed[:, changed_at] = (changed[:, changed_at] + 1) % 5
-        again = model.rollout(video, changed, 6, masked_steps=3)
+        again = rollout(model, video, changed, 6, masked_steps=3)
         first = changed_at + 1 - 4
         assert torch.equal(again[:, :first], rolled[:, :first]) and not torch.equal(again[:, first], rolled[:, first])
 
@@ -137,7 +137,7 @@ def test_rollout_is_the_last_position_of_predict_fed_back() -> None:
     assert actions is not None
     (window,) = video_pyramid(video, (1,))
     end = 4
-    for frame in model.rollout(video, actions, 9, keep=3).unbind(1):
+    for frame in rollout(model, video, actions, 9, keep=3).unbind(1):
         if window.shape[1] > CONTEXT:
             window = window[:, -3:]
         following = model.predict(window, actions[:, end - window.shape[1] : end], near_only=True)[0][:, -1]
@@ -149,8 +149,7 @@ def test_rollout_is_the_last_position_of_predict_fed_back() -> None:
 def test_memory_stays_flat(trunk: dict[str, Any]) -> None:
     model = build(trunk=trunk, blocks=(1, 0, 0))
     video, actions = begin(model, actions=64)
-    (frames,) = video_pyramid(video, (1,))
-    roller = Roller(model, frames, actions)
+    roller = Rollout(model, video, actions, 40)
     for _ in range(40):
         roller.step()
         memory = roller.memory
@@ -165,7 +164,7 @@ def test_of_a_long_beginning_the_last_frames_are_seen() -> None:
     video, actions = begin(model, frames=10)
     assert actions is not None
     torch.testing.assert_close(
-        model.rollout(video, actions, 4, keep=3), model.rollout(video[:, 4:], actions[:, 4:], 4, keep=3)
+        rollout(model, video, actions, 4, keep=3), rollout(model, video[:, 4:], actions[:, 4:], 4, keep=3)
     )
 
 
@@ -173,9 +172,9 @@ def test_a_clip_of_a_batch_rolls_out_as_it_does_alone() -> None:
     model = build()
     video, actions = begin(model)
     assert actions is not None
-    whole = model.rollout(video, actions, 5)
+    whole = rollout(model, video, actions, 5)
     for i in range(2):
-        torch.testing.assert_close(whole[i : i + 1], model.rollout(video[i : i + 1], actions[i : i + 1], 5))
+        torch.testing.assert_close(whole[i : i + 1], rollout(model, video[i : i + 1], actions[i : i + 1], 5))
 
 
 @pytest.mark.parametrize("trunk", [{}, {"actions": 0, "action_size": 2}], ids=["discrete", "continuous"])
@@ -192,10 +191,10 @@ def test_a_policy_gives_the_actions_that_are_missing(trunk: dict[str, Any]) -> N
         drawn.append(policy(frames))
         return drawn[-1]
 
-    rolled = model.rollout(video, actions[:, :5], 4, policy=recorded)
+    rolled = rollout(model, video, actions[:, :5], 4, policy=recorded)
     taken = torch.cat([actions[:, :5], torch.stack(drawn, dim=1)], dim=1)
     assert taken.shape[1] == 4 + 4 - 1
-    torch.testing.assert_close(rolled, model.rollout(video, taken, 4))
+    torch.testing.assert_close(rolled, rollout(model, video, taken, 4))
     torch.testing.assert_close(torch.stack(seen, dim=1), rolled[:, 1:3])
 
 
@@ -205,7 +204,7 @@ def test_temperature_draws_tokens() -> None:
 
     def rolled(temperature: float, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return model.rollout(video, actions, 3, temperature=temperature, generator=generator)
+        return rollout(model, video, actions, 3, temperature=temperature, generator=generator)
 
     assert torch.equal(rolled(1.0, 0), rolled(1.0, 0)) and not torch.equal(rolled(1.0, 0), rolled(1.0, 1))
     assert torch.equal(rolled(0.0, 0), rolled(0.0, 1))
@@ -221,11 +220,11 @@ def test_of_the_top_k_tokens_alone_some_are_drawn() -> None:
     torch.testing.assert_close(shares, expected / expected.sum(), atol=0.02, rtol=0)
     for model in (build(**TOKENS), masked_model()):
         video, actions = begin(model)
-        likeliest = model.rollout(video, actions, 3, masked_steps=3)
-        assert torch.equal(model.rollout(video, actions, 3, temperature=5.0, top_k=1, masked_steps=3), likeliest)
-        assert not torch.equal(model.rollout(video, actions, 3, temperature=5.0, top_k=3, masked_steps=3), likeliest)
+        likeliest = rollout(model, video, actions, 3, masked_steps=3)
+        assert torch.equal(rollout(model, video, actions, 3, temperature=5.0, top_k=1, masked_steps=3), likeliest)
+        assert not torch.equal(rollout(model, video, actions, 3, temperature=5.0, top_k=3, masked_steps=3), likeliest)
         with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
-            model.rollout(video, actions, 3, temperature=1.0, top_k=0)
+            rollout(model, video, actions, 3, temperature=1.0, top_k=0)
 
 
 def test_training_mask_is_genies() -> None:
@@ -298,9 +297,9 @@ def test_masked_rollouts(ids: int, options: dict[str, Any]) -> None:
     """Cached as uncached; with one step, the most probable token of a wholly masked frame everywhere."""
     model = masked_model(ids, **options)
     video, actions = begin(model)
-    rolled = model.rollout(video, actions, 6, masked_steps=3, keep=3)
-    assert torch.equal(rolled, model.rollout(video, actions, 6, masked_steps=3, keep=3, cached=False))
-    (once,) = model.rollout(video, actions, 1, masked_steps=1).unbind(1)
+    rolled = rollout(model, video, actions, 6, masked_steps=3, keep=3)
+    assert torch.equal(rolled, rollout(model, video, actions, 6, masked_steps=3, keep=3, cached=False))
+    (once,) = rollout(model, video, actions, 1, masked_steps=1).unbind(1)
     frames = torch.cat([video, video[:, :1]], dim=1)
     token_mask = torch.zeros(2, 5, 8, 8, dtype=torch.bool)
     token_mask[:, 4] = True
@@ -339,8 +338,8 @@ def test_drift_compares_each_horizon_with_the_frame_that_came(options: dict[str,
     video, actions = begin(model)
     assert actions is not None
     steps = 6
-    frames, drift = model.rollout_with_drift(video, actions[:, : 4 + steps - 1], steps, keep=CONTEXT)
-    torch.testing.assert_close(frames, model.rollout(video, actions, steps, keep=CONTEXT))
+    frames, drift = rollout_with_drift(model, video, actions[:, : 4 + steps - 1], steps, keep=CONTEXT)
+    torch.testing.assert_close(frames, rollout(model, video, actions, steps, keep=CONTEXT))
     whole = torch.cat([video if model.tokens else video_pyramid(video, (1,))[0], frames], dim=1)
     for step in range(steps):
         for i, (offset, factor) in enumerate(zip(HORIZONS.offsets, HORIZONS.factors, strict=True)):
@@ -367,7 +366,7 @@ def test_jumps_take_one_horizon_after_the_other() -> None:
     model = build()
     video, actions = begin(model)
     assert actions is not None
-    jumped = model.rollout_in_jumps(video, actions, 2, 2)
+    jumped = rollout_in_jumps(model, video, actions, 2, 2)
     assert jumped.shape == (2, 2, 3, 4, 4)
     one, two, four = (x[:, -1] for x in model.predict(video, actions[:, :7]))
     torch.testing.assert_close(jumped[:, 0], four)
@@ -383,17 +382,17 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
     video, actions = begin(model)
     assert actions is not None
     with pytest.raises(ValueError, match=r"actions must cover frames 0\.\.8, got 5 of them"):
-        model.rollout(video, actions[:, :5], 6)
+        rollout(model, video, actions[:, :5], 6)
     with pytest.raises(ValueError, match=r"keep must be in 1\.\.6 for a context of 6, got 7"):
-        model.rollout(video, actions, 2, keep=7)
+        rollout(model, video, actions, 2, keep=7)
     with pytest.raises(ValueError, match="needs a near horizon of offset 1 and factor 1"):
-        build(horizons=Horizons((2,), (1,))).rollout(video, actions, 2)
+        rollout(build(horizons=Horizons((2,), (1,))), video, actions, 2)
     with pytest.raises(ValueError, match="drift needs far horizons that forecast"):
-        build(conditioning="frames").rollout_with_drift(video, actions, 2)
-    with pytest.raises(ValueError, match=r"horizon must be the place of an offset above 0 in .*, got 3"):
-        model.rollout_in_jumps(video, actions, 2, 3)
+        rollout_with_drift(build(conditioning="frames"), video, actions, 2)
+    with pytest.raises(ValueError, match=r"horizon must be the index of an offset above 0 in .*, got 3"):
+        rollout_in_jumps(model, video, actions, 2, 3)
     with pytest.raises(ValueError, match=r"actions must cover frames 0\.\.10, got 5"):
-        model.rollout_in_jumps(video, actions[:, :5], 2, 2)
+        rollout_in_jumps(model, video, actions[:, :5], 2, 2)
     with pytest.raises(ValueError, match='masked needs heads of output "tokens", of offset 0 first'):
         build(trunk={"masked": True})
 
@@ -413,4 +412,4 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
 def test_malformed_calls_are_named(video: tuple[int, ...], actions: torch.Tensor, steps: int, message: str) -> None:
     model = WorldModel(WorldModelConfig(frame=(3, 16, 16), width=16, head_width=8, layers=1, context=4))
     with pytest.raises((ValueError, TypeError), match=message):
-        model.rollout(torch.zeros(video, dtype=torch.uint8), actions, steps)
+        rollout(model, torch.zeros(video, dtype=torch.uint8), actions, steps)

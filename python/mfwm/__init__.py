@@ -11,29 +11,43 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# OpenMP reads it when torch is loaded. Its threads otherwise spin while they wait, and slow a machine that is shared
-# by several processes many times over; alone, both take the same time.
+# OpenMP reads this when torch is loaded. By default its threads spin while they wait, which slows several processes on
+# one machine many times over; a process alone takes the same time either way.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from .models.heads import MultiFrameHeads
     from .models.heads_config import HeadsConfig
+    from .models.rollouts import random_actions, rollout, rollout_in_jumps, rollout_with_drift
     from .models.world_model import WorldModel, WorldModelConfig
 
-__all__ = ["HeadsConfig", "MultiFrameHeads", "WorldModel", "WorldModelConfig"]
-MODULES = {
+__all__ = [
+    "HeadsConfig",
+    "MultiFrameHeads",
+    "WorldModel",
+    "WorldModelConfig",
+    "random_actions",
+    "rollout",
+    "rollout_in_jumps",
+    "rollout_with_drift",
+]
+MODULE_OF = {
     "HeadsConfig": "heads_config",
     "MultiFrameHeads": "heads",
     "WorldModel": "world_model",
     "WorldModelConfig": "world_model",
+    "random_actions": "rollouts",
+    "rollout": "rollouts",
+    "rollout_in_jumps": "rollouts",
+    "rollout_with_drift": "rollouts",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """The classes of __all__, loaded when they are used: the command line begins before torch is there."""
-    if name not in MODULES:
+    """Load what __all__ names on first use, because the command line starts before torch is loaded."""
+    if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".models.{MODULES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".models.{MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

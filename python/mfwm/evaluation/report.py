@@ -19,6 +19,7 @@ from mfwm_kernels import video_pyramid
 
 from ..data.replay import Clips, split_levels
 from ..models.looking import names_of
+from ..models.rollouts import rollout
 from ..models.world_model import WorldModel
 from ..training.data_identity import open_data
 from ..training.run_config import parsed, read
@@ -107,7 +108,7 @@ def write_report(
         rows = [truth]
         for drawing in DRAWINGS if decoder else DRAWINGS[:1]:
             generator = torch.Generator().manual_seed(seed)
-            rolled = model.rollout(seen, actions, steps, **drawing, generator=generator)
+            rolled = rollout(model, seen, actions, steps, **drawing, generator=generator)
             if decoder is not None:
                 rolled = decoder.pictures(torch.cat([seen, rolled], dim=1), CONTEXT)
             rows.append(torch.cat([truth[:, :CONTEXT], rolled], dim=1))

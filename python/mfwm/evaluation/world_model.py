@@ -26,6 +26,7 @@ from ..metrics.lpips import LPIPS
 from ..metrics.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from ..metrics.quality import check_size, psnr, similarity, squared_error
 from ..models.looking import names_of
+from ..models.rollouts import rollout, rollout_with_drift
 from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
 from ..progress import Progress
 from ..training.checkpoints import write_atomically
@@ -203,13 +204,13 @@ def closed_loop(
     seen = video[:, :CONTEXT]
     drift = None
     if drifts(model):
-        rolled, of_horizons = model.rollout_with_drift(seen, actions, steps)
+        rolled, of_horizons = rollout_with_drift(model, seen, actions, steps)
         far = [i for i, k in enumerate(model.config.heads.horizons.offsets) if k > 1]
         drift = of_horizons[..., far].nanmean(-1)
     else:
-        rolled = model.rollout(seen, actions, steps)
+        rolled = rollout(model, seen, actions, steps)
     misled_actions = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
-    misled = model.rollout(seen, misled_actions, min(steps, DELTA_STEP))
+    misled = rollout(model, seen, misled_actions, min(steps, DELTA_STEP))
     if decoder is not None:
         rolled, misled = (decoder.pictures(torch.cat([seen, ids], dim=1), CONTEXT) for ids in (rolled, misled))
     kept = truth[:, CONTEXT - 1 : CONTEXT].expand(-1, steps, -1, -1, -1)

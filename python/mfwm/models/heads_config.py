@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from mfwm_kernels import Horizons
-from mfwm_kernels import arguments as check
 
-
-def check_choices(config: Any) -> None:
-    """Every field of a dataclass that is a Literal has one of its values; the command line checks, a caller may not."""
-    for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), (hint, *get_args(hint))
-        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        if choices and not (value is None and type(None) in kinds):
-            check.choice(name, value, choices)
-
-
-def check_frame(frame: tuple[int, int, int]) -> None:
-    """(channels, height, width) of pixels, or (ids per token, rows, columns)."""
-    if len(check.integers("frame", frame, least=1)) != 3:
-        raise ValueError(f"frame must be (channels, height, width), got {frame}")
+from ..checks import check_choices
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mfwm_kernels import HorizonLoss, Horizons
 from mfwm_kernels import arguments as check
 
+from ..checks import check_ids
 from .blocks import RMSNorm
 from .heads_config import HeadsConfig
-from .rollout import check_range
 from .tokenizer import CausalStack, Patches, check_levels, quantiser
 from .world_model import WorldModel, WorldModelConfig
 
@@ -118,7 +118,7 @@ class LatentActions(nn.Module):
     def predict(self, video: Tensor, codes: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """The next frames [B, T, C, height, width] that codes [B, V] lead to from the first T <= context frames."""
         check.tensor("codes", codes, 2, (torch.int32, torch.int64))
-        check_range("codes", codes, self.config.codes)
+        check_ids("codes", codes, self.config.codes)
         vectors = self.quantiser.indices_to_codes(codes.flatten()).view(*codes.shape, -1)
         return self.decoder.predict(video, vectors, segment_ids)[0]
 

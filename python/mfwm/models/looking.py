@@ -9,6 +9,7 @@ from torch import Tensor
 from mfwm_kernels import GradMonitor, Horizons, video_pyramid
 
 from .maskgit import training_mask
+from .rollouts import rollout
 from .world_model import WorldModel
 
 # Of a rollout: frames that it starts from.
@@ -68,7 +69,7 @@ def strips(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
             below.append(prediction[0, position])
     found = {"horizons": strip(above, below)}
     if (horizons.offsets[0], horizons.factors[0]) == (1, 1) and video.shape[1] > SEEN:
-        rolled = model.rollout(video[:, :SEEN], actions, video.shape[1] - SEEN)
+        rolled = rollout(model, video[:, :SEEN], actions, video.shape[1] - SEEN)
         found["rollout"] = strip(list(truth[0, SEEN:]), list(rolled[0]))
     return found
 

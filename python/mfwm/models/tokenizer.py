@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
 from mfwm_kernels import arguments as check
 
+from ..checks import check_frame, check_ids
 from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
-from .heads_config import HeadsConfig, check_frame
-from .rollout import check_range
+from .heads_config import HeadsConfig
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Tokenizer(nn.Module):
         if ids.ndim != 4 or tuple(ids.shape[2:]) != self.config.grid:
             raise ValueError(f"ids must be [B, T, {self.config.grid[0]}, {self.config.grid[1]}], got {list(ids.shape)}")
         check.tensor("ids", ids, 4, (torch.int32, torch.int64))
-        check_range("ids", ids, self.config.vocabulary)
+        check_ids("ids", ids, self.config.vocabulary)
         codes = self.quantiser.indices_to_codes(ids.flatten(1)).unflatten(1, (ids.shape[1], -1))
         hidden = self._decoded(codes, segment_ids)
         # Heads of offset 0 without residual take of the frames their size alone.

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from mfwm_kernels import GradMonitor, HorizonLoss, video_pyramid
 from mfwm_kernels import arguments as check
 
+from ..checks import check_choices, check_frame
 from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
-from .heads_config import HeadsConfig, check_choices, check_frame
+from .heads_config import HeadsConfig
 from .maskgit import training_mask
-from .rollout import Policy, Roller, as_frames, check_actions, check_drawing, check_rollout, in_jumps, with_drift
 
 
 @dataclass(frozen=True)
@@ -283,74 +283,6 @@ class WorldModel(nn.Module):
         Frames [B, T, C, height / f_i, width / f_i], or logits of tokens [B, T, H / f_i, W / f_i, (C,) vocabulary].
         """
         return self.heads.predict(video=video, near_only=near_only, **self.states(video, actions, segment_ids))
-
-    @torch.no_grad()
-    def rollout(
-        self,
-        video: Tensor,
-        actions: Tensor | None,
-        steps: int,
-        *,
-        policy: Policy | None = None,
-        keep: int | None = None,
-        cached: bool = True,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        masked_steps: int = 25,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Closed loop: `steps` frames [B, steps, ...] after `video`, each fed back; pixels in [-1, 1].
-
-        actions [B, T0 + steps - 1 or more], for T0 frames of video: the action taken at every frame, real or generated;
-        those that it lacks come from `policy`. The model remembers at most the last `context` frames, or as many as its
-        window reaches. The rest as in rollout.Roller.
-        """
-        check_rollout(self, video, actions, steps, policy)
-        check_drawing(temperature, top_k, masked_steps)
-        roller = Roller(
-            self,
-            as_frames(self, video),
-            actions,
-            policy=policy,
-            keep=keep,
-            cached=cached,
-            temperature=temperature,
-            top_k=top_k,
-            masked_steps=masked_steps,
-            generator=generator,
-        )
-        return torch.cat([roller.step() for _ in range(steps)], dim=1)
-
-    @torch.no_grad()
-    def rollout_with_drift(
-        self, video: Tensor, actions: Tensor | None, steps: int, *, keep: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The rollout, and [B, steps, K]: how far each horizon's earlier prediction of a frame is from that frame.
-
-        As in rollout.with_drift. It needs no truth, and grows as a rollout drifts.
-        """
-        check_rollout(self, video, actions, steps, None)
-        heads = self.config.heads
-        if heads.conditioning == "frames" or heads.token_targets == "tokenised":
-            raise ValueError(
-                "drift needs far horizons that forecast from what has been seen, and predict what the frame shows: got "
-                f'conditioning "{heads.conditioning}", token_targets "{heads.token_targets}"'
-            )
-        pairs = list(with_drift(Roller(self, as_frames(self, video), actions, keep=keep), steps))
-        return torch.cat([frame for frame, _ in pairs], dim=1), torch.stack([drift for _, drift in pairs], dim=1)
-
-    @torch.no_grad()
-    def rollout_in_jumps(self, video: Tensor, actions: Tensor | None, jumps: int, horizon: int) -> Tensor:
-        """Frames [B, jumps, C, height / f, width / f], k apart, for k and f of one horizon: one pass each, as in
-        rollout.in_jumps. actions [B, T0 - 1 + jumps * k or more]."""
-        horizons = self.config.heads.horizons
-        if self.tokens or self.config.heads.conditioning == "frames":
-            raise ValueError("jumps need pixels or latents, and far horizons that forecast from what has been seen")
-        if not 0 <= horizon < len(horizons) or horizons.offsets[horizon] < 1:
-            raise ValueError(f"horizon must be the place of an offset above 0 in {horizons}, got {horizon}")
-        check.integer("jumps", jumps, least=1)
-        check_actions(self, video, actions, video.shape[1] - 1 + jumps * horizons.offsets[horizon])
-        return torch.cat(list(in_jumps(self, video, actions, jumps, horizon)), dim=1)
 
     def states(
         self,
