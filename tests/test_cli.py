@@ -38,7 +38,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     told = mfwm("evaluate", tmp_path / "nothing")
     assert told.returncode == 2 and told.stdout == ""
-    assert told.stderr == f"mfwm: {tmp_path}/nothing is no run directory: there is no config.json in it\n"
+    assert told.stderr == f"mfwm: {tmp_path}/nothing is not a run directory: it has no config.json\n"
     shown = mfwm("evaluate", tmp_path / "nothing", MFWM_TRACEBACK="1")
     assert shown.returncode == 1 and shown.stderr.startswith("Traceback")
 
@@ -49,7 +49,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["train", "--data", "nowhere", "--out", "run"], "nowhere does not exist: expected a Zarr replay buffer"),
         (["evaluate", "run", "--clips", "0"], "mfwm: clips must be >= 1, got 0"),
         (["train", "--data", "x", "--out", "run", "--ema", "2"], "ema must be in [0, 1), got 2.0"),
-        (["export", "nothing", "--out", "x.safetensors"], "mfwm: nothing is no run directory"),
+        (["export", "nothing", "--out", "x.safetensors"], "mfwm: nothing is not a run directory"),
         (["collect", "chess", "--frames", "10", "--out", "set"], "mfwm: env must be"),
     ],
 )
@@ -78,7 +78,7 @@ def failing(error: BaseException) -> Any:
     "error", [KeyError("x"), AssertionError("x"), IndexError("x"), RuntimeError("x"), TypeError("x")]
 )
 def test_faults_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr("mfwm.models.describe.rows", failing(error))
+    monkeypatch.setattr("mfwm.describe.rows", failing(error))
     monkeypatch.setattr(sys, "argv", ["mfwm", "describe", "1m"])
     with pytest.raises(type(error)):
         cli.main()
@@ -100,7 +100,7 @@ def test_the_traceback_of_a_mistake_is_had_on_request(monkeypatch: pytest.Monkey
     else:
         monkeypatch.setenv(how, "1")
     monkeypatch.setattr(sys, "argv", ["mfwm", *arguments])
-    with pytest.raises(ValueError, match="nothing is no run directory"):
+    with pytest.raises(ValueError, match="nothing is not a run directory"):
         cli.main()
 
 
@@ -142,7 +142,7 @@ def test_the_demo_looks_past_litter_and_puts_a_set_back(tmp_path: Path) -> None:
 def test_an_interrupt_is_one_line_and_exit_code_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mfwm.models.describe.rows", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("mfwm.describe.rows", failing(KeyboardInterrupt()))
     assert main(monkeypatch, "describe", "1m") == 130
     assert capsys.readouterr().err == "mfwm: interrupted\n"
 
@@ -188,7 +188,7 @@ def test_ctrl_c_while_collecting(tmp_path: Path) -> None:
 def test_ctrl_c_while_training(tmp_path: Path) -> None:
     moving_squares(tmp_path / "data")
     run = tmp_path / "run"
-    small = "--model.patch 8 --model.width 32 --model.layers 1 --model.context 8 --clip 12 --batch 2 --look-every 0"
+    small = "--model.patch 8 --model.width 32 --model.layers 1 --model.context 8 --clip 12 --batch 2 --validate-every 0"
     command = [sys.executable, "-m", "mfwm.cli", "train", "--data", tmp_path / "data", "--out", run, *small.split()]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         while not ((run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size) and process.poll() is None:
@@ -205,7 +205,7 @@ def test_the_place_of_a_moved_set_is_an_option(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     os.rename(tmp_path / "data", tmp_path / "far" / "away")
     told = mfwm("evaluate", tmp_path / "run", "--clips", 2)
-    assert told.returncode == 2 and "say by data where" in told.stderr
+    assert told.returncode == 2 and "give its new place as data" in told.stderr
     done = mfwm("evaluate", tmp_path / "run", "--clips", 2, "--data", tmp_path / "far" / "away")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[: done.stdout.rindex("}") + 1])["clips"] == 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
-from mfwm.models.describe import cost_of, rows
+from mfwm.describe import cost_of, rows
 from mfwm.models.sizes import TRUNKS, variants
 from mfwm.models.world_model import parameters_of
 
@@ -43,7 +43,7 @@ def test_trunks_have_the_parameters_of_their_names(size: str) -> None:
 
 def test_rows_name_every_variant_with_its_tax(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [name for name in variants("1m") if name in ("next frame", "cascade, blocks", "tokens, masked")]
-    monkeypatch.setattr("mfwm.models.describe.variants", lambda size: {name: variants(size)[name] for name in few})
+    monkeypatch.setattr("mfwm.describe.variants", lambda size: {name: variants(size)[name] for name in few})
     _, _, *table = rows("1m")
     assert [row[:28].strip() for row in table] == few
     taxes = [float(row.split()[-1].rstrip("x")) for row in table]

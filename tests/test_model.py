@@ -11,9 +11,9 @@ import torch
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.models.balance import surgery_scale
 from mfwm.models.blocks import RMSNorm, SpaceTimeBlock, rotate, time_mask
-from mfwm.models.looking import look
 from mfwm.models.rollouts import rollout
 from mfwm.models.upsampler import Upsampler, patchify, unpatchify
+from mfwm.training.validation import validation_figures
 from mfwm.training.world_model import WorldModelLoss
 from torch import Tensor, nn
 
@@ -347,10 +347,10 @@ def test_accuracies_are_logged() -> None:
     """Each times its horizon's share of what counts, as the losses are."""
     model, shares = build(**TOKENS), torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.1, 0.25]])
     clips = {**clip(8, model), "segment_ids": torch.zeros(2, 8, dtype=torch.int64)}
-    _, told = WorldModelLoss(model)(clips, shares)
+    _, figures = WorldModelLoss(model)(clips, shares)
     accuracy = model(**clips).accuracy
-    assert accuracy is not None and torch.equal(told["accuracy"], accuracy * shares.diagonal())
-    assert torch.equal(look(model, clips)["accuracy"], accuracy)
+    assert accuracy is not None and torch.equal(figures["accuracy"], accuracy * shares.diagonal())
+    assert torch.equal(validation_figures(model, clips)["accuracy"], accuracy)
 
 
 def clip_only(clips: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
         shutil.copytree(folder / run, folder / name)
         shutil.rmtree(folder / name / "checkpoints" / "00000020")
 
-    config = replace(config, checkpoint_every=10, look_every=20)
+    config = replace(config, checkpoint_every=10, validate_every=20)
     train(config, folder / "one", progress=False)
     half("one", "one-then-ddp")
     half("one", "one-then-fsdp")
@@ -59,9 +59,9 @@ def test_it_equals_one_process(runs: Path, name: str) -> None:
     for row, other in zip(*logs, strict=True):
         for key in ("loss", "per_horizon", "consistency", "gradient_norm"):
             assert other[key] == pytest.approx(row[key], rel=1e-5, abs=1e-7), (row["step"], key)
-    looks = [log[-1]["held_out"] for log in logs]
+    validations = [log[-1]["held_out"] for log in logs]
     for key in ("per_horizon", "gradient_norms"):
-        assert looks[1][key] == pytest.approx(looks[0][key], rel=1e-4), key
+        assert validations[1][key] == pytest.approx(validations[0][key], rel=1e-4), key
     (model, _, step), (other_model, _, other_step) = load_model(runs / "one"), load_model(runs / name)
     assert step == other_step == 20
     a, b = (torch.cat([p.flatten() for p in m.parameters()]) for m in (model, other_model))

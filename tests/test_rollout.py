@@ -257,7 +257,7 @@ def test_parts_of_a_masked_batch_make_the_gradient_of_the_batch() -> None:
     video, actions = begin(model, frames=8, actions=8)
     objective = WorldModelLoss(model)
     clips = {"video": video, "actions": actions, "segment_ids": torch.tensor([[0] * 8, [0] * 3 + [1] * 5])}
-    clips |= objective.drawn(clips)
+    clips |= objective.random_inputs(clips)
     clips["token_mask"][0, :, :4] = False
 
     def gradients(total: Tensor) -> Tensor:
@@ -272,7 +272,9 @@ def test_parts_of_a_masked_batch_make_the_gradient_of_the_batch() -> None:
     pairs = [objective(part, share) for part, share in zip(parts, shares, strict=True)]
     mean = torch.stack([part for part, _ in pairs]).mean()
     torch.testing.assert_close(mean, total)
-    torch.testing.assert_close(torch.stack([told["per_horizon"] for _, told in pairs]).mean(0), figures["per_horizon"])
+    torch.testing.assert_close(
+        torch.stack([named["per_horizon"] for _, named in pairs]).mean(0), figures["per_horizon"]
+    )
     torch.testing.assert_close(gradients(mean), gradients(total))
 
 

@@ -80,7 +80,7 @@ def test_a_set_that_moved(config: TrainingConfig, data: Path, tmp_path: Path) ->
     far.parent.mkdir()
     shutil.move(data, far)
     with pytest.raises(
-        ValueError, match=r"the run's data set cannot be read .*/data does not exist.*say by data where"
+        ValueError, match=r"the run's data set cannot be read .*/data does not exist.*give its new place as data"
     ):
         evaluate(run, clips=2, progress=False)
     found = evaluate(run, data=far, against=other, clips=2, progress=False)
@@ -96,7 +96,7 @@ def test_a_set_with_a_new_name_is_found(config: TrainingConfig, data: Path, tmp_
     moving_squares(tmp_path / "another")
     zarr.open_group(str(tmp_path / "another"))["data/action"][3] += 1
     shutil.move(data, tmp_path / "renamed")
-    with pytest.warns(UserWarning, match="data is not there any more; .*renamed holds the same data set"):
+    with pytest.warns(UserWarning, match="data no longer exists; using .*renamed, which holds the same data set"):
         evaluate(run, clips=2, progress=False)
 
 
@@ -133,7 +133,7 @@ def test_another_set_is_refused(
     assert digest(Replay(tmp_path / "other")) == sound
     change(tmp_path / "other")
     assert digest(Replay(tmp_path / "other")) != sound
-    message = rf"data is {tmp_path}/other, but the run in .*/run was begun with another data set, then in {data}"
+    message = rf"data is {tmp_path}/other, but the run in .*/run was started with another data set, then in {data}"
     with pytest.raises(ValueError, match=message):
         train(replace(config, data=str(tmp_path / "other")), run, progress=False)
     with pytest.raises(
@@ -143,7 +143,7 @@ def test_another_set_is_refused(
     change(data)
     with pytest.raises(ValueError, match=r"data must be the set that the run was trained on"):
         evaluate(run, progress=False)
-    with pytest.raises(ValueError, match=r"was begun with another data set"):
+    with pytest.raises(ValueError, match=r"was started with another data set"):
         train(config, run, progress=False)
 
 
@@ -162,7 +162,7 @@ def test_a_run_without_a_digest_goes_by_the_path(config: TrainingConfig, data: P
     del tree["data_digest"]
     (run / "config.json").write_text(json.dumps(tree))
     shutil.copytree(data, tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"data is .*/copy', but the run in .* was begun with .*/data'"):
+    with pytest.raises(ValueError, match=r"data is .*/copy', but the run in .* was started with .*/data'"):
         train(replace(config, data=str(tmp_path / "copy")), run, progress=False)
     train(config, run, progress=False)
     assert read(TrainingConfig, run)[1] == digest(Replay(data))
@@ -228,10 +228,10 @@ def test_a_broken_config_is_named(config: TrainingConfig, tmp_path: Path, conten
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing is no run directory: there is no config\.json in it"):
+    with pytest.raises(ValueError, match=r"nothing is not a run directory: it has no config\.json"):
         evaluate(tmp_path / "nothing", progress=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file is no run directory"):
+    with pytest.raises(ValueError, match=r"file is not a run directory"):
         load_config(tmp_path / "file")
 
 

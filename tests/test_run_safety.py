@@ -146,7 +146,7 @@ def test_a_strangers_checkpoint_runs_nothing(
         else:
             with pytest.raises(
                 ValueError,
-                match=r"00000001 cannot be read .*(which is no part|not a plain value|WeightsUn|Weights only)",
+                match=r"00000001 cannot be read .*(which is not part|not a plain value|WeightsUn|Weights only)",
             ):
                 read()
         assert not mark.exists()
@@ -178,7 +178,7 @@ def test_files_outside_a_checkpoint_are_refused(run: Path, place: str) -> None:
     for info in metadata.storage_data.values():
         info.relative_path = place
     metadata_of(run).write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"files of a checkpoint are in its own directory, got"):
+    with pytest.raises(ValueError, match=r"files of a checkpoint must be in its own directory, got"):
         load_model(run)
 
 
@@ -291,7 +291,7 @@ def test_a_users_file_in_an_old_checkpoint_stays(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(STATE, 1)
     (checkpoints.path(1) / "notes").write_text("mine")
-    with pytest.warns(UserWarning, match=r"00000001 holds what is no part of a checkpoint \(notes\): kept"):
+    with pytest.warns(UserWarning, match=r"00000001 holds files that are not part of a checkpoint \(notes\): kept"):
         checkpoints.save(STATE, 2)
     checkpoints.save(STATE, 3)
     assert checkpoints.steps() == [3] and sorted(os.listdir(tmp_path)) == ["00000001", "00000003"]
@@ -321,7 +321,7 @@ def test_what_has_the_name_of_a_checkpoint_to_come_is_told_before_training(
         place.symlink_to(tmp_path)
     else:
         place.write_text("mine")
-    with pytest.raises(FileExistsError, match="00000002 is no checkpoint and has the name of one: move it away"):
+    with pytest.raises(FileExistsError, match="00000002 is not a checkpoint but has the name of one: move it away"):
         train(config, tmp_path / "run", progress=False)
     assert os.path.lexists(place) and not (tmp_path / "run" / "log.jsonl").exists()
 
@@ -333,13 +333,13 @@ FOREIGN = {
     "other keys": (
         "config.json",
         b'{"hidden_size": 768}',
-        "out holds config.json, which is no run's: choose another out",
+        "out holds config.json, which no run wrote: choose another out",
     ),
-    "no JSON": ("config.json", b"width: 3", r"out holds config.json, which is no run's \(.*must hold JSON"),
-    "a list": ("config.json", b"[]", r"out holds config.json, which is no run's \(.*must hold a JSON object"),
-    "a log": ("log.jsonl", b'{"step": 0, "mine": 1}\n', "out holds log.jsonl, which is no run's"),
-    "a lock": (".lock", b"#1234# yarn.lock", "out holds .lock, which is no run's: choose another out"),
-    "a lock in JSON": (".lock", b'{"packages": []}', "out holds .lock, which is no run's: choose another out"),
+    "no JSON": ("config.json", b"width: 3", r"out holds config.json, which no run wrote \(.*must hold JSON"),
+    "a list": ("config.json", b"[]", r"out holds config.json, which no run wrote \(.*must hold a JSON object"),
+    "a log": ("log.jsonl", b'{"step": 0, "mine": 1}\n', "out holds log.jsonl but no config.json, so no run wrote it"),
+    "a lock": (".lock", b"#1234# yarn.lock", "out holds .lock, which no run wrote: choose another out"),
+    "a lock in JSON": (".lock", b'{"packages": []}', "out holds .lock, which no run wrote: choose another out"),
 }
 
 
@@ -377,7 +377,7 @@ def test_a_first_start_that_was_interrupted_starts_again(config: TrainingConfig,
 
 def test_checkpoints_without_a_config_are_refused(config: TrainingConfig, run: Path) -> None:
     (run / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"out holds checkpoints and no config.json, .* or choose another out"):
+    with pytest.raises(ValueError, match=r"out holds checkpoints but no config.json, .* or choose another out"):
         train(replace(config, lr=0.5), run, progress=False)
     assert not (run / "config.json").exists() and Checkpoints(run / "checkpoints").steps() == [1]
 

@@ -17,7 +17,8 @@ from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm import encode as encode_module
 from mfwm.data import Clips, Replay, ReplayWriter
 from mfwm.encode import encode
-from mfwm.evaluation import evaluate, write_report
+from mfwm.evaluation import evaluate, evaluate_latent_actions, evaluate_tokenizer, write_report
+from mfwm.evaluation.latent_actions import mutual_information
 from mfwm.evaluation.tokens import Decoder, token_measures
 from mfwm.models.latent_actions import LatentActionsConfig
 from mfwm.models.tokenizer import TokenizerConfig
@@ -25,16 +26,13 @@ from mfwm.training import TrainingConfig, for_replay, train
 from mfwm.training.data_identity import PIXELS_DIGEST, TOKENIZER_DIGEST, digest
 from mfwm.training.latent_actions import (
     LatentActionsTraining,
-    evaluate_latent_actions,
     load_latent_actions,
-    mutual_information,
     train_latent_actions,
 )
 from mfwm.training.run_config import read
 from mfwm.training.run_log import read_log
 from mfwm.training.tokenizer import (
     TokenizerTraining,
-    evaluate_tokenizer,
     for_pixels,
     load_tokenizer,
     train_tokenizer,
@@ -50,7 +48,7 @@ TRAINER: dict[str, Any] = {
     "warmup": 10,
     "dtype": "float32",
     "lr": 5e-3,
-    "look_every": 50,
+    "validate_every": 50,
     "tensorboard": False,
 }
 
@@ -72,8 +70,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_held_out_frames_come_back(place: Path) -> None:
-    looks = [row["held_out"]["psnr"][0] for row in read_log(place / "tok" / "log.jsonl") if "held_out" in row]
-    assert looks[-1] > looks[0]
+    validations = [row["held_out"]["psnr"][0] for row in read_log(place / "tok" / "log.jsonl") if "held_out" in row]
+    assert validations[-1] > validations[0]
     metrics = evaluate_tokenizer(place / "tok", clips=16)
     replay = Replay(place / "data")
     grey = 10 * np.log10(4 / (replay.video / 127.5).var())
@@ -115,7 +113,7 @@ def test_encoded_sets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(coded.video, pixels.video) and np.array_equal(coded.action, encoded.action)
     with pytest.raises(ValueError, match=r"data must be pixels, but .* holds tokens"):
         encode(place / "both", place / "again", tokenizer=place / "tok")
-    with pytest.raises(ValueError, match="TokenizerConfig has no context: the run is of another kind"):
+    with pytest.raises(ValueError, match="TokenizerConfig has no context: this is another kind of run"):
         encode(place / "data", place / "again", tokenizer=place / "lam")
     with pytest.raises(ValueError, match="give tokenizer, latent_actions or both"):
         encode(place / "data", place / "again")

@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(config: TrainingConfig, tmp_pa
     train(config, tmp_path / "run", progress=False, stop_after=2)
     with (
         disk_of(200_000),
-        pytest.raises(OSError, match=r"of step 3 could not be written .*; the one of step 2 is whole"),
+        pytest.raises(OSError, match=r"of step 3 could not be written .*; the one of step 2 is complete"),
     ):
         train(config, tmp_path / "run", progress=False, stop_after=3)
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["00000002"]
@@ -140,7 +140,9 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(config: TrainingConfig, 
         pytest.skip("mounting a tmpfs needs the superuser")
     try:
         train(config, disk / "run", progress=False, stop_after=2)
-        with pytest.raises(OSError, match=r"of step 3 could not be written .*No space.*; the one of step 2 is whole"):
+        with pytest.raises(
+            OSError, match=r"of step 3 could not be written .*No space.*; the one of step 2 is complete"
+        ):
             train(config, disk / "run", progress=False, stop_after=3)
         assert os.listdir(disk / "run" / "checkpoints") == ["00000002"]
         assert mounted(disk, f"remount,size={size * 4}")
@@ -160,7 +162,7 @@ def test_a_log_on_a_full_disk_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_flat(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A longer run of the smallest model, with checkpoints, looks and event files on the way."""
+    """A longer run of the smallest model, with checkpoints, validations and event files on the way."""
     step, seen = Run.step, []
 
     def measured(self: Run, *args: Any) -> Any:
@@ -172,7 +174,7 @@ def test_memory_is_flat(config: TrainingConfig, tmp_path: Path, monkeypatch: pyt
     heads = replace(config.model.heads, blocks=None, patch_sizes=None)
     model = replace(config.model, layers=1, width=16, heads=heads)
     steps = int(os.environ.get("MFWM_STEPS", "300"))
-    often = {"checkpoint_every": steps // 10, "look_every": steps // 10, "tensorboard": True, "ema": 0.9}
+    often = {"checkpoint_every": steps // 10, "validate_every": steps // 10, "tensorboard": True, "ema": 0.9}
     train(replace(config, steps=steps, batch=1, model=model, **often), tmp_path / "run", progress=False)
     growth = max(seen[steps // 2 :]) - max(seen[: steps // 2])
     assert growth < 3 * 2**20, [size >> 10 for size in seen[:: steps // 20]]
@@ -192,7 +194,7 @@ def test_the_newest_checkpoints_stay_and_a_damaged_one_is_refused(config: Traini
 def test_a_run_keeps_its_config(config: TrainingConfig, tmp_path: Path) -> None:
     config = replace(config, steps=1)
     train(config, tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match=r"lr is 0.5, but the run in .* was begun with 0.001"):
+    with pytest.raises(ValueError, match=r"lr is 0.5, but the run in .* was started with 0.001"):
         train(replace(config, lr=0.5), tmp_path / "run", progress=False)
     _, loaded, step = load_model(tmp_path / "run")
     assert loaded == config and step == 1
@@ -238,11 +240,11 @@ def test_how_a_run_is_run_may_change(config: TrainingConfig, tmp_path: Path) -> 
         assert 0 <= row["data_wait"] < 1 and row["seconds"] > 0
 
 
-def test_looks_at_held_out_clips(config: TrainingConfig, tmp_path: Path) -> None:
+def test_validates_on_held_out_clips(config: TrainingConfig, tmp_path: Path) -> None:
     plain = train(replace(config, steps=4), tmp_path / "plain", progress=False)
-    looked = replace(config, steps=4, look_every=2, tensorboard=True)
-    train(looked, tmp_path / "run", progress=False, stop_after=3)
-    model = train(looked, tmp_path / "run", progress=False)
+    validated = replace(config, steps=4, validate_every=2, tensorboard=True)
+    train(validated, tmp_path / "run", progress=False, stop_after=3)
+    model = train(validated, tmp_path / "run", progress=False)
     for (name, a), b in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     rows = read_log(tmp_path / "run" / "log.jsonl")
@@ -265,13 +267,13 @@ def test_looks_at_held_out_clips(config: TrainingConfig, tmp_path: Path) -> None
 def test_what_wandb_is_given(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train(replace(config, steps=2, look_every=2, wandb=True), tmp_path / "run", progress=False)
+    train(replace(config, steps=2, validate_every=2, wandb=True), tmp_path / "run", progress=False)
     calls = wandb.init.return_value.log.call_args_list
     assert [call.kwargs["step"] for call in calls] == [0, 1]
     assert {"loss", "per_horizon/4", "held_out/psnr/1", "rollout"} <= set(calls[1].args[0])
     wandb.init.return_value.finish.assert_called_once()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="wandb must be False where the package is not installed"):
+    with pytest.raises(ValueError, match="wandb must be False if the package is not installed"):
         train(replace(config, steps=3, wandb=True), tmp_path / "other", progress=False)
 
 
@@ -323,8 +325,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     ("changes", "message"),
     [
         ({"clip": 4}, r"clip must be >= 5 .* got 4"),
-        ({"schedule": "linear"}, "schedule must be one of cosine, wsd, got 'linear'"),
-        ({"parallel": "tpu"}, "parallel must be one of none, ddp, fsdp, got 'tpu'"),
+        ({"schedule": "linear"}, "schedule must be one of 'cosine', 'wsd'; got 'linear'"),
+        ({"parallel": "tpu"}, "parallel must be one of 'none', 'ddp', 'fsdp'; got 'tpu'"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"accumulate": 0}, "accumulate must be >= 1, got 0"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0, got 0.0"),

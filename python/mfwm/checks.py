@@ -34,10 +34,10 @@ def check_ids(name: str, ids: Tensor, count: int) -> None:
 
 
 def options_repr(config: Any, *always: str) -> str:
-    """A dataclass as the extra_repr of torch.nn: the fields named, and others where they are not the default."""
+    """A config in the style of torch.nn's extra_repr: the fields named, and others that are not at their default."""
     shown = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in always or value != field.default:
+        if field.name in always or (field.default is not dataclasses.MISSING and value != field.default):
             shown.append(f"{field.name}={value!r}")
     return ", ".join(shown)

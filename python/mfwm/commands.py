@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from .demo import Demo
-from .models.describe import Describe
+from .describe import Describe
 from .presets import PRESETS
 from .training.latent_actions import LatentActionsTraining
 from .training.tokenizer import TokenizerTraining
@@ -158,7 +158,8 @@ class TrainTokenizer:
     config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
 
     def run(self) -> None:
-        from .training.tokenizer import evaluate_tokenizer, for_pixels, train_tokenizer
+        from .evaluation.tokenizer import evaluate_tokenizer
+        from .training.tokenizer import for_pixels, train_tokenizer
 
         train_tokenizer(for_pixels(self.config), self.out)
         print(json.dumps(evaluate_tokenizer(self.out), indent=2))
@@ -172,7 +173,8 @@ class TrainLatentActions:
     config: Annotated[LatentActionsTraining, tyro.conf.arg(name="")]
 
     def run(self) -> None:
-        from .training.latent_actions import evaluate_latent_actions, train_latent_actions
+        from .evaluation.latent_actions import evaluate_latent_actions
+        from .training.latent_actions import train_latent_actions
         from .training.tokenizer import for_pixels
 
         train_latent_actions(for_pixels(self.config), self.out)

@@ -70,8 +70,9 @@ class Demo:
         from .data.replay import Replay
         from .encode import encode
         from .evaluation.report import write_report
+        from .evaluation.tokenizer import evaluate_tokenizer
         from .evaluation.world_model import evaluate
-        from .training.tokenizer import TokenizerTraining, evaluate_tokenizer, for_pixels, train_tokenizer
+        from .training.tokenizer import TokenizerTraining, for_pixels, train_tokenizer
         from .training.world_model import for_replay, train
 
         tokenizer, ids, model = out / "tokenizer", out / "ids", out / "model"

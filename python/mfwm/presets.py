@@ -1,6 +1,6 @@
-"""Named configs: the run of each documented result, and one for every size with a block per far horizon.
+"""Named configs: the runs behind the documented results, and one of every size with a block per far horizon.
 
-`mfwm train --preset NAME` starts from one, and flags change it from there.
+`mfwm train --preset NAME` takes its defaults from one; flags change them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .training.world_model import TrainingConfig
 # The run of benchmarks/results/demo.json.
 DEMO = TrainingConfig(data="", model=DEMO_MODEL)
 
-# What the tokens of `mfwm demo --tokens` are predicted with.
+# The world model of `mfwm demo --tokens`.
 TOKENS = TrainingConfig(
     data="",
     batch=2,
@@ -41,11 +41,11 @@ TOKENS = TrainingConfig(
     ),
 )
 
-PRESETS = {
+PRESETS: dict[str, TrainingConfig] = {
     "plain": TrainingConfig(data=""),
     "demo": DEMO,
     "tokens": TOKENS,
-    # The demo's trunk with the next frame alone: what several frames are compared with.
+    # The demo's trunk with the next frame alone, to compare with.
     "demo-next-frame": replace(DEMO, model=replace(DEMO.model, heads=HeadsConfig(Horizons.next_frame()))),
     **{name: TrainingConfig(data="", model=variants(name)["cascade, blocks"]) for name in TRUNKS},
 }

@@ -17,14 +17,13 @@ from torch import Tensor
 from mfwm_kernels import arguments as check
 from mfwm_kernels import video_pyramid
 
-from ..data.replay import Clips, split_levels
-from ..models.looking import names_of
+from ..models.heads_config import labels
 from ..models.rollouts import rollout
 from ..models.world_model import WorldModel
-from ..training.data_identity import open_data
 from ..training.run_config import parsed, read
 from ..training.run_log import read_log
 from ..training.world_model import TrainingConfig, load_model
+from .held_out import HeldOut
 from .tokens import check_tokens, decoder_of
 from .world_model import CONTEXT, rollout_steps
 
@@ -62,7 +61,7 @@ def write_report(
     """
     run = Path(run)
     check.integer("seed", seed, least=0)
-    config, known = read(TrainingConfig, run)
+    config, digest = read(TrainingConfig, run)
     check_tokens(config.model, pixels=pixels, tokenizer=tokenizer)
     place = run / "metrics.json"
     if not place.is_file():
@@ -72,17 +71,21 @@ def write_report(
         raise ValueError(
             f"{place} must hold what evaluate writes; it lacks {', '.join(missing)}: evaluate the run again"
         )
-    replay = open_data(config.data, known, data)
+    held_out = HeldOut(config, digest, data, length=config.clip, count=32, draw=np.random.default_rng(seed + 1))
     model, _, _ = load_model(run)
-    _, held_out = split_levels(replay, config.held_out, seed=config.seed)
-    source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
     decoder = None
     if model.tokens:
-        decoder = decoder_of(replay, config.clip, held_out, torch.device("cpu"), pixels=pixels, tokenizer=tokenizer)
-    indices = np.random.default_rng(seed + 1).choice(len(source), size=min(32, len(source)), replace=False)
-    candidates = source.batch(indices)
+        decoder = decoder_of(
+            held_out.replay,
+            config.clip,
+            held_out.episodes,
+            torch.device("cpu"),
+            pixels=pixels,
+            tokenizer=tokenizer,
+        )
+    candidates = held_out.clips.batch(held_out.chosen)
     if decoder is not None:
-        candidates["pixels"] = decoder.pixels(indices)
+        candidates["pixels"] = decoder.pixels(held_out.chosen)
     # The liveliest of a few clips: a clip in which nothing moves shows nothing.
     motion = candidates["pixels" if decoder else "video"].float().diff(dim=1).abs().flatten(1).mean(1)
     order = motion.argsort(descending=True)[:3]
@@ -91,13 +94,13 @@ def write_report(
     horizons = config.model.heads.horizons
     log = read_log(run / "log.jsonl")
     if model.tokens:
-        sections = [("Loss", picture(loss_curves(log, names_of(horizons), "cross-entropy, nats")), "")]
+        sections = [("Loss", picture(loss_curves(log, labels(horizons), "cross-entropy, nats")), "")]
         if "bits_per_token" in metrics:
             sections.insert(0, ("Prediction of tokens", token_table(metrics), TOKEN_NOTE))
     else:
         sections = [
             ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
-            ("Loss", picture(loss_curves(log, names_of(horizons), "mean squared error")), ""),
+            ("Loss", picture(loss_curves(log, labels(horizons), "mean squared error")), ""),
             ("One position, all horizons", picture(strip(model, clips)), "Held-out level; far targets are smaller."),
         ]
     if "rollout_psnr" in metrics:

@@ -20,21 +20,20 @@ from torch import Tensor
 from mfwm_kernels import Horizons, __version__, video_pyramid
 from mfwm_kernels.info import cpu_name
 
-from ..data.replay import Clips, split_levels
 from ..metrics.intervals import check_draw, drift_signal, interval
 from ..metrics.lpips import LPIPS
 from ..metrics.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from ..metrics.quality import check_size, psnr, similarity, squared_error
-from ..models.looking import names_of
+from ..models.heads_config import labels
 from ..models.rollouts import rollout, rollout_with_drift
 from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
 from ..progress import Progress
 from ..training.checkpoints import write_atomically
-from ..training.data_identity import open_data, resolved
-from ..training.json_values import as_json, finite
+from ..training.data_identity import resolved
 from ..training.run_config import read
 from ..training.run_log import column, read_log
 from ..training.world_model import TrainingConfig, load_model
+from .held_out import HeldOut, device_for_evaluation, write_metrics
 from .tokens import Decoder, check_tokens, decoder_of, token_measures, token_summary
 
 # Genie measures controllability after this many closed-loop steps.
@@ -69,7 +68,7 @@ def evaluate(
     """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
-    config, known = read(TrainingConfig, run)
+    config, digest = read(TrainingConfig, run)
     horizons = config.model.heads.horizons
     if config.model.heads.output == "pixels" and rolls(config.model):
         check_size(config.model.frame)
@@ -77,32 +76,29 @@ def evaluate(
     if lpips is not None:
         check_lpips(config.model)
     if against is not None:
-        check_comparable(Path(against), config, known)
+        check_comparable(Path(against), config, digest)
     distance = None if lpips is None else LPIPS(lpips)
     path = run / "log.jsonl"
     log = read_log(path)
     rates, seconds, waits = (column(log, name, path) for name in ("frames_per_second", "seconds", "data_wait"))
-    replay = open_data(config.data, known, data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held_out = HeldOut(config, digest, data, length=config.clip, count=clips, draw=np.random.default_rng(seed))
+    replay, device = held_out.replay, device_for_evaluation()
     model, _, step = load_model(run)
     model = model.to(device)
     rival = None if against is None else load_model(Path(against))[0].to(device)
     distance = None if distance is None else distance.to(device)
-    _, held_out = split_levels(replay, config.held_out, seed=config.seed)
-    source = Clips(replay, config.clip, episodes=held_out, within_episode=True)
     decoder = None
     if model.tokens:
-        decoder = decoder_of(replay, config.clip, held_out, device, pixels=pixels, tokenizer=tokenizer)
+        decoder = decoder_of(replay, config.clip, held_out.episodes, device, pixels=pixels, tokenizer=tokenizer)
     pictured = rolls(config.model) and (decoder is not None or not model.tokens)
     if rival is not None and not pictured:
         raise ValueError(f"against compares pictures, and those of {config.data} have no tokenizer here")
-    chosen = np.random.default_rng(seed).choice(len(source), size=min(clips, len(source)), replace=False)
 
     began = time.perf_counter()
     parts: list[Measures] = []
-    bar = Progress("evaluate", len(chosen), "clip", shown=progress)
-    for indices in bar.over([np.sort(chosen[start : start + batch]) for start in range(0, len(chosen), batch)], len):
-        held = {name: value.to(device) for name, value in source.batch(indices).items()}
+    bar = Progress("evaluate", len(held_out.chosen), "clip", shown=progress)
+    for indices in bar.over(held_out.batches(batch), len):
+        held = held_out.read(indices, device)
         part: Measures = {}
         if not model.tokens:
             part = open_loop(model, held)
@@ -132,9 +128,8 @@ def evaluate(
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{cpu_name()}, {torch.get_num_threads()} threads",
-        "clips": len(chosen),
-        "held_out_levels": len(np.unique(replay.episode_level[held_out])),
-        "episodes_shorter_than_a_clip": source.too_short,
+        **held_out.summary(),
+        "episodes_shorter_than_a_clip": held_out.clips.too_short,
         "data": {
             key: replay.attributes[key] for key in ("env", "package", "package_version") if key in replay.attributes
         },
@@ -142,8 +137,7 @@ def evaluate(
         "evaluation_seconds": time.perf_counter() - began,
         "versions": {"mfwm_kernels": __version__, "torch": torch.__version__},
     }
-    write_atomically(run / "metrics.json", as_json(metrics, indent=2).encode())
-    return finite(metrics)
+    return write_metrics(run, metrics)
 
 
 def check_lpips(config: WorldModelConfig) -> None:
@@ -153,13 +147,13 @@ def check_lpips(config: WorldModelConfig) -> None:
         raise ValueError(f"lpips needs frames {least}, and the run's are {list(config.frame)}")
 
 
-def check_comparable(run: Path, config: TrainingConfig, known: str | None) -> None:
+def check_comparable(run: Path, config: TrainingConfig, digest: str | None) -> None:
     """ValueError where another run, `against`, does not roll out or has other held-out levels.
 
-    known: the digest of the first run's data set; where either has none, their paths must be the same.
+    digest: of the first run's data set; where either has none, their paths must be the same.
     """
     other, its_data = read(TrainingConfig, run)
-    same = resolved(other.data) == resolved(config.data) if None in (known, its_data) else known == its_data
+    same = resolved(other.data) == resolved(config.data) if None in (digest, its_data) else digest == its_data
     if not same:
         raise ValueError(f"against must be a run on the same data set: its data is {other.data}, not {config.data}")
     for name in ("held_out", "seed"):
@@ -260,7 +254,7 @@ def shuffle(actions: Tensor) -> Tensor:
 
 def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bool) -> dict[str, Any]:
     """The metrics; those of rollouts only where the model can be rolled out, of actions only where it has some."""
-    names = names_of(horizons)
+    names = labels(horizons)
 
     def by_horizon(values: Any) -> dict[str, Any]:
         return dict(zip(names, np.asarray(values).tolist(), strict=True))

@@ -1,1 +1,23 @@
-"""World model, its heads and its rollouts; video tokenizer; latent actions. They need torch and the ops alone."""
+"""World model, its heads and its rollouts; video tokenizer; latent action model."""
+
+from .heads import MultiFrameHeads
+from .heads_config import HeadsConfig
+from .latent_actions import LatentActions, LatentActionsConfig
+from .rollouts import random_actions, rollout, rollout_in_jumps, rollout_with_drift
+from .tokenizer import Tokenizer, TokenizerConfig
+from .world_model import WorldModel, WorldModelConfig
+
+__all__ = [
+    "HeadsConfig",
+    "LatentActions",
+    "LatentActionsConfig",
+    "MultiFrameHeads",
+    "Tokenizer",
+    "TokenizerConfig",
+    "WorldModel",
+    "WorldModelConfig",
+    "random_actions",
+    "rollout",
+    "rollout_in_jumps",
+    "rollout_with_drift",
+]

@@ -10,47 +10,53 @@ from mfwm_kernels import Horizons
 from ..checks import check_choices
 
 
+def labels(horizons: Horizons) -> list[str]:
+    """A label per horizon: its offset; with its factor where several horizons share an offset: "1@1/4"."""
+    pairs = zip(horizons.offsets, horizons.factors, strict=True)
+    return [str(k) if horizons.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs]
+
+
 @dataclass(frozen=True)
 class HeadsConfig:
     """What is predicted from a position, and how.
 
-    horizons: offsets in frames and factors by which the targets are smaller. Every target at full size, all far ones
-        small (Horizons.low_res), the cascade, one offset at several factors (Horizons.multi_resolution): all of them
-        are horizons.
+    horizons: how many frames ahead each horizon predicts, and the factor by which its target is smaller. Presets of
+        Horizons: far targets at one low resolution (low_res), the cascade, one offset at several factors
+        (multi_resolution).
     patch_sizes: side of the output patch of each horizon, in pixels of its target. Horizon i then works on the token
-        grid pooled by patch_sizes[i] * factors[i] / patch_size. None: patch_size / factor, which pools nothing
-        (1 where the factor exceeds the patch).
-    blocks: transformer blocks of each horizon, on its pooled grid; None gives none. Without blocks the actions in
-        between only shift what a linear head reads.
-    mlp_ratios: width of the MLP in each horizon's blocks, over the model's width; None: 4.
+        grid pooled by patch_sizes[i] * factors[i] / patch_size. None: patch_size / factor, which means no pooling
+        (1 if the factor exceeds the patch).
+    blocks: number of transformer blocks of each horizon, on its pooled grid; None: no blocks. Without blocks the
+        actions in between only shift the input of a linear head.
+    mlp_ratios: width of the MLP in each horizon's blocks, as a multiple of the model's width; None: 4.
     attend: what position n of those blocks attends to in time: the conditioned "states" of positions <= n, or the
-        trunk's action-conditioned "inputs" of frames <= n with the conditioned state of n appended to them.
-    conditioning: what a far horizon is told of the time in between. "actions" adds the sum of the actions in between
-        to the hidden state. "frames" gives it the real frames and actions in between, joined one after another as in
-        DeepSeek-V3's multi-token prediction: a training signal for the trunk, and no forecast. "none" is for plain
-        video.
-    lag_gate: a learned gate per horizon, lag and channel on those actions; a plain sum forgets their order.
+        trunk's action-conditioned "inputs" of frames <= n followed by the conditioned state of n.
+    conditioning: what a far horizon gets of the time in between. "actions" adds the sum of the actions in between to
+        the hidden state. "frames" joins the real frames and actions in between to it one after another, as in
+        DeepSeek-V3's multi-token prediction: a training signal for the trunk, not a forecast. "none" is for video
+        without actions.
+    lag_gate: a learned gate per horizon, lag and channel on those actions, because a plain sum loses their order.
     norm: RMSNorm of the conditioned states, with a weight per horizon, and after the blocks.
-    residual: predict the change against the last frame seen, from heads that start at zero: the untrained model
-        copies that frame. Tokens have none.
-    upsampler: channels of a convolutional upsampler that makes horizon 0, at full size, from the prediction of
-        horizon 1, the same frame at a lower size; the hidden state then learns from small targets alone.
-    output: "pixels" in [-1, 1], "latents", which have no bounds, or "tokens".
-    vocabulary: of tokens.
+    residual: predict the change from the last frame seen, with heads that start at zero, so that the untrained model
+        copies that frame. Not for tokens.
+    upsampler: channels of a convolutional upsampler that computes horizon 0, at full size, from the prediction of
+        horizon 1, the same frame at a lower size. The hidden state then learns from small targets only.
+    output: "pixels" in [-1, 1], "latents", which are unbounded, or "tokens".
+    vocabulary: number of ids; for tokens.
     token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the smaller
         frame, tokenised on its own.
     shared_head: one matrix from states to tokens for all horizons.
-    weights: of the horizons in the loss; None weighs them equally, and far losses, which are larger, then crowd out
-        the near one early in training.
-    weighting: "fixed": `weights` as they are. "uncertainty": times exp(-s_i), s_i learned (Uncertainty). "gradients":
-        they are the shares of the gradient into the shared hidden state (GradientNorms).
-    surgery: where two horizons' gradients into the shared hidden state point apart, each loses its part along the other
+    weights: of the horizons in the loss. None: equal weights, with which far losses, which are larger, dominate the
+        near one early in training.
+    weighting: "fixed": `weights` as given. "uncertainty": times exp(-s_i), s_i learned (Uncertainty). "gradients":
+        `weights` are shares of the gradient into the shared hidden state (GradientNorms).
+    surgery: if two horizons' gradients into the shared hidden state conflict, each loses its component along the other
         (PCGrad). Costs a second forward and backward of the heads.
-    consistency: weight of the agreement of each far prediction with the later near one (entry 0 is unused), or, as
-        K rows of K, of any horizon j with a nearer one i at [i][j].
-    detach: which side of that agreement gets no gradient; None lets both learn.
-    tap: the trunk layers below the hidden state that the far horizons share, counted from the input; the remaining
-        layers serve the near horizon alone. None: all horizons read the trunk's output.
+    consistency: weight of the agreement of each far prediction with the later near one (entry 0 is unused); or K rows
+        of K, where [i][j] is for horizon j and a nearer one i.
+    detach: which side of that agreement gets no gradient; None: both learn.
+    tap: number of trunk layers, from the input, below the hidden state that the far horizons share; the layers above
+        it serve the near horizon only. None: all horizons read the trunk's output.
     """
 
     horizons: Horizons = field(default_factory=lambda: Horizons.cascade(4))
@@ -89,7 +95,7 @@ class HeadsConfig:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         self._check_output()
         if self.attend == "inputs" and not any(self.blocks or ()):
-            raise ValueError('blocks must be given with attend "inputs": it says what they attend to')
+            raise ValueError('blocks must be given with attend "inputs", which says what they attend to')
         if self.lag_gate and self.conditioning != "actions":
             raise ValueError(f'lag_gate needs conditioning "actions", got {self.conditioning!r}')
 
@@ -107,7 +113,7 @@ class HeadsConfig:
 
     @property
     def sharing(self) -> int:
-        """How many horizons branch from the shared hidden state: the last ones."""
+        """The number of horizons that branch from the shared hidden state: the last ones."""
         return len(self.horizons) - (self.upsampler is not None) - (self.tap is not None)
 
     def _check_output(self) -> None:
@@ -135,10 +141,10 @@ class HeadsConfig:
                     f"{self.output!r}, {self.horizons}"
                 )
             if self.blocks is not None and self.blocks[0]:
-                raise ValueError(f"blocks[0] must be 0 where the upsampler makes horizon 0, got {self.blocks[0]}")
+                raise ValueError(f"blocks[0] must be 0 if the upsampler computes horizon 0, got {self.blocks[0]}")
 
     def layout(self, patch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Output patch and token pooling of every horizon, over a trunk whose tokens are patch_size pixels wide."""
+        """Output patch and token pooling of every horizon, for a trunk whose tokens are patch_size pixels wide."""
         factors = self.horizons.factors
         if self.output == "tokens":
             return (1,) * len(factors), factors
@@ -154,7 +160,7 @@ class HeadsConfig:
         return patches, tuple(pools)
 
     def check_frame(self, frame: tuple[int, int, int], patch_size: int) -> None:
-        """ValueError where a horizon's patches, and so its pools, do not divide frames (channels, height, width)."""
+        """ValueError where a horizon's patches, and so its pooling, do not divide frames (channels, height, width)."""
         patches, _ = self.layout(patch_size)
         for i, (factor, patch) in enumerate(zip(self.horizons.factors, patches, strict=True)):
             if any(side % (factor * patch) for side in frame[1:]):

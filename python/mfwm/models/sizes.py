@@ -1,17 +1,20 @@
-"""The demo's world model, sizes from 1M to 1B parameters, and the heads that are compared on each."""
+"""The demo's world model, trunks of 1M to 1B parameters, and the variants of heads that are compared on each."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from mfwm_kernels import Horizons
 
 from .heads_config import HeadsConfig
 from .world_model import WorldModelConfig
 
-# 4.3 million parameters; one block per far horizon on a grid of half the resolution. Far losses are larger (the world
-# has moved on), and with equal weights they crowd out the next frame early in training. Attention reaches half the
-# context back, so a rollout continues without end at one position a frame.
+Size = Literal["1m", "4m", "15m", "60m", "250m", "1b"]
+
+# 4.3 million parameters, with one block per far horizon on a grid of half the resolution. Far losses are larger,
+# because more has changed, and with equal weights they dominate the next frame's early in training. Attention reaches
+# half the context back, so a rollout can continue without end at one position per frame.
 DEMO_MODEL = WorldModelConfig(
     positions="rope",
     window=8,
@@ -23,8 +26,8 @@ DEMO_MODEL = WorldModelConfig(
         consistency=(0.0, 0.05, 0.05, 0.05),
     ),
 )
-# Named by the parameters of the trunk, 16 width^2 a layer. From 60M on, four pixels a token instead of eight.
-TRUNKS: dict[str, WorldModelConfig] = {
+# Named by the parameters of the trunk, 16 width^2 per layer. From 60M on, tokens are 4 x 4 pixels instead of 8 x 8.
+TRUNKS: dict[Size, WorldModelConfig] = {
     "1m": WorldModelConfig(patch=8, width=128, layers=4, head_width=32),
     "4m": WorldModelConfig(patch=8, width=192, layers=6, head_width=32),
     "15m": WorldModelConfig(patch=8, width=384, layers=6, head_width=64),
@@ -33,12 +36,12 @@ TRUNKS: dict[str, WorldModelConfig] = {
     "1b": WorldModelConfig(patch=4, width=1792, layers=20, head_width=64, positions="rope", recompute=True),
 }
 OFFSETS = (1, 2, 4, 8)
-# A vocabulary of the tokens of the article's comparison with Genie.
+# Of the tokens in the article's comparison with Genie.
 VOCABULARY = 1024
 
 
-def trunk_of(size: str, *, tokens: bool = False, masked: bool = False) -> WorldModelConfig:
-    """A trunk with the next frame as its only prediction; of tokens, one a patch, which MaskGIT reads masked."""
+def trunk_of(size: Size, *, tokens: bool = False, masked: bool = False) -> WorldModelConfig:
+    """A trunk that predicts the next frame only, of pixels or with `tokens` of a token per patch; `masked`: MaskGIT."""
     config = replace(TRUNKS[size], heads=HeadsConfig(Horizons.next_frame()))
     if not (tokens or masked):
         return config
@@ -53,11 +56,11 @@ def trunk_of(size: str, *, tokens: bool = False, masked: bool = False) -> WorldM
     )
 
 
-def variants(size: str) -> dict[str, WorldModelConfig]:
+def variants(size: Size) -> dict[str, WorldModelConfig]:
     """Models of one size with the heads that are compared, by name."""
     pixels = trunk_of(size)
     cascade = Horizons.cascade(4)
-    # Patches that cover two tokens' width of the trunk, or more: blocks of far horizons run on a quarter of the tokens.
+    # Patches at least two of the trunk's tokens wide, so that blocks of far horizons run on a quarter of the tokens.
     grid = tuple(max(1, min(pixels.patch, 2 * pixels.patch // factor)) for factor in cascade.factors)
     blocks = HeadsConfig(cascade, patch_sizes=grid, blocks=(0, 1, 1, 1), lag_gate=True)
     heads = {

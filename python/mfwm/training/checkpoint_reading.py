@@ -1,8 +1,8 @@
-"""Reading checkpoints without running anything that is in them, whoever wrote them.
+"""Reads checkpoints without running anything that is in them, whoever wrote them.
 
 torch.distributed.checkpoint reads a checkpoint's `.metadata`, and the values in it that are not tensors, with Python's
-pickle, which calls whatever a file names. Here an unpickler that knows the few classes of such metadata reads the
-first, and torch's weights-only one, which also reads the tensors, reads the values.
+pickle, which calls whatever a file names. Here the metadata is read by an unpickler that allows only the few classes in
+it, and the values by torch's weights-only unpickler, which also reads the tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import _get_layout
 
-# Classes whose instances get their fields from the file.
+# Classes whose fields are set from the file.
 RECORDS = (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -43,8 +43,8 @@ RECORDS = (
     TensorStorageMetadata,
     _StorageInfo,
 )
-# All that a `.metadata` may name. Paths are of where it was written: nothing is looked up by them.
-KNOWN: dict[tuple[str, str], Any] = {
+# All that a `.metadata` may name. The paths in it say where it was written, and nothing is opened by them.
+ALLOWED: dict[tuple[str, str], Any] = {
     **{(record.__module__, record.__name__): record for record in (*RECORDS, _MEM_FORMAT_ENCODING)},
     **{("torch", str(d).removeprefix("torch.")): d for d in vars(torch).values() if isinstance(d, torch.dtype)},
     ("torch", "Size"): torch.Size,
@@ -59,15 +59,15 @@ KNOWN: dict[tuple[str, str], Any] = {
 PLAIN = (bool, int, float, str, type(None))
 
 
-# The unpickler in Python, because the one in C cannot be told what a BUILD may change.
+# The Python unpickler, because the C one offers no way to restrict which objects a BUILD opcode may change.
 class MetadataUnpickler(pickle._Unpickler):
-    """Unpickles instances of KNOWN classes and nothing else; UnpicklingError names any other class in the file."""
+    """Unpickles instances of ALLOWED classes and nothing else; UnpicklingError names any other class."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return KNOWN[module, name]
+            return ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint") from None
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint") from None
 
     def build(self) -> None:
         if not isinstance(self.stack[-2], RECORDS):  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ class MetadataUnpickler(pickle._Unpickler):
 
 
 class Reader(FileSystemReader):
-    """Reads the checkpoint in `folder`; ValueError where a file of it is a link, or its metadata is not such."""
+    """Reads the checkpoint in `folder`. ValueError where one of its files is a link, or its metadata is not valid."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -92,7 +92,7 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Fills tensors by tensors, and replaces plain values (numbers, text, tuples and lists of them) by such."""
+    """Fills tensors from tensors, and replaces plain values (numbers, text, tuples and lists) by plain values."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
@@ -102,7 +102,7 @@ class Planner(DefaultLoadPlanner):
             raise ValueError(f"{name} is not a plain value: {first_line(error)}") from error
         if isinstance(self.state_dict[name], Tensor) or not is_plain(loaded):
             raise ValueError(f"{name} must be {type(self.state_dict[name]).__name__}, got {type(loaded).__name__}")
-        # torch's own loads pickles of any kind: it is given one that was written here.
+        # super() unpickles anything, so it gets a pickle that was written here.
         rewritten = io.BytesIO()
         torch.save(loaded, rewritten)
         rewritten.seek(0)
@@ -126,20 +126,20 @@ def read_metadata(path: Path) -> Metadata:
             raise ValueError(f"{path}: {name} must be a dict, got {type(entries).__name__}")
         for key, value in entries.items():
             if not isinstance(key, keys) or not isinstance(value, values):
-                raise ValueError(f"{path}: {name} holds {type(value).__name__} by {type(key).__name__}")
+                raise ValueError(f"{path}: {name} must not map {type(key).__name__} to {type(value).__name__}")
     for info in metadata.storage_data.values():
         name = info.relative_path
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError(f"{path}: files of a checkpoint are in its own directory, got {name!r}")
+            raise ValueError(f"{path}: files of a checkpoint must be in its own directory, got {name!r}")
         if any(type(number) is not int or number < 0 for number in (info.offset, info.length)):
             raise ValueError(f"{path}: offset and length must be >= 0, got {info.offset!r} and {info.length!r}")
         if getattr(info, "transform_descriptors", None):
-            raise ValueError(f"{path}: no file may be transformed, got {info.transform_descriptors!r}")
+            raise ValueError(f"{path}: transform_descriptors must be empty, got {info.transform_descriptors!r}")
     return metadata
 
 
 def check_file(path: Path) -> None:
-    """ValueError for a link, which may lead anywhere, and for what is no file."""
+    """ValueError for a link, which may lead anywhere, and for anything but a file."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -154,5 +154,5 @@ def is_plain(value: Any) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Without the advice that follows in torch's messages, which is to load the file unsafely."""
+    """The first line of a message: torch's go on to advise loading the file unsafely."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

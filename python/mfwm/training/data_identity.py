@@ -1,4 +1,4 @@
-"""Which data set a run is about, and what a set of tokens was made from: their content, wherever it is."""
+"""Identifies the data set of a run, and the sources of a token set, by content, so that they can be moved."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..data.place import location
 from ..data.replay import Replay
 
 PIXELS_DIGEST, TOKENIZER_DIGEST = "pixels_digest", "tokenizer_digest"
-# Where the models and frames of an encoded set were, and which: what it holds is the same with and without them.
+# Where the models and frames of an encoded set were, and their digests. They do not change what the set holds.
 ORIGINS = ("pixels", "tokenizer", "latent_actions", PIXELS_DIGEST, TOKENIZER_DIGEST)
 SAMPLED_FRAMES = 16
 
 
 def resolved(path: str | Path) -> str:
-    """The path of a data set from any directory; URLs are as they are."""
+    """The path of a data set, valid from any directory; URLs are unchanged."""
     place = location(path)
     return str(place.resolve()) if isinstance(place, Path) else place
 
 
 def digest(replay: Replay) -> str:
-    """Equal for copies of a set, and different where episodes, levels, actions, attributes or frames differ.
+    """A digest that is equal for copies of a set, and differs where episodes, levels, actions, attributes or frames do.
 
-    Of the frames, SAMPLED_FRAMES at equal distances are read, so that a large set costs no more than a small one.
+    It reads SAMPLED_FRAMES evenly spaced frames, so that a large set costs no more than a small one.
     """
     attributes = {name: value for name, value in replay.attributes.items() if name not in ORIGINS}
     sampled = np.linspace(0, replay.frames - 1, min(SAMPLED_FRAMES, replay.frames)).astype(np.int64)
@@ -42,7 +42,7 @@ def digest(replay: Replay) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Equal for models with the same weights, wherever they are."""
+    """A digest that is equal for models with the same weights."""
     found = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         found.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
@@ -50,13 +50,14 @@ def weights_digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def open_data(stored: str, known: str | None, data: str | Path | None) -> Replay:
-    """The data set of a run: at `data` where it is given, else where the run found it, or under a new name beside that.
+def open_data(stored: str, expected: str | None, data: str | Path | None) -> Replay:
+    """The data set of a run: at `data` if given, else where the run last found it, or renamed in the same directory.
 
-    stored: the path in its config. known: its digest; None in runs that have none. ValueError where the set differs.
+    stored: the path in the run's config. expected: the set's digest; None in runs that have none. ValueError where the
+    set is another one.
     """
-    if data is None and known is not None and (renamed := beside(stored, known)) is not None:
-        warnings.warn(f"{stored} is not there any more; {renamed.path} holds the same data set", stacklevel=2)
+    if data is None and expected is not None and (renamed := find_renamed(stored, expected)) is not None:
+        warnings.warn(f"{stored} no longer exists; using {renamed.path}, which holds the same data set", stacklevel=2)
         return renamed
     place = stored if data is None else str(data)
     try:
@@ -65,17 +66,17 @@ def open_data(stored: str, known: str | None, data: str | Path | None) -> Replay
         if data is not None:
             raise
         raise ValueError(
-            f"the run's data set cannot be read ({error}); if it was moved, say by data where to"
+            f"the run's data set cannot be read ({error}); if it was moved, give its new place as data"
         ) from error
-    if known is not None and digest(replay) != known:
+    if expected is not None and digest(replay) != expected:
         raise ValueError(
-            f"data must be the set that the run was trained on, then in {stored}; {place} holds another one"
+            f"data must be the set that the run was trained on, which was in {stored}; {place} holds another one"
         )
     return replay
 
 
-def beside(stored: str, known: str) -> Replay | None:
-    """The set of this digest in the directory where one that is gone was; None where it is still there, or nowhere."""
+def find_renamed(stored: str, expected: str) -> Replay | None:
+    """If nothing is at `stored` any more, the set with this digest in the same directory, if there is one."""
     place = location(stored)
     if isinstance(place, str) or place.exists() or not place.parent.is_dir():
         return None
@@ -85,9 +86,9 @@ def beside(stored: str, known: str) -> Replay | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                same = digest(Replay(candidate, memory_limit=0)) == known
+                same = digest(Replay(candidate, memory_limit=0)) == expected
         except (ValueError, OSError):
-            continue  # It cannot be read, so it is not the one.
+            continue  # What cannot be read is not the set.
         if same:
             return Replay(candidate)
     return None

@@ -1,4 +1,4 @@
-"""Figures as JSON, which has no word for what is not a number."""
+"""Figures as JSON, which has no NaN and no infinities."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def as_json(values: Any, *, indent: int | None = None) -> str:
-    """JSON of dicts, lists and figures: null where a figure is not defined, or not finite."""
+    """JSON of dicts, lists and figures, with null for figures that are not finite."""
     return json.dumps(finite(values), indent=indent, allow_nan=False)
 
 
 def finite(value: Any) -> Any:
-    """The value, or tree of values, with None in the place of NaN and infinities."""
+    """The value, or tree of values, with None in place of NaN and infinities."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

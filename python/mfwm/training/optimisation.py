@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, schedule: str, decay: float) -> float:
-    """The learning rate of a step: a linear warm-up to `peak`, and at the end of the run a tenth of it.
+    """The learning rate of a step: it rises linearly to `peak` and ends at a tenth of it.
 
-    "cosine" falls along a cosine from the warm-up on; "wsd" (warm-up, stable, decay) stays at the peak and falls
-    linearly over the last `decay * steps` steps.
+    "cosine" falls along a cosine after the warm-up; "wsd" (warm-up, stable, decay) stays at the peak and falls linearly
+    over the last `decay * steps` steps.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -25,19 +25,19 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, schedule: 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels of convolutions decay; vectors and embeddings do not."""
+    """Groups for the optimiser: weight decay for matrices and convolutions, none for vectors and embeddings."""
     decaying = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if id(p) in decaying], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
     ]
-    # torch's state dicts lose the settings of a group without parameters.
+    # torch's state dicts lose the settings of a group that has no parameters.
     return [group for group in groups if group["params"]]
 
 
 class MovingAverage:
-    """average = decay * average + (1 - decay) * weights after every step, in the weights' own shards."""
+    """average = decay * average + (1 - decay) * weights after every step, sharded as the weights are."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

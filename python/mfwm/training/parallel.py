@@ -1,4 +1,4 @@
-"""Training by several processes, which torchrun starts: DistributedDataParallel or FSDP2, both torch's own.
+"""Training in several processes that torchrun starts, by torch's DistributedDataParallel or FSDP2.
 
 Every process takes its rows of the same global batch, and gradients are averaged over the processes.
 """
@@ -20,9 +20,9 @@ from ..models.blocks import SpaceTimeBlock
 
 @contextmanager
 def processes(mode: str) -> Iterator[tuple[int, int, torch.device]]:
-    """Rank, number of processes and device; joins the processes that torchrun started where `mode` asks for it.
+    """Rank, number of processes and device; joins the processes that torchrun started unless `mode` is "none".
 
-    A process group that is there already is used, and left.
+    An existing process group is used and stays.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if mode == "none" and launched > 1:
@@ -56,13 +56,13 @@ def distribute(model: nn.Module, mode: str) -> nn.Module:
             fully_shard(block)
             register_fsdp_forward_method(block, "append")
         fully_shard(model)
-        register_fsdp_forward_method(model, "look")
+        register_fsdp_forward_method(model, "validate")
     return model
 
 
 @contextmanager
-def gradients_shared(module: nn.Module, shared: bool) -> Iterator[None]:
-    """Gradients are added up over the processes only where `shared`: in the last part of an accumulated step."""
+def gradient_sync(module: nn.Module, shared: bool) -> Iterator[None]:
+    """Sum gradients over the processes only if `shared`: in the last part of an accumulated step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(shared)
     with module.no_sync() if isinstance(module, DistributedDataParallel) and not shared else nullcontext():
@@ -79,6 +79,6 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return sum_over_processes(values) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A sharded tensor, gathered."""
+def gathered(value: Tensor) -> Tensor:
+    """The full tensor of a sharded one."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,6 +1,6 @@
-"""The config of a run, one tree of dataclasses, as config.json: written once, compared and read back.
+"""The config of a run, a tree of dataclasses, in config.json: written at the start, compared when a run is resumed.
 
-Beside the config it holds `data_digest`, by which the run knows its data set wherever that is moved to.
+It also holds `data_digest`, by which the run recognises its data set wherever that is moved.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .checkpoints import Checkpoints, write_atomically
 
 NAME = "config.json"
 DIGEST = "data_digest"
-# How a run is run, not what it computes beyond rounding: these may change when it is resumed.
+# These may change when a run is resumed: they do not change what it computes, beyond rounding.
 MAY_CHANGE = {
     "accumulate",
     "compile",
     "checkpoint_every",
     "keep",
-    "look_every",
+    "validate_every",
     "parallel",
     "tensorboard",
     "wandb",
@@ -33,65 +33,65 @@ MAY_CHANGE = {
 Config = TypeVar("Config")
 
 
-def check_place(config: Any, run: Path) -> None:
-    """ValueError where `run` holds files with the names of a run's that are not a run's. Nothing is written.
+def check_out(config: Any, run: Path) -> None:
+    """ValueError where `run` holds files with the names of a run's files that no run wrote. Nothing is written.
 
-    A directory that a first start left before it wrote its config holds none of them.
+    A run that stopped before it wrote its config has left none of them.
     """
     path, log = run / NAME, run / "log.jsonl"
     if os.path.lexists(path):
         try:
             tree = parsed(path.read_bytes(), str(path))
         except (ValueError, OSError) as error:
-            raise ValueError(f"out holds {NAME}, which is no run's ({error}); choose another out than {run}") from error
+            raise ValueError(
+                f"out holds {NAME}, which no run wrote ({error}); choose another out than {run}"
+            ) from error
         names = {field.name for field in dataclasses.fields(config)}
         if DIGEST not in tree and not names - MAY_CHANGE <= set(tree):
-            raise ValueError(f"out holds {NAME}, which is no run's: choose another out than {run}")
+            raise ValueError(f"out holds {NAME}, which no run wrote: choose another out than {run}")
         return
     if Checkpoints(run / "checkpoints").latest() is not None:
         raise ValueError(
-            f"out holds checkpoints and no {NAME}, which says what they are of: put it back into {run}, "
+            f"out holds checkpoints but no {NAME}, which says what model they are of: put it back into {run}, "
             "or choose another out"
         )
     if os.path.lexists(log) and (not log.is_file() or log.stat().st_size > 0):
-        raise ValueError(
-            f"out holds {log.name}, which is no run's, for there is no {NAME}: choose another out than {run}"
-        )
+        raise ValueError(f"out holds {log.name} but no {NAME}, so no run wrote it: choose another out than {run}")
 
 
-def settle(config: Any, run: Path, digest: str | None, *, begun: bool) -> None:
-    """Write the run's config, or make sure that it is the one already there, in all that its result depends on.
+def write_or_compare(config: Any, run: Path, digest: str | None, *, begun: bool) -> None:
+    """Write the run's config. ValueError where the one already there differs in an option that the result depends on.
 
-    digest: of the data set; where either side has none, its path must be the same.
-    begun: whether the run has anything to show; one that has not may begin with another config.
+    digest: of the data set. If either config has none, the paths of the data must be equal.
+    begun: whether the run has a log or checkpoints; one that has neither may start again with another config.
     """
     path = run / NAME
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    given = json.loads(json.dumps(dataclasses.asdict(config)))
     if begun and path.exists():
-        tree, known = read_tree(path)
-        old, new = dict(flattened(tree)), dict(flattened(wanted))
+        tree, old_digest = read_tree(path)
+        old, new = dict(flattened(tree)), dict(flattened(given))
         for name in {**old, **new}:
-            if name == "data" and known is not None and digest is not None:
-                if known != digest:
+            if name == "data" and old_digest is not None and digest is not None:
+                if old_digest != digest:
                     raise ValueError(
-                        f"data is {new[name]}, but the run in {run} was begun with another data set, then in "
+                        f"data is {new[name]}, but the run in {run} was started with another data set, which was in "
                         f"{old.get(name)}; choose another --out"
                     )
             elif name not in MAY_CHANGE and old.get(name) != new.get(name):
                 raise ValueError(
-                    f"{name} is {new.get(name)!r}, but the run in {run} was begun with {old.get(name)!r}; "
+                    f"{name} is {new.get(name)!r}, but the run in {run} was started with {old.get(name)!r}; "
                     "choose another --out"
                 )
-    write_atomically(path, json.dumps({**wanted, DIGEST: digest}, indent=2).encode())
+    write_atomically(path, json.dumps({**given, DIGEST: digest}, indent=2).encode())
 
 
-def described(config: Any) -> str:
-    """A line for each value: its dotted name, and what it is."""
+def as_lines(config: Any) -> str:
+    """A line for each value: its dotted name and the value."""
     return "\n".join(f"{name} = {value!r}" for name, value in flattened(dataclasses.asdict(config)))
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a tree."""
+    """Dotted names and values of a tree of dicts."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{name}.")
@@ -100,9 +100,9 @@ def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def read(kind: type[Config], run: Path) -> tuple[Config, str | None]:
-    """The config, of class `kind`, that a run was begun with, and the digest of its data set where there is one.
+    """The config, of class `kind`, that a run was started with, and the digest of its data set if it has one.
 
-    ValueError names the file, the rule and the value where the config is not such.
+    ValueError names file, rule and value where the config is not a valid one of this class.
     """
     path = Path(run) / NAME
     tree, digest = read_tree(path)
@@ -110,11 +110,11 @@ def read(kind: type[Config], run: Path) -> tuple[Config, str | None]:
 
 
 def read_tree(path: Path) -> tuple[dict[str, Any], str | None]:
-    """What a config.json holds, before it is checked, and the digest."""
+    """The contents of a config.json before they are checked, and the digest."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path.parent} is no run directory: there is no {path.name} in it") from None
+        raise ValueError(f"{path.parent} is not a run directory: it has no {path.name}") from None
     tree = parsed(content, str(path))
     digest = tree.pop(DIGEST, None)
     if digest is not None and not isinstance(digest, str):
@@ -123,7 +123,7 @@ def read_tree(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def parsed(content: bytes | str, place: str) -> dict[str, Any]:
-    """A JSON object; ValueError names `place` where it is none."""
+    """A JSON object. ValueError names `place` if it is not one."""
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -134,13 +134,15 @@ def parsed(content: bytes | str, place: str) -> dict[str, Any]:
 
 
 def from_tree(kind: type[Config], tree: dict[str, Any], place: str) -> Config:
-    """A dataclass from the dicts and lists that JSON makes of it; ValueError names `place`, field, rule and value."""
+    """A dataclass from the dicts and lists of its JSON. ValueError names `place`, field, rule and value."""
     hints = get_type_hints(kind)
-    if strange := [name for name in tree if name not in hints]:
-        raise ValueError(f"{place}: {kind.__name__} has no {', '.join(strange)}: the run is of another kind")
-    needed = (dataclasses.MISSING, dataclasses.MISSING)
+    if unknown := [name for name in tree if name not in hints]:
+        raise ValueError(
+            f"{place}: {kind.__name__} has no {', '.join(unknown)}: this is another kind of run, or another version's"
+        )
+    required = (dataclasses.MISSING, dataclasses.MISSING)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name not in tree and (field.default, field.default_factory) == needed:
+        if field.name not in tree and (field.default, field.default_factory) == required:
             raise ValueError(f"{place}: {kind.__name__} needs {field.name}, which is missing")
     values = {name: value_of(hints[name], value, place, name) for name, value in tree.items()}
     try:
@@ -150,7 +152,7 @@ def from_tree(kind: type[Config], tree: dict[str, Any], place: str) -> Config:
 
 
 def value_of(hint: Any, value: Any, place: str, name: str) -> Any:
-    """`value` as the type that a field declares; JSON has lists where the configs have tuples."""
+    """`value` as the type that a field declares: JSON has lists where the configs have tuples."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
@@ -168,5 +170,5 @@ def value_of(hint: Any, value: Any, place: str, name: str) -> Any:
         origin = get_origin(option) or option
         if origin is Any or type(value) is origin or (origin is Literal and value in get_args(option)):
             return value
-    wanted = " or ".join(getattr(o, "__name__", str(o)) if get_origin(o) is None else str(o) for o in options)
-    raise ValueError(f"{place}: {name} must be {wanted.replace('typing.', '')}, got {value!r}")
+    rule = " or ".join(getattr(o, "__name__", str(o)) if get_origin(o) is None else str(o) for o in options)
+    raise ValueError(f"{place}: {name} must be {rule.replace('typing.', '')}, got {value!r}")

@@ -14,16 +14,16 @@ from datetime import datetime
 from pathlib import Path
 
 NAME = ".lock"
-# What a file system without locks answers, such as NFS without its lock daemon.
+# Errors of file systems without locks, such as NFS without its lock daemon.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the run `out`; BlockingIOError says which process holds it where another one does.
+    """Lock the run in `out`. BlockingIOError names the process that holds it, if another one does.
 
     The kernel releases the lock when its process ends, however it ends, and NFS when its host is gone. The file stays,
-    because a process that waits at a deleted one would lock nothing; what is in it only says who locked it last.
+    because a process that has opened a deleted file would lock nothing; its contents only say who locked it last.
     """
     descriptor = os.open(out / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with open(descriptor, "r+b", buffering=0) as file:
@@ -32,7 +32,8 @@ def locked(out: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in UNSUPPORTED:
                 warnings.warn(
-                    f"{out} cannot be locked on this file system ({error.strerror}): let no other process train in it",
+                    f"{out} cannot be locked on this file system ({error.strerror}): "
+                    "make sure that no other process trains in it",
                     stacklevel=2,
                 )
             elif error.errno in (errno.EAGAIN, errno.EACCES):
@@ -43,7 +44,7 @@ def locked(out: Path) -> Iterator[None]:
                 raise
         content = file.read()
         if content and not is_lock(content):
-            raise ValueError(f"out holds {NAME}, which is no run's: choose another out than {out}")
+            raise ValueError(f"out holds {NAME}, which no run wrote: choose another out than {out}")
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         file.seek(0)
         file.truncate()
@@ -55,7 +56,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def is_lock(content: bytes) -> bool:
-    """Whether a lock file holds what a run writes there."""
+    """Whether these are the contents of a run's lock file."""
     try:
         named = json.loads(content)
     except (ValueError, RecursionError):
@@ -69,4 +70,4 @@ def holder(content: bytes) -> str:
         named = json.loads(content)
         return f"process {named['pid']} on {named['host']}, since {named['since']},"
     except (ValueError, TypeError, KeyError):
-        return "another process"  # It has locked the file and not written it yet.
+        return "another process"  # One that has locked the file but not written to it yet.

@@ -1,4 +1,4 @@
-"""What is kept of a run while it trains: log.jsonl, one row a step, and on wish TensorBoard and Weights & Biases."""
+"""The training log: log.jsonl, one row per step, and optionally TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .json_values import as_json
 
 
 class Log:
-    """log.jsonl, one row a step; rows of steps that will be run again are dropped when a run goes on.
+    """log.jsonl, one row per step. When a run is resumed, rows of steps that will be run again are dropped.
 
-    names: of the entries of the lists in a row, for the viewers; the last ones where a list is shorter.
+    names: names for the entries of lists in a row, for the viewers; a shorter list takes the last ones.
     """
 
     def __init__(self, path: Path, first: int, viewers: Sequence[Viewer] = (), names: Sequence[str] = ()) -> None:
-        kept = [row for row in read_log(path) if row["step"] < first] if path.exists() else []
-        write_atomically(path, "".join(as_json(row) + "\n" for row in kept).encode())
+        rows = [row for row in read_log(path) if row["step"] < first] if path.exists() else []
+        write_atomically(path, "".join(as_json(row) + "\n" for row in rows).encode())
         self.path, self.viewers, self.names = path, viewers, names
-        # Unbuffered: what a full disk refuses is not tried again when the file is closed.
+        # Unbuffered, so that what a full disk refused is not written again when the file is closed.
         self.file = open(path, "ab", buffering=0)
 
     def write(self, row: dict[str, Any], pictures: dict[str, Tensor] | None = None) -> None:
@@ -37,7 +37,7 @@ class Log:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"step {row['step']} could not be logged ({error.strerror}); the newest checkpoint is whole",
+                f"step {row['step']} could not be logged ({error.strerror}); the newest checkpoint is complete",
                 str(self.path),
             ) from error
         for viewer in self.viewers:
@@ -50,7 +50,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log; a last line cut short by a kill is left out. ValueError names the line that is no row of one."""
+    """Rows of a log, without a last line that a kill cut short. ValueError names a line that is not a row."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def column(rows: list[dict[str, Any]], name: str, path: Path) -> list[float]:
-    """A number of every row; ValueError names the step that lacks it, and the log where it has no rows."""
+    """One number of every row. ValueError names the step that lacks it, or the log if it has no rows."""
     if not rows:
         raise ValueError(f"{path} must have a row for each step of the run, got none")
     for row in rows:
@@ -90,7 +90,7 @@ def scalars(row: dict[str, Any], names: Sequence[str], prefix: str = "") -> Iter
                 if not isinstance(entry, list):
                     yield f"{prefix}{name}/{label}", entry
                     continue
-                # Of a square of pairs what stands above the diagonal.
+                # Of a [K, K] matrix only the upper triangle.
                 for other, number in zip(labels[i + 1 :], entry[i + 1 :], strict=True):
                     yield f"{prefix}{name}/{label}-{other}", number
         elif name != "step":
@@ -99,20 +99,20 @@ def scalars(row: dict[str, Any], names: Sequence[str], prefix: str = "") -> Iter
 
 class Viewer(Protocol):
     def show(self, step: int, numbers: dict[str, float], pictures: dict[str, Tensor]) -> None:
-        """Numbers by tag, and pictures [3, height, width] in 0..1."""
+        """Show numbers by tag, and pictures [3, height, width] in 0..1."""
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files in `folder`; what was written of step `first` and later is dropped."""
+    """Event files in `folder`; events of step `first` and later are dropped."""
 
     def __init__(self, folder: Path, first: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ValueError(
-                "tensorboard must be False where the package is not installed: pip install 'mfwm-kernels[train]'"
+                "tensorboard must be False if the package is not installed: pip install 'mfwm-kernels[train]'"
             ) from error
         self.writer: Any = SummaryWriter(str(folder), purge_step=first)
 
@@ -127,13 +127,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A wandb run that goes on with that of the same run directory."""
+    """A Weights & Biases run, which continues the earlier one of the same run directory."""
 
     def __init__(self, out: Path, config: dict[str, Any]) -> None:
         try:
             import wandb
         except ModuleNotFoundError as error:
-            raise ValueError("wandb must be False where the package is not installed: pip install wandb") from error
+            raise ValueError("wandb must be False if the package is not installed: pip install wandb") from error
         self.wandb: Any = wandb
         name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
         self.run: Any = wandb.init(project="mfwm", name=out.name, dir=str(out), id=name, resume="allow", config=config)

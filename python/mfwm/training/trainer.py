@@ -1,8 +1,8 @@
-"""Trainer: runs of a module that maps clips to a loss, in a directory of their own.
+"""Trainer: trains a module that maps clips to a loss, in a run directory.
 
-A run directory holds config.json, log.jsonl and checkpoints/. Killed or not, a run resumes where it was: the clips and
-the random numbers of a step depend on (seed, step, process) alone, so the step is the position in both, and a resumed
-run equals an uninterrupted one.
+A run directory holds config.json, log.jsonl and checkpoints/. A run can be resumed after any end, also a kill: the
+clips and random numbers of a step depend only on (seed, step, process), so the step is the position in both, and a
+resumed run equals an uninterrupted one.
 
     with Trainer(config, out) as trainer:
         trainer.fit(objective, trainer.sampler())
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,14 +29,15 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from mfwm_kernels import arguments as check
 from mfwm_kernels.dtypes import product_dtype
 
+from ..checks import check_choices
 from ..data.place import location, overlap
 from ..data.replay import ClipSampler, Replay, split_levels
 from ..progress import Progress
 from .checkpoints import Checkpoints, barrier
 from .data_identity import digest, resolved
 from .optimisation import MovingAverage, learning_rate, parameter_groups
-from .parallel import distribute, gradients_shared, mean_over_processes, processes, sum_over_processes, whole
-from .run_config import check_place, described, settle
+from .parallel import distribute, gathered, gradient_sync, mean_over_processes, processes, sum_over_processes
+from .run_config import as_lines, check_out, read, write_or_compare
 from .run_lock import locked
 from .run_log import Log, TensorBoard, Viewer, WeightsAndBiases
 
@@ -46,28 +47,29 @@ class TrainerConfig:
     """How a module is trained; a subclass adds the module's own config.
 
     Args:
-        data: a replay buffer that `mfwm collect` wrote. A run knows it by its content: it may be moved.
+        data: a replay buffer, such as `mfwm collect` writes. A run recognises it by content, so it may be moved.
         steps: optimiser steps.
-        batch: clips in a step, over all processes.
-        accumulate: parts that a process takes its clips in, one after another, for one step.
-        clip: frames in a clip; those past the model's context are targets only, so that the last positions have theirs.
+        batch: clips per step, over all processes.
+        accumulate: number of parts into which a process splits its clips of a step, run one after another.
+        clip: frames per clip; those past the model's context are targets only, so that the last positions have targets.
         lr: peak learning rate of AdamW, after `warmup` steps.
-        schedule: "cosine" from there to a tenth, or "wsd": the peak until the last `decay` of the steps, then a line.
-        decay: the share of the steps in which "wsd" falls.
+        schedule: after the warm-up, "cosine" falls to a tenth of the peak; "wsd" stays at the peak and falls linearly
+            to a tenth over the last `decay` of the steps.
+        decay: share of the steps in which "wsd" falls.
         weight_decay: of matrices; vectors and embeddings have none.
-        clip_norm: the largest gradient norm that is not scaled down.
-        ema: decay of a moving average of the weights, which evaluation then uses; 0 keeps none.
-        dtype: of autocast, "bfloat16" or "float32"; "auto" is bfloat16 except on a CPU that does not multiply it in
+        clip_norm: larger gradient norms are scaled down to this one.
+        ema: decay of a moving average of the weights, which evaluation then uses; 0: no average.
+        dtype: of autocast, "bfloat16" or "float32"; "auto" is bfloat16, except on a CPU that does not multiply it in
             hardware, where it would be tens of times slower than float32.
         compile: torch.compile the module.
-        deterministic: only algorithms whose results are the same in every run, and an error where there is none.
+        deterministic: use only algorithms with the same results in every run; an operation that has none is an error.
         seed: of weights, batches and random numbers.
-        held_out: the share of levels kept for validation, never trained on.
-        workers: threads that read clips ahead.
+        held_out: share of levels kept for validation and never trained on.
+        workers: number of threads that read clips ahead.
         checkpoint_every: steps between checkpoints; one is also written at the end.
-        keep: the number of checkpoints that stay, the newest.
+        keep: number of checkpoints to keep, the newest ones.
         parallel: "ddp" or "fsdp" in the processes that torchrun starts.
-        look_every: steps between looks at a few held-out clips, whose figures and pictures join the log; 0 for none.
+        validate_every: steps between validations on a few held-out clips, which are logged with pictures; 0 for none.
         tensorboard: write event files for TensorBoard into the run.
         wandb: log to Weights & Biases.
     """
@@ -93,22 +95,15 @@ class TrainerConfig:
     checkpoint_every: int = 100
     keep: int = 2
     parallel: Literal["none", "ddp", "fsdp"] = "none"
-    look_every: int = 100
+    validate_every: int = 100
     tensorboard: bool = True
     wandb: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "dtype": ("auto", "bfloat16", "float32"),
-            "schedule": ("cosine", "wsd"),
-            "parallel": ("none", "ddp", "fsdp"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(self)
         for name in ("steps", "batch", "accumulate", "clip", "workers", "checkpoint_every", "keep"):
             check.integer(name, getattr(self, name), least=1)
-        for name in ("warmup", "seed", "look_every"):
+        for name in ("warmup", "seed", "validate_every"):
             check.integer(name, getattr(self, name), least=0)
         for name in ("lr", "clip_norm"):
             if check.number(name, getattr(self, name)) <= 0:
@@ -125,7 +120,7 @@ class TrainerConfig:
 
     @property
     def frames_per_step(self) -> int:
-        """Frames that a step trains on."""
+        """Number of frames that a step trains on."""
         return self.batch * self.clip
 
     def learning_rate(self, step: int) -> float:
@@ -137,48 +132,53 @@ class TrainerConfig:
 class Objective(nn.Module):
     """What a Trainer trains: a module that maps clips to a loss.
 
-    forward(clips, shares) gives the scalar to minimise and, by name, detached figures for the log. `clips` is a dict of
-    tensors [B, ...], the rows of one process, or some of them.
+    forward(clips, shares) returns the scalar to minimise and detached figures for the log, by name. `clips` is a dict
+    of tensors [B, ...]: the clips of one process, or some of them.
 
-    A loss may be a sum of means over different counts, such as a horizon's over the positions that have a target. A
-    step's clips come in parts (of a process, of accumulation) whose gradients are averaged; so that they make the
-    gradient of means over all clips, a module with such a loss says by `counts` how many elements of each mean a part
-    holds. It is then given `shares`, of the same shape: parts * the part's counts / those of all parts. Each mean, and
-    its figure, is to be multiplied by its share. With one part, and where `counts` is None, shares is None.
+    A step's clips are split into parts (over processes and accumulation) whose gradients are averaged. Where the loss
+    is a sum of means over different counts, such as a horizon's mean over the positions that have a target, that
+    average is not the gradient of the means over all clips. A module with such a loss returns from `counts` how many
+    elements of each mean a part holds, and gets `shares` of the same shape: parts * the part's counts / the counts of
+    all parts. It must multiply each mean, and its figure, by its share. With one part, or if `counts` returns None,
+    shares is None.
 
-    names: of the entries of figures that are lists.
+    names: names for the entries of figures that are lists.
     """
 
     names: Sequence[str] = ()
 
-    def drawn(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What else a step draws at random, [B, ...] each, for a process's clips before they are cut into parts.
+    def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Random tensors [B, ...] that a step needs, sampled once, before its clips are split into parts.
 
-        `counts` and forward find it in their clips.
+        `counts` and forward get them with their clips.
         """
         return {}
 
     def counts(self, clips: dict[str, Tensor]) -> Tensor | None:
         return None
 
-    def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Figures of held-out clips for the log, and pictures [3, height, width] in 0..1, by name."""
+    def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Figures of held-out clips for the log, and pictures [3, height, width] in 0..1, both by name."""
         return {}, {}
 
 
+Config = TypeVar("Config", bound=TrainerConfig)
+TrainedObjective = TypeVar("TrainedObjective", bound=Objective)
+
+
 class Sampler(Protocol):
-    """Where clips come from: this process's rows of the batches of steps first_step <= step < last_step, in order."""
+    """Source of clips: this process's part of the batches of steps first_step <= step < last_step, in order."""
 
     def batches(self, first_step: int, last_step: int, workers: int = 1) -> Iterator[dict[str, Tensor]]: ...
 
 
 class Trainer:
-    """A run in the directory `out`, in this process or in those that torchrun started, as its `config` says.
+    """A run in the directory `out`, in this process or, as config.parallel says, in those that torchrun started.
 
-    To be entered as a context. ValueError where `out` holds a run with another config or data set, BlockingIOError
-    where another process trains in it.
+    Use it in a `with` statement. ValueError if `out` holds a run with another config or data set, BlockingIOError if
+    another process trains in it.
 
-    config.data names a replay buffer; with a sampler of one's own, it may be a name that is none.
+    config.data names a replay buffer. With your own sampler, it may be any other name.
     """
 
     def __init__(self, config: TrainerConfig, out: Path, *, progress: bool = True) -> None:
@@ -187,7 +187,8 @@ class Trainer:
         if isinstance(place, str) or (config.data and place.exists()):
             if overlap(config.data, out):
                 raise ValueError(
-                    f"out must be another place than data, which a run is not written into; got {out} and {config.data}"
+                    f"out must be another place than data, since a run is not written into a data set; got {out} "
+                    f"and {config.data}"
                 )
             self.replay = Replay(config.data)
             config = replace(config, data=resolved(config.data))
@@ -198,7 +199,7 @@ class Trainer:
         config = self.config
         with self._stack:
             self.rank, self.processes, self.device = self._stack.enter_context(processes(config.parallel))
-            # Parts of a batch whose gradients are averaged.
+            # Number of parts of a batch, whose gradients are averaged.
             self.parts = self.processes * config.accumulate
             if config.batch % self.parts:
                 raise ValueError(
@@ -207,14 +208,15 @@ class Trainer:
                 )
             self.dtype = autocast_dtype(config.dtype, self.device)
             if self.rank == 0:
-                check_place(config, self.out)
+                check_out(config, self.out)
                 self.out.mkdir(parents=True, exist_ok=True)
                 self._stack.enter_context(locked(self.out))
-                known = None if self.replay is None else digest(self.replay)
-                settle(config, self.out, known, begun=self._begun())
+                data_digest = None if self.replay is None else digest(self.replay)
+                write_or_compare(config, self.out, data_digest, begun=self._begun())
                 if self.progress:
-                    print(described(config))
-                    print(f"on {self.device}, {self.processes} processes, autocast to {self.dtype}")
+                    print(as_lines(config))
+                    count = "1 process" if self.processes == 1 else f"{self.processes} processes"
+                    print(f"training on {self.device} in {count}, autocast to {self.dtype}")
             barrier()
             if config.deterministic:
                 self._stack.enter_context(deterministic_algorithms())
@@ -226,7 +228,7 @@ class Trainer:
         self._stack.close()
 
     def _begun(self) -> bool:
-        """Whether the run has anything that another config would be mixed with."""
+        """Whether the run has checkpoints or a log, which must not be mixed with those of another config."""
         log = self.out / "log.jsonl"
         return Checkpoints(self.out / "checkpoints").latest() is not None or (log.exists() and log.stat().st_size > 0)
 
@@ -236,14 +238,14 @@ class Trainer:
         return self.replay
 
     def sampler(self) -> ClipSampler:
-        """This process's clips of the levels to train on."""
+        """A sampler of this process's clips, from the levels to train on."""
         config, replay = self.config, self._data()
         training, _ = split_levels(replay, config.held_out, seed=config.seed)
         part = (self.rank, self.processes)
         return ClipSampler(replay, config.clip, config.batch, seed=config.seed, episodes=training, part=part)
 
     def held_out_clips(self, count: int = 4) -> dict[str, Tensor]:
-        """Some clips of the levels that are not trained on, the same ones in every process."""
+        """`count` clips of the levels that are not trained on, the same in every process."""
         replay = self._data()
         _, held_out = split_levels(replay, self.config.held_out, seed=self.config.seed)
         clips = ClipSampler(replay, self.config.clip, count, seed=self.config.seed, episodes=held_out).batch(0)
@@ -254,16 +256,16 @@ class Trainer:
         objective: Objective,
         sampler: Sampler,
         *,
-        shown: dict[str, Tensor] | None = None,
+        held_out: dict[str, Tensor] | None = None,
         stop_after: int | None = None,
     ) -> None:
-        """Train, from the newest checkpoint on where there is one.
+        """Train, from the newest checkpoint if there is one.
 
-        SIGTERM and SIGINT (Ctrl-C) save a checkpoint after the step in progress, and SystemExit follows. A second
-        Ctrl-C ends a run of one process at once.
+        SIGTERM and SIGINT (Ctrl-C) save a checkpoint after the current step and raise SystemExit. A second Ctrl-C ends
+        a run of one process at once.
 
-        shown: held-out clips to look at, on the trainer's device.
-        stop_after: leave off after this step, as a killed run would with its checkpoint just written.
+        held_out: clips to validate on, on the trainer's device.
+        stop_after: stop after this step and write a checkpoint, as if the run were killed right after it.
         """
         config = self.config
         if stop_after is not None:
@@ -284,16 +286,16 @@ class Trainer:
             if self.rank == 0:
                 viewers = self._viewers(first)
                 log = stack.enter_context(closing(Log(self.out / "log.jsonl", first, viewers, objective.names)))
-            signals = stack.enter_context(signals_noticed(alone=self.processes == 1))
+            signals = stack.enter_context(deferred_signals(single=self.processes == 1))
             batches: Any = sampler.batches(first, last, config.workers)
             stack.callback(batches.close)
             began = time.perf_counter()
             for step in range(first, last):
-                asked = time.perf_counter()
+                waits_from = time.perf_counter()
                 clips = next(batches)
-                waited = time.perf_counter() - asked
+                waited = time.perf_counter() - waits_from
                 row, stop = run.step(step, clips, bool(signals))
-                # From the end of one step to the end of the next, so that waiting for data counts.
+                # From the end of one step to the end of the next, so that waiting for data is included.
                 seconds, began = time.perf_counter() - began, time.perf_counter()
                 row |= {
                     "frames_per_second": config.frames_per_step / seconds,
@@ -301,8 +303,8 @@ class Trainer:
                     "data_wait": waited / seconds,
                 }
                 pictures: dict[str, Tensor] = {}
-                if shown is not None and config.look_every and (step + 1) % config.look_every == 0:
-                    row["held_out"], pictures = run.look(shown)
+                if held_out is not None and config.validate_every and (step + 1) % config.validate_every == 0:
+                    row["held_out"], pictures = run.validate(held_out)
                 if log is not None:
                     log.write(row, pictures)
                 bar.update(loss=f"{row['loss']:.4f}", frames_s=f"{row['frames_per_second']:.0f}")
@@ -315,7 +317,7 @@ class Trainer:
                     )
                     raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
             if signals:
-                raise SystemExit(128 + signals[0])  # It came while the last checkpoint was saved.
+                raise SystemExit(128 + signals[0])  # A signal that came while the last checkpoint was saved.
 
     def _viewers(self, first: int) -> list[Viewer]:
         viewers: list[Viewer] = []
@@ -327,32 +329,46 @@ class Trainer:
 
 
 def train_on_replay(
-    make: Callable[[], Objective], config: TrainerConfig, out: Path, progress: bool, stop_after: int | None
-) -> Any:
-    """Train the objective that `make` makes, on config.data, with looks at held-out clips; returns it."""
+    objective_of: Callable[[Config], TrainedObjective],
+    config: Config,
+    out: Path,
+    progress: bool,
+    stop_after: int | None,
+) -> TrainedObjective:
+    """Train the objective of `config` on config.data, with validation on held-out clips; returns it."""
     with Trainer(config, out, progress=progress) as trainer:
-        objective = make()
-        shown = trainer.held_out_clips() if config.look_every else None
-        trainer.fit(objective, trainer.sampler(), shown=shown, stop_after=stop_after)
+        objective = objective_of(config)
+        held_out = trainer.held_out_clips() if config.validate_every else None
+        trainer.fit(objective, trainer.sampler(), held_out=held_out, stop_after=stop_after)
     return objective
 
 
+def load_trained(
+    kind: type[Config], objective_of: Callable[[Config], TrainedObjective], run: Path
+) -> tuple[TrainedObjective, Config, int]:
+    """The trained objective of a run (its moving average, where it keeps one), its config and its step."""
+    config, _ = read(kind, run)
+    objective = objective_of(config)
+    step = load_weights(objective, run, averaged=config.ema > 0)
+    return objective, config, step
+
+
 def load_weights(objective: Objective, run: Path, *, averaged: bool) -> int:
-    """Fill the weights of `objective` from a run's newest checkpoint; returns the step of that."""
+    """Fill the weights of `objective` from a run's newest checkpoint; returns its step."""
     checkpoints = Checkpoints(Path(run) / "checkpoints")
     state = {"model": objective.state_dict()}
     if averaged:
-        # The parameters; what else a module keeps has no average.
+        # Only parameters are averaged; buffers are not.
         state["average"] = {name: p.detach().clone() for name, p in objective.named_parameters()}
     while True:
         step = checkpoints.latest()
         if step is None:
-            raise FileNotFoundError(f"{run} holds no checkpoint: train first")
+            raise FileNotFoundError(f"{run} has no checkpoint: train first")
         try:
             checkpoints.load(state, step)
             break
         except ValueError:
-            # A run that trains at the same time may have dropped it for newer ones.
+            # A run that is training may have replaced it by newer ones meanwhile.
             if step in checkpoints.steps():
                 raise
     if averaged:
@@ -361,11 +377,11 @@ def load_weights(objective: Objective, run: Path, *, averaged: bool) -> int:
 
 
 class Run:
-    """The state of a run in one process, and its step."""
+    """What one process of a run trains: module, optimiser and moving average."""
 
     def __init__(self, trainer: Trainer, objective: Objective) -> None:
         self.trainer, self.config, self.objective = trainer, trainer.config, objective
-        # The module to call; the objective holds the weights, or this process's shards of them.
+        # `module` is what to call; `objective` holds the weights, or this process's shards of them.
         self.module = distribute(objective, self.config.parallel)
         self.optimiser = torch.optim.AdamW(
             parameter_groups(objective, self.config.weight_decay), lr=self.config.lr, betas=(0.9, 0.95), fused=True
@@ -373,34 +389,34 @@ class Run:
         self.average = MovingAverage(objective, self.config.ema) if self.config.ema else None
 
     def step(self, step: int, clips: dict[str, Tensor], terminated: bool) -> tuple[dict[str, Any], bool]:
-        """One optimiser step. Returns its row of the log, and whether any process was told to stop."""
+        """One optimiser step. Returns its row of the log, and whether any process got a signal to stop."""
         config, device = self.config, self.trainer.device
         torch.manual_seed(seed_of(config.seed, step, self.trainer.rank))
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate(step)
         self.optimiser.zero_grad(set_to_none=True)
-        clips = {**clips, **self.objective.drawn(clips)}
+        clips = {**clips, **self.objective.random_inputs(clips)}
         columns = {name: value.chunk(config.accumulate) for name, value in clips.items()}
         parts = [{name: column[i] for name, column in columns.items()} for i in range(config.accumulate)]
         totals: list[Tensor] = []
-        named: list[dict[str, Tensor]] = []
+        figures_of_parts: list[dict[str, Tensor]] = []
         for i, (part, shares) in enumerate(zip(parts, self._shares(parts), strict=True), start=1):
             part = {name: value.to(device, non_blocking=True) for name, value in part.items()}
-            with gradients_shared(self.module, i == len(parts)):
+            with gradient_sync(self.module, i == len(parts)):
                 with self._autocast():
                     total, figures = self.module(part, shares)
                 (total / len(parts) if len(parts) > 1 else total).backward()
             totals.append(total.detach())
-            named.append(figures)
-        norm = whole(nn.utils.clip_grad_norm_(self.objective.parameters(), config.clip_norm))
+            figures_of_parts.append(figures)
+        norm = gathered(nn.utils.clip_grad_norm_(self.objective.parameters(), config.clip_norm))
 
-        shapes = {name: value.shape for name, value in named[0].items()}
+        shapes = {name: value.shape for name, value in figures_of_parts[0].items()}
         rows = [
             torch.cat([total.view(1), *(figures[name].flatten() for name in shapes)])
-            for total, figures in zip(totals, named, strict=True)
+            for total, figures in zip(totals, figures_of_parts, strict=True)
         ]
-        told = torch.full((1,), float(terminated), device=device)
-        loss, *values, told_share = mean_over_processes(torch.cat([torch.stack(rows).mean(0), told])).tolist()
+        stop = torch.full((1,), float(terminated), device=device)
+        loss, *values, stopping = mean_over_processes(torch.cat([torch.stack(rows).mean(0), stop])).tolist()
         row: dict[str, Any] = {"step": step, "loss": loss}
         for name, shape in shapes.items():
             row[name] = torch.tensor(values[: shape.numel()], dtype=torch.float64).view(shape).tolist()
@@ -411,27 +427,27 @@ class Run:
         self.optimiser.step()
         if self.average is not None:
             self.average.update()
-        return row, told_share > 0
+        return row, stopping > 0
 
-    def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         self.objective.eval()
         with self._autocast():
-            seen = self.objective.look(clips)
+            found = self.objective.validate(clips)
         self.objective.train()
-        return seen
+        return found
 
     def _autocast(self) -> torch.autocast:
         dtype = self.trainer.dtype
         return torch.autocast(self.trainer.device.type, dtype, enabled=dtype != torch.float32)
 
     def _shares(self, parts: list[dict[str, Tensor]]) -> list[Tensor | None]:
-        """The shares of each part in the means over all of them, in all processes."""
+        """Each part's shares of the means over all parts, of all processes."""
         if self.trainer.parts == 1 or self.objective.counts(parts[0]) is None:
             return [None] * len(parts)
         counts: list[Any] = [self.objective.counts(part) for part in parts]
         stacked = torch.stack(counts).to(self.trainer.device, torch.float64)
-        everywhere = sum_over_processes(stacked.sum(0))
-        return list((self.trainer.parts * stacked / everywhere.clamp_min(1)).float())
+        total = sum_over_processes(stacked.sum(0))
+        return list((self.trainer.parts * stacked / total.clamp_min(1)).float())
 
     def state(self, step: int) -> dict[str, Any]:
         """All that the steps after `step` depend on."""
@@ -442,7 +458,7 @@ class Run:
         return state
 
     def resume(self, checkpoints: Checkpoints) -> int:
-        """Load the newest checkpoint and return the step to go on from; 0 where there is none."""
+        """Load the newest checkpoint and return the step to continue from; 0 if there is none."""
         latest = checkpoints.latest()
         if latest is None:
             return 0
@@ -455,12 +471,12 @@ class Run:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that follows from several numbers."""
+    """A seed derived from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What a `dtype` of the config means on this device."""
+    """The dtype that a config's `dtype` means on this device."""
     if name == "auto":
         return product_dtype(torch.bfloat16) if device.type == "cpu" else torch.bfloat16
     return torch.float32 if name == "float32" else torch.bfloat16
@@ -468,8 +484,8 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """torch's deterministic mode, left as it was afterwards."""
-    # cuBLAS needs a fixed workspace for it, which it reads when it starts.
+    """torch's deterministic mode, restored afterwards."""
+    # cuBLAS needs a fixed workspace for this mode, and reads the variable when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -480,25 +496,26 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 @contextmanager
-def signals_noticed(*, alone: bool) -> Iterator[list[signal.Signals]]:
-    """A list of the SIGTERM and SIGINT that came. Only the main thread may handle signals: others leave them alone.
+def deferred_signals(*, single: bool) -> Iterator[list[signal.Signals]]:
+    """A list that collects SIGTERM and SIGINT instead of handling them. In a thread other than the main one, which may
+    not handle signals, it stays empty.
 
-    alone: a second SIGINT raises KeyboardInterrupt at once. torchrun passes on to its processes the Ctrl-C that they
-    have had from the terminal already, so several processes wait for their checkpoint.
+    single: the run has one process, so a second SIGINT raises KeyboardInterrupt at once. With several, torchrun passes
+    the same Ctrl-C that they got from the terminal on to them, so it must not count as a second one.
     """
-    noticed: list[signal.Signals] = []
+    received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noticed
+        yield received
         return
 
-    def notice(number: int, frame: object) -> None:
-        noticed.append(signal.Signals(number))
-        if number == signal.SIGINT and alone:
+    def receive(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+        if number == signal.SIGINT and single:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, notice) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield noticed
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""mfwm train: a world model on clips of a replay buffer."""
+"""Training of a world model on clips of a replay buffer: mfwm train."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from mfwm_kernels.horizons import counts_at
 
 from ..data.replay import Replay
 from ..metrics.quality import psnr
-from ..models.looking import look, names_of, strips
+from ..models.heads_config import labels
 from ..models.maskgit import training_mask
 from ..models.world_model import WorldModel, WorldModelConfig
 from .run_config import read
-from .trainer import Objective, TrainerConfig, load_weights, train_on_replay
+from .trainer import Objective, TrainerConfig, load_trained, train_on_replay
+from .validation import prediction_strips, validation_figures
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class WorldModelLoss(Objective):
     def __init__(self, model: WorldModel) -> None:
         super().__init__()
         self.model = model
-        self.names = names_of(model.config.heads.horizons)
+        self.names = labels(model.config.heads.horizons)
 
-    def drawn(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
+    def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.model.config.masked:
             return {}
         video = clips["video"]
@@ -76,22 +77,26 @@ class WorldModelLoss(Objective):
             token_mask=clips.get("token_mask"),
             shares=shares,
         )
-        told = {"per_horizon": loss.per_horizon, "consistency": loss.consistency}
+        figures = {"per_horizon": loss.per_horizon, "consistency": loss.consistency}
         if loss.accuracy is not None:
-            told["accuracy"] = loss.accuracy
+            figures["accuracy"] = loss.accuracy
         if shares is not None:
-            for name, means in told.items():
+            for name, means in figures.items():
                 of_pairs = shares[0] if means.ndim == 1 else shares
-                told[name] = means * (of_pairs if name == "consistency" else shares.diagonal())
-        return loss.total, told
+                figures[name] = means * (of_pairs if name == "consistency" else shares.diagonal())
+        return loss.total, figures
 
-    def look(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        # Pictures first: the backward in look makes FSDP give the gathered weights back.
-        pictures = strips(self.model, clips)
-        figures: dict[str, Any] = {name: value.tolist() for name, value in look(self.model, clips).items()}
+    def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        # Pictures first: the backward in validation_figures makes FSDP release the gathered weights.
+        pictures = prediction_strips(self.model, clips)
+        found: dict[str, Any] = {name: value.tolist() for name, value in validation_figures(self.model, clips).items()}
         if self.model.config.heads.output == "pixels":
-            figures["psnr"] = [psnr(error) for error in figures["per_horizon"]]
-        return figures, pictures
+            found["psnr"] = [psnr(error) for error in found["per_horizon"]]
+        return found, pictures
+
+
+def objective_of(config: TrainingConfig) -> WorldModelLoss:
+    return WorldModelLoss(WorldModel(config.model))
 
 
 def positions_that_count(
@@ -118,11 +123,11 @@ def positions_that_count(
 
 
 def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_after: int | None = None) -> WorldModel:
-    """Train in `out`, or resume where a run with the same config and data set stopped. Returns the model.
+    """Train in `out`, or resume the run with the same config and data set there. Returns the model.
 
     Signals and stop_after as in Trainer.fit.
     """
-    return train_on_replay(lambda: WorldModelLoss(WorldModel(config.model)), config, out, progress, stop_after).model
+    return train_on_replay(objective_of, config, out, progress, stop_after).model
 
 
 def for_replay(config: TrainingConfig, replay: Replay) -> TrainingConfig:
@@ -142,13 +147,11 @@ def for_replay(config: TrainingConfig, replay: Replay) -> TrainingConfig:
 
 
 def load_config(run: Path) -> TrainingConfig:
-    """The config that a run was begun with. ValueError names the file, rule and value where it is not one."""
+    """The config that a run was started with. ValueError names file, rule and value where it is not valid."""
     return read(TrainingConfig, run)[0]
 
 
 def load_model(run: Path) -> tuple[WorldModel, TrainingConfig, int]:
-    """The trained model of a run (its moving average, where it keeps one), its config and the step it stands at."""
-    config = load_config(run)
-    model = WorldModel(config.model)
-    step = load_weights(WorldModelLoss(model), run, averaged=config.ema > 0)
-    return model.eval(), config, step
+    """The trained model of a run (its moving average, where it keeps one), its config and its step."""
+    objective, config, step = load_trained(TrainingConfig, objective_of, run)
+    return objective.model.eval(), config, step

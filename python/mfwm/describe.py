@@ -1,10 +1,10 @@
-"""mfwm describe: parameters and FLOPs of a size, for each variant of its heads."""
+"""mfwm describe: parameters and FLOPs of a model size, for each variant of its heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mfwm_kernels import use_backend
 
-from .sizes import TRUNKS, variants
-from .world_model import WorldModel, WorldModelConfig, parameters_of
+from .models.sizes import TRUNKS, Size, variants
+from .models.world_model import WorldModel, WorldModelConfig, parameters_of
 
 
 class Cost(NamedTuple):
-    """Parameters, and forward FLOPs of one frame (a step of training takes three times that, next to the loss)."""
+    """Parameters, and forward FLOPs per frame. A training step takes three times as many, plus the loss."""
 
     parameters: int
     head_parameters: int
@@ -26,11 +26,11 @@ class Cost(NamedTuple):
 
 
 def cost_of(config: WorldModelConfig) -> Cost:
-    """Counted by running the model without data: two FLOPs a product, attention whole, masked pairs included."""
+    """Count by running the model on meta tensors: two FLOPs per product, attention with all pairs, also masked ones."""
     T = config.context
     with torch.device("meta"), torch.no_grad(), use_backend("reference"):
         model = WorldModel(config)
-        # Frames in between are read past the context.
+        # Frames past the context, which conditioning "frames" reads.
         frames = T + max(config.heads.horizons.offsets)
         ids = config.heads.output == "tokens"
         video = torch.zeros(1, frames, *model.frame_shape, dtype=torch.int64 if ids else torch.float32)
@@ -45,11 +45,11 @@ def cost_of(config: WorldModelConfig) -> Cost:
     return Cost(parameters_of(model), parameters_of(model.heads), flops + head_flops, head_flops)
 
 
-def rows(size: str) -> Iterator[str]:
-    """A table with a row per variant. The tax: its FLOPs over those of the next frame alone, of the same kind."""
+def rows(size: Size) -> Iterator[str]:
+    """A table with a row per variant. The tax is its FLOPs over those of the next-frame variant of the same kind."""
     trunk = TRUNKS[size]
     yield f"{size}: width {trunk.width}, {trunk.layers} layers, frames {trunk.frame}, patch {trunk.patch}"
-    yield f"{'variant':28}{'parameters':>15}{'of heads':>13}{'GFLOP a frame':>15}{'of heads':>10}{'tax':>7}"
+    yield f"{'variant':28}{'parameters':>15}{'of heads':>13}{'GFLOP/frame':>15}{'of heads':>10}{'tax':>7}"
     plain: dict[object, float] = {}
     for name, config in variants(size).items():
         cost = cost_of(config)
@@ -62,9 +62,9 @@ def rows(size: str) -> Iterator[str]:
 
 @dataclass
 class Describe:
-    """Print parameters and forward FLOPs of a size, for each variant of its heads."""
+    """Print parameters and forward FLOPs of a model size, for each variant of its heads."""
 
-    size: tyro.conf.Positional[Literal["1m", "4m", "15m", "60m", "250m", "1b"]]
+    size: tyro.conf.Positional[Size]
 
     def run(self) -> None:
         for row in rows(self.size):

@@ -1,4 +1,4 @@
-"""What a world model makes of held-out clips in the middle of its training: figures, and strips of pictures."""
+"""Validation of a world model during its training: figures of held-out clips, and pictures of predictions."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfwm_kernels import GradMonitor, Horizons, video_pyramid
+from mfwm_kernels import GradMonitor, video_pyramid
 
-from .maskgit import training_mask
-from .rollouts import rollout
-from .world_model import WorldModel
+from ..models.maskgit import training_mask
+from ..models.rollouts import rollout
+from ..models.world_model import WorldModel
 
-# Of a rollout: frames that it starts from.
-SEEN = 4
-
-
-def names_of(horizons: Horizons) -> list[str]:
-    """A name per horizon: its offset; with its factor where several horizons share an offset: "1@1/4"."""
-    pairs = zip(horizons.offsets, horizons.factors, strict=True)
-    return [str(k) if horizons.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs]
+# Real frames that a pictured rollout starts from.
+CONTEXT = 4
 
 
-def look(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of the horizons [K], accuracies of tokens, and where several share a hidden state how large their
-    gradients into it are, and their cosines.
+def validation_figures(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses of the horizons [K], accuracies of tokens, and, where several horizons share a hidden state, the norms and
+    cosines of their gradients into it.
 
     Costs a forward of the model and a backward of the heads, and leaves no gradient in either.
     """
@@ -48,15 +42,16 @@ def look(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
     return figures
 
 
-def strips(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pictures [3, height, width] in 0..1, truth above prediction: what all horizons make of one position, and a
-    closed-loop rollout. Of the first clip that lies in one episode; none where no clip does, or for other than pixels.
+def prediction_strips(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pictures [3, height, width] in 0..1, truth above prediction: all horizons from one position, and a rollout.
+
+    They show the first clip that lies in one episode. Where no clip does, or the frames are not RGB, there are none.
     """
     config, segments = model.config, clips["segment_ids"]
-    alone = (segments == segments[:, :1]).all(1).nonzero()
-    if config.heads.output != "pixels" or config.frame[0] != 3 or len(alone) == 0:
+    in_one_episode = (segments == segments[:, :1]).all(1).nonzero()
+    if config.heads.output != "pixels" or config.frame[0] != 3 or len(in_one_episode) == 0:
         return {}
-    clip = {name: value[alone[0]] for name, value in clips.items()}
+    clip = {name: value[in_one_episode[0]] for name, value in clips.items()}
     video, actions, horizons = clip["video"], clip.get("actions"), config.heads.horizons
     pyramid = video_pyramid(video, horizons.factors, dtype=torch.float32)
     (truth,) = video_pyramid(video, (1,), dtype=torch.float32)
@@ -67,15 +62,15 @@ def strips(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         if position + offset < video.shape[1]:
             above.append(level[0, position + offset])
             below.append(prediction[0, position])
-    found = {"horizons": strip(above, below)}
-    if (horizons.offsets[0], horizons.factors[0]) == (1, 1) and video.shape[1] > SEEN:
-        rolled = rollout(model, video[:, :SEEN], actions, video.shape[1] - SEEN)
-        found["rollout"] = strip(list(truth[0, SEEN:]), list(rolled[0]))
-    return found
+    strips = {"horizons": strip(above, below)}
+    if (horizons.offsets[0], horizons.factors[0]) == (1, 1) and video.shape[1] > CONTEXT:
+        rolled = rollout(model, video[:, :CONTEXT], actions, video.shape[1] - CONTEXT)
+        strips["rollout"] = strip(list(truth[0, CONTEXT:]), list(rolled[0]))
+    return strips
 
 
 def strip(above: list[Tensor], below: list[Tensor]) -> Tensor:
-    """Two rows of pictures [3, h, w] in [-1, 1], the smaller ones enlarged, with a gap of a pixel."""
+    """Two rows of pictures [3, h, w] in [-1, 1], smaller ones enlarged, with a gap of one pixel."""
     height, width = above[0].shape[1:]
     rows = []
     for pictures in (above, below):

@@ -1,0 +1,69 @@
+"""What every evaluation of a run does: draw clips of its held-out levels, and write metrics.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.replay import Clips, split_levels
+from ..training.checkpoints import write_atomically
+from ..training.data_identity import open_data
+from ..training.json_values import as_json, finite
+from ..training.trainer import TrainerConfig
+
+
+class HeldOut:
+    """`count` clips of `length` frames from the levels that a run held out, or all of them where there are fewer.
+
+    Args:
+        config: of the run.
+        digest: of the data set that the run was trained on; None in runs that have none.
+        data: where that data set is, if it was moved.
+        draw: chooses the clips.
+        within_episode: only clips that lie in one episode.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        digest: str | None,
+        data: str | Path | None,
+        *,
+        length: int,
+        count: int,
+        draw: np.random.Generator,
+        within_episode: bool = True,
+    ) -> None:
+        self.replay = open_data(config.data, digest, data)
+        _, self.episodes = split_levels(self.replay, config.held_out, seed=config.seed)
+        self.clips = Clips(self.replay, length, episodes=self.episodes, within_episode=within_episode)
+        # Numbers of clips in `clips`.
+        self.chosen = draw.choice(len(self.clips), size=min(count, len(self.clips)), replace=False)
+
+    def batches(self, size: int) -> list[np.ndarray]:
+        """The numbers of the chosen clips, `size` at a time, each batch in the order of the data set."""
+        return [np.sort(self.chosen[start : start + size]) for start in range(0, len(self.chosen), size)]
+
+    def read(self, batch: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        return {name: value.to(device) for name, value in self.clips.batch(batch).items()}
+
+    def summary(self) -> dict[str, int]:
+        """How many clips and levels were measured."""
+        return {
+            "clips": len(self.chosen),
+            "held_out_levels": len(np.unique(self.replay.episode_level[self.episodes])),
+        }
+
+
+def device_for_evaluation() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_metrics(run: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Write metrics.json into the run; returns the metrics, with None where one is not defined."""
+    write_atomically(run / "metrics.json", as_json(metrics, indent=2).encode())
+    return finite(metrics)
