@@ -12,7 +12,7 @@ from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.models.balance import surgery_scale
 from mfwm.models.blocks import RMSNorm, SpaceTimeBlock, rotate, time_mask
 from mfwm.models.rollouts import rollout
-from mfwm.models.upsampler import Upsampler, patchify, unpatchify
+from mfwm.models.upsampler import Upsampler, unpatchify
 from mfwm.training.validation import validation_figures
 from mfwm.training.world_model import WorldModelLoss
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ def build(*, ids: int = 1, trunk: dict[str, Any] | None = None, **options: Any) 
         if isinstance(head, nn.Linear):
             nn.init.normal_(head.weight, std=0.1)
     if model.heads.upsampler is not None:
-        nn.init.normal_(model.heads.upsampler.give.weight, std=0.1)
+        nn.init.normal_(model.heads.upsampler.conv_out.weight, std=0.1)
     return model
 
 
@@ -304,9 +304,8 @@ def test_frames_chain_is_joins_and_blocks_one_after_another() -> None:
 
 def test_patches_and_back() -> None:
     images = torch.randn(2, 3, 4, 8, 12)
-    assert torch.equal(unpatchify(patchify(images, 4), 4, 4, 8, 12), images)
     (patches,) = video_pyramid(images, (1,), patch_sizes=(4,))
-    assert torch.equal(patchify(images, 4), patches)
+    assert torch.equal(unpatchify(patches, 4, 4, 8, 12), images)
 
 
 def test_upsampler_is_trained_on_top() -> None:
@@ -319,7 +318,7 @@ def test_upsampler_is_trained_on_top() -> None:
 
 def test_upsampler_reads_one_position() -> None:
     upsampler = Upsampler(3, 2, 8)
-    nn.init.normal_(upsampler.give.weight)
+    nn.init.normal_(upsampler.conv_out.weight)
     small, seen = torch.randn(2, 4, 3, 4, 4, requires_grad=True), torch.randn(2, 4, 3, 8, 8, requires_grad=True)
     for found in torch.autograd.grad(upsampler(small, seen)[:, 2].square().sum(), (small, seen)):
         assert (found.flatten(2).norm(dim=-1) > 0).tolist() == [[False, False, True, False]] * 2

@@ -1,4 +1,4 @@
-"""The transformer block that the trunk and the horizons share: attention in space, attention in time, one MLP."""
+"""The transformer block of the trunk and of the horizons: attention in space, attention in time, one MLP."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """F.rms_norm over the last dimension.
 
-    Of tokens [B, T, S, D] or [B, T, H, W, D], trained on the CPU without a compiler, it is a fan_out with one horizon:
-    torch 2.13 has no kernel for it there, and forward and backward of 8 clips of 16 frames of 64 tokens, width 192,
-    took 30 ms against 7 ms, on 2 cores in fp32.
+    For tokens [B, T, S, D] or [B, T, H, W, D] trained on the CPU without a compiler, this is a fan_out with one
+    horizon, because torch 2.13 has no fused kernel there: forward and backward of 8 clips of 16 frames of 64 tokens,
+    width 192, took 7 ms with fan_out and 30 ms with torch, on 2 cores in fp32.
     """
     if x.ndim > 3 and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         no_actions = x.new_zeros(x.shape[0], x.shape[1], x.shape[-1])
@@ -37,8 +37,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 class Attention(nn.Module):
     """Projections of multi-head self-attention.
 
-    Queries, keys and values have a matrix each: their outputs are then contiguous, and the head split of either axis is
-    a view that scaled_dot_product_attention takes without a copy.
+    Queries, keys and values have a matrix each, so that their outputs are contiguous and the heads of either axis are
+    split off as a view, which scaled_dot_product_attention takes without a copy.
     """
 
     def __init__(self, width: int, head_width: int):
@@ -64,43 +64,43 @@ class SpaceAttention(Attention):
 
 
 class TimeCache:
-    """Keys and values of one layer for the frames so far, those that attention can still reach.
+    """Keys and values of one layer, for the frames so far that attention can still reach.
 
     Args:
-        context: frames to make room for.
-        window: frames that attention reaches, its own included; None: all.
+        context: how many frames to allocate for.
+        window: frames that attention reaches, the current one included; None: all.
     """
 
     def __init__(self, context: int, window: int | None = None):
         self.window = window
-        self.room = context if window is None else 2 * window
-        # Frames so far, and the first one that is held.
+        self.capacity = context if window is None else 2 * window
+        # Number of frames so far, and of the first one that is still stored.
         self.length, self.first = 0, 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     def rewind(self, length: int) -> None:
-        """Forget the frames after the first `length`, those of the last `extend` at most; or all, for 0."""
+        """Forget the frames after the first `length`: at most those of the last `extend`, or all of them for 0."""
         self.length = length
         self.first = min(self.first, length)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of new frames [B, S * heads, t, head_width]; returns those that any of them can reach."""
-        new, held = keys.shape[2], self.length - self.first
-        if self.keys is None or self.values is None or held + new > self.room:
-            reached = held if self.window is None else min(held, self.window - 1)
-            self.room = max(self.room, reached + new)
-            self.keys = self._moved(self.keys, keys, held - reached, held)
-            self.values = self._moved(self.values, values, held - reached, held)
-            self.first, held = self.length - reached, reached
-        start = 0 if self.window is None else max(0, held - self.window + 1)
-        self.keys[:, :, held : held + new] = keys
-        self.values[:, :, held : held + new] = values
+        """Add keys and values of new frames [B, S * heads, t, head_width]; returns all that these frames can reach."""
+        new, stored = keys.shape[2], self.length - self.first
+        if self.keys is None or self.values is None or stored + new > self.capacity:
+            reached = stored if self.window is None else min(stored, self.window - 1)
+            self.capacity = max(self.capacity, reached + new)
+            self.keys = self._reallocated(self.keys, keys, stored - reached, stored)
+            self.values = self._reallocated(self.values, values, stored - reached, stored)
+            self.first, stored = self.length - reached, reached
+        start = 0 if self.window is None else max(0, stored - self.window + 1)
+        self.keys[:, :, stored : stored + new] = keys
+        self.values[:, :, stored : stored + new] = values
         self.length += new
-        return self.keys[:, :, start : held + new], self.values[:, :, start : held + new]
+        return self.keys[:, :, start : stored + new], self.values[:, :, start : stored + new]
 
-    def _moved(self, old: Tensor | None, like: Tensor, first: int, end: int) -> Tensor:
-        buffer = like.new_empty(*like.shape[:2], self.room, like.shape[3])
+    def _reallocated(self, old: Tensor | None, like: Tensor, first: int, end: int) -> Tensor:
+        buffer = like.new_empty(*like.shape[:2], self.capacity, like.shape[3])
         if old is not None:
             buffer[:, :, : end - first] = old[:, :, first:end]
         return buffer
@@ -109,8 +109,8 @@ class TimeCache:
 class TimeAttention(Attention):
     """Attention over the frames at a token, of position n to positions <= n.
 
-    rotary: rotate queries and keys by their position (RoPE, arXiv 2104.09864), so that attention knows how far back a
-    frame lies.
+    rotary: rotate queries and keys by their position (RoPE, arXiv 2104.09864), so that attention depends on how far
+    back a frame is.
     """
 
     def __init__(self, width: int, head_width: int, rotary: bool = False):
@@ -118,17 +118,17 @@ class TimeAttention(Attention):
         self.rotary = rotary
 
     def forward(self, x_BTSD: Tensor, mask_B1TT: Tensor | None, cache: TimeCache | None = None) -> Tensor:
-        """With a cache, x has the frames after those in it; they attend to both."""
+        """With a cache, x holds the frames that follow those in it, and attends to both."""
         first = 0 if cache is None else cache.length
         q = self._split(self.query, x_BTSD, first)
         k, v = self._keys_values(x_BTSD, first)
         if cache is not None:
             k, v = cache.extend(k, v)
-            mask_B1TT = None if q.shape[2] == 1 else within(q.shape[2], k.shape[2], cache.window, q.device)
+            mask_B1TT = None if q.shape[2] == 1 else causal_mask(q.shape[2], k.shape[2], cache.window, q.device)
         return self.join(attend(q, k, v, mask_B1TT, causal=cache is None and mask_B1TT is None), x_BTSD)
 
     def append(self, x_BTSD: Tensor, seen_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
-        """Position n of x attends to positions <= n of `seen` and to itself, as if it stood after them."""
+        """Position n of x attends to positions <= n of `seen` and to itself, as if it came right after them."""
         T = x_BTSD.shape[1]
         q = self._split(self.query, x_BTSD, first=1)
         pairs = zip(self._keys_values(seen_BTSD, first=0), self._keys_values(x_BTSD, first=1), strict=True)
@@ -139,7 +139,7 @@ class TimeAttention(Attention):
         return self.join(attend(q, k, v, torch.cat([earlier, itself], dim=-1), causal=False), x_BTSD)
 
     def _split(self, layer: nn.Module, x_BTSD: Tensor, first: int) -> Tensor:
-        """[B, S * heads, T, head_width]: tokens and heads share one dimension, so one mask per clip broadcasts."""
+        """[B, S * heads, T, head_width]: tokens and heads share a dimension, so that one mask per clip broadcasts."""
         B, T = x_BTSD.shape[:2]
         parts = layer(x_BTSD).view(B, T, -1, self.head_width).transpose(1, 2)
         return rotate(parts, first) if self.rotary and layer is not self.value else parts
@@ -149,9 +149,10 @@ class TimeAttention(Attention):
 
 
 def rotate(x: Tensor, first: int) -> Tensor:
-    """RoPE: pair (2j, 2j + 1) of x [..., T, d] turned by (first + t) * 10000^(-2j/d), in fp32.
+    """RoPE: rotate pair (2j, 2j + 1) of x [..., T, d] by (first + t) * 10000^(-2j/d), in fp32.
 
-    As products of complex numbers, which is one pass over memory, but for a compiler, which fuses real ones alone.
+    Computed with complex numbers, in one pass over memory. Under torch.compile it uses real numbers, because the
+    compiler does not fuse complex ones.
     """
     T, d = x.shape[-2:]
     frequency = 10_000.0 ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
@@ -159,18 +160,18 @@ def rotate(x: Tensor, first: int) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         (a, b), cos, sin = pairs.unbind(-1), angle.cos(), angle.sin()
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
     else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angle), angle))
-    return turned.flatten(-2).to(x.dtype)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angle), angle))
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """scaled_dot_product_attention.
 
-    Written out on the CPU: a world model has very many very short sequences (16 frames or 64 tokens), for which torch
-    2.13's fused CPU backward took 69 ms (space) and 121 ms (time) against 11 and 13 ms for two batched products, at 8
-    clips of 16 frames of 64 tokens, width 192, bf16, 2 cores.
+    On the CPU it is written out as two batched products. A world model has very many very short sequences (16 frames or
+    64 tokens), and torch 2.13's fused CPU backward is slow for them: 69 ms (space) and 121 ms (time), against 11 and
+    13 ms, for 8 clips of 16 frames of 64 tokens, width 192, bf16, on 2 cores.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -185,7 +186,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
 class SpaceTimeBlock(nn.Module):
     """Pre-norm block of a spatio-temporal transformer (Genie, arXiv 2402.15391): space, time, one MLP.
 
-    Position n attends to positions <= n of its own segment, so what it gives depends on nothing later.
+    Position n attends to positions <= n of its own segment, so its output depends on nothing later.
     """
 
     def __init__(self, width: int, head_width: int, mlp_ratio: int = 4, rotary: bool = False):
@@ -204,7 +205,7 @@ class SpaceTimeBlock(nn.Module):
     def append(self, x_BTSD: Tensor, seen_BTSD: Tensor, mask_B1TT: Tensor | None) -> Tensor:
         """The last element of the block over the sequence seen[:, 0], .., seen[:, n], x[:, n], for all n at once.
 
-        What the others become does not depend on x: forward(seen) gives it, for a block that follows.
+        The other elements do not depend on x: forward(seen) computes them, for a block that follows.
         """
         x_BTSD, seen_BTSD = self._mix_space(x_BTSD), self._mix_space(seen_BTSD)
         x_BTSD = x_BTSD + self.time.append(self.time_norm(x_BTSD), self.time_norm(seen_BTSD), mask_B1TT)
@@ -218,7 +219,7 @@ class SpaceTimeBlock(nn.Module):
 
 
 class Join(nn.Module):
-    """Hidden state and frame embedding joined into one: the step of DeepSeek-V3's multi-token prediction."""
+    """Joins a hidden state and a frame embedding into one state, as DeepSeek-V3's multi-token prediction does."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -236,8 +237,8 @@ class Join(nn.Module):
         )
 
 
-def within(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """[1, 1, queries, keys] bool for the last `queries` of `keys` positions: which see which, themselves included."""
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[1, 1, queries, keys] bool: which positions each of the last `queries` of `keys` positions sees, itself too."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return (seen if window is None else seen.triu(keys - queries - window + 1))[None, None]
 
@@ -247,21 +248,21 @@ def time_mask(
 ) -> Tensor | None:
     """[B, 1, T, T] bool, True where position n (row) may attend to m (column): n - window < m <= n in the segment of n.
 
-    None where only m <= n counts: scaled_dot_product_attention then makes the causal mask itself.
+    None if m <= n is the only rule: scaled_dot_product_attention then needs no explicit mask.
     """
     if segment_ids is None:
         return (
             None
             if window is None or window >= positions
-            else within(positions, positions, window, torch.device(device or "cpu"))
+            else causal_mask(positions, positions, window, torch.device(device or "cpu"))
         )
     ids = segment_ids[:, :positions]
     same = (ids[:, :, None] == ids[:, None, :])[:, None]
-    return same & within(positions, positions, window, ids.device)
+    return same & causal_mask(positions, positions, window, ids.device)
 
 
 def initialise(module: nn.Module, depth: int) -> None:
-    """Normal weights of standard deviation fan_in^-0.5; those that end a branch are smaller by (3 * depth)^0.5."""
+    """Normal weights of standard deviation fan_in^-0.5, divided by (3 * depth)^0.5 in the last layer of a branch."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             scale = (3 * depth) ** -0.5 if name.split(".")[-1] in ("out", "down") else 1.0
@@ -271,14 +272,14 @@ def initialise(module: nn.Module, depth: int) -> None:
 
 
 def pool_grid(x_BTHWD: Tensor, pool: int) -> Tensor:
-    """Means of pool x pool tokens."""
+    """Average of pool x pool tokens."""
     if pool == 1:
         return x_BTHWD
     return x_BTHWD.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).mean(dim=(3, 5))
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on for the tensor's device, else the tensor's."""
+    """Autocast's dtype if it is enabled on the tensor's device, else the tensor's own."""
     device = tensor.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else tensor.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,26 @@ from mfwm_kernels import (
 )
 from mfwm_kernels.horizons import counts_at
 
-from .balance import GradientNorms, Uncertainty, shared_out, surgery_scale
+from ..checks import options_repr
+from .balance import GradientNorms, Uncertainty, surgery_scale, times_shares
 from .blocks import Join, RMSNorm, SpaceTimeBlock, compute_dtype, initialise, pool_grid, time_mask
 from .heads_config import HeadsConfig
-from .upsampler import Upsampler, patchify, unpatchify
+from .upsampler import Upsampler, unpatchify
+
+
+class OptionalInputs(TypedDict, total=False):
+    """What some heads read beside hidden states, actions and frames; described in MultiFrameHeads.forward."""
+
+    inputs: Tensor | None
+    near_hidden: Tensor | None
+    segment_ids: Tensor | None
+
+
+class HeadInputs(OptionalInputs):
+    """All that heads read of a clip beside its frames."""
+
+    hidden: Tensor
+    actions: Tensor | None
 
 
 class MultiFrameHeads(nn.Module):
@@ -38,18 +54,19 @@ class MultiFrameHeads(nn.Module):
     or, for tokens, the cross-entropy of linear_i's logits against the ids of frame n + k, pooled by f. With
     conditioning "frames", state_i is that of an earlier horizon, after its blocks, joined with the real frames from
     there to n + k - 1 (mtp_combine), on the grid of horizon i.
-    Where no horizon has blocks or pools, all K linear heads run as one multi_horizon_linear.
+    If no horizon has blocks or pools, all K linear heads run as one multi_horizon_linear.
 
     Args:
         width: D, the width of the hidden state and of the action embeddings.
         patch_size: side of a token in pixels: frames are H * patch_size by W * patch_size. 1 for tokens.
         config: the options.
-        channels: of the frames; for tokens, ids per token (a vocabulary in that many factors).
-        head_width: of the attention in the horizons' blocks; it divides width.
-        rotary: whether these blocks rotate queries and keys by their position in time. They always do with attend
-            "inputs", which come without a time.
-        window: frames back that these blocks attend to, their own included; None: all.
-        window_start: 1, or 0 where the hidden state of n has not seen action n, which then is the first in between.
+        channels: of pixels or latents.
+        ids_per_token: for tokens, whose vocabulary then has that many factors.
+        head_width: width of an attention head in the horizons' blocks; it divides width.
+        rotary: whether these blocks rotate queries and keys by their position in time. With attend "inputs" they always
+            do, because the inputs carry no time.
+        window: how many frames these blocks attend to, the current one included; None: all.
+        window_start: first lag of the action window: 1, or 0 if the hidden state of n has not seen action n.
     """
 
     def __init__(
@@ -59,6 +76,7 @@ class MultiFrameHeads(nn.Module):
         config: HeadsConfig | None = None,
         *,
         channels: int = 3,
+        ids_per_token: int = 1,
         head_width: int = 32,
         rotary: bool = False,
         window: int | None = None,
@@ -68,12 +86,13 @@ class MultiFrameHeads(nn.Module):
         if width % head_width:
             raise ValueError(f"head_width must divide width = {width}, got {head_width}")
         self.config = config = config or HeadsConfig()
-        self.channels, self.patch_size = channels, patch_size
+        self.width, self.patch_size = width, patch_size
+        self.channels, self.ids_per_token = channels, ids_per_token
         self.window, self.window_start = window, window_start
         self.patches, self.pools = config.layout(patch_size)
         self.tokens, self.residual = config.output == "tokens", config.residual and config.output != "tokens"
         count = len(config.horizons)
-        # The upsampler makes horizon 0, which then has no branch; the nearest branch stands first.
+        # The first horizon with a branch: the upsampler computes horizon 0 from horizon 1.
         self.first = 0 if config.upsampler is None else 1
         blocks, ratios = config.blocks or (0,) * count, config.mlp_ratios or (4,) * count
         rotary = rotary or config.attend == "inputs"
@@ -83,7 +102,7 @@ class MultiFrameHeads(nn.Module):
         )
         for stack in self.blocks:
             initialise(stack, depth=max(blocks))
-        # The stream out of blocks and joins is unnormed; else fan_out's norm stands right before the head.
+        # Blocks and joins leave their output without a norm. Without them fan_out's norm comes right before the head.
         chained = config.conditioning == "frames"
         self.last_norms = nn.ModuleList(
             RMSNorm(width) if (depth or chained) and config.norm and i >= self.first else nn.Identity()
@@ -96,7 +115,7 @@ class MultiFrameHeads(nn.Module):
             elif self.tokens:
                 shared = config.shared_head and i > 0
                 self.heads.append(
-                    self.heads[0] if shared else nn.Linear(width, channels * config.vocabulary, bias=False)
+                    self.heads[0] if shared else nn.Linear(width, ids_per_token * config.vocabulary, bias=False)
                 )
             else:
                 self.heads.append(nn.Linear(width, patch * patch * channels))
@@ -117,7 +136,11 @@ class MultiFrameHeads(nn.Module):
             self.upsampler = Upsampler(channels, config.horizons.factors[1], config.upsampler)
         weights = config.weights or (1.0,) * count
         self.uncertainty = Uncertainty(weights) if config.weighting == "uncertainty" else None
-        self.norms = GradientNorms(weights[-config.sharing :]) if config.weighting == "gradients" else None
+        self.gradient_norms = GradientNorms(weights[-config.sharing :]) if config.weighting == "gradients" else None
+
+    def extra_repr(self) -> str:
+        sizes = f"width={self.width}, patch_size={self.patch_size}"
+        return f"{sizes}, {options_repr(self.config, 'horizons')}"
 
     def forward(
         self,
@@ -125,13 +148,11 @@ class MultiFrameHeads(nn.Module):
         actions: Tensor | None,
         video: Tensor,
         *,
-        inputs: Tensor | None = None,
-        near_hidden: Tensor | None = None,
-        segment_ids: Tensor | None = None,
         low_tokens: Mapping[int, Tensor] | None = None,
         token_mask: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
         shares: Tensor | None = None,
+        **optional: Unpack[OptionalInputs],
     ) -> HorizonLoss:
         """The loss of all horizons.
 
@@ -139,53 +160,52 @@ class MultiFrameHeads(nn.Module):
             hidden: [B, T, H, W, D]. Position n has seen frames and actions <= n.
             actions: [B, V, D] embeddings of the action taken at each frame; None without conditioning "actions".
             video: [B, V, C, H * patch_size, W * patch_size], V >= T: pixels as uint8 or floating in [-1, 1], or
-                floating latents. Tokens: ids [B, V, H, W], or [B, V, H, W, C] where a token has C of them.
-            inputs: [B, V, H, W, D], each frame's embedding with that of its action, for conditioning "frames"; at least
-                T frames of it for attend "inputs".
-            near_hidden: the hidden state of the near horizon, where it is not the one that the far ones share.
-            segment_ids: [B, V], the episode of each frame: predictions across an end are not counted.
+                floating latents. Tokens: ids [B, V, H, W], or [B, V, H, W, ids_per_token] if there are several.
+            inputs: [B, V, H, W, D], each frame's embedding plus that of its action, for conditioning "frames"; attend
+                "inputs" needs the first T frames of it.
+            near_hidden: the near horizon's own hidden state, if it differs from the one that the far ones share.
+            segment_ids: [B, V], the episode of each frame: predictions across the end of an episode do not count.
             low_tokens: by factor, the ids [B, V, H / factor, W / factor] of the smaller frames, for tokenised targets.
-            token_mask: [B, V, H, W] bool, the tokens that the hidden state has not seen: at offset 0 they alone count.
-            grad_monitor: for the horizons that share `hidden`: K of them, without the near one where near_hidden is
-                given, and without horizon 0 where the upsampler makes it. Its scale is set here where the config has
-                gradients balanced or surgery.
-            shares: [K, K], what the weights of horizons (its diagonal) and of consistency are multiplied by where this
-                is a part of a larger batch, so that the mean of the parts' losses is the loss of the batch.
+            token_mask: [B, V, H, W] bool, the tokens that the hidden state has not seen: at offset 0 only they count.
+            grad_monitor: for the horizons that share `hidden`: all K, without the near one if near_hidden is given, and
+                without horizon 0 if the upsampler computes it. With weighting "gradients" or surgery, its scale is set
+                here.
+            shares: [K, K], for a part of a larger batch: factors of the weights of horizons (the diagonal) and of
+                consistency, such that the mean of the parts' losses is the loss of the batch.
         """
 
-        def loss_of(
-            hidden: Tensor, actions: Tensor | None, near_hidden: Tensor | None, monitor: GradMonitor | None
-        ) -> HorizonLoss:
-            outputs = self.outputs(
-                hidden,
-                actions,
-                video,
-                inputs=inputs,
-                near_hidden=near_hidden,
-                segment_ids=segment_ids,
-                grad_monitor=monitor,
-            )
+        def loss_of(hidden: Tensor, optional: OptionalInputs, monitor: GradMonitor | None) -> HorizonLoss:
+            outputs = self.outputs(hidden, actions, video, grad_monitor=monitor, **optional)
             return self.loss(
-                outputs, video, segment_ids=segment_ids, low_tokens=low_tokens, token_mask=token_mask, shares=shares
+                outputs,
+                video,
+                segment_ids=optional.get("segment_ids"),
+                low_tokens=low_tokens,
+                token_mask=token_mask,
+                shares=shares,
             )
 
-        if torch.is_grad_enabled() and (self.norms is not None or self.config.surgery):
+        if torch.is_grad_enabled() and (self.gradient_norms is not None or self.config.surgery):
             if grad_monitor is None:
                 grad_monitor = GradMonitor(self.config.sharing, device=hidden.device)
-            if self.norms is not None:
-                self.norms.watch(grad_monitor)
+            if self.gradient_norms is not None:
+                self.gradient_norms.attach(grad_monitor)
             if self.config.surgery:
-                probe, asked = hidden.detach().requires_grad_(), GradMonitor(self.config.sharing, device=hidden.device)
-                near = None if near_hidden is None else near_hidden.detach()
-                torch.autograd.grad(loss_of(probe, actions, near, asked).total, probe)
-                self._operate(asked, grad_monitor)
-        return loss_of(hidden, actions, near_hidden, grad_monitor)
+                probe = hidden.detach().requires_grad_()
+                measured = GradMonitor(self.config.sharing, device=hidden.device)
+                near = optional.get("near_hidden")
+                detached: OptionalInputs = {**optional, "near_hidden": None if near is None else near.detach()}
+                torch.autograd.grad(loss_of(probe, detached, measured).total, probe)
+                self._set_surgery_scale(grad_monitor, measured)
+        return loss_of(hidden, optional, grad_monitor)
 
-    def _operate(self, asked: GradMonitor, monitor: GradMonitor) -> None:
-        """Surgery on the gradients that `asked` saw, each as large as balancing makes it, in a random order."""
-        scale = torch.ones_like(asked.norms) if self.norms is None or monitor.scale is None else monitor.scale
-        lengths = asked.norms * scale
-        gram = asked.cosines * lengths[:, None] * lengths
+    def _set_surgery_scale(self, monitor: GradMonitor, measured: GradMonitor) -> None:
+        """Set the monitor's scale to surgery, in random order, on the `measured` gradients as balancing scales them."""
+        balanced = self.gradient_norms is not None and monitor.scale is not None
+        scale = monitor.scale if balanced else torch.ones_like(measured.norms)
+        assert scale is not None
+        lengths = measured.norms * scale
+        gram = measured.cosines * lengths[:, None] * lengths
         orders = [torch.randperm(len(lengths)).tolist() for _ in lengths]
         monitor.scale = scale * surgery_scale(gram, orders)
 
@@ -199,15 +219,15 @@ class MultiFrameHeads(nn.Module):
         token_mask: Tensor | None = None,
         shares: Tensor | None = None,
     ) -> HorizonLoss:
-        """The loss of what `outputs` gave, as forward gives it."""
+        """The loss of what `outputs` returned; arguments as in forward."""
         config = self.config
         weights: Any = config.weights if self.uncertainty is None else self.uncertainty.weights()
         consistency: Any = config.consistency
         if shares is not None:
-            weights = shared_out(weights, shares.diagonal())
+            weights = times_shares(weights, shares.diagonal())
             if consistency is not None:
                 pairs = torch.as_tensor(consistency).ndim == 2
-                consistency = shared_out(consistency, shares if pairs else shares[0])
+                consistency = times_shares(consistency, shares if pairs else shares[0])
         if config.token_targets == "tokenised":
             loss = self._tokenised_loss(outputs, video, segment_ids, low_tokens or {}, token_mask, weights)
         elif self.tokens:
@@ -253,7 +273,7 @@ class MultiFrameHeads(nn.Module):
         token_mask: Tensor | None,
         weights: Tensor | Sequence[float] | None,
     ) -> HorizonLoss:
-        """Horizons of one factor share their ids, and a call."""
+        """One call for all horizons of the same factor, because they share their ids."""
         offsets, factors = self.config.horizons.offsets, self.config.horizons.factors
         parts: list[HorizonLoss] = []
         order: list[int] = []
@@ -276,9 +296,9 @@ class MultiFrameHeads(nn.Module):
             )
             parts.append(part)
             order += chosen
-        back = [order.index(i) for i in range(len(order))]
+        position = [order.index(i) for i in range(len(order))]
         total = torch.stack([part.total for part in parts]).sum()
-        fields = (torch.cat([part[f] for part in parts])[back] for f in range(1, 6))  # type: ignore[misc]
+        fields = (torch.cat([part[f] for part in parts])[position] for f in range(1, 6))  # type: ignore[misc]
         return HorizonLoss(total, *fields)
 
     def predict(
@@ -287,31 +307,21 @@ class MultiFrameHeads(nn.Module):
         actions: Tensor | None,
         video: Tensor,
         *,
-        inputs: Tensor | None = None,
-        near_hidden: Tensor | None = None,
-        segment_ids: Tensor | None = None,
         near_only: bool = False,
+        **optional: Unpack[OptionalInputs],
     ) -> tuple[Tensor, ...]:
-        """What every horizon predicts, in fp32.
+        """The prediction of every horizon, in fp32; arguments as in forward.
 
         Frames [B, T, C, height / f_i, width / f_i], pixels clamped to [-1, 1]; for tokens, logits
-        [B, T, H / f_i, W / f_i, vocabulary], or [..., C, vocabulary] where a token has C ids.
-        near_only gives the near horizon alone, which is what a closed-loop rollout feeds back.
+        [B, T, H / f_i, W / f_i, vocabulary], or [..., ids_per_token, vocabulary] if there are several.
+        near_only: only the near horizon, which a closed-loop rollout feeds back.
         """
-        outputs = self.outputs(
-            hidden,
-            actions,
-            video,
-            inputs=inputs,
-            near_hidden=near_hidden,
-            segment_ids=segment_ids,
-            near_only=near_only,
-        )
+        outputs = self.outputs(hidden, actions, video, near_only=near_only, **optional)
         if self.tokens:
             logits = [head(state).float() for head, state in zip(self.heads, outputs, strict=False)]
-            if self.channels == 1:
+            if self.ids_per_token == 1:
                 return tuple(logits)
-            return tuple(z.unflatten(-1, (self.channels, self.config.vocabulary)) for z in logits)
+            return tuple(z.unflatten(-1, (self.ids_per_token, self.config.vocabulary)) for z in logits)
         positions, (height, width) = hidden.shape[1], video.shape[-2:]
         factors = self.config.horizons.factors[: len(outputs)]
         frames = [
@@ -335,10 +345,10 @@ class MultiFrameHeads(nn.Module):
         grad_monitor: GradMonitor | None = None,
         near_only: bool = False,
     ) -> tuple[Tensor, ...]:
-        """What the loss reads of every horizon.
+        """What the loss reads of every horizon; arguments as in forward.
 
-        Patches [B, T, S_i, P_i], of the change where config.residual; for tokens, the states
-        [B, T, H / f_i, W / f_i, D] that logits are a linear map of.
+        Patches [B, T, S_i, P_i], of the change if config.residual; for tokens, the states [B, T, H / f_i, W / f_i, D]
+        that a linear head maps to logits.
         """
         self._check(hidden, actions, inputs, grad_monitor)
         dtype = compute_dtype(hidden)
@@ -365,8 +375,8 @@ class MultiFrameHeads(nn.Module):
     ) -> None:
         config = self.config
         if (config.conditioning == "actions") != (actions is not None):
-            wanted = "embeddings [B, V, D]" if actions is None else "None"
-            raise ValueError(f'actions must be {wanted} with conditioning "{config.conditioning}"')
+            rule = "embeddings [B, V, D]" if actions is None else "None"
+            raise ValueError(f'actions must be {rule} with conditioning "{config.conditioning}"')
         if config.conditioning == "frames" or config.attend == "inputs":
             if inputs is None:
                 raise ValueError(
@@ -448,7 +458,7 @@ class MultiFrameHeads(nn.Module):
         return x_BTSD.view(state_BTHWD.shape)
 
     def _chained(self, hidden: Tensor, inputs: Tensor, chosen: range, segment_ids: Tensor | None) -> list[Tensor]:
-        """The states of conditioning "frames": horizon i goes on from the last earlier one whose grid it can pool."""
+        """The states of conditioning "frames": horizon i continues from the last earlier one whose grid it can pool."""
         offsets, pools = self.config.horizons.offsets, self.pools
         mask = time_mask(segment_ids, hidden.shape[1], self.window, hidden.device)
         states: dict[int, Tensor] = {}
@@ -469,17 +479,17 @@ class MultiFrameHeads(nn.Module):
         return normed if self.tokens else self.heads[i](normed).flatten(2, 3)
 
     def _upsample(self, patches: Tensor, video: Tensor) -> Tensor:
-        """Patches of horizon 0 from those of horizon 1 and the last frame seen."""
+        """Patches of horizon 0, from those of horizon 1 and the last frame seen."""
         assert self.upsampler is not None
         factor, (height, width) = self.config.horizons.factors[1], video.shape[-2:]
         small = unpatchify(patches.detach(), self.patches[1], self.channels, height // factor, width // factor)
         (seen,) = video_pyramid(video, (1,), dtype=small.dtype)
-        return patchify(self.upsampler(small, seen), self.patches[0])
+        return video_pyramid(self.upsampler(small, seen), (1,), patch_sizes=(self.patches[0],))[0]
 
 
 def later(x_BVHWD: Tensor, lag: int, positions: int, segment_ids: Tensor | None) -> Tensor:
-    """[B, T, H, W, D]: at n what x has at n + lag; zero past its end and in another segment than n."""
+    """[B, T, H, W, D]: x at n + lag for position n; zero past the end of x and where n + lag is in another segment."""
     B, V = x_BVHWD.shape[:2]
-    there = counts_at(lag, positions, V, None if segment_ids is None else segment_ids[:, :V], B, x_BVHWD.device)
+    valid = counts_at(lag, positions, V, None if segment_ids is None else segment_ids[:, :V], B, x_BVHWD.device)
     index = (torch.arange(positions, device=x_BVHWD.device) + lag).clamp_max(V - 1)
-    return x_BVHWD[:, index] * there[:, :, None, None, None]
+    return x_BVHWD[:, index] * valid[:, :, None, None, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mfwm_kernels import HorizonLoss, Horizons
 from mfwm_kernels import arguments as check
 
-from ..checks import check_ids
+from ..checks import check_ids, options_repr
 from .blocks import RMSNorm
 from .heads_config import HeadsConfig
 from .tokenizer import CausalStack, Patches, check_levels, quantiser
@@ -25,11 +25,11 @@ class LatentActionsConfig:
 
     frame: (channels, height, width) of pixels.
     patch: side of a patch in pixels.
-    levels: of the finite scalar quantisation of a code; there are as many codes as their product. Few, so that a code
-        says what was done and not what came of it.
+    levels: of the finite scalar quantisation of a code; their product is the number of codes. Few codes, so that a code
+        tells what was done and not what came of it.
     width, layers, head_width, mlp_ratio: of the encoder, and of the decoder.
-    window: frames that a layer of the encoder sees in time, the current one among them; at least 2.
-    context: frames that the decoder remembers.
+    window: frames that a layer of the encoder sees in time, the current one included; at least 2.
+    context: frames that the decoder sees.
     """
 
     frame: tuple[int, int, int] = (3, 64, 64)
@@ -54,7 +54,7 @@ class LatentActionsConfig:
 
     @property
     def decoder(self) -> WorldModelConfig:
-        """A world model whose actions are the quantised vectors, and which predicts the next frame alone."""
+        """A world model whose actions are the quantised vectors, and which predicts only the next frame."""
         return WorldModelConfig(
             self.frame,
             self.patch,
@@ -72,8 +72,8 @@ class LatentActionsConfig:
 class LatentActions(nn.Module):
     """Codes of what happens between a frame and the next, learned by predicting that next frame.
 
-    The encoder sees frames up to n + 1 and says one of a few codes; the decoder, a world model that takes the code for
-    action n, has nothing else that frame n + 1 can be told from than frames <= n. So it must use the code.
+    The encoder sees frames up to n + 1 and chooses one of a few codes. The decoder, a world model with that code in
+    place of action n, predicts frame n + 1 from frames <= n and the code alone, so the code must tell what changes.
     """
 
     def __init__(self, config: LatentActionsConfig) -> None:
@@ -81,7 +81,7 @@ class LatentActions(nn.Module):
         self.config = config
         height, width = config.frame[1] // config.patch, config.frame[2] // config.patch
         self.patches = Patches(config.frame, config.patch, config.width)
-        # Each frame beside the one before it: what moved is then seen in the first layer.
+        # Each frame is embedded together with the one before it, so that the first layer sees what moved.
         self.before = Patches(config.frame, config.patch, config.width)
         self.encoder = CausalStack(
             config.width, config.layers, config.head_width, config.mlp_ratio, config.window, height * width
@@ -90,6 +90,9 @@ class LatentActions(nn.Module):
         self.project = nn.Linear(config.width, len(config.levels))
         self.quantiser = quantiser(config.levels, len(config.levels))
         self.decoder = WorldModel(config.decoder)
+
+    def extra_repr(self) -> str:
+        return options_repr(self.config, "frame", "patch", "levels", "width", "layers", "context")
 
     @property
     def reach(self) -> int:
@@ -107,9 +110,9 @@ class LatentActions(nn.Module):
 
     @torch.no_grad()
     def infer(self, video: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        """Codes [B, V], int64 in 0..codes - 1: entry n is what leads from frame n to n + 1.
+        """Codes [B, V], int64 in 0..codes - 1: entry n leads from frame n to n + 1, as an action does.
 
-        It stands where an action would, and is 0 at the last frame, whose next one is not there.
+        The last entry is 0, because the frame after the last is unknown.
         """
         _, ids = self._quantised(video, segment_ids)
         return ids.long()
@@ -123,7 +126,7 @@ class LatentActions(nn.Module):
         return self.decoder.predict(video, vectors, segment_ids)[0]
 
     def _quantised(self, video: Tensor, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Quantised vectors [B, V, A] and their ids [B, V], by the frame that they lead from; zeros at the last."""
+        """Quantised vectors [B, V, A] and their ids [B, V], at the frame that they lead from; zeros at the last."""
         before_BVSD = self.before(video[:, :-1])
         if segment_ids is not None:
             before_BVSD = before_BVSD * (segment_ids[:, 1:] == segment_ids[:, :-1])[..., None, None]

@@ -1,4 +1,4 @@
-"""Tokenizer: a causal video tokenizer, the ST-ViViT of Genie (arXiv 2402.15391) with finite scalar quantisation."""
+"""Tokenizer: a causal video tokenizer, Genie's ST-ViViT (arXiv 2402.15391) with finite scalar quantisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
 from mfwm_kernels import arguments as check
 
-from ..checks import check_frame, check_ids
+from ..checks import check_frame, check_ids, options_repr
 from .blocks import RMSNorm, SpaceTimeBlock, compute_dtype, initialise, time_mask
 from .heads import MultiFrameHeads
 from .heads_config import HeadsConfig
@@ -26,7 +26,7 @@ class TokenizerConfig:
     patch: side of a token in pixels: ids are [height / patch, width / patch].
     levels: of finite scalar quantisation (arXiv 2309.15505), each at least 2; the vocabulary is their product.
     width, layers, head_width, mlp_ratio: of the encoder, and of the decoder.
-    window: frames that attention in time sees, the current one among them. Each layer sees as far again, so an id
+    window: frames that attention in time sees, the current one included. Every layer reaches further back, so an id
         depends on the last layers * (window - 1) + 1 frames; videos may have any length.
     """
 
@@ -68,8 +68,8 @@ def check_levels(levels: tuple[int, ...]) -> None:
 
 
 def quantiser(levels: tuple[int, ...], width: int) -> Any:
-    """Finite scalar quantisation of [B, N, width], a module: it gives what is left of that, and the ids."""
-    # Here, because the package takes two seconds to load, and every command of mfwm loads this file.
+    """An FSQ module for [B, N, width] that returns the quantised vectors and their ids."""
+    # Imported here, because the package takes two seconds to load and every command of mfwm loads this file.
     from vector_quantize_pytorch import FSQ
 
     return FSQ(list(levels), dim=width, preserve_symmetry=True)
@@ -81,7 +81,7 @@ class CausalStack(nn.Module):
     def __init__(self, width: int, layers: int, head_width: int, mlp_ratio: int, window: int, tokens: int):
         super().__init__()
         self.window = window
-        # How many frames back what it gives depends on.
+        # Receptive field in time: output n depends on frames n - reach .. n.
         self.reach = layers * (window - 1)
         self.place = nn.Parameter(0.1 * torch.randn(tokens, width))
         self.layers = nn.ModuleList(SpaceTimeBlock(width, head_width, mlp_ratio, rotary=True) for _ in range(layers))
@@ -114,7 +114,7 @@ class Patches(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Frames to ids and back. What belongs to frame n depends on frames <= n alone, of its own episode."""
+    """Encodes frames as ids and decodes ids to frames. Frame n depends only on frames <= n of its own episode."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -126,22 +126,25 @@ class Tokenizer(nn.Module):
         self.norm = RMSNorm(config.width)
         self.quantiser = quantiser(config.levels, config.width)
         self.decoder = CausalStack(*sizes, tokens)
-        # Position n gives frame n itself.
-        itself = HeadsConfig(Horizons((0,), (1,)), conditioning="none", residual=False)
+        # Position n predicts frame n itself.
+        same_frame = HeadsConfig(Horizons((0,), (1,)), conditioning="none", residual=False)
         self.heads = MultiFrameHeads(
-            config.width, config.patch, itself, channels=config.frame[0], head_width=config.head_width
+            config.width, config.patch, same_frame, channels=config.frame[0], head_width=config.head_width
         )
+
+    def extra_repr(self) -> str:
+        return options_repr(self.config, "frame", "patch", "levels", "width", "layers", "window")
 
     @property
     def reach(self) -> int:
-        """How many frames back the ids of a frame depend on, and a frame on ids."""
+        """How many frames back the ids of a frame reach, and a decoded frame."""
         return self.encoder.reach
 
     def forward(self, video: Tensor, segment_ids: Tensor | None = None) -> HorizonLoss:
-        """The mean squared error of the frames that come back.
+        """The mean squared reconstruction error.
 
         video [B, T, C, height, width], uint8 or floating in [-1, 1]; segment_ids [B, T], the episode of each frame:
-        nothing passes from one to another.
+        nothing passes from one episode to another.
         """
         codes, _ = self._quantised(video, segment_ids)
         return self.heads(self._decoded(codes, segment_ids), None, video)
@@ -161,7 +164,7 @@ class Tokenizer(nn.Module):
         check_ids("ids", ids, self.config.vocabulary)
         codes = self.quantiser.indices_to_codes(ids.flatten(1)).unflatten(1, (ids.shape[1], -1))
         hidden = self._decoded(codes, segment_ids)
-        # Heads of offset 0 without residual take of the frames their size alone.
+        # predict() reads only the shape of the frames here (offset 0, no residual), so an expanded scalar will do.
         shape = (*ids.shape[:2], *self.config.frame)
         return self.heads.predict(hidden, None, hidden.new_empty(()).expand(shape))[0]
 

@@ -1,10 +1,10 @@
-"""WorldModel: a space-time transformer over patches or tokens, with multi-frame heads on its hidden state."""
+"""WorldModel: a space-time transformer on patches or tokens, with multi-frame heads on its hidden state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from mfwm_kernels import GradMonitor, HorizonLoss, video_pyramid
 from mfwm_kernels import arguments as check
 
-from ..checks import check_choices, check_frame
+from ..checks import check_choices, check_frame, options_repr
 from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_mask
-from .heads import MultiFrameHeads
+from .heads import HeadInputs, MultiFrameHeads
 from .heads_config import HeadsConfig
 from .maskgit import training_mask
 
@@ -28,16 +28,17 @@ class WorldModelConfig:
     frame: (channels, height, width) of pixels or latents; of tokens (ids per token, rows, columns).
     patch: side of a token in pixels; 1 for frames of tokens.
     width, layers, head_width, mlp_ratio: of the transformer; width / head_width attention heads.
-    context: positions of the hidden state; a rollout remembers that many frames.
-    actions: number of discrete actions; 0 where there are none.
-    action_size: length of a continuous action vector; 0 where actions are discrete.
-    positions: how the trunk knows the time of a frame: an embedding "learned" for each position of the context, or
+    context: positions of the hidden state, and the number of frames that a rollout sees.
+    actions: number of discrete actions; 0 if there are none.
+    action_size: length of a continuous action vector; 0 if actions are discrete.
+    positions: how the trunk encodes the time of a frame: an embedding "learned" for each position of the context, or
         queries and keys rotated by it ("rope").
-    window: frames that attention in time reaches, its own included; None: all. A rollout then costs one position a
-        frame however long it gets, past the context too, which is why it needs "rope".
+    window: frames that attention in time reaches, the current one included; None: all. With a window, a rollout costs
+        one position per frame however long it gets, also past the context, and so it needs "rope".
     masked: MaskGIT: position n sees frame n with most tokens masked, and the action before it. Horizon 0, of offset 0,
-        predicts the masked ones; the article's offsets are 0, 1, 3, 7.
-    recompute: activation checkpointing: keep only what enters a trunk layer, and run it again in the backward.
+        predicts the masked tokens; the article's offsets are 0, 1, 3, 7.
+    recompute: activation checkpointing: store only the input of each trunk layer, and run the layer again in the
+        backward.
     heads: what is predicted, and how.
     """
 
@@ -95,11 +96,11 @@ class WorldModelConfig:
 
 
 class WorldModel(nn.Module):
-    """Frames and actions up to n in, frames n + 1, n + 2, n + 4, n + 8 out.
+    """Predicts frames n + 1, n + 2, n + 4 and n + 8 from frames and actions up to n.
 
-    Genie's ST-transformer (arXiv 2402.15391) on patches or tokens: the embedding of action n, which is taken at frame n
-    and leads to frame n + 1, is added to every token of frame n. The hidden state of position n so knows all that
-    frame n + 1 needs, and horizon k lacks the actions n + 1 .. n + k - 1, its action window.
+    Genie's ST-transformer (arXiv 2402.15391) on patches or tokens. Action n is taken at frame n and leads to frame
+    n + 1; its embedding is added to every token of frame n. So the hidden state of position n has seen every action
+    that frame n + 1 depends on, and horizon k lacks the actions n + 1 .. n + k - 1, its action window.
     """
 
     def __init__(self, config: WorldModelConfig) -> None:
@@ -109,7 +110,7 @@ class WorldModel(nn.Module):
         config.heads.check_frame(config.frame, config.patch)
         channels, height, width = config.frame
         self.grid = (height // config.patch, width // config.patch)
-        # Shape of a frame in `video`: images have their channels first, tokens their ids last.
+        # Shape of a frame in `video`: images have their channels first, tokens their `channels` ids last.
         self.frame_shape = config.frame
         if self.tokens:
             self.frame_shape = (height, width, channels) if channels > 1 else (height, width)  # type: ignore[assignment]
@@ -120,7 +121,7 @@ class WorldModel(nn.Module):
         self.time = None
         if config.positions == "learned":
             self.time = nn.Parameter(0.1 * torch.randn(config.context, 1, config.width))
-        # Actions that are seen and actions that are still to come mean different things: a table each.
+        # A table each, because actions that led to a frame and actions still to come mean different things.
         self.action, self.window_action = self._action_embedding(), None
         if config.heads.conditioning == "actions":
             self.window_action = self._action_embedding()
@@ -133,7 +134,7 @@ class WorldModel(nn.Module):
             config.width,
             config.patch,
             config.heads,
-            channels=channels,
+            **({"ids_per_token": channels} if self.tokens else {"channels": channels}),
             head_width=config.head_width,
             rotary=rotary,
             window=config.window,
@@ -148,8 +149,11 @@ class WorldModel(nn.Module):
             return table
         return nn.Linear(self.config.action_size, self.config.width) if self.config.action_size else None
 
+    def extra_repr(self) -> str:
+        return options_repr(self.config, "frame", "patch", "width", "layers", "context", "actions")
+
     def check_inputs(self, video: Tensor, actions: Tensor | None) -> None:
-        """Raise where frames or actions are not such as this model takes; values of ids are not looked at."""
+        """Raise where frames or actions do not fit this model. Values of ids are not checked."""
         dtypes = (torch.int32, torch.int64) if self.tokens else (torch.uint8, *check.FLOATING)
         check.tensor("video", video, 2 + len(self.frame_shape), dtypes)
         if tuple(video.shape[2:]) != self.frame_shape:
@@ -166,9 +170,10 @@ class WorldModel(nn.Module):
             raise ValueError(f"actions must be vectors of action_size = {size}, got shape {list(actions.shape)}")
 
     def action_embeddings(self, actions: Tensor | None, segment_ids: Tensor | None = None) -> Tensor | None:
-        """[B, V, D], of the last action that each position has seen: its own, or masked the one before.
+        """[B, V, D]: the embedding of the last action that each position has seen.
 
-        actions: [B, V] ids or [B, V, A] vectors. Masked, there is an entry more, for the frame that would follow.
+        That is its own action; in a masked model the one before, with one entry more for the frame that would follow.
+        actions: [B, V] ids or [B, V, A] vectors.
         """
         if self.action is None:
             return None
@@ -183,16 +188,16 @@ class WorldModel(nn.Module):
         return F.pad(taken_BVD, (0, 0, 1, 0))
 
     def embedded(self, video: Tensor, taken_BVD: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
-        """[B, V, H, W, D]: the embedding of every frame, with that of the action it has seen, without a time.
+        """[B, V, H, W, D]: the embedding of every frame plus that of the action it has seen, without a time.
 
         video: [B, V, C, height, width], uint8 or floating; for tokens, ids [B, V, rows, columns], or
-        [..., ids per token] where there are several. token_mask: [B, V, rows, columns], tokens not to be seen.
+        [..., ids_per_token] if there are several. token_mask: [B, V, rows, columns], True for tokens to hide.
         """
         dtype = compute_dtype(self.place)
         if self.tokens:
-            parts, vocabulary = self.config.frame[0], self.config.heads.vocabulary
-            ids = video.unsqueeze(-1) if parts == 1 else video
-            rows = ids + vocabulary * torch.arange(parts, device=ids.device)
+            ids_per_token, vocabulary = self.config.frame[0], self.config.heads.vocabulary
+            ids = video.unsqueeze(-1) if ids_per_token == 1 else video
+            rows = ids + vocabulary * torch.arange(ids_per_token, device=ids.device)
             x_BVSD = self.embed(rows).sum(-2).flatten(2, 3).to(dtype)
         else:
             (patches,) = video_pyramid(video, (1,), patch_sizes=(self.config.patch,), dtype=dtype)
@@ -208,10 +213,10 @@ class WorldModel(nn.Module):
     def trunk(
         self, inputs: Tensor, segment_ids: Tensor | None = None, *, caches: Sequence[TimeCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The hidden state [B, T, H, W, D] that the horizons share, and the near horizon's own where heads.tap is set.
+        """The hidden state [B, T, H, W, D] that the horizons share, and the near horizon's own if heads.tap is set.
 
         inputs [B, T, H, W, D] as from `embedded`, at most `context` positions, or any number with a window; segment_ids
-        [B, T]: attention stays within one; caches: a TimeCache per layer, of the frames before these, which join them.
+        [B, T]: attention stays within one; caches: a TimeCache per layer, of the frames before these, which are added.
         """
         tap, first = self.config.heads.tap, 0 if caches is None else caches[0].length
         end = first + inputs.shape[1]
@@ -246,10 +251,10 @@ class WorldModel(nn.Module):
     ) -> HorizonLoss:
         """The loss over the first `context` positions of a clip.
 
-        video [B, V, C, height, width] or ids [B, V, rows, columns(, ids per token)], actions [B, V] or [B, V, A],
+        video [B, V, C, height, width] or ids [B, V, rows, columns(, ids_per_token)], actions [B, V] or [B, V, A],
         segment_ids [B, V]; low_tokens, grad_monitor and shares as in MultiFrameHeads. Frames past the context are
         targets only: with V = context + the longest offset every position has all its targets.
-        token_mask [B, V, rows, columns]: tokens that a masked model does not see; drawn as Genie does if not given.
+        token_mask [B, V, rows, columns]: tokens that a masked model does not see; sampled as in Genie if not given.
         """
         if self.config.masked and token_mask is None:
             token_mask = training_mask(video.shape[0], video.shape[1], self.grid, video.device)
@@ -266,7 +271,7 @@ class WorldModel(nn.Module):
     def outputs(
         self, video: Tensor, actions: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """What the heads give for the first `context` positions: heads.loss takes it."""
+        """The outputs of the heads at the first `context` positions, which heads.loss takes."""
         return self.heads.outputs(video=video, **self.states(video, actions, segment_ids))
 
     @torch.no_grad()
@@ -278,9 +283,9 @@ class WorldModel(nn.Module):
         *,
         near_only: bool = False,
     ) -> tuple[Tensor, ...]:
-        """What every horizon predicts at the first `context` positions.
+        """The prediction of every horizon at the first `context` positions.
 
-        Frames [B, T, C, height / f_i, width / f_i], or logits of tokens [B, T, H / f_i, W / f_i, (C,) vocabulary].
+        Frames [B, T, C, height / f_i, width / f_i], or logits [B, T, H / f_i, W / f_i, (ids_per_token,) vocabulary].
         """
         return self.heads.predict(video=video, near_only=near_only, **self.states(video, actions, segment_ids))
 
@@ -290,8 +295,8 @@ class WorldModel(nn.Module):
         actions: Tensor | None,
         segment_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
-    ) -> dict[str, Any]:
-        """What the heads read: hidden states of the positions, inputs and window embeddings of all V frames."""
+    ) -> HeadInputs:
+        """What the heads read: hidden states of the positions, and inputs and window embeddings of all V frames."""
         self.check_inputs(video, actions)
         positions = min(video.shape[1], self.config.context)
         frames = video.shape[1] if self.config.heads.conditioning == "frames" else positions
