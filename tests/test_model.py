@@ -519,6 +519,28 @@ def test_surgery_changes_the_gradient_of_the_trunk_alone() -> None:
     torch.testing.assert_close(plain_heads, cut_heads)
 
 
+def test_print_shows_horizons_sizes_and_options() -> None:
+    """As modules of torch.nn do: sizes always, options where they are not at their default."""
+    lines = str(build(blocks=(0, 1, 1), patch_sizes=(4, 4, 2), trunk={"positions": "rope"})).splitlines()
+    assert lines[1] == (
+        "  frame=(3, 16, 16), patch=4, width=32, layers=2, head_width=16, context=6, actions=5, positions='rope'"
+    )
+    assert (
+        "    width=32, patch_size=4, horizons=Horizons(offsets=(1, 2, 4), factors=(1, 2, 4)), patch_sizes=(4, 4, 2), "
+        "blocks=(0, 1, 1)"
+    ) in lines
+
+
+def test_tokens_have_one_id_unless_told_otherwise() -> None:
+    """However many channels the frames of pixels have."""
+    config = HeadsConfig(Horizons.next_frame(), output="tokens", vocabulary=7, conditioning="none")
+    for ids, shape in ((1, (7,)), (3, (3, 7))):
+        heads = MultiFrameHeads(32, 1, config, **({} if ids == 1 else {"ids_per_token": ids}))
+        hidden, tokens = torch.randn(1, 2, 4, 4, 32), torch.zeros(1, 2, 4, 4, *shape[:-1], dtype=torch.int64)
+        (logits,) = heads.predict(hidden, None, tokens)
+        assert logits.shape == (1, 2, 4, 4, *shape)
+
+
 def test_untrained_model_keeps_the_last_frame() -> None:
     config = WorldModelConfig((3, 16, 16), 4, 32, 1, 16, context=6, actions=5, heads=HeadsConfig(horizons=HORIZONS))
     clips = clip()

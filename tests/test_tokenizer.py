@@ -52,6 +52,13 @@ def test_ids_are_all_that_the_decoder_needs() -> None:
     torch.testing.assert_close(model(video).total, (frames - truth).square().mean())
 
 
+def test_print_shows_sizes() -> None:
+    assert str(tokenizer(window=3)).splitlines()[1] == (
+        "  frame=(3, 16, 16), patch=4, levels=(5, 4, 3), width=32, layers=2, head_width=16, window=3"
+    )
+    assert "levels=(2, 2, 2), width=32, layers=2, head_width=16, context=6" in str(latent_actions()).splitlines()[1]
+
+
 def test_gradients_reach_the_encoder_through_the_ids() -> None:
     for model in (tokenizer(), latent_actions()):
         model(clip()).total.backward()
