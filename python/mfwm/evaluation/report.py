@@ -1,4 +1,4 @@
-"""report.html: one file with the pictures of a run. rollout.gif: truth above, closed-loop rollouts below."""
+"""Writes report.html, one file with the pictures of a run, and rollout.gif, truth above closed-loop rollouts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-# How a rollout's tokens are chosen: the likeliest ones, which may come to rest, and some of them drawn.
+# How the tokens of a rollout are chosen: greedily, which can freeze, and sampled.
 TOP_K = 8
-DRAWINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": TOP_K}]
+SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": TOP_K}]
 
-# Of metrics.json, beside what depends on the run.
-USED = ("data", "parameters", "steps", "frames_per_second", "device", "data_wait", "clips", "held_out_levels")
+# Keys of metrics.json that every report needs.
+REQUIRED = ("data", "parameters", "steps", "frames_per_second", "device", "data_wait", "clips", "held_out_levels")
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
@@ -63,13 +63,13 @@ def write_report(
     check.integer("seed", seed, least=0)
     config, digest = read(TrainingConfig, run)
     check_tokens(config.model, pixels=pixels, tokenizer=tokenizer)
-    place = run / "metrics.json"
-    if not place.is_file():
-        raise FileNotFoundError(f"{place} is missing: evaluate the run first")
-    metrics = parsed(place.read_bytes(), str(place))
-    if missing := [name for name in USED if name not in metrics]:
+    path = run / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: evaluate the run first")
+    metrics = parsed(path.read_bytes(), str(path))
+    if missing := [name for name in REQUIRED if name not in metrics]:
         raise ValueError(
-            f"{place} must hold what evaluate writes; it lacks {', '.join(missing)}: evaluate the run again"
+            f"{path} must hold what evaluate writes, but it lacks {', '.join(missing)}: evaluate the run again"
         )
     held_out = HeldOut(config, digest, data, length=config.clip, count=32, draw=np.random.default_rng(seed + 1))
     model, _, _ = load_model(run)
@@ -86,7 +86,7 @@ def write_report(
     candidates = held_out.clips.batch(held_out.chosen)
     if decoder is not None:
         candidates["pixels"] = decoder.pixels(held_out.chosen)
-    # The liveliest of a few clips: a clip in which nothing moves shows nothing.
+    # The clips with the most motion: a clip in which nothing moves shows nothing.
     motion = candidates["pixels" if decoder else "video"].float().diff(dim=1).abs().flatten(1).mean(1)
     order = motion.argsort(descending=True)[:3]
     clips = {name: value[order] for name, value in candidates.items()}
@@ -109,9 +109,9 @@ def write_report(
             clips["pixels" if decoder else "video"][:, : CONTEXT + steps], (1,), dtype=torch.float32
         )
         rows = [truth]
-        for drawing in DRAWINGS if decoder else DRAWINGS[:1]:
+        for sampling in SAMPLINGS if decoder else SAMPLINGS[:1]:
             generator = torch.Generator().manual_seed(seed)
-            rolled = rollout(model, seen, actions, steps, **drawing, generator=generator)
+            rolled = rollout(model, seen, actions, steps, **sampling, generator=generator)
             if decoder is not None:
                 rolled = decoder.pictures(torch.cat([seen, rolled], dim=1), CONTEXT)
             rows.append(torch.cat([truth[:, :CONTEXT], rolled], dim=1))
@@ -121,7 +121,11 @@ def write_report(
                 "Closed-loop rollout",
                 picture(rollout_strip(rows)) + embedded_gif(run / "rollout.gif"),
                 f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth."
-                + (f" Then the likeliest tokens; below, tokens drawn from the {TOP_K} likeliest." if decoder else ""),
+                + (
+                    f" Next row: the most likely tokens; last row: tokens sampled from the {TOP_K} most likely."
+                    if decoder
+                    else ""
+                ),
             ),
             (
                 "Quality against steps ahead",
@@ -173,8 +177,8 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 TOKEN_NOTE = (
-    "Held-out levels. Bits: -log2 of the probability that a cell of a horizon gives an id it covers; persistence: the "
-    "share of ids that stay as they are."
+    "Held-out levels. Bits: -log2 of the probability that a cell of a horizon gives to an id it covers. Persistence: "
+    "the share of ids that do not change."
 )
 
 
@@ -183,7 +187,7 @@ def token_table(metrics: dict[str, Any]) -> str:
         "bits_per_token": ("bits per token", ".2f"),
         "bits_per_token_95": ("95% interval", ".2f"),
         "bits_per_token_shuffled_actions": ("with shuffled actions", ".2f"),
-        "bits_per_token_for_actions_95": ("more, 95% interval", "+.2f"),
+        "bits_per_token_for_actions_95": ("increase, 95% interval", "+.2f"),
         "accuracy": ("accuracy", ".1%"),
         "persistence_accuracy": ("persistence", ".1%"),
         "accuracy_gain_95": ("gain, 95% interval", "+.1%"),
@@ -220,7 +224,7 @@ def as_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def rollout_table(metrics: dict[str, Any]) -> str:
-    """What is gained over persistence, and over the other run, after 1, 2, 4 ... closed-loop steps."""
+    """Quality after 1, 2, 4 ... closed-loop steps, and the gain over persistence and over the other run."""
     count = len(metrics["rollout_psnr"])
     kinds = {"psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
     kinds = {kind: value for kind, value in kinds.items() if f"rollout_{kind}" in metrics}
@@ -241,7 +245,7 @@ def rollout_table(metrics: dict[str, Any]) -> str:
 def loss_curves(log: list[dict[str, Any]], names: list[str], label: str) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2))
     steps = [row["step"] for row in log]
-    # A loss that was not finite is null in the log.
+    # A loss that is not finite is null in the log.
     losses = np.array([row["per_horizon"] for row in log], float)
     for i, name in enumerate(names):
         axes.plot(steps, smooth(losses[:, i]), label=f"n + {name}")
@@ -251,7 +255,7 @@ def loss_curves(log: list[dict[str, Any]], names: list[str], label: str) -> Figu
 
 
 def smooth(values: np.ndarray, window: int = 10) -> np.ndarray:
-    """Mean of the last `window` values."""
+    """Running mean of the last `window` values."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
@@ -259,7 +263,7 @@ def smooth(values: np.ndarray, window: int = 10) -> np.ndarray:
 
 
 def strip(model: WorldModel, clips: dict[str, Tensor]) -> Figure:
-    """Truth and prediction per horizon, from one position of one clip."""
+    """Truth and prediction of every horizon, at one position of one clip."""
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
     predictions = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
@@ -278,11 +282,11 @@ def rollout_strip(rows: list[Tensor]) -> Figure:
     """Every second frame of the first clip of each of `rows`."""
     columns = range(CONTEXT - 1, rows[0].shape[1], 2)
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.5 * len(columns), 1.7 * len(rows)), squeeze=False)
-    for place, frame in enumerate(columns):
+    for column, frame in enumerate(columns):
         ahead = frame - CONTEXT + 1
         title = f"+{ahead}" if ahead else "last seen"
         for line, clips in enumerate(rows):
-            show(axes[line, place], clips[0, frame], "" if line else title)
+            show(axes[line, column], clips[0, frame], "" if line else title)
     return figure
 
 
@@ -292,7 +296,7 @@ def rollout_curves(metrics: dict[str, Any]) -> Figure:
     steps = range(1, len(metrics["rollout_psnr"]) + 1)
     lines = (
         ("", "model", "-"),
-        ("persistence_", "last frame kept", "--"),
+        ("persistence_", "last frame repeated", "--"),
         ("against_", "the other run", ":"),
         ("tokenised_", "true tokens", "-."),
     )
@@ -310,8 +314,8 @@ def rollout_curves(metrics: dict[str, Any]) -> Figure:
 
 
 DRIFT_NOTE = (
-    "How far the far horizons' earlier predictions of a frame are from the frame that came: this needs no truth. "
-    "A point is a clip at a step; the correlations are of ranks, with 95% intervals over clips."
+    "Disagreement: distance between the far horizons' earlier predictions of a frame and the frame generated later, "
+    "which needs no ground truth. Each point is one clip at one step; rank correlations, with 95% intervals over clips."
 )
 
 
@@ -326,13 +330,13 @@ def drift_points(drift: np.ndarray, errors: np.ndarray) -> Figure:
 
 
 def drift_sentence(drift: dict[str, Any]) -> str:
-    def told(name: str) -> str:
+    def shown(name: str) -> str:
         if drift[name] is None:
-            return "not defined (values that are all equal correlate with nothing)"
+            return "undefined (the values are all equal)"
         return f"{drift[name]:.2f} ({between(drift[f'{name}_95'], '.2f')})"
 
-    overall, within = told("overall"), told("within_step")
-    return f"<p>Correlation with the true error: {overall}; among clips at one and the same step: {within}.</p>"
+    overall, within = shown("overall"), shown("within_step")
+    return f"<p>Correlation with the true error: {overall}; among clips at the same step: {within}.</p>"
 
 
 def show(axes: Any, picture_CHW: Tensor, title: str) -> None:
@@ -342,7 +346,7 @@ def show(axes: Any, picture_CHW: Tensor, title: str) -> None:
 
 
 def as_bytes(picture_CHW: Tensor) -> np.ndarray:
-    """-1..1 -> uint8 [H, W, 3]."""
+    """uint8 [H, W, 3] from -1..1."""
     return ((picture_CHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
@@ -358,7 +362,7 @@ def embedded_gif(path: Path) -> str:
 
 
 def write_gif(path: Path, rows: list[Tensor], enlarge: int = 3) -> None:
-    """Each of `rows` has clips [B, T, 3, H, W] side by side; truth above, the model's rollouts below."""
+    """Write a GIF with the clips [B, T, 3, H, W] of each of `rows` side by side; the first row is the truth."""
     frames = []
     for t in range(rows[0].shape[1]):
         lines = [np.concatenate([as_bytes(clip[t]) for clip in clips], axis=1) for clips in rows]

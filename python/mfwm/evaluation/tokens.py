@@ -1,4 +1,4 @@
-"""What evaluation measures of tokens: how well the next ones are predicted, and what pictures they make."""
+"""Evaluation of tokens: how well they are predicted, and the pictures that they decode to."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..training.tokenizer import load_tokenizer
 
 
 class Decoder:
-    """Pictures of the tokens of a set that mfwm encode wrote, by its tokenizer, and the frames that they were made of.
+    """Decodes tokens of a set that mfwm encode wrote, by the tokenizer that encoded it, and reads the original frames.
 
     length, episodes: of the clips, which lie in one episode, as in Clips. pixels, tokenizer: where frames and tokenizer
-    are, if not where the set says. ValueError where they are not those that the set was made of.
+    are, if not where the set says. ValueError if they are not the ones that the set was encoded from.
     """
 
     def __init__(
@@ -33,49 +33,52 @@ class Decoder:
         pixels: str | Path | None = None,
         tokenizer: str | Path | None = None,
     ) -> None:
-        def place(name: str, given: str | Path | None) -> str | Path:
-            said = replay.attributes.get(name) if given is None else given
-            if not isinstance(said, str | Path):
-                raise ValueError(f"{replay.path}: attribute {name} must be a path, got {said!r}")
-            return said
+        def path_of(name: str, given: str | Path | None) -> str | Path:
+            path = replay.attributes.get(name) if given is None else given
+            if not isinstance(path, str | Path):
+                raise ValueError(f"{replay.path}: attribute {name} must be a path, got {path!r}")
+            return path
 
         try:
-            frames = Replay(place("pixels", pixels))
-            self.tokenizer = load_tokenizer(Path(place("tokenizer", tokenizer)))[0].to(device)
+            frames = Replay(path_of("pixels", pixels))
+            self.tokenizer = load_tokenizer(Path(path_of("tokenizer", tokenizer)))[0].to(device)
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"the frames and the tokenizer of {replay.path} must be where it says, or where pixels and tokenizer "
-                f"say: {error}"
+                f"the frames and the tokenizer of {replay.path} must be where its attributes say, or be given as "
+                f"pixels and tokenizer: {error}"
             ) from error
         if not np.array_equal(frames.episode_ends, replay.episode_ends):
-            raise ValueError(f"{replay.path} was not made of what {frames.path} holds: their episodes differ")
+            raise ValueError(f"{replay.path} was not encoded from {frames.path}: their episodes differ")
         config = self.tokenizer.config
         if (config.vocabulary, config.grid, config.frame) != (replay.vocabulary, replay.frame[1:], frames.frame):
             raise ValueError(
-                f"{replay.path} was not made by this tokenizer: it has {config.vocabulary} ids on a grid {config.grid} "
-                f"for frames {config.frame}; the set has {replay.vocabulary} on {replay.frame[1:]} for {frames.frame}"
+                f"{replay.path} was not encoded by this tokenizer, which has {config.vocabulary} ids on a grid "
+                f"{config.grid} for frames {config.frame}; the set has {replay.vocabulary} on {replay.frame[1:]} for "
+                f"{frames.frame}"
             )
-        # Sets of earlier versions have no digests.
+        # A set without digests is accepted.
         if replay.attributes.get(PIXELS_DIGEST) not in (None, digest(frames)):
-            raise ValueError(f"pixels must be the set that {replay.path} was made of; {frames.path} holds another one")
+            raise ValueError(
+                f"pixels must be the set that {replay.path} was encoded from; {frames.path} holds another one"
+            )
         if replay.attributes.get(TOKENIZER_DIGEST) not in (None, weights_digest(self.tokenizer)):
             raise ValueError(
-                f"tokenizer must be the run whose ids {replay.path} holds, as it was then; "
-                f"{place('tokenizer', tokenizer)} has other weights"
+                f"tokenizer must be the run that encoded {replay.path}, as it was then; "
+                f"{path_of('tokenizer', tokenizer)} has other weights"
             )
         self.clips = Clips(frames, length, episodes=episodes, within_episode=True)
 
     def pixels(self, indices: np.ndarray) -> Tensor:
-        """uint8 [B, T, C, height, width], the frames of the clips of these numbers."""
+        """uint8 [B, T, C, height, width]: the frames of the clips with these numbers."""
         return self.clips.batch(indices)["video"]
 
     def pictures(self, ids: Tensor, first: int) -> Tensor:
-        """Frames from `first` on, [B, T - first, C, height, width], of ids [B, T, H, W]."""
+        """The frames [B, T - first, C, height, width] from number `first` on, decoded from ids [B, T, H, W]."""
         return self.tokenizer.decode(ids)[:, first:]
 
 
 def check_tokens(config: WorldModelConfig, *, pixels: str | Path | None, tokenizer: str | Path | None) -> None:
-    """ValueError where a run of pixels is given places that only a run of tokens has."""
+    """ValueError if a run on pixels is given paths that only a run on tokens uses."""
     for name, given in (("pixels", pixels), ("tokenizer", tokenizer)):
         if given is not None and config.heads.output == "pixels":
             raise ValueError(f"{name} is for runs on tokens, and this run is on pixels; got {given}")
@@ -90,35 +93,37 @@ def decoder_of(
     pixels: str | Path | None = None,
     tokenizer: str | Path | None = None,
 ) -> Decoder | None:
-    """None for tokens of another tokenizer, such as imported ones, which have no pictures here."""
+    """The decoder of a set; None if its tokens come from another tokenizer, as imported ones do."""
     if "tokenizer" not in replay.attributes:
         for name, given in (("pixels", pixels), ("tokenizer", tokenizer)):
             if given is not None:
-                raise ValueError(f"{name} is for sets that mfwm encode wrote, and {replay.path} is none; got {given}")
+                raise ValueError(
+                    f"{name} is for sets that mfwm encode wrote, and {replay.path} is not one; got {given}"
+                )
         return None
     return Decoder(replay, length, episodes, device, pixels=pixels, tokenizer=tokenizer)
 
 
 def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor) -> dict[str, np.ndarray]:
-    """[clips, K] of every horizon of a model that is not masked, over the positions that count and their ids.
+    """Measures [clips, K] of every horizon of a model that is not masked, over the positions that count and their ids.
 
-    bits: -log2 of the probability that a cell gives an id it covers; bits_shuffled: with the `shuffled` actions.
-    hits: the share of ids that are the likeliest of their cell; hits_persistence: of those that stay as they are.
+    bits: -log2 of the probability that a cell gives to an id it covers; bits_shuffled: with the `shuffled` actions.
+    hits: share of ids that are the most likely of their cell; hits_persistence: share of ids that do not change.
     """
     ids, horizons = clips["video"], model.config.heads.horizons
     ids = ids.unflatten(-1, (-1, 1)) if ids.ndim == 4 else ids
     found: dict[str, list[Tensor]] = {name: [] for name in ("bits", "bits_shuffled", "hits", "hits_persistence")}
     logits = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
-    misled = model.predict(clips["video"], shuffled, clips["segment_ids"])
+    predicted_shuffled = model.predict(clips["video"], shuffled, clips["segment_ids"])
     for i, (offset, factor) in enumerate(zip(horizons.offsets, horizons.factors, strict=True)):
         end = min(logits[i].shape[1], ids.shape[1] - offset)
         truth, before = ids[:, offset : offset + end], ids[:, :end]
         # [B, T, H / f, W / f, f, f, F], beside the logits' [B, T, H / f, W / f, (F,) V].
         cells = truth.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).transpose(3, 4)
-        for name, given in (("bits", logits[i]), ("bits_shuffled", misled[i])):
+        for name, given in (("bits", logits[i]), ("bits_shuffled", predicted_shuffled[i])):
             scores = given[:, :end].unsqueeze(-2) if model.config.frame[0] == 1 else given[:, :end]
-            likely = scores.log_softmax(-1)[:, :, :, :, None, None].expand(*cells.shape, -1)
-            chosen = likely.gather(-1, cells[..., None])[..., 0]
+            log_probabilities = scores.log_softmax(-1)[:, :, :, :, None, None].expand(*cells.shape, -1)
+            chosen = log_probabilities.gather(-1, cells[..., None])[..., 0]
             found[name].append(-chosen.flatten(1).mean(1) / np.log(2))
             if name == "bits":
                 hits = (scores.argmax(-1)[:, :, :, :, None, None] == cells).float()
@@ -128,10 +133,10 @@ def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor
 
 
 def token_summary(measures: dict[str, np.ndarray], names: list[str], seed: int, *, controlled: bool) -> dict[str, Any]:
-    """The metrics of token_measures with 95% intervals; those with shuffled actions only where the model has some.
+    """Metrics of token_measures with 95% intervals; those with shuffled actions only if the model has actions.
 
-    Those of accuracy_gain_95 and bits_per_token_for_actions_95 are of differences: over persistence, and of shuffled
-    over true actions.
+    accuracy_gain_95 is the interval of the gain over persistence, bits_per_token_for_actions_95 that of the increase
+    from true to shuffled actions.
     """
     labels = {"bits": "bits_per_token", "hits": "accuracy", "hits_persistence": "persistence_accuracy"}
     if controlled:

@@ -1,9 +1,9 @@
-"""mfwm evaluate: how good are the predictions on levels that the model has never seen?
+"""mfwm evaluate: how good the predictions are on levels that the model has never seen.
 
-PSNR = 10 log10(2^2 / MSE), pixels in -1..1, the MSE over all clips. Everything is compared with persistence: the last
-frame that was seen, kept; rollouts also with those of another run, such as one that was trained on next frames alone,
-and those of tokens with the true frames as the tokenizer gives them back, which they cannot be better than.
-Intervals are of 95%, by bootstrap over clips; those of a difference resample both sides alike.
+PSNR = 10 log10(2^2 / MSE), with pixels in -1..1 and the MSE over all clips. Everything is compared with persistence,
+which repeats the last frame seen. Rollouts are also compared with those of another run, such as one trained on the next
+frame only, and rollouts of tokens with the tokenizer's reconstruction of the true frames, their upper bound.
+Intervals are 95% bootstrap intervals over clips; for a difference, both sides are resampled alike.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DELTA_STEP = 4
 CONTEXT = 4
 ROLLOUT_STEPS = 12
 
-# What was measured on each clip, by name: [clips, K] or [clips, steps].
+# Measurements of every clip, by name: [clips, K] or [clips, steps].
 Measures = dict[str, np.ndarray]
 
 
@@ -58,19 +58,19 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate the run on its held-out levels; returns the metrics, and writes them and the measures of every clip into
-    the run, as metrics.json and clips.npz. What is not defined, such as a correlation with a constant, is None.
+    """Evaluate a run on its held-out levels. Returns the metrics, and writes them into the run as metrics.json, with
+    the measures of every clip in clips.npz. A metric that is undefined, such as a correlation with a constant, is None.
 
-    data: where the run's data set is, if it was moved. pixels, tokenizer: likewise, of a set that mfwm encode wrote,
-        the frames and the run that it names.
+    data: where the run's data set is, if it was moved. pixels, tokenizer: likewise, for a set that mfwm encode wrote,
+        the frames and the tokenizer's run that it names.
     against: another run on the same data, whose rollouts are compared with this one's.
-    lpips: the file that holds the weights of LPIPS, as in mfwm.metrics.lpips; without it there is no LPIPS.
+    lpips: a file with the weights of LPIPS, as in mfwm.metrics.lpips; without it LPIPS is not measured.
     """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
     config, digest = read(TrainingConfig, run)
     horizons = config.model.heads.horizons
-    if config.model.heads.output == "pixels" and rolls(config.model):
+    if config.model.heads.output == "pixels" and can_roll_out(config.model):
         check_size(config.model.frame)
     check_tokens(config.model, pixels=pixels, tokenizer=tokenizer)
     if lpips is not None:
@@ -90,9 +90,12 @@ def evaluate(
     decoder = None
     if model.tokens:
         decoder = decoder_of(replay, config.clip, held_out.episodes, device, pixels=pixels, tokenizer=tokenizer)
-    pictured = rolls(config.model) and (decoder is not None or not model.tokens)
+    pictured = can_roll_out(config.model) and (decoder is not None or not model.tokens)
     if rival is not None and not pictured:
-        raise ValueError(f"against compares pictures, and those of {config.data} have no tokenizer here")
+        raise ValueError(
+            f"--against compares pictures, but {config.data} was imported without a tokenizer, so its tokens cannot be "
+            "decoded"
+        )
 
     began = time.perf_counter()
     parts: list[Measures] = []
@@ -123,7 +126,7 @@ def evaluate(
         "parameters": parameters_of(model),
         "frames_per_second": float(np.median(rates)),
         "training_seconds": sum(seconds),
-        # The share of the training time in which a step waited for its clips.
+        # Share of the training time spent waiting for clips.
         "data_wait": float(np.dot(waits, seconds) / sum(seconds)),
         "device": torch.cuda.get_device_name()
         if device.type == "cuda"
@@ -141,16 +144,16 @@ def evaluate(
 
 
 def check_lpips(config: WorldModelConfig) -> None:
-    """ValueError where LPIPS has no pictures to compare; those of tokens are known when their set is open."""
+    """ValueError where LPIPS cannot compare the frames. Those behind tokens are checked when their set is opened."""
     if config.heads.output == "pixels" and (config.frame[0] != 3 or min(config.frame[1:]) < SMALLEST_FOR_LPIPS):
         least = f"[3, >= {SMALLEST_FOR_LPIPS}, >= {SMALLEST_FOR_LPIPS}]"
-        raise ValueError(f"lpips needs frames {least}, and the run's are {list(config.frame)}")
+        raise ValueError(f"lpips needs frames of shape {least}, but the run's are {list(config.frame)}")
 
 
 def check_comparable(run: Path, config: TrainingConfig, digest: str | None) -> None:
-    """ValueError where another run, `against`, does not roll out or has other held-out levels.
+    """ValueError if the run given as `against` cannot be rolled out, or has other data or held-out levels.
 
-    digest: of the first run's data set; where either has none, their paths must be the same.
+    digest: of the first run's data set. If either run has none, their paths must be equal.
     """
     other, its_data = read(TrainingConfig, run)
     same = resolved(other.data) == resolved(config.data) if None in (digest, its_data) else digest == its_data
@@ -163,7 +166,7 @@ def check_comparable(run: Path, config: TrainingConfig, digest: str | None) -> N
                 f"against must be a run with the same held-out levels: its {name} is {its!r}, not {mine!r}"
             )
     for both in (config.model, other.model):
-        if not rolls(both):
+        if not can_roll_out(both):
             raise ValueError(
                 "against compares rollouts, which need a near horizon of offset 1 (masked: 0) and factor 1; got "
                 f"{both.heads.horizons}"
@@ -171,43 +174,45 @@ def check_comparable(run: Path, config: TrainingConfig, digest: str | None) -> N
 
 
 def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
-    """[clips, K] mean squared errors of every horizon, at its own resolution, over the positions that count."""
+    """Mean squared errors [clips, K] of every horizon, at its own resolution, over the positions that count."""
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
     shuffled = shuffle(clips["actions"])
     predictions = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
-    misled = model.predict(clips["video"], shuffled, clips["segment_ids"])
+    predicted_shuffled = model.predict(clips["video"], shuffled, clips["segment_ids"])
     errors: dict[str, list[Tensor]] = {"horizon": [], "horizon_persistence": [], "horizon_shuffled": []}
     for i, offset in enumerate(horizons.offsets):
         end = min(predictions[i].shape[1], pyramid[i].shape[1] - offset)
         truth = pyramid[i][:, offset : offset + end]
         errors["horizon"].append(squared_error(predictions[i][:, :end], truth))
         errors["horizon_persistence"].append(squared_error(pyramid[i][:, :end], truth))
-        errors["horizon_shuffled"].append(squared_error(misled[i][:, :end], truth))
+        errors["horizon_shuffled"].append(squared_error(predicted_shuffled[i][:, :end], truth))
     return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in errors.items()}
 
 
 def closed_loop(
     model: WorldModel, clips: dict[str, Tensor], distance: LPIPS | None = None, decoder: Decoder | None = None
 ) -> Measures:
-    """[clips, steps] squared errors of a rollout from CONTEXT frames, of persistence, and with shuffled actions; SSIM;
-    LPIPS; and drift: how far the far horizons' earlier predictions of a frame are from it, NaN where there was none."""
+    """Measures [clips, steps] of a rollout from CONTEXT frames: squared errors, also of persistence and with shuffled
+    actions; SSIM; LPIPS; and drift, the mean over the far horizons, NaN where none had predicted the frame."""
     video, actions = clips["video"], clips["actions"]
     (truth,) = video_pyramid(video if decoder is None else clips["pixels"], (1,), dtype=torch.float32)
     steps = rollout_steps(video)
     seen = video[:, :CONTEXT]
     drift = None
-    if drifts(model):
-        rolled, of_horizons = rollout_with_drift(model, seen, actions, steps)
+    if has_drift(model):
+        rolled, drift_of_horizons = rollout_with_drift(model, seen, actions, steps)
         far = [i for i, k in enumerate(model.config.heads.horizons.offsets) if k > 1]
-        drift = of_horizons[..., far].nanmean(-1)
+        drift = drift_of_horizons[..., far].nanmean(-1)
     else:
         rolled = rollout(model, seen, actions, steps)
-    misled_actions = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
-    misled = rollout(model, seen, misled_actions, min(steps, DELTA_STEP))
+    shuffled = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
+    rolled_shuffled = rollout(model, seen, shuffled, min(steps, DELTA_STEP))
     if decoder is not None:
-        rolled, misled = (decoder.pictures(torch.cat([seen, ids], dim=1), CONTEXT) for ids in (rolled, misled))
-    kept = truth[:, CONTEXT - 1 : CONTEXT].expand(-1, steps, -1, -1, -1)
+        rolled, rolled_shuffled = (
+            decoder.pictures(torch.cat([seen, ids], dim=1), CONTEXT) for ids in (rolled, rolled_shuffled)
+        )
+    persistence = truth[:, CONTEXT - 1 : CONTEXT].expand(-1, steps, -1, -1, -1)
     future = truth[:, CONTEXT : CONTEXT + steps]
 
     def per_step(pictures: Tensor) -> np.ndarray:
@@ -215,30 +220,30 @@ def closed_loop(
 
     measures = {
         "rollout_mse": per_step(rolled),
-        "persistence_rollout_mse": per_step(kept),
-        "shuffled_mse": per_step(misled),
+        "persistence_rollout_mse": per_step(persistence),
+        "shuffled_mse": per_step(rolled_shuffled),
         "rollout_ssim": similarity(rolled, future),
-        "persistence_rollout_ssim": similarity(kept, future),
+        "persistence_rollout_ssim": similarity(persistence, future),
     }
     if decoder is not None:
         measures["tokenised_rollout_mse"] = per_step(decoder.pictures(video[:, : CONTEXT + steps], CONTEXT))
     if drift is not None:
         measures["drift"] = drift.cpu().numpy()
     if distance is not None:
-        for name, pictures in (("rollout_lpips", rolled), ("persistence_rollout_lpips", kept)):
-            far_apart = distance(pictures.flatten(0, 1).clamp(-1, 1), future.flatten(0, 1))
-            measures[name] = far_apart.view(future.shape[:2]).cpu().numpy()
+        for name, pictures in (("rollout_lpips", rolled), ("persistence_rollout_lpips", persistence)):
+            distances = distance(pictures.flatten(0, 1).clamp(-1, 1), future.flatten(0, 1))
+            measures[name] = distances.view(future.shape[:2]).cpu().numpy()
     return measures
 
 
-def drifts(model: WorldModel) -> bool:
+def has_drift(model: WorldModel) -> bool:
     """Whether far horizons forecast the frames of a rollout."""
     heads = model.config.heads
     return heads.horizons.offsets[-1] > 1 and heads.conditioning != "frames"
 
 
-def rolls(config: WorldModelConfig) -> bool:
-    """Only a near horizon that predicts the next frame whole (or, masked, the frame itself) can be fed back."""
+def can_roll_out(config: WorldModelConfig) -> bool:
+    """Whether the near horizon predicts the next frame at full size (masked: the frame itself), to be fed back."""
     horizons = config.heads.horizons
     return (horizons.offsets[0], horizons.factors[0]) == (0 if config.masked else 1, 1)
 
@@ -248,12 +253,12 @@ def rollout_steps(video: Tensor) -> int:
 
 
 def shuffle(actions: Tensor) -> Tensor:
-    """Each clip gets another clip's actions (in a batch of one: its own, backwards)."""
+    """Give each clip another clip's actions (in a batch of one: its own, reversed)."""
     return actions.flip(1) if len(actions) == 1 else actions.roll(1, dims=0)
 
 
 def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bool) -> dict[str, Any]:
-    """The metrics; those of rollouts only where the model can be rolled out, of actions only where it has some."""
+    """The metrics: those of rollouts only if the model can be rolled out, of actions only if it has some."""
     names = labels(horizons)
 
     def by_horizon(values: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a handful of clips can tell: bootstrap intervals over clips, and rank correlations with theirs."""
+"""Bootstrap intervals over clips, and rank correlations with such intervals."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ RESAMPLES = 1000
 def interval(seed: int, statistic: Callable[..., np.ndarray], *values: np.ndarray) -> list[list[float]]:
     """For each column, the 95% bootstrap interval of a statistic of the means of `values`, [clips, columns] each.
 
-    The same clips are drawn of each: the interval of a difference is that of paired measurements.
+    All values are resampled with the same clips, so that the interval of a difference is that of paired measurements.
     """
-    draw = drawn(seed, len(values[0]))
+    draw = resamples(seed, len(values[0]))
     return np.percentile(statistic(*(v[draw].mean(1) for v in values)), [2.5, 97.5], axis=0).T.tolist()
 
 
 def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, Any]:
-    """How well the disagreement of the horizons, which needs no truth, tells the true error: rank correlations.
+    """How well the disagreement of the horizons, which needs no ground truth, predicts the true error: rank
+    correlations.
 
-    drift, errors [clips, steps]; steps without a drift or an error (NaN) are left out, and named are those that stay.
-    "overall" is over all clips and steps, and owes something to both growing with the steps. "within_step" does not:
-    it is the mean over the steps of the correlation over clips at one step. Both with 95% intervals over clips.
-    Values that are all equal correlate with nothing: such steps, and resamples, count in no mean and no interval, and
-    what is then left without any is NaN.
+    drift, errors [clips, steps]; steps without a drift or an error (NaN) are left out, and "steps" lists the others.
+    "overall" is over all clips and steps, and is high in part because both grow with the steps. "within_step" is not:
+    it is the mean over steps of the correlation over clips at that step. Both have 95% intervals over clips.
+    The correlation of values that are all equal is undefined. Such steps, and resamples, are left out of means and
+    intervals; a mean or interval of none is NaN.
     """
     known = ~(np.isnan(drift) | np.isnan(errors)).any(0)
     pair = drift[:, known], errors[:, known]
@@ -47,37 +48,37 @@ def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, 
     found: dict[str, Any] = {"steps": (np.flatnonzero(known) + 1).tolist()}
     for name, statistic in (("overall", overall), ("within_step", within_step)):
         found[name] = float(statistic(np.arange(clips)[None])[0])
-        resampled = statistic(drawn(seed, clips))
+        resampled = statistic(resamples(seed, clips))
         defined = resampled[~np.isnan(resampled)]
-        # Of a correlation that is not defined, resamples say nothing either.
-        given = len(defined) and not np.isnan(found[name])
-        found[f"{name}_95"] = np.percentile(defined, [2.5, 97.5]).tolist() if given else [np.nan, np.nan]
+        # If the correlation itself is undefined, so is its interval.
+        has_interval = len(defined) and not np.isnan(found[name])
+        found[f"{name}_95"] = np.percentile(defined, [2.5, 97.5]).tolist() if has_interval else [np.nan, np.nan]
     return found
 
 
 def check_draw(*, clips: int, batch: int, seed: int) -> None:
-    """What every evaluation is told of the clips it draws."""
+    """Check the arguments that all evaluations have: how many clips to draw, in batches of how many, by which seed."""
     for name, value, least in (("clips", clips, 1), ("batch", batch, 1), ("seed", seed, 0)):
         check.integer(name, value, least=least)
 
 
-def drawn(seed: int, clips: int) -> np.ndarray:
-    """[RESAMPLES, clips] numbers of clips, with replacement."""
+def resamples(seed: int, clips: int) -> np.ndarray:
+    """[RESAMPLES, clips]: numbers of clips, drawn with replacement."""
     return np.random.default_rng(seed).integers(clips, size=(RESAMPLES, clips))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value in its column, from 0; equal values share the mean of the ranks that they take up."""
+    """The rank of each value in its column, from 0; equal values share the mean of their ranks."""
     found = np.empty(values.shape)
     for column in range(values.shape[1]):
-        _, place, counts = np.unique(values[:, column], return_inverse=True, return_counts=True)
+        _, index, counts = np.unique(values[:, column], return_inverse=True, return_counts=True)
         ends = np.cumsum(counts)
-        found[:, column] = (ends - (counts + 1) / 2)[place.reshape(-1)]
+        found[:, column] = (ends - (counts + 1) / 2)[index.reshape(-1)]
     return found
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's, over axis 1; NaN where a side is constant, which correlates with nothing."""
+    """Pearson's correlation over axis 1; NaN where a side is constant."""
     constant = np.zeros(a[:, 0].shape, bool)
     for x in (a, b):
         constant |= (x == x[:, :1]).all(1)
@@ -88,6 +89,6 @@ def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def mean_of_defined(values: np.ndarray) -> np.ndarray:
-    """[rows], the mean of each row's entries that are not NaN; NaN where none is left."""
+    """[rows]: the mean of each row's entries that are not NaN; NaN if all are."""
     counts = (~np.isnan(values)).sum(1)
     return np.where(counts > 0, np.nansum(values, 1) / np.maximum(counts, 1), np.nan)

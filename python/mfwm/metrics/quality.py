@@ -1,4 +1,4 @@
-"""How good pictures are: PSNR and SSIM, for pixels in -1..1."""
+"""PSNR and SSIM of pictures with pixels in -1..1."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 PEAK = 2.0
-SMALLEST = 6  # pixels: SSIM's window of 11 reaches five past a frame's edge, where it reflects the frame
+SMALLEST = 6  # pixels: SSIM's window of 11 reaches five past an edge, where the frame is padded by reflection
 
 
 def psnr(squared_error: np.ndarray | float) -> Any:
-    """dB, from a mean squared error."""
+    """PSNR in dB, from a mean squared error."""
     return 10 * np.log10(PEAK**2 / np.maximum(squared_error, 1e-12))
 
 
 def squared_error(pictures: Tensor, truth: Tensor) -> Tensor:
-    """[clips] mean squared error."""
+    """Mean squared error, [clips]."""
     return (pictures - truth).square().flatten(1).mean(1)
 
 
@@ -31,9 +31,9 @@ def check_size(frame: Sequence[int]) -> None:
 
 
 def similarity(pictures: Tensor, truth: Tensor) -> np.ndarray:
-    """[clips, steps] structural similarity of pictures [clips, steps, C, height, width]."""
+    """SSIM [clips, steps] of pictures [clips, steps, C, height, width]."""
     check_size(truth.shape[2:])
-    # Here, because training wants PSNR alone, and torchmetrics takes seconds to load.
+    # Imported here, because training needs only PSNR and torchmetrics takes seconds to load.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     values = structural_similarity_index_measure(
