@@ -96,7 +96,7 @@ def prepare(place: Path) -> None:
 def version_of(place: Path, name: str) -> int:
     """Which of the two versions is in the place of a command's set, whole; raises where neither is."""
     out = place / name
-    assert not [problem for problem in check(out, 1) if problem.refused], check(out, 1)
+    assert not [problem for problem in check(out, 1) if problem.invalid], check(out, 1)
     found = Replay(out)
     for version in (0, 1):
         right = Replay(place / f"{name}{version}")

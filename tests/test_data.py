@@ -30,7 +30,7 @@ def write(path: Path | str, lengths: tuple[int, ...] = LENGTHS, kind: str = "pix
     sizes: dict[str, Any] = {
         "pixels": {"actions": 4},
         "continuous": {"actions": None, "action_size": 2},
-        "tokens": {"actions": 4, "vocabulary": 100, "ids": 2},
+        "tokens": {"actions": 4, "vocabulary": 100, "ids_per_token": 2},
         "no actions": {"actions": None},
     }[kind]
     writer = ReplayWriter(path, 16, 16, **sizes, env="synthetic")
@@ -95,7 +95,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
         write(tmp_path / "set")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="no Zarr group"):
+    with pytest.raises(ValueError, match="not a Zarr group"):
         ReplayWriter(tmp_path / "mine", 8, 8, actions=4, overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "ends past the frames": ("pixels", assign(ENDS, 6, 999), r"ends at 999, but data/img has 102 frames"),
     "no episodes": ("pixels", resize(ENDS, 0), r"episode_ends must hold at least one episode, got none"),
     "too few levels": ("pixels", resize(LEVELS, 3), r"episode_level must have 7 rows, one per episode"),
-    "frames in floats": ("pixels", exchange(IMG, np.full((102, 16, 16, 3), 0.5, "f4")), r"whole numbers .*got 0.5"),
+    "frames in floats": ("pixels", exchange(IMG, np.full((102, 16, 16, 3), 0.5, "f4")), r"integers in .*got 0.5"),
     "frames of four channels": ("pixels", exchange(IMG, np.zeros((102, 16, 16, 4), "u1")), r"data/img must be .*, 4"),
     "actions of two ranks": ("pixels", exchange(ACTION, np.zeros((102, 2), "i8")), r"data/action must be integers"),
     "metadata cut short": ("pixels", lambda p: cut(p / IMG / ".zarray"), r"array data/img is missing or unreadable"),
@@ -210,7 +210,7 @@ def test_a_damaged_set_is_found_and_refused(sound: Path, tmp_path: Path, name: s
     shutil.copytree(sound / kind, path)
     damage(path)
     found = check(path, clip=1)
-    assert any(problem.refused and re.search(message, str(problem)) for problem in found), found
+    assert any(problem.invalid and re.search(message, str(problem)) for problem in found), found
     with pytest.raises(ValueError, match=message):
         train(small_config(path), tmp_path / "run", progress=False)
     log = tmp_path / "run" / "log.jsonl"
@@ -225,8 +225,8 @@ def test_what_does_not_train_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "set"
     write(path)
     assert [str(p) for p in check(path, clip=6)] == [
-        "note: 3 of 6 episodes are shorter than a clip of 6 frames (0, 1, 3): they train in clips that span episodes, "
-        "and cannot be evaluated"
+        "note: 3 of 6 episodes are shorter than a clip of 6 frames (0, 1, 3): they are trained on in clips that "
+        "span episodes, and cannot be evaluated"
     ]
     # A writer that was interrupted after the frames of an episode.
     zarr.open_group(str(path), mode="r+")["meta/episode_ends"][5] = 0
@@ -249,7 +249,7 @@ def test_data_check_on_the_command_line(
     assert ended.value.code == 1
     found, short, verdict = capsys.readouterr().out.splitlines()
     assert "got 0..17, first at frame 7" in found and short.startswith("note: 2 of 6 episodes are shorter")
-    assert verdict == f"{path}: refused, for 1 problem"
+    assert verdict == f"{path}: invalid: 1 problem"
 
 
 def test_a_set_lives_at_a_url(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_set_lives_at_a_url(tmp_path: Path) -> None:
     write("memory://far/set")
     shutil.make_archive(str(tmp_path / "zipped"), "zip", tmp_path / "set")
     near = Replay(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"zipped.zip is a file: .* is zip://::file://.*/zipped.zip"):
+    with pytest.raises(ValueError, match=r"zipped.zip is a file: .* give zip://::file://.*/zipped.zip"):
         Replay(tmp_path / "zipped.zip")
     for url in (f"file://{tmp_path}/set", "memory://far/set", f"zip://::file://{tmp_path}/zipped.zip"):
         assert check(url, 1) == []

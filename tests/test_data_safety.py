@@ -195,7 +195,7 @@ def test_a_writer_whose_block_raised_writes_no_more(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), ReplayWriter(tmp_path / "set", 8, 8, actions=2) as writer:
         writer.append(*episode)
         raise ZeroDivisionError
-    with pytest.raises(ValueError, match="set: the block that wrote it raised"):
+    with pytest.raises(ValueError, match="set: the `with` block that wrote it raised"):
         writer.append(*episode)
     assert not list(tmp_path.iterdir())
     with ReplayWriter(tmp_path / "set", 8, 8, actions=2) as writer:
@@ -269,7 +269,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: 
     for place in (f"zip://::file://{tmp_path}/zipped.zip", tmp_path / "file"):
         with pytest.raises((ValueError, FileExistsError), match=r"is not empty"):
             write(place)
-        with pytest.raises(ValueError, match=r"cannot be overwritten|no Zarr group"):
+        with pytest.raises(ValueError, match=r"cannot be overwritten|not a Zarr group"):
             write(place, overwrite=True)
     assert value_of(f"zip://::file://{tmp_path}/zipped.zip") == OLD
     monkeypatch.chdir(tmp_path / "set")
@@ -335,7 +335,7 @@ def test_an_overwrite_deletes_nothing_but_a_replay_buffer(tmp_path: Path, mine: 
     write(tmp_path / "set")
     (tmp_path / "set" / mine).parent.mkdir(exist_ok=True)
     (tmp_path / "set" / mine).write_text("mine")
-    with pytest.raises(ValueError, match="which is no part of a replay buffer"):
+    with pytest.raises(ValueError, match="which is not part of a replay buffer"):
         write(tmp_path / "set", NEW, overwrite=True)
     assert value_of(tmp_path / "set") == OLD and (tmp_path / "set" / mine).read_text() == "mine"
 
@@ -435,11 +435,11 @@ def layout(path: Path, **arrays: np.ndarray) -> Path:
         ({"data__action": np.full(10, 2**64 - 1, np.uint64)}, r"data/action must be in 0..*, got 18446744073709551615"),
         (
             {"data__action": np.zeros(10, "i8"), "meta__episode_ends": np.array([5, 2**63 + 10], np.uint64)},
-            r"meta/episode_ends must be in 64 bits with a sign, .* got 9223372036854775818",
+            r"meta/episode_ends must fit into signed 64 bits, .* got 9223372036854775818",
         ),
         (
             {"data__action": np.zeros(10, "i8"), "meta__episode_level": np.full(2, 2**63, np.uint64)},
-            r"meta/episode_level must be in 64 bits with a sign, .* got 9223372036854775808",
+            r"meta/episode_level must fit into signed 64 bits, .* got 9223372036854775808",
         ),
     ],
 )  # fmt: skip
@@ -447,7 +447,7 @@ def test_what_is_checked_is_what_is_used(tmp_path: Path, arrays: dict[str, np.nd
     path = layout(tmp_path / "set", **arrays)
     with pytest.raises(ValueError, match=message):
         Replay(path)
-    assert any(problem.refused and re.search(message, str(problem)) for problem in check(path, 5))
+    assert any(problem.invalid and re.search(message, str(problem)) for problem in check(path, 5))
 
 
 @pytest.mark.parametrize("memory_limit", [0, 1 << 20])
@@ -458,12 +458,12 @@ def test_float_frames_of_whole_numbers_are_read_as_bytes(tmp_path: Path, memory_
         path = layout(tmp_path / "set", data__img=pixels.astype(dtype), data__action=np.zeros(10, int))
         read = Replay(path, memory_limit=memory_limit).read(np.array([[3, 4], [9, 0]]))
         assert read.dtype == np.uint8 and np.array_equal(read, pixels[[[3, 4], [9, 0]]])
-        assert not [problem for problem in check(path, 5) if problem.refused]
+        assert not [problem for problem in check(path, 5) if problem.invalid]
     for value in (0.5, 256.0, -1.0, np.nan, np.inf):
         odd = pixels.astype("f4")
         odd[7, 2, 3, 1] = value
         path = layout(tmp_path / "set", data__img=odd, data__action=np.zeros(10, int))
-        message = r"data/img must hold whole numbers in 0..255 .* in frame 7, pixel \[2, 3, 1\]"
+        message = r"data/img must hold integers in 0..255 .* in frame 7, pixel \[2, 3, 1\]"
         with pytest.raises(ValueError, match=message):
             Replay(path, memory_limit=memory_limit).read(np.arange(10))
         assert any(re.search(message, str(problem)) for problem in check(path, 5))
@@ -493,7 +493,7 @@ def test_numbers_of_other_types_are_read_as_they_are(tmp_path: Path) -> None:
         ({"actions": None, "action_size": 2}, np.full((4, 2), np.inf), None, r"action must be finite, got .inf"),
         ({"actions": 4}, np.full(4, 2**63 + 1, np.uint64), None, r"action must be in 0..3, got 9223372036854775809"),
         ({"actions": 4}, np.full(4, -1), None, r"action must be in 0..3, got -1"),
-        ({"actions": 4}, np.zeros(4, np.int64), 2**63, r"level must be an integer of 64 bits"),
+        ({"actions": 4}, np.zeros(4, np.int64), 2**63, r"level must fit into 64 bits"),
         ({"actions": 4}, np.zeros(4, np.int64), 1.5, r"cannot be interpreted as an integer"),
     ],
 )
@@ -508,7 +508,7 @@ def test_a_writer_writes_what_its_reader_takes(
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"vocabulary must be 0 for pixels or up to 2147483648"):
         ReplayWriter(tmp_path / "set", 8, 8, actions=4, vocabulary=2**31 + 1)
-    with pytest.raises(ValueError, match="attributes must be what JSON can hold"):
+    with pytest.raises(ValueError, match="attributes must be representable in JSON"):
         ReplayWriter(tmp_path / "set", 8, 8, actions=4, rate=float("nan"))
 
 
@@ -537,7 +537,7 @@ def test_no_code_of_a_set_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     edit(tmp_path / "set" / array / ".zarray", lambda m: {**m, where: [codec] if where == "filters" else codec})
     for chunk in (tmp_path / "set" / array).glob("[0-9]*"):
         chunk.write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
-    message = rf"array {array} is missing or unreadable: its codec 'pickle' is none of those that a set may have"
+    message = rf"array {array} is missing or unreadable: its codec 'pickle' is not one that a set may use"
     with pytest.raises(ValueError, match=message):
         Replay(tmp_path / "set")
     assert any(message.partition(":")[0] in str(problem) for problem in check(tmp_path / "set", 4))
@@ -564,7 +564,7 @@ def test_sets_of_zarr_3_are_read(tmp_path: Path) -> None:
         replay.read(np.arange(10))
     document = tmp_path / "set/data/action/zarr.json"
     edit(document, lambda m: {**m, "codecs": [*m["codecs"], {"name": "numcodecs.pickle"}]})
-    with pytest.raises(ValueError, match=r"array data/action is .*: its codec 'numcodecs.pickle' is none"):
+    with pytest.raises(ValueError, match=r"array data/action is .*: its codec 'numcodecs.pickle' is not one"):
         Replay(tmp_path / "set")
 
 
@@ -586,7 +586,7 @@ def test_broken_metadata_is_told(tmp_path: Path, file: str) -> None:
     refused = 0
     for content in contents:
         path.write_text(content, encoding="latin-1")
-        told = [problem for problem in check(tmp_path / "set", 4) if problem.refused]
+        told = [problem for problem in check(tmp_path / "set", 4) if problem.invalid]
         try:
             Replay(tmp_path / "set")
         except ValueError as error:
@@ -602,7 +602,7 @@ def test_what_is_after_the_last_end_is_not_missed(tmp_path: Path) -> None:
     write(tmp_path / "set")
     for array, shape in (("data/img", (200, 8, 8, 3)), ("data/action", (9000,)), ("meta/episode_level", (5000,))):
         edit(tmp_path / "set" / array / ".zarray", lambda m, shape=shape: {**m, "shape": shape})
-    assert not any(problem.refused for problem in check(tmp_path / "set", 4))
+    assert not any(problem.invalid for problem in check(tmp_path / "set", 4))
     with pytest.warns(UserWarning, match="192 frames after the last episode's end are left out"):
         assert Replay(tmp_path / "set").frames == 8
 

@@ -108,40 +108,40 @@ HEAD = "video,frame,action\n"
     ("text", "message"),
     [
         (HEAD + "\n\n\na,0,1\na,1,x\n", r"line 6: an action must be a number, got 'x'"),
-        (HEAD.replace("\n", ",\n") + "a,0\n", r"line 2: there must be 4 cells, as in the first line, got 2"),
+        (HEAD.replace("\n", ",\n") + "a,0\n", r"line 2 must have 4 cells, as the first line has, got 2"),
         (HEAD + '"a" x,0,0\n', r"cannot be read as a table"),
         (HEAD + '"a" ,0,1\n"a" ,1,x\n', r"line 3: an action must be a number, got 'x'"),
         (HEAD + 'a,0,1\n"a\nb",0,1\na,1,x\n', r"line 5: an action must be a number, got 'x'"),
-        (HEAD + "a,0,0.5\n", r"line 2: an action must be a whole number, got '0.5'"),
-        (HEAD + "a,0,-1\n", r"line 2: an action must be a whole number that is not negative, .* got '-1'"),
+        (HEAD + "a,0,0.5\n", r"line 2: an action must be an integer, got '0.5'"),
+        (HEAD + "a,0,-1\n", r"line 2: an action must be an integer >= 0 .*, got '-1'"),
         (HEAD + "a,0,\n", r"line 2: an action must be a number, got ''"),
-        (HEAD + "a,0,nan\n", r"line 2: an action must be finite, .* got 'nan'"),
-        (HEAD + f"a,0,{10**30}\n", r"line 2: an action must be a whole number .* of 64 bits, got '10+'"),
+        (HEAD + "a,0,nan\n", r"line 2: an action must be finite, got 'nan'"),
+        (HEAD + f"a,0,{10**30}\n", r"line 2: an action must be an integer .* fits into 64 bits, got '10+'"),
         (HEAD + f"a,0,{'9' * 5000}\n", r"line 2: an action must be finite"),
-        (HEAD + f"a,0,{'0' * 5000}1.5\n", r"line 2: an action must be a whole number"),
+        (HEAD + f"a,0,{'0' * 5000}1.5\n", r"line 2: an action must be an integer"),
         (HEAD + f"a,{'0' * 5000}1,0\n", r"frame 0 of a has no action"),
-        (HEAD + f"a,0,{2**63 - 1}\n", r"line 2: an action must be a whole number .* of 64 bits"),
+        (HEAD + f"a,0,{2**63 - 1}\n", r"line 2: an action must be an integer .* fits into 64 bits"),
         (f"video,frame,action_{'9' * 5000}\na,0,1\n", r"action_0, action_1, ... without a gap"),
         ("video,frame,action_0,action_00\na,0,1,2\n", r"action_0, action_1, ... without a gap"),
         (HEAD + "a,0,1_0\n", r"line 2: an action must be a number, got '1_0'"),
-        (HEAD + "a,-1,0\n", r"line 2: frame must be a whole number that is not negative"),
-        (HEAD + "a,0.5,0\n", r"line 2: frame must be a whole number, got '0.5'"),
+        (HEAD + "a,-1,0\n", r"line 2: frame must be an integer >= 0"),
+        (HEAD + "a,0.5,0\n", r"line 2: frame must be an integer, got '0.5'"),
         (HEAD + "a,x,0\n", r"line 2: frame must be a number, got 'x'"),
         (HEAD + ",0,1\n", r"line 2: video is empty"),
         *(
-            (HEAD + f"a,0,1\n{name},0,1\n", rf"line 3: video must be a name in the folder .*, got '{name}'")
+            (HEAD + f"a,0,1\n{name},0,1\n", rf"line 3: video must be a file in the folder .*, got '{name}'")
             for name in ("/etc/x.mp4", "../x.mp4", "a/../../x.mp4", "..")
         ),
-        (HEAD + "a,0\n", r"line 2: there must be 3 cells, as in the first line, got 2"),
-        (HEAD + "a,0,0,12\n", r"line 2: there must be 3 cells, as in the first line, got 4"),
+        (HEAD + "a,0\n", r"line 2 must have 3 cells, as the first line has, got 2"),
+        (HEAD + "a,0,0,12\n", r"line 2 must have 3 cells, as the first line has, got 4"),
         (HEAD + "a,1,0\n", r"frame 0 of a has no action"),
         (HEAD + "a,0,0\na,999999999999,0\n", r"frame 1 of a has no action"),
-        (HEAD + "a,0,0\na,0.0,1\n", r"line 3: frame 0 of a stands twice"),
+        (HEAD + "a,0,0\na,0.0,1\n", r"line 3: frame 0 of a appears twice"),
         (HEAD + '"a"x,0,0\n', r"cannot be read as a table"),
         (HEAD + '"a,0,0\n', r"cannot be read as a table"),
-        ("video,frame,action_0\na,0,nan\n", r"line 2: an action must be finite, as a float of 32 bits, got 'nan'"),
-        ("video,frame,action_0\na,0,1e300\n", r"line 2: an action must be finite, as a float of 32 bits, got '1e300'"),
-        ("video,frame,action_0\na,0,-1e39\n", r"line 2: an action must be finite, as a float of 32 bits, got '-1e39'"),
+        ("video,frame,action_0\na,0,nan\n", r"line 2: an action must be finite as float32, got 'nan'"),
+        ("video,frame,action_0\na,0,1e300\n", r"line 2: an action must be finite as float32, got '1e300'"),
+        ("video,frame,action_0\na,0,-1e39\n", r"line 2: an action must be finite as float32, got '-1e39'"),
         ("video,frame,action_0\na,0,\"0,5\"\n", r"line 2: an action must be a number, got '0,5'"),
         ("video;frame;action_0\na;0;1.234,5\n", r"line 2: an action must be a number, got '1.234.5'"),
         ("video,frame,action_0,action_2\na,0,1,2\n", r"action_0, action_1, ... without a gap"),
@@ -149,7 +149,7 @@ HEAD = "video,frame,action\n"
         ("video,frame,action_0,action_0\na,0,1,2\n", r"must have columns .* each once"),
         ("video,frame,action,Video\na,0,1,2\n", r"must have columns .* each once"),
         ("video,frame\na,0\n", r"must have columns video, frame and action"),
-        (HEAD, r"holds no rows"), ("", r"must have columns"), ("sep=;\n", r"must have columns"),
+        (HEAD, r"has no rows"), ("", r"must have columns"), ("sep=;\n", r"must have columns"),
         ('sep="\n' + HEAD, r"must have columns"), ("sep= \n" + HEAD, r"must have columns"),
         ("\n\n", r"must have columns"),
         (HEAD.encode() + "é,0,1\n".encode("latin-1"), r"must be text in UTF-8"),
@@ -286,9 +286,9 @@ def test_broken_info_is_told(tmp_path: Path, version: str) -> None:
         ("[0, 3]", r"episodes.jsonl, line 1 must hold a JSON object, got .0, 3"),
         ("null", r"line 1 must hold a JSON object, got None"),
         ("{", r"line 1 cannot be read"),
-        ('{"episode_index": 0, "length": 3}\n\n{"episode_index": 0, "length": 3}', r"line 3: episode 0 stands twice"),
-        ('{"episode_index": 0, "length": 3}', r"info.json says total_episodes = 3, its episodes have 1"),
-        ("", r"meta holds no episodes"),
+        ('{"episode_index": 0, "length": 3}\n\n{"episode_index": 0, "length": 3}', r"line 3: episode 0 appears twice"),
+        ('{"episode_index": 0, "length": 3}', r"info.json says total_episodes = 3, but its episodes have 1"),
+        ("", r"meta has no episodes"),
     ],
 )  # fmt: skip
 def test_broken_episodes_are_told(tmp_path: Path, lines: str, message: str) -> None:
@@ -466,7 +466,7 @@ def test_a_start_between_two_frames_is_refused(tmp_path: Path, off: float) -> No
 def test_episodes_that_share_frames_are_refused(tmp_path: Path, off: float) -> None:
     """Off by whole frames there is a frame at every time, and only the other episodes tell."""
     folder = write_timed(tmp_path / "in", [0.0, 0.6 + off, 1.1])
-    with pytest.raises(ValueError, match=r"0.mp4 must show a frame in one episode only: the last frame of episode"):
+    with pytest.raises(ValueError, match=r"0.mp4: episodes must not overlap: the last frame of episode"):
         import_lerobot(folder, tmp_path / "out", progress=False)
     assert len(import_lerobot(folder, tmp_path / "out", skip_damaged=True, progress=False)) == 2
     assert shown(tmp_path / "out") == ([*range(6)] if off > 0 else [*range(11, 17)])
@@ -564,8 +564,10 @@ def test_broken_metadata_of_tokens_is_told(tmp_path: Path) -> None:
             import_tokens(folder, tmp_path / "out", progress=False)
     path.write_text(json.dumps(good))
     for ids in (-1, 0, 5, 2**40, 1.5, True, None):
-        with pytest.raises(ValueError, match=r"ids must be a root that the vocabulary, 64, has; got"):
-            import_tokens(folder, tmp_path / "out", ids=ids, progress=False)  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=r"ids_per_token must satisfy n \*\* ids_per_token = 64, the vocabulary, .*; got"
+        ):
+            import_tokens(folder, tmp_path / "out", ids_per_token=ids, progress=False)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 

@@ -105,14 +105,14 @@ def table(text: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: cut(p / "b.mp4"), r"b.mp4 (cannot be decoded|gives \d frames)"),
+        (lambda p: cut(p / "b.mp4"), r"b.mp4 (cannot be decoded|yields \d frames)"),
         (lambda p: (p / "b.mp4").unlink(), r"b.mp4 cannot be decoded after 0 frames: .*No such file"),
         (
             lambda p: write_table(p / "actions.csv", {"b.mp4": 2}),
             r"b.mp4 has 9 frames, but actions.csv has 2 rows for it",
         ),
         (table("video,frame,action\nb.mp4,0,1\nb.mp4,2,0\n"), r"frame 1 of b.mp4 has no action"),
-        (table("video,frame,action\nb.mp4,0,1\nb.mp4,0,0\n"), r"line 3: frame 0 of b.mp4 stands twice"),
+        (table("video,frame,action\nb.mp4,0,1\nb.mp4,0,0\n"), r"line 3: frame 0 of b.mp4 appears twice"),
         (table("video,frame,action_0\nb.mp4,0,nan\n"), r"line 2: an action must be finite"),
         (table("video,time,action\nb.mp4,0,1\n"), r"actions.csv must have columns video, frame and action"),
     ],
@@ -251,7 +251,7 @@ def lengthen(folder: Path) -> None:
         ("v2.1", {}, lambda p: cut(p / f"videos/chunk-000/{CAMERA}/episode_000001.mp4"), r"episode_000001.mp4", 2),
         ("v2.1", {}, lambda p: cut(p / "data/chunk-000/episode_000001.parquet"), r"000001.parquet cannot be read", 2),
         ("v3.0", {"leave_out": 12}, None, r"file-000.mp4 must have a frame at 1.200 s, got one at 1.300 s", 2),
-        ("v2.1", {}, lengthen, r"info.json says total_frames = 22, its episodes have 21", 0),
+        ("v2.1", {}, lengthen, r"info.json says total_frames = 22, but its episodes have 21", 0),
         ("v3.0", {}, lose_places, r"the episodes in meta must have videos/observation.images.top/from_timestamp", 0),
         ("v1.6", {}, None, r"codebase_version must be v2 or v3, got 'v1.6'", 0),
     ],
@@ -300,13 +300,13 @@ def test_tokens_are_imported(memmaps: Path, tmp_path: Path) -> None:
     assert replay.episode_lengths.tolist() == list(LENGTHS) and replay.vocabulary == 64 and replay.frame == (1, 4, 4)
     assert np.array_equal(replay.video, stored)
     assert np.array_equal(replay.action[:, 2:].ravel(), np.fromfile(memmaps / "actions/joint_pos.bin", np.float32))
-    import_tokens(memmaps, tmp_path / "split", ids=2, progress=False)
+    import_tokens(memmaps, tmp_path / "split", ids_per_token=2, progress=False)
     split = Replay(tmp_path / "split")
     assert split.vocabulary == 8 and np.array_equal(split.video @ np.array([1, 8]), stored)
 
 
 def test_imported_tokens_train(memmaps: Path, tmp_path: Path) -> None:
-    import_tokens(memmaps, tmp_path / "set", ids=2, progress=False)
+    import_tokens(memmaps, tmp_path / "set", ids_per_token=2, progress=False)
     heads = HeadsConfig(Horizons((1, 2), (1, 2)), output="tokens", vocabulary=8)
     model = WorldModelConfig((1, 1, 1), 1, 16, 1, 16, context=4, actions=4, heads=heads)
     small = replace(small_config(tmp_path / "set"), steps=2, clip=6, held_out=0.3, model=model)

@@ -111,7 +111,9 @@ def test_a_phones_video_is_imported_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize("matrix", [(0.7071, 0.7071, -0.7071, 0.7071), (2, 0, 0, 1), (0.5, 0, 0, 0.5)])
 def test_a_slanted_video_is_refused(matrix: tuple[float, ...]) -> None:
     a, b, c, d = matrix
-    with pytest.raises(ValueError, match="it is shown turned by no right angle, or scaled: its display matrix is"):
+    with pytest.raises(
+        ValueError, match="it must be shown unscaled and turned by right angles, but its display matrix is"
+    ):
         display(np.array([a, b, 0, c, d, 0, 0, 0, 0]) * (1 << 16))
 
 
@@ -158,7 +160,7 @@ def test_what_has_no_one_meaning_as_frames_is_refused(tmp_path: Path) -> None:
     clear[4, 5, 3] = 254
     odd = [COLOUR] * 3
     cases = {
-        "can be seen through: its alpha goes down to 254": write_video(tmp_path / "a.mkv", [clear], "ffv1", "bgra"),
+        "must be opaque, but its alpha goes down to 254": write_video(tmp_path / "a.mkv", [clear], "ffv1", "bgra"),
         r"its colours are HDR \(PQ\)": write_video(
             tmp_path / "d.mkv", odd, "libx264", "yuv420p10le", context={"color_trc": 16}, frame={"color_trc": 16}
         ),
@@ -178,8 +180,8 @@ def test_what_has_no_one_meaning_as_frames_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pix_fmt", "what"),
     [
-        ("gray16le", "gray of 16 bits"), ("gray10le", "gray of 10 bits"), ("rgb48le", "RGB of 16 bits"),
-        ("rgba64le", "RGB of 16 bits"), ("gbrp16le", "RGB of 16 bits"), ("gbrp10le", "RGB of 10 bits"),
+        ("gray16le", "gray with 16 bits"), ("gray10le", "gray with 10 bits"), ("rgb48le", "RGB with 16 bits"),
+        ("rgba64le", "RGB with 16 bits"), ("gbrp16le", "RGB with 16 bits"), ("gbrp10le", "RGB with 10 bits"),
     ],
 )  # fmt: skip
 def test_videos_of_more_bits_are_refused(tmp_path: Path, pix_fmt: str, what: str) -> None:
@@ -196,7 +198,7 @@ def test_a_file_of_two_videos_is_refused(tmp_path: Path) -> None:
         for stream in streams:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(COLOUR, format="rgb24")))
             container.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"a.mp4, frame 0: there must be one video in a file, got 2"):
+    with pytest.raises(ValueError, match=r"a.mp4, frame 0: it must have one video stream, got 2"):
         images(tmp_path / "a.mp4")
 
 
@@ -221,7 +223,9 @@ def test_a_video_opens_no_other_file(tmp_path: Path, name: str) -> None:
     Image.fromarray(COLOUR).save(tmp_path / "frame1.png")
     if (text := LISTS[name]) is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name}, frame 0: it must be a video in a file of mov, .* no list of files"):
+    with pytest.raises(
+        ValueError, match=rf"{name}, frame 0: it must be a single video file of one of mov, .* not a list of files"
+    ):
         images(tmp_path / name)
 
 
@@ -424,15 +428,15 @@ def test_pictures_of_up_to_8_bits_are_taken(content: bytes) -> None:
         (encoded(Image.fromarray(CORNERS[..., 0].astype("i4")), "TIFF"), r"mode I, from 32 bits\) must be gray"),
         (encoded(RGB.convert("CMYK"), "JPEG"), r"mode CMYK\) must be gray or RGB of 8 bits"),
         (encoded(RGB.convert("LAB"), "TIFF"), r"mode LAB\) must be gray or RGB of 8 bits"),
-        (encoded(Image.fromarray(np.zeros((4, 4, 4), np.uint8))), r"can be seen through: its alpha goes down to 0"),
-        (encoded(RGB, transparency=(250, 0, 0)), r"can be seen through: its alpha goes down to 0"),
-        (encoded(RGB.quantize(), transparency=0), r"can be seen through: its alpha goes down to 0"),
-        (encoded(RGB, "GIF", **MANY), r"the file holds 2 pictures, and a frame is one"),
-        (encoded(RGB, "PNG", **MANY), r"the file holds 2 pictures, and a frame is one"),
+        (encoded(Image.fromarray(np.zeros((4, 4, 4), np.uint8))), r"must be opaque, but its alpha goes down to 0"),
+        (encoded(RGB, transparency=(250, 0, 0)), r"must be opaque, but its alpha goes down to 0"),
+        (encoded(RGB.quantize(), transparency=0), r"must be opaque, but its alpha goes down to 0"),
+        (encoded(RGB, "GIF", **MANY), r"the file must hold one picture, got 2"),
+        (encoded(RGB, "PNG", **MANY), r"the file must hold one picture, got 2"),
         (encoded(Image.fromarray(NOISE))[:900], r"cannot be decoded"),
         *((encoded(RGB, kind), r"must be one of PNG, .* begin with") for kind in ("EPS", "TGA", "SGI", "PCX", "ICO")),
-        (b"", r"cannot be decoded"), (b"no picture", r"cannot be decoded"), (None, r"must be bytes of a file"),
-        ("a.png", r"must be bytes of a file"), ({"path": "a.png"}, r"must be bytes of a file"),
+        (b"", r"cannot be decoded"), (b"no picture", r"cannot be decoded"), (None, r"must be the bytes of a file"),
+        ("a.png", r"must be the bytes of a file"), ({"path": "a.png"}, r"must be the bytes of a file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "picture",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Recorded video with its actions: recording, importing, checking and reading replay buffers."""
+"""Replay buffers of video with actions: recording, importing, checking and reading them."""
 
 from .replay import Clips, ClipSampler, Replay, split_levels
 from .replay_writer import ReplayWriter

@@ -1,7 +1,8 @@
-"""mfwm data check: what is wrong with a replay buffer, all of it, with its place.
+"""mfwm data check: lists every problem of a replay buffer, and where it is.
 
-Every rule about a set stands here once. `Replay` refuses a set by the first rule that it breaks; `check` reads every
-chunk and lists all that are broken. What is left out or trained differently, and not refused, is listed too.
+Every rule about a set is stated here once. `Replay` raises at the first rule that a set breaks; `check` reads every
+chunk and lists all rules that it breaks. It also lists what does not make a set invalid but is left out or trained
+differently.
 """
 
 from __future__ import annotations
@@ -17,38 +18,38 @@ import numpy as np
 
 from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, Stored, missing_and_damaged, open_stored, read_rows
 
-# Type, rank and the words for them.
+# What the arrays of frames must hold.
 FRAMES = {
-    IMG: "uint8 [N, H, W, 3], or floats that are whole numbers in 0..255",
+    IMG: "uint8 [N, H, W, 3], or floats that are integers in 0..255",
     TOKENS: "integers [N, rows, columns] or [N, rows, columns, F]",
 }
-LISTED = 100  # chunks of an array
+LISTED = 100  # chunks of an array that are listed at most
 INT64 = 2**63 - 1
 VOCABULARY = 2**31  # ids are written as int32
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the set is refused for it, or a count of what it means for training is given."""
+    """One problem of a set: it makes the set invalid, or is a note on what is left out or trained differently."""
 
     what: str
-    refused: bool = True
+    invalid: bool = True
 
     def __str__(self) -> str:
-        return ("" if self.refused else "note: ") + self.what
+        return ("" if self.invalid else "note: ") + self.what
 
 
-def refuse(place: object, problems: Iterable[Problem]) -> None:
-    """ValueError for the first problem that a set is refused for; a warning for what is not."""
+def raise_invalid(place: object, problems: Iterable[Problem]) -> None:
+    """ValueError for the first problem that makes a set invalid; a warning for each of the others before it."""
     where = f"{place}: " if place else ""
     for problem in problems:
-        if problem.refused:
+        if problem.invalid:
             raise ValueError(f"{where}{problem}")
         warnings.warn(f"{where}{problem.what}", stacklevel=3)
 
 
 def layout_problems(stored: Stored) -> Iterator[Problem]:
-    """Arrays, their types and ranks, and the attributes that say what they hold."""
+    """Problems of the arrays, their types and ranks, and of the attributes that describe them."""
     arrays, attributes = stored.arrays, stored.attributes
     for name, reason in stored.unreadable.items():
         yield Problem(f"array {name} is missing or unreadable: {reason}")
@@ -58,7 +59,7 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
             yield Problem(f"array {name} is missing or unreadable")
     frames = [name for name in FRAMES if name in found]
     if len(frames) != 1:
-        yield Problem(f"a replay buffer has either {IMG} or {TOKENS}, got {' and '.join(frames) or 'neither'}")
+        yield Problem(f"a replay buffer must have either {IMG} or {TOKENS}, got {' and '.join(frames) or 'neither'}")
     for name in FRAMES.keys() & arrays.keys():
         array = arrays[name]
         fits = (array.dtype == np.uint8 or array.dtype.kind == "f") and array.ndim == 4 and array.shape[3] == 3
@@ -77,7 +78,7 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
     for name, needed, most in (("actions", False, INT64), ("vocabulary", TOKENS in found, VOCABULARY)):
         value = attributes.get(name)
         if (needed or value is not None) and (type(value) is not int or not 1 <= value <= most):
-            yield Problem(f"attribute {name} must be an integer >= 1, up to {most}, got {value!r}")
+            yield Problem(f"attribute {name} must be an integer in 1..{most}, got {value!r}")
     if ACTION in arrays and attributes.get("actions") is not None and arrays[ACTION].ndim != 1:
         yield Problem(
             f"{ACTION} must be integers [N], since attribute actions is {attributes['actions']!r}, "
@@ -86,28 +87,29 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
 
 
 def has_actions(attributes: dict[str, Any]) -> bool:
-    """Video without actions says so: a set that has lost them is not taken for it."""
+    """Whether a set has actions. A set without them says so, to be told from one that has lost them."""
     return attributes.get("actions") is not None or attributes.get("action_size") != 0
 
 
 def chunk_problems(name: str, array: Any, rows: int, *, read: bool) -> Iterator[Problem]:
-    """Missing chunks among the first `rows` rows, and with `read` those that cannot be decoded."""
+    """Missing chunks among the first `rows` rows; with `read`, also chunks that cannot be decoded."""
     yield from map(Problem, missing_and_damaged(name, array, 0, rows, read=read))
 
 
 def integer_problems(name: str, values: np.ndarray) -> Iterator[Problem]:
-    """Of what is about to become int64."""
+    """Values that do not fit into int64."""
     if values.size and int(values.max()) > INT64:
-        yield Problem(f"{name} must be in 64 bits with a sign, up to {INT64}, got {int(values.max())}")
+        yield Problem(f"{name} must fit into signed 64 bits, up to {INT64}, got {int(values.max())}")
 
 
-def whole_ends(ends: np.ndarray) -> np.ndarray:
-    """int64 [E]. An array grows before it is written: a 0 at the back is an episode whose end a crash kept off it."""
+def written_ends(ends: np.ndarray) -> np.ndarray:
+    """int64 [E]: the ends without zeros at the back. The array grows before it is written, so a 0 there means that a
+    crash came before an episode's end was written."""
     return ends[: len(np.trim_zeros(ends, "b"))].astype(np.int64)
 
 
 def end_problems(ends: np.ndarray, name: str, frames: int) -> Iterator[Problem]:
-    """Of meta/episode_ends, for a set whose frames, `frames` of them, are in the array `name`."""
+    """Problems of meta/episode_ends, for a set with `frames` frames in the array `name`."""
     if len(ends) == 0:
         yield Problem(f"{ENDS} must hold at least one episode, got none")
         return
@@ -119,7 +121,7 @@ def end_problems(ends: np.ndarray, name: str, frames: int) -> Iterator[Problem]:
         yield Problem(f"{ENDS} ends at {int(ends[-1])}, but {name} has {frames} frames")
     if ends[-1] < frames:
         surplus = frames - int(ends[-1])
-        yield Problem(f"{name}: {surplus} frames after the last episode's end are left out", refused=False)
+        yield Problem(f"{name}: {surplus} frames after the last episode's end are left out", invalid=False)
 
 
 def length_problems(name: str, array: Any, rows: int, of: str) -> Iterator[Problem]:
@@ -128,7 +130,7 @@ def length_problems(name: str, array: Any, rows: int, of: str) -> Iterator[Probl
 
 
 def action_problems(name: str, action: np.ndarray, attributes: dict[str, Any]) -> Iterator[Problem]:
-    """Of actions as they are given, for what they become: float32 or int64."""
+    """Actions that float32, or int64 and the number of actions, cannot hold."""
     if action.dtype.kind == "f":
         with np.errstate(over="ignore"):
             broken = np.flatnonzero(~np.isfinite(action.astype(np.float32)).all(axis=1))
@@ -136,11 +138,11 @@ def action_problems(name: str, action: np.ndarray, attributes: dict[str, Any]) -
             first = int(broken[0])
             yield Problem(
                 f"{name} must be finite, got {action[first].tolist()} at frame {first}, and {len(broken) - 1} more "
-                "(as float32, which ends at 3.4e38)"
+                "(as float32, up to 3.4e38)"
             )
         return
-    said = attributes.get("actions")
-    count = min(int(action.max(initial=0)), INT64 - 1) + 1 if said is None else said
+    stated = attributes.get("actions")
+    count = min(int(action.max(initial=0)), INT64 - 1) + 1 if stated is None else stated
     broken = np.flatnonzero((action < 0) | (action >= count))
     if len(broken):
         yield Problem(
@@ -150,24 +152,24 @@ def action_problems(name: str, action: np.ndarray, attributes: dict[str, Any]) -
 
 
 def token_problems(name: str, tokens: np.ndarray, vocabulary: int, first: int = 0) -> Iterator[Problem]:
-    """Of the ids of frames `first` and on."""
+    """Ids outside the vocabulary, in frames from number `first` on."""
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-        place = tuple(np.argwhere((tokens < 0) | (tokens >= vocabulary))[0].tolist())
+        index = tuple(np.argwhere((tokens < 0) | (tokens >= vocabulary))[0].tolist())
         yield Problem(
-            f"{name} must be in 0..{vocabulary - 1}, got {int(tokens[place])} in frame {first + place[0]}, "
-            f"token {list(place[1:])}"
+            f"{name} must be in 0..{vocabulary - 1}, got {int(tokens[index])} in frame {first + index[0]}, "
+            f"token {list(index[1:])}"
         )
 
 
 def pixel_problems(name: str, pixels: np.ndarray, first: int = 0) -> Iterator[Problem]:
-    """Of the floats of frames `first` and on, which become uint8."""
+    """Floats that uint8 cannot hold, in frames from number `first` on."""
     with np.errstate(invalid="ignore"):
         broken = np.argwhere(pixels != pixels.astype(np.uint8))
     if len(broken):
-        place = tuple(broken[0].tolist())
+        index = tuple(broken[0].tolist())
         yield Problem(
-            f"{name} must hold whole numbers in 0..255 where it is {pixels.dtype}, got {pixels[place]} in frame "
-            f"{first + place[0]}, pixel {list(place[1:])}"
+            f"{name} must hold integers in 0..255 when it is {pixels.dtype}, got {pixels[index]} in frame "
+            f"{first + index[0]}, pixel {list(index[1:])}"
         )
 
 
@@ -176,16 +178,16 @@ def clip_problems(ends: np.ndarray, clip: int) -> Iterator[Problem]:
     if len(short):
         first = ", ".join(str(e) for e in short[:10]) + (", ..." if len(short) > 10 else "")
         yield Problem(
-            f"{len(short)} of {len(ends)} episodes are shorter than a clip of {clip} frames ({first}): they train in "
-            "clips that span episodes, and cannot be evaluated",
-            refused=False,
+            f"{len(short)} of {len(ends)} episodes are shorter than a clip of {clip} frames ({first}): they are "
+            "trained on in clips that span episodes, and cannot be evaluated",
+            invalid=False,
         )
     if len(ends) and ends[-1] < clip:
-        yield Problem(f"all episodes together have {int(ends[-1])} frames, fewer than a clip of {clip}")
+        yield Problem(f"all episodes together have {int(ends[-1])} frames, fewer than a clip, which has {clip}")
 
 
 def check(path: str | Path, clip: int) -> list[Problem]:
-    """All problems of the set at `path`, for clips of `clip` frames; empty where there are none."""
+    """All problems of the set at `path`, for clips of `clip` frames."""
     try:
         stored = open_stored(path)
     except ValueError as error:
@@ -193,25 +195,25 @@ def check(path: str | Path, clip: int) -> list[Problem]:
     arrays = stored.arrays
     problems = list(layout_problems(stored))
     rows = dict.fromkeys(arrays, INT64)
-    # Ends first: what is after them is not read.
+    # Ends first, because rows past them are not read.
     for name in sorted(arrays, key=lambda name: name != ENDS):
         found = list(islice(chunk_problems(name, arrays[name], rows[name], read=True), LISTED + 1))
         problems += found[:LISTED]
         if len(found) > LISTED:
-            problems.append(Problem(f"{name}: and more chunks"))
+            problems.append(Problem(f"{name}: more chunks than these are missing or damaged"))
         if name == ENDS and not problems:
-            ends = whole_ends(read_rows(ENDS, arrays[ENDS], 0, arrays[ENDS].shape[0]))
+            ends = written_ends(read_rows(ENDS, arrays[ENDS], 0, arrays[ENDS].shape[0]))
             rows = dict.fromkeys(arrays, int(ends.max(initial=0))) | {LEVELS: len(ends)}
     if problems:
         return problems
     try:
         return [*value_problems(arrays, stored.attributes, clip)]
-    except ValueError as error:  # a chunk that was there a moment ago
+    except ValueError as error:  # a chunk that disappeared meanwhile
         return [Problem(str(error))]
 
 
 def value_problems(arrays: dict[str, Any], attributes: dict[str, Any], clip: int) -> Iterator[Problem]:
-    """Of a set whose chunks can all be read."""
+    """Problems of the values, in a set whose chunks can all be read."""
 
     def rows(name: str, begin: int, end: int) -> np.ndarray:
         return read_rows(name, arrays[name], begin, min(end, arrays[name].shape[0]))
@@ -219,7 +221,7 @@ def value_problems(arrays: dict[str, Any], attributes: dict[str, Any], clip: int
     name = IMG if IMG in arrays else TOKENS
     stored_ends = rows(ENDS, 0, INT64)
     yield from integer_problems(ENDS, stored_ends)
-    ends = whole_ends(stored_ends)
+    ends = written_ends(stored_ends)
     yield from end_problems(ends, name, arrays[name].shape[0])
     frames = min(int(ends.max(initial=0)), arrays[name].shape[0])
     if ACTION in arrays:

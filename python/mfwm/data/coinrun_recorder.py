@@ -1,11 +1,11 @@
-"""Records CoinRun, or another procgen game, to standard output: a program of its own, run by `mfwm.data.collect`.
+"""Records CoinRun, or another procgen game, to standard output: a separate program, run by `mfwm.data.collect`.
 
-procgen pins numpy < 2, which the rest of mfwm cannot live with, so this file runs in another Python environment, which
-has procgen and numpy and nothing of mfwm.
+procgen pins numpy < 2, which the rest of mfwm does not support, so this file runs in another Python environment that
+has procgen and numpy but not mfwm.
 
-The stream: one JSON line that describes the source, then messages of a little-endian header `MESSAGE` (T, H, W, level)
-followed by uint8 frames [T, H, W, 3] and int64 actions [T], action t taken at frame t. A header of T = 0 ends the
-stream, so that a cut one is noticed.
+The stream is one JSON line that describes the source, then messages: a little-endian header `MESSAGE` (T, H, W, level),
+uint8 frames [T, H, W, 3] and int64 actions [T], action t taken at frame t. A header with T = 0 marks the end of the
+stream, so that a stream that was cut off is recognised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GAMES = (
     "leaper", "maze", "miner", "ninja", "plunder", "starpilot",
 )  # fmt: skip
 NOOP = 4
-# A uniformly random CoinRun agent hardly leaves its start; levels run to the right, over obstacles.
+# A uniformly random agent hardly leaves the start of a CoinRun level, which runs to the right, over obstacles.
 COINRUN_WEIGHTS = {
     "RIGHT": 0.36, "RIGHT+UP": 0.36, "LEFT": 0.06, "LEFT+UP": 0.06, "UP": 0.05, "NOOP": 0.05, "DOWN": 0.02,
     "RIGHT+DOWN": 0.02, "LEFT+DOWN": 0.02,
@@ -34,7 +34,7 @@ COINRUN_WEIGHTS = {
 
 
 class HeldActions:
-    """Random actions of several environments, drawn with `weights`, each held for 1 to `repeat` frames (uniformly)."""
+    """Random actions for several environments, drawn with `weights`, each held for a uniform 1 to `repeat` frames."""
 
     def __init__(self, weights: np.ndarray, repeat: int, environments: int, rng: np.random.Generator) -> None:
         self.weights = weights / weights.sum()
@@ -44,7 +44,7 @@ class HeldActions:
         self.action = np.zeros(environments, np.int64)
 
     def next(self) -> np.ndarray:
-        """int64 [environments]."""
+        """The next action of every environment, int64 [environments]."""
         over = np.flatnonzero(self.left == 0)
         self.action[over] = self.rng.choice(len(self.weights), size=len(over), p=self.weights)
         self.left[over] = self.rng.integers(1, self.repeat + 1, size=len(over))
@@ -64,7 +64,7 @@ def record(
 ) -> None:
     from procgen import ProcgenGym3Env
 
-    # Fewer games at once for a short recording: each of them ends in a fragment.
+    # Fewer games at once for a short recording, because each of them ends with a fragment of an episode.
     environments = max(1, min(16, frames // 500))
     env = ProcgenGym3Env(
         num=environments,
@@ -86,7 +86,7 @@ def record(
     level = [0] * environments
     sent = waiting = 0
     while sent + waiting < frames:
-        # `first` marks an observation that opens an episode; the last observation of the one before is not given.
+        # `first` marks the first observation of an episode; procgen never returns the last one of the episode before.
         _, observation, first = env.observe()
         info = env.get_info()
         taken = policy.next()
@@ -114,7 +114,7 @@ def main() -> None:
     for name in ("frames", "seed", "action-repeat", "num-levels", "start-level"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
-    # The stream takes over standard output; what the game and its libraries print goes to standard error.
+    # The stream has standard output to itself: what the game and its libraries print goes to standard error.
     stream = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
     os.dup2(2, 1)
     record(stream, **vars(arguments))

@@ -1,8 +1,8 @@
-"""mfwm collect: real action-labelled video of CoinRun (and the other procgen games), Atari or Doom, by a random policy.
+"""mfwm collect: records CoinRun (and the other procgen games), Atari or Doom, played by a random policy.
 
-The policy holds each action for several frames: a player who changes his mind at every frame does not move. Frames are
-averaged over boxes down to size x size (Pillow's BOX filter). Episodes are written one by one, beside `out`, and become
-the replay buffer together.
+The policy holds each action for several frames, because an agent with a new action at every frame hardly moves. Frames
+are resized to size x size by box averages (Pillow's BOX filter). Episodes are written one by one, beside `out`, and
+become the replay buffer together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DOOM_SCENARIOS = ("my_way_home", "basic", "health_gathering", "deadly_corridor",
 
 @dataclass
 class Episode:
-    """img uint8 [T, H, W, 3]; action int64 [T], action[t] taken at img[t]; level: its seed, or None."""
+    """img uint8 [T, H, W, 3]; action int64 [T], action[t] taken at img[t]; level: the level's seed, or None."""
 
     img: np.ndarray
     action: np.ndarray
@@ -54,16 +54,16 @@ def collect(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Write `frames` frames of `env` to the replay buffer `out`.
+    """Record `frames` frames of `env` into the replay buffer `out`.
 
     Args:
         env: "coinrun" or another procgen game, "atari:<Game>" such as "atari:Breakout", "doom" or "doom:<scenario>".
-        frames: how many, over all episodes; the last episode may be cut.
-        out: a directory that is empty or not there, or a URL that fsspec knows; with `overwrite` a replay buffer that
-            is there stays until the new one is whole, and is replaced by it.
-        size: of the square frames, in pixels.
+        frames: number of frames over all episodes; the last episode may be cut short.
+        out: a directory that is empty or does not exist, or a URL that fsspec supports. With `overwrite`, a replay
+            buffer there stays until the new one is complete and replaces it.
+        size: side of the square frames, in pixels.
         action_repeat: each action is held for 1 to this many frames.
-        num_levels: how many procgen levels are played.
+        num_levels: number of procgen levels to play.
     """
     for name, value, least in (
         ("frames", frames, 1),
@@ -77,7 +77,7 @@ def collect(
         if value >= 2**31:
             raise ValueError(f"{name} must be less than 2**31, got {value}")
     source = source_of(env)
-    # Before an environment is started.
+    # Raise before an environment is started.
     Place(location(out), overwrite=overwrite)
     episodes = source(env, frames, seed, action_repeat, num_levels)
     description: dict[str, Any] = next(episodes)  # type: ignore[assignment]
@@ -88,16 +88,16 @@ def collect(
     )  # fmt: skip
     with closing(episodes), bar, writer:
         for episode in episodes:
-            kept = min(len(episode.img), frames - writer.frames)
-            writer.append(resized(episode.img[:kept], size), episode.action[:kept], episode.level)
-            bar.update(kept)
+            count = min(len(episode.img), frames - writer.frames)
+            writer.append(resized(episode.img[:count], size), episode.action[:count], episode.level)
+            bar.update(count)
             if writer.frames >= frames:
                 return
-        raise RuntimeError(f"{env} gave {writer.frames} frames of {frames}")
+        raise RuntimeError(f"{env} produced {writer.frames} of {frames} frames")
 
 
 def source_of(env: str) -> Any:
-    """The generator for `env`: it gives a description, then episodes."""
+    """The generator for `env`: it yields a description, then episodes."""
     name, _, rest = env.partition(":")
     if env in GAMES:
         return procgen_episodes
@@ -111,7 +111,7 @@ def source_of(env: str) -> Any:
 
 
 def default_environment() -> str:
-    """CoinRun where its package has a wheel for this Python, else Doom; says which and why."""
+    """CoinRun if its package has a wheel for this Python, else Doom, with a printed reason."""
     if sys.version_info[:2] in PROCGEN_PYTHONS and (sys.platform, platform.machine()) == ("linux", "x86_64"):
         return "coinrun"
     print(
@@ -122,13 +122,10 @@ def default_environment() -> str:
 
 
 def resized(img: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> [T, size, size, 3]."""
+    """uint8 [T, size, size, 3] from [T, H, W, 3]."""
     if img.shape[1:3] == (size, size):
         return img
     return np.stack([np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.BOX)) for f in img])
-
-
-# ---- procgen, from an environment of its own
 
 
 def procgen_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
@@ -139,7 +136,7 @@ def procgen_episodes(env: str, frames: int, seed: int, action_repeat: int, num_l
         "frames": frames, "seed": seed, "action-repeat": action_repeat, "num-levels": num_levels,
         "start-level": seed * num_levels,
     }  # fmt: skip
-    # -I: else the recorder's imports would find this package's data.py and model.py, or what PYTHONPATH names, first.
+    # -I: otherwise the recorder would import modules from its own folder, or from PYTHONPATH, first.
     command = [str(python), "-I", coinrun_recorder.__file__, env]
     command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     with tempfile.TemporaryFile() as errors:
@@ -163,7 +160,7 @@ def procgen_episodes(env: str, frames: int, seed: int, action_repeat: int, num_l
 
 
 def receive(stream: IO[bytes]) -> Episode | None:
-    """The next episode; None at the end of the stream, EOFError where it is cut off before."""
+    """The next episode; None at the end of the stream, EOFError if it was cut off."""
     header = stream.read(MESSAGE.size)
     if len(header) < MESSAGE.size:
         raise EOFError
@@ -178,7 +175,7 @@ def receive(stream: IO[bytes]) -> Episode | None:
 
 
 def procgen_python() -> Path:
-    """The interpreter of an environment with procgen, made on first use in the user's cache."""
+    """The interpreter of an environment with procgen, which is created in the user's cache on first use."""
     if sys.version_info[:2] not in PROCGEN_PYTHONS:
         raise RuntimeError(
             f"CoinRun's package {REQUIREMENT} has wheels for Python 3.11 and 3.12, not {platform.python_version()}; "
@@ -187,25 +184,25 @@ def procgen_python() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfwm"
     home = cache / f"{REQUIREMENT.replace('==', '-')}-python{sys.version_info[0]}.{sys.version_info[1]}"
     if not (home / "complete").exists():
-        print(f"making an environment for {REQUIREMENT} in {home} (once)", file=sys.stderr)
+        print(f"creating an environment for {REQUIREMENT} in {home} (once)", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
-        # Made beside its place and moved there whole: two first collections at once do not delete each other's.
-        making = Path(tempfile.mkdtemp(prefix=f"{home.name}.", dir=cache))
+        # Created beside its place and renamed when complete, so that two processes do not delete each other's.
+        partial = Path(tempfile.mkdtemp(prefix=f"{home.name}.", dir=cache))
         try:
-            run_step([sys.executable, "-m", "venv", str(making)])
-            pip = [str(making / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+            run_step([sys.executable, "-m", "venv", str(partial)])
+            pip = [str(partial / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
             run_step([*pip, "install", "--quiet", REQUIREMENT, "numpy<2"])
-            (making / "complete").touch()
+            (partial / "complete").touch()
             try:
                 if not (home / "complete").exists():
                     shutil.rmtree(home, ignore_errors=True)
-                making.rename(home)
+                partial.rename(home)
             except OSError:
-                # Another process was first; its environment is as good.
+                # Another process was first: use its environment.
                 if not (home / "complete").exists():
                     raise
         finally:
-            shutil.rmtree(making, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     return home / "bin" / "python"
 
 
@@ -217,9 +214,6 @@ def run_step(command: list[str]) -> None:
             f"CoinRun needs an environment of its own for {REQUIREMENT}, and `{' '.join(command)}` failed; "
             f"doom and atari:<Game> need none. Its last lines:\n{tail}"
         )
-
-
-# ---- Atari
 
 
 def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
@@ -234,7 +228,7 @@ def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_lev
         raise ValueError(f"env must be atari:<Game> with one of {', '.join(sorted(known))}; got {env!r}")
     ale = ALEInterface()
     ale.setInt("random_seed", seed)
-    # The default, 0.25, repeats the last action unseen: the action on record would not be the one that was taken.
+    # The default, 0.25, sometimes repeats the last action instead, so the recorded action would not be the one taken.
     ale.setFloat("repeat_action_probability", 0.0)
     rom = roms.get_rom_path(known[game])
     assert rom is not None
@@ -252,7 +246,7 @@ def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_lev
         before = screen = ale.getScreenRGB()
         while not ale.game_over() and left > 0:
             taken = int(policy.next()[0])
-            # The console draws some objects on every other tick only: the brighter of the last two, as is usual.
+            # The console draws some objects on every other tick only, so take the maximum of two, as is usual.
             img.append(np.maximum(before, screen))
             action.append(taken)
             for _ in range(4):
@@ -260,9 +254,6 @@ def atari_episodes(env: str, frames: int, seed: int, action_repeat: int, num_lev
                 before, screen = screen, ale.getScreenRGB()
             left -= 1
         yield Episode(np.stack(img), np.array(action), None)
-
-
-# ---- Doom
 
 
 def doom_episodes(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
@@ -277,10 +268,10 @@ def doom_episodes(env: str, frames: int, seed: int, action_repeat: int, num_leve
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_seed(seed)
-    # Doom writes its settings to a file; not into the user's working directory.
+    # Doom writes its settings to a file: keep it out of the user's working directory.
     settings = tempfile.TemporaryDirectory()
     game.set_doom_config_path(os.path.join(settings.name, "vizdoom.ini"))
-    # The engine also makes a directory _vizdoom wherever it is started.
+    # The engine also creates a directory _vizdoom where it is started.
     before = os.getcwd()
     os.chdir(settings.name)
     try:

@@ -1,4 +1,4 @@
-"""What the imports share: reading JSON, and writing episodes, made one by one, as a replay buffer."""
+"""Shared by the imports: reads JSON, and writes episodes, decoded one by one, as a replay buffer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Episode(NamedTuple):
     action: np.ndarray | None
 
 
-# The shapes of a frame and of an action, None without.
+# The shapes of a frame and of an action, None without actions.
 Sizes = tuple[tuple[int, ...], tuple[int, ...] | None]
 
 
 class OtherSizes(Exception):
-    """Most episodes have other sizes than the first, which they should have had."""
+    """Most episodes differ in size from the first one, whose sizes all should have."""
 
 
 def write_episodes(
@@ -42,13 +42,13 @@ def write_episodes(
     progress: bool = True,
     **attributes: Any,
 ) -> list[str]:
-    """Make `episodes`, by name, and write them as the replay buffer `out`, all or none; sizes are those of the first.
+    """Decode `episodes`, by name, and write them all as the replay buffer `out`; sizes are those of the first.
 
-    Where an episode cannot be made or written it is left out with `skip_damaged`; otherwise ValueError says why. Where
-    episodes may be left out, sizes are those of most: an odd first one is left out, and not all the others.
-    Returns why each one that was left out is.
+    An episode that cannot be decoded or written raises ValueError. With `skip_damaged` it is left out, and sizes are
+    those of most episodes, so that an odd first episode is left out and not all the others.
+    Returns the reason for each episode that was left out.
     """
-    # Before an episode is decoded.
+    # Raise before an episode is decoded.
     Place(location(out), overwrite=overwrite)
 
     def attempt(sizes: Sizes | None) -> list[str]:
@@ -56,15 +56,17 @@ def write_episodes(
         seen: Counter[Sizes] = Counter()
         writer: ReplayWriter | None = None
         with ExitStack() as writing:
-            for name, make in Progress("import", len(episodes), "episode", shown=progress).over(episodes.items()):
+            for name, decode in Progress("import", len(episodes), "episode", shown=progress).over(episodes.items()):
                 try:
-                    video, action = made(make)
+                    video, action = decoded(decode)
                     own = (video.shape[1:], None if action is None else action.shape[1:])
                     seen[own] += 1
                     if sizes is None:
                         sizes = own
                     if own != sizes:
-                        raise ValueError(f"frames and actions must be of sizes {told(sizes)}, got {told(own)}")
+                        raise ValueError(
+                            f"frames and actions must be of sizes {sizes_text(sizes)}, got {sizes_text(own)}"
+                        )
                     if writer is None:
                         frame, numbers = sizes
                         writer = ReplayWriter(
@@ -73,7 +75,7 @@ def write_episodes(
                             actions=actions,
                             action_size=numbers[0] if numbers else 0,
                             vocabulary=vocabulary,
-                            ids=frame[2] if vocabulary and len(frame) == 3 else 1,
+                            ids_per_token=frame[2] if vocabulary and len(frame) == 3 else 1,
                             overwrite=overwrite,
                             **attributes,
                         )
@@ -87,7 +89,7 @@ def write_episodes(
             if sizes and seen[sizes] < seen.most_common(1)[0][1]:
                 raise OtherSizes(seen.most_common(1)[0][0])
             if writer is None or not writer.episodes:
-                raise ValueError(f"no episode can be read: {left_out[0] if left_out else 'there is none'}")
+                raise ValueError(f"no episode can be read: {left_out[0] if left_out else 'there are none'}")
         return left_out
 
     try:
@@ -96,15 +98,15 @@ def write_episodes(
         return attempt(most.args[0])
 
 
-def told(sizes: Sizes) -> str:
+def sizes_text(sizes: Sizes) -> str:
     frame, numbers = sizes
     return f"{list(frame)} and {'none' if numbers is None else list(numbers)}"
 
 
-def made(make: Callable[[], Episode]) -> Episode:
-    """The episode; ValueError for whatever its files' decoders raise on damaged bytes, so that it can be left out."""
+def decoded(decode: Callable[[], Episode]) -> Episode:
+    """The episode. Whatever decoders raise on damaged bytes becomes a ValueError, so that it can be left out."""
     try:
-        return make()
+        return decode()
     except (ImportError, ValueError):
         raise
     except Exception as error:
@@ -123,7 +125,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(place: object, text: str) -> dict[str, Any]:
-    """The JSON object that the text is; ValueError names its place, and what it is instead."""
+    """The JSON object in `text`. ValueError names its place, and what it is instead."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -133,8 +135,8 @@ def parse_object(place: object, text: str) -> dict[str, Any]:
     return found
 
 
-def whole(place: object, name: str, value: Any, least: int = 1) -> int:
-    """`value` of metadata, which must be an integer."""
+def integer_of(place: object, name: str, value: Any, least: int = 1) -> int:
+    """`value`, read from metadata, which must be an integer."""
     if type(value) is not int or value < least:
         raise ValueError(f"{place}: {name} must be an integer >= {least}, got {value!r}")
     return value

@@ -4,8 +4,9 @@
     first.mp4,0,3                           first.mp4,0,0.12,-0.5
     first.mp4,1,0                           first.mp4,1,0.10,-0.4
 
-A file is an episode. `action` is a number 0, 1, ... of a discrete action; action_0, action_1, ... are the numbers of a
-continuous one. A row's action was taken at its frame. The table may be as spreadsheets write it: see actions_table.py.
+Each file is an episode. `action` is the number 0, 1, ... of a discrete action; action_0, action_1, ... are the
+components of a continuous one. A row's action was taken at its frame. actions_table.py lists the variants of the table
+that are read.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def import_videos(
 ) -> list[str]:
     """Write the MP4 files of `folder` as the replay buffer `out`, one episode each, in the order of the table.
 
-    size: height and width to scale frames to; None keeps those of the first video, and every other must have them.
-    skip_damaged: leave out a video that cannot be decoded, or has not one action per frame; what is left out, with the
-        reason, is returned. Otherwise ValueError names file, rule and value, and nothing is left in `out`.
+    size: height and width to scale frames to; None keeps those of the first video, which all others must have.
+    skip_damaged: leave out a video that cannot be decoded or does not have one action per frame, and return the
+        reasons. Without it, ValueError names file, rule and value, and `out` is left as it was.
     """
     check_size(size)
     folder = Path(folder)

@@ -1,9 +1,9 @@
-"""Frames of videos and pictures of tables as they are shown: uint8 RGB, upright, of square pixels.
+"""Decodes frames of videos, and pictures in tables, as they are displayed: uint8 RGB, upright, with square pixels.
 
-A file may store its picture otherwise: turned or mirrored (a display matrix, an EXIF orientation), of pixels that are
-not square, in other colours or with more bits. What has one meaning as 8 bits of RGB is converted; the rest is refused
-by name: gray or RGB of more than 8 bits, which is depth or other data (YUV of 10 bits is a camera's video), pictures
-that can be seen through, CMYK, HDR, interlaced video.
+A file may store its picture differently: rotated or mirrored (a display matrix, an EXIF orientation), with pixels that
+are not square, in other colours or with more bits. It is converted if that is unambiguous. Otherwise an error names the
+reason: gray or RGB with more than 8 bits, which is depth or other data (10-bit YUV is accepted: it is camera video),
+transparent pictures, CMYK, HDR, interlaced video.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-# AVColorTransferCharacteristic: the curves of HDR10 and of HLG, which need a tone mapping that nobody has chosen.
+# AVColorTransferCharacteristic: the curves of HDR10 and HLG, which would need a choice of tone mapping.
 HDR = {16: "PQ", 18: "HLG"}
 
-# FFmpeg's demuxers of one file that holds a video. Others read what a file names: lists, playlists, numbered images.
+# FFmpeg's demuxers that read a single video file. Others open files that a file names: lists, playlists, image series.
 CONTAINERS = (
     "mov mp4 matroska webm avi mpegts mpeg mpegvideo m4v h264 hevc av1 obu ivf gif apng ogg flv asf mxf nut dv mjpeg "
     "yuv4mpegpipe"
 ).split()
 
-# Pillow's other plugins start programs (EPS starts Ghostscript), or do not say how many bits a channel has.
+# Pillow's other plugins start programs (EPS starts Ghostscript), or do not tell how many bits a channel has.
 PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 
 
@@ -34,27 +34,24 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 
 def stacked(place: object, frames: Iterable[np.ndarray]) -> np.ndarray:
-    """uint8 [T, H, W, 3]."""
+    """The frames as one array, uint8 [T, H, W, 3]."""
     images = list(frames)
     if not images:
         raise ValueError(f"{place} has no frames")
     for number, img in enumerate(images):
         if img.shape != images[0].shape:
             raise ValueError(
-                f"{place}: frames must be of one size, got {list(images[0].shape[:2])} and then {list(img.shape[:2])} "
-                f"at frame {number}"
+                f"{place}: frames must all have one size, got {list(images[0].shape[:2])} at frame 0 and "
+                f"{list(img.shape[:2])} at frame {number}"
             )
     return np.stack(images)
 
 
-# ---- videos
-
-
 def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[float | None, np.ndarray]]:
-    """(time in seconds, uint8 [H, W, 3]) of every frame that the video shows; None where it does not say when.
+    """(time in seconds, uint8 [H, W, 3]) of every frame that the video shows; the time is None if it is not stored.
 
-    size: height and width to scale to. ValueError where the file cannot be decoded to its end, or is not a video that
-    has one meaning as frames of RGB.
+    size: height and width to scale to. ValueError if the file cannot be decoded to the end, or its frames have no
+    unambiguous form as RGB.
     """
     try:
         import av
@@ -63,11 +60,11 @@ def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[float | 
 
     count = 0
     try:
-        check_whole(path)
+        check_complete(path)
         with opened(path) as container:
             stream = video_of(container)
             stretch = float(stream.sample_aspect_ratio or 1)
-            # A cut by an edit list leaves samples in the file that are decoded and not shown.
+            # Samples that an edit list cuts out are decoded but not shown.
             shown = 0
             for packet in container.demux(stream):
                 shown += packet.size > 0 and not packet.is_discard
@@ -80,53 +77,55 @@ def decoded(path: Path, size: tuple[int, int] | None) -> Iterator[tuple[float | 
     except ValueError as error:
         raise ValueError(f"{path}, frame {count}: {error}") from error
     if count == 0 or count < promised:
-        raise ValueError(f"{path} gives {count} frames and says that it holds {promised}")
+        raise ValueError(f"{path} yields {count} frames, but its header says {promised}")
 
 
 def opened(path: Path, **options: str) -> Any:
     import av
 
-    # As a file, whatever its name looks like; and a stranger's file opens no other.
+    # Open it as a file even if its name looks like a URL, and let it open no other file.
     limits = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
     try:
         return av.open(f"file:{path}", options={**limits, **options})
     except av.ArgumentError as error:
-        raise ValueError(f"it must be a video in a file of {', '.join(CONTAINERS)}, and no list of files") from error
+        raise ValueError(
+            f"it must be a single video file of one of {', '.join(CONTAINERS)}, not a list of files"
+        ) from error
 
 
 def video_of(container: Any) -> Any:
-    """The one stream of pictures that move."""
+    """The only video stream that is not a cover picture."""
     from av.stream import Disposition
 
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if len(streams) != 1:
-        raise ValueError(f"there must be one video in a file, got {len(streams)}")
+        raise ValueError(f"it must have one video stream, got {len(streams)}")
     return streams[0]
 
 
-def check_whole(path: Path) -> None:
-    """For the decoder a file that was cut off ends as a whole one does: count what the header says that is in it."""
+def check_complete(path: Path) -> None:
+    """Compare the number of frames with the header's, because the decoder does not notice that a file was cut off."""
     with opened(path, ignore_editlist="1") as container:
         stream = video_of(container)
         if promised := stream.frames:
             held = sum(packet.size > 0 for packet in container.demux(stream))
             if held < promised:
-                raise EOFError(f"it holds {held} frames and says that it holds {promised}")
+                raise EOFError(f"it holds {held} frames, but its header says {promised}")
 
 
 def upright(frame: Any, stretch: float, curve: int, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [H, W, 3] of a frame as it is shown. stretch: how wide its pixels are; curve: its transfer function."""
+    """A frame as it is shown, uint8 [H, W, 3]. stretch: width / height of a pixel; curve: the transfer function."""
     components = frame.format.components
     if frame.is_corrupt:
         raise ValueError("it is damaged")
     if frame.interlaced_frame:
-        raise ValueError("it is interlaced, two pictures in one: deinterlace the video first")
+        raise ValueError("it is interlaced: deinterlace the video first")
     if curve in HDR:
         raise ValueError(f"its colours are HDR ({HDR[curve]}): convert the video to 8 bits first")
     bits = max(component.bits for component in components)
     if bits > 8 and (frame.format.is_rgb or len(components) < 3):
         kind = "RGB" if frame.format.is_rgb else "gray"
-        raise ValueError(f"it is {kind} of {bits} bits a channel, and frames have 8: scale it first")
+        raise ValueError(f"it is {kind} with {bits} bits per channel, but frames have 8: convert the video first")
     matrix = frame.side_data.get("DISPLAYMATRIX")
     turns, mirrored = display(np.frombuffer(bytes(matrix), np.int32) if matrix else None)
     height, width = size or (frame.height, max(1, round(frame.width * stretch)))
@@ -142,32 +141,30 @@ def upright(frame: Any, stretch: float, curve: int, size: tuple[int, int] | None
 
 
 def display(matrix: np.ndarray | None) -> tuple[int, bool]:
-    """How a display matrix shows a picture: mirrored left to right or not, then turned left by so many right angles.
+    """How a display matrix shows a picture: the number of right angles that it is turned left by, and whether it is
+    mirrored left to right before that.
 
     (x, y) of the stored picture is shown at (a x + c y, b x + d y), where x points right and y down.
     """
     if matrix is None:
         return 0, False
     one = 1 << 16
-    a, b, c, d = (int(matrix[place]) / one for place in (0, 1, 3, 4))
+    a, b, c, d = (int(matrix[index]) / one for index in (0, 1, 3, 4))
     kinds: dict[tuple[float, ...], int] = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2, (0, 1, -1, 0): 3}
     if (a, b, c, d) in kinds:
         return kinds[a, b, c, d], False
-    # Mirrored first: -x is stored for x.
+    # Mirrored: -x in place of x.
     if (-a, -b, c, d) in kinds:
         return kinds[-a, -b, c, d], True
-    raise ValueError(f"it is shown turned by no right angle, or scaled: its display matrix is {[a, b, c, d]}")
-
-
-# ---- pictures
+    raise ValueError(f"it must be shown unscaled and turned by right angles, but its display matrix is {[a, b, c, d]}")
 
 
 def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [H, W, 3] of an encoded picture as it is shown."""
+    """uint8 [H, W, 3], an encoded picture as it is shown."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not isinstance(encoded, bytes):
-        raise ValueError(f"a picture must be bytes of a file such as PNG, got {str(encoded)[:60]!r}")
+        raise ValueError(f"a picture must be the bytes of a file such as PNG, got {str(encoded)[:60]!r}")
     Image.init()
     try:
         stored = Image.open(io.BytesIO(encoded), formats=[kind for kind in PICTURES if kind in Image.OPEN])
@@ -181,9 +178,9 @@ def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
         ) from error
     except Exception as error:  # whatever the decoder raises on damaged bytes
         raise ValueError(f"the picture cannot be decoded: {error}") from error
-    # A phone's MPO holds a preview, too.
+    # A phone's MPO also holds a preview.
     if count > 1 and kind != "MPO":
-        raise ValueError(f"the file holds {count} pictures, and a frame is one")
+        raise ValueError(f"the file must hold one picture, got {count}")
     if curve in HDR:
         raise ValueError(f"the picture's colours are HDR ({HDR[curve]}): convert it to 8 bits first")
     if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA") or bits > 8:
@@ -196,36 +193,36 @@ def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
 
 
 def depth(stored: Any, encoded: bytes) -> int:
-    """Bits of a channel in the file. Pillow drops the lower ones of RGB, and says so nowhere or in its tiles only."""
+    """Bits per channel in the file. Pillow drops the lower bits of RGB, and tells so in its tiles or not at all."""
     kind, argument = stored.format, stored.tile[0][3] if stored.tile else ()
     if kind == "PNG":
         return 16 if ";16" in str(argument) else 8
     if kind == "TIFF":
         return max(stored.tag_v2.get(258, (1,)))
     if kind == "PPM":
-        # A name of Pillow's, or mode and largest value.
+        # The argument is a name, or the mode and the largest value.
         return int(argument[1]).bit_length() if isinstance(argument, tuple) else 8
     if kind == "JPEG2000":
-        # SIZ, the first segment: a byte of each component, its bits less one, after their number.
-        place = encoded.index(b"\xff\x4f\xff\x51") + 40
-        count = int.from_bytes(encoded[place : place + 2], "big")
-        return max(1 + (byte & 0x7F) for byte in encoded[place + 2 : place + 2 + 3 * count : 3])
+        # SIZ, the first segment: the number of components, then a byte for each, its bits minus one.
+        start = encoded.index(b"\xff\x4f\xff\x51") + 40
+        count = int.from_bytes(encoded[start : start + 2], "big")
+        return max(1 + (byte & 0x7F) for byte in encoded[start + 2 : start + 2 + 3 * count : 3])
     if kind == "AVIF":
-        # av1C: marker and version, profile and level, then a tier, and whether it has more than 8 bits.
+        # av1C: marker and version, profile and level, then the tier and a bit for more than 8 bits.
         return 10 if encoded[encoded.index(b"av1C") + 6] & 0x40 else 8
     return 8
 
 
 def transfer(kind: str | None, encoded: bytes) -> int | None:
     """The transfer function that a PNG or an AVIF file names."""
-    # After the primaries: of cICP, a chunk of four bytes, the second; of a colr box, the second number of 16 bits.
-    mark, place, size = {"PNG": (b"\0\0\0\4cICP", 9, 1), "AVIF": (b"colrnclx", 10, 2)}.get(kind or "", (b"", 0, 0))
+    # It follows the primaries: the second byte of a cICP chunk, the second 16-bit number of a colr box.
+    mark, offset, size = {"PNG": (b"\0\0\0\4cICP", 9, 1), "AVIF": (b"colrnclx", 10, 2)}.get(kind or "", (b"", 0, 0))
     at = encoded.find(mark) if mark else -1
-    return int.from_bytes(encoded[at + place : at + place + size], "big") if at >= 0 else None
+    return int.from_bytes(encoded[at + offset : at + offset + size], "big") if at >= 0 else None
 
 
 def opaque(img: np.ndarray) -> np.ndarray:
-    """The RGB of uint8 [H, W, 4], where nothing can be seen through: what is behind, nobody says."""
+    """The RGB of uint8 [H, W, 4], which must be opaque, because no background is defined."""
     if img[..., 3].min(initial=255) < 255:
-        raise ValueError(f"the picture can be seen through: its alpha goes down to {img[..., 3].min()}")
+        raise ValueError(f"the picture must be opaque, but its alpha goes down to {img[..., 3].min()}")
     return np.ascontiguousarray(img[..., :3])

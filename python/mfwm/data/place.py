@@ -1,8 +1,8 @@
-"""Where a replay buffer is: a directory or a URL, and how a directory takes another's place whole.
+"""Where a replay buffer is stored, a directory or a URL, and how a new set replaces an old one in one step.
 
-A set in DIR/set is written to DIR/.set.writing/new and renamed at the end. What DIR/set held is DIR/.set.writing/old
-between the two renames; a writer that is killed there leaves it to `restore`. The next writer deletes what a killed one
-left in DIR/.set.writing; the lock in it tells a killed writer from a live one.
+A set in DIR/set is written to DIR/.set.writing/new and renamed at the end. An old DIR/set is first renamed to
+DIR/.set.writing/old; if the writer is killed between the two renames, `restore` renames it back. The next writer
+deletes what a killed one left in DIR/.set.writing. A lock in that directory tells whether its writer is alive.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from fsspec.implementations.local import LocalFileSystem
 GROUP = (".zgroup", "zarr.json")
 METADATA = (*GROUP, ".zarray", ".zattrs", ".zmetadata")
 CHUNK = re.compile(r"c|(c\.)?\d+(\.\d+)*")
-# What Zarr leaves of a file that it was writing when it was killed.
+# A file that Zarr was writing when it was killed.
 PARTIAL = re.compile(r".*\.[0-9a-f]{32}\.partial")
-# What operating systems put into any folder. It is nobody's data: it is not read, and may be deleted with a set.
+# Files that operating systems put into any folder. They hold no data: they are ignored, and deleted with a set.
 LITTER = re.compile(r"\._.*|\.nfs.*|\.DS_Store|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 
-PATIENCE = 10.0  # seconds, for a writer between its two renames, which take microseconds
+PATIENCE = 10.0  # seconds to wait for a writer between its two renames, which take microseconds
 
 
 def location(path: str | Path) -> Path | str:
-    """A local directory as a Path, also where it is given as file://...; any other URL that fsspec knows as text."""
+    """A local directory as a Path, also if given as file://...; any other URL that fsspec supports as text."""
     text = str(path)
     if text.startswith("file:"):
-        # As Path.as_uri() writes them: %20 for a space, maybe with the name of this machine.
+        # As Path.as_uri() writes them, with %20 for a space; the host may be localhost.
         return Path(unquote(LocalFileSystem._strip_protocol(re.sub(r"^file://localhost(?=/)", "file://", text))))
     if text.startswith("local:"):
         return Path(LocalFileSystem._strip_protocol(text))
     if "://" in text:
         return text
     if re.match(r"[a-z][a-z0-9+.-]+:/", text):
-        raise ValueError(f"{text} is a URL that has lost a slash, as in a Path: give it as text")
+        raise ValueError(f"{text} is a URL that lost a slash, as in a Path: give it as text")
     return Path(path)
 
 
 def absolute(path: str | Path) -> Path | str:
-    """So that it is found from any directory; URLs are as they are."""
+    """A path that is valid from any directory; URLs are unchanged."""
     place = location(path)
     return place.absolute() if isinstance(place, Path) else place
 
 
 def overlap(first: str | Path, second: str | Path) -> bool:
-    """Whether these are one place, however spelled, or one is inside the other."""
+    """Whether these are the same place, however spelled, or one is inside the other."""
     one, two = location(first), location(second)
     if isinstance(one, Path) and isinstance(two, Path):
         return inside(one, two) or inside(two, one)
@@ -75,19 +75,19 @@ def inside(inner: Path, outer: Path) -> bool:
 
 
 class Place:
-    """Where a set is going to be. `begin` gives the directory or URL to write to; `publish` puts it in its place,
-    and `discard` deletes it.
+    """Where a set is to be written. `begin` returns the directory or URL to write to, `publish` moves the written set
+    to its place, and `discard` deletes it.
 
-    FileExistsError where `path` holds anything, unless `overwrite`; and with it, ValueError where anything in it is no
-    part of a replay buffer, since deleting that would cost somebody else's files. Nothing is changed before `begin`.
+    FileExistsError if `path` holds anything, unless `overwrite`. With `overwrite`, ValueError if it holds anything that
+    is not part of a replay buffer, because the user's files must not be deleted. Nothing changes before `begin`.
 
-    What cannot be renamed is written in its place, where that is empty: a URL, a mount point, the working directory, a
-    directory whose parent is not writable. There `overwrite` deletes nothing: ValueError.
+    A URL, a mount point, the working directory and a directory whose parent is not writable cannot be renamed. A set is
+    written there directly if it is empty, and `overwrite` raises ValueError.
     """
 
     def __init__(self, path: Path | str, *, overwrite: bool) -> None:
         self.path, self.overwrite = path, overwrite
-        # Of a symbolic link, the directory that it names.
+        # For a symbolic link, the directory that it points to.
         self.target = Path(os.path.realpath(path)) if isinstance(path, Path) else None
         self._lock: IO[bytes] | None = None
         self._begun = False
@@ -107,35 +107,36 @@ class Place:
         else:
             restore(self.target)
             self._check_writable(self.target)
-            held = self.target.exists() and (not self.target.is_dir() or any(ours_or_users(self.target)))
+            held = self.target.exists() and (not self.target.is_dir() or any(entries_of(self.target)))
         if not held:
             return
         if not self.overwrite:
             raise FileExistsError(
-                f"{self.path} is not empty: choose another directory, or say overwrite to delete what it holds"
+                f"{self.path} is not empty: choose another directory, or pass overwrite (--overwrite) to delete its "
+                "contents"
             )
         if self.in_place:
             raise ValueError(
                 f"{self.path} cannot be overwritten: a URL, a mount point, the working directory or a directory in one "
-                "that is not writable cannot be replaced in one step; delete what it holds, or choose another place"
+                "that is not writable cannot be replaced in one step; delete its contents, or choose another place"
             )
         assert self.target is not None
         if not any((self.target / name).is_file() for name in GROUP):
             raise ValueError(
-                f"{self.path} is not empty and no Zarr group, so overwrite does not delete it: remove it yourself"
+                f"{self.path} is not empty and not a Zarr group, so overwrite does not delete it: delete it yourself"
             )
-        for path in strangers(self.target):
+        for path in foreign_files(self.target):
             raise ValueError(
-                f"{self.path} holds {path.relative_to(self.target)}, which is no part of a replay buffer, so overwrite "
-                "does not delete it: remove it yourself"
+                f"{self.path} holds {path.relative_to(self.target)}, which is not part of a replay buffer, so "
+                "overwrite does not delete it: move it away yourself"
             )
 
     def _check_writable(self, target: Path) -> None:
-        there = next(place for place in (target, *target.parents) if place.exists())
-        if there == target and not self.in_place:
-            there = target.parent
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(f"{self.path} cannot be written: {there} is not a directory that can be written to")
+        folder = next(place for place in (target, *target.parents) if place.exists())
+        if folder == target and not self.in_place:
+            folder = target.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{self.path} cannot be written: {folder} is not a writable directory")
 
     def _held_at_url(self) -> bool:
         try:
@@ -145,11 +146,11 @@ class Place:
             raise ValueError(f"{self.path} cannot be written: {error}") from error
 
     def begin(self) -> Path | str:
-        """The directory or URL to write to, until `publish` or `discard`."""
+        """Lock the place. Returns the directory or URL to write to until `publish` or `discard`."""
         if self.target is None or self.in_place:
             self._begun = True
             return self.target or self.path
-        work = beside(self.target)
+        work = writing_folder(self.target)
         try:
             self._lock = locked(work, create=True)
         except BlockingIOError as error:
@@ -157,19 +158,19 @@ class Place:
         except OSError as error:
             raise ValueError(f"{self.path} cannot be written: {error}") from error
         self._begun = True
-        # What a killed writer left.
+        # Remove what a killed writer left.
         put_back(self.target)
         for name in ("new", "old"):
             shutil.rmtree(work / name, ignore_errors=True)
         return work / "new"
 
     def publish(self) -> Path | str:
-        """Where the set is then."""
+        """Move the written set to its place. Returns where it is."""
         self._begun = False
         if self._lock is None:
             return self.target or self.path
         assert self.target is not None
-        old, new = beside(self.target) / "old", beside(self.target) / "new"
+        old, new = writing_folder(self.target) / "old", writing_folder(self.target) / "new"
         try:
             self.check()
             if self.target.exists():
@@ -198,20 +199,20 @@ class Place:
 
     def _release(self) -> None:
         assert self._lock is not None and self.target is not None
-        work = beside(self.target)
+        work = writing_folder(self.target)
         put_back(self.target)
         if delete(work):
-            warnings.warn(f"{work} cannot be deleted: the next writer of {self.path} tries again", stacklevel=4)
+            warnings.warn(f"{work} cannot be deleted; the next writer of {self.path} will try again", stacklevel=4)
         self._lock.close()
         self._lock = None
-        # A network file system keeps an open file's name, and so its directory, until here.
+        # A network file system keeps the directory until the lock file in it is closed.
         with suppress(OSError):
             work.rmdir()
 
 
 def delete(work: Path) -> bool:
-    """Delete a writer's directory; whether anything of a set is left. Zarr's tasks of an interrupted write may still be
-    adding files to it, so for two seconds it is tried again."""
+    """Delete a writer's directory. Returns whether anything of a set is left. It retries for two seconds, because
+    Zarr's tasks of an interrupted write may still be adding files."""
     deadline = time.monotonic() + 2
     while True:
         shutil.rmtree(work, ignore_errors=True)
@@ -222,43 +223,43 @@ def delete(work: Path) -> bool:
 
 
 def identity(path: Path | str) -> tuple[int, int] | None:
-    """Of a directory: a set that is put in another's place is another. None of a URL, and where there is nothing."""
+    """Device and inode of a directory, which differ after a set was replaced. None for a URL or a missing directory."""
     if not isinstance(path, Path) or not path.exists():
         return None
     found = path.stat()
     return found.st_dev, found.st_ino
 
 
-def beside(target: Path) -> Path:
+def writing_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.writing")
 
 
 def put_back(target: Path) -> None:
-    old = beside(target) / "old"
+    old = writing_folder(target) / "old"
     if old.exists() and not target.exists():
         old.rename(target)
 
 
 def restore(path: Path) -> None:
-    """Put back a set whose writer was killed after it had moved it aside, and before it had moved the new one in."""
+    """Rename a set back whose writer was killed after moving it aside and before moving the new one in."""
     target = Path(os.path.realpath(path))
-    work = beside(target)
+    work = writing_folder(target)
     deadline = time.monotonic() + PATIENCE
     while not target.exists() and (work / "old").exists():
         if time.monotonic() > deadline:
-            raise ValueError(f"{path} is being replaced: its writer has moved it to {work / 'old'} and not gone on")
+            raise ValueError(f"{path} is being replaced: its writer has moved it to {work / 'old'} and not finished")
         try:
             with locked(work, create=False):
                 put_back(target)
         except (BlockingIOError, FileNotFoundError):
-            # Its writer lives, and is between its two renames.
+            # Its writer is alive, between its two renames.
             time.sleep(0.01)
 
 
 def locked(work: Path, *, create: bool) -> IO[bytes]:
-    """The lock in a directory of this name: closing it releases it, as does the process's end.
+    """Take the lock in this directory. Closing the file releases it, and so does the end of the process.
 
-    BlockingIOError where another process has it.
+    BlockingIOError if another process has the lock.
     """
     while True:
         if create:
@@ -266,18 +267,18 @@ def locked(work: Path, *, create: bool) -> IO[bytes]:
         try:
             file = open(work / "lock", "wb")
         except FileNotFoundError:
-            # Its holder deleted the directory since.
+            # Its holder deleted the directory meanwhile.
             if create:
                 continue
             raise
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Some network file systems have no locks: there, two writers at once are not told apart from one.
+            # Some network file systems have no locks. There, a second writer at the same time is not noticed.
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 file.close()
                 raise
-        # Its holder deletes the directory, and the lock with it: then this one locks nothing.
+        # If its holder has deleted the directory and the lock with it, this lock is of no use: try again.
         try:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(work / "lock")):
                 return file
@@ -286,33 +287,33 @@ def locked(work: Path, *, create: bool) -> IO[bytes]:
         file.close()
 
 
-def ours_or_users(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What a folder holds, without an operating system's litter."""
+def entries_of(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """The entries of a folder, without an operating system's litter."""
     with os.scandir(folder) as entries:
         yield from (
             entry for entry in entries if entry.is_dir(follow_symlinks=False) or not LITTER.fullmatch(entry.name)
         )
 
 
-def strangers(folder: Path) -> Iterator[Path]:
-    """What is in the folder of a replay buffer and no part of one."""
-    for entry in ours_or_users(folder):
+def foreign_files(folder: Path) -> Iterator[Path]:
+    """Files in the folder of a replay buffer that are not part of it."""
+    for entry in entries_of(folder):
         if entry.name in ("data", "meta") and entry.is_dir(follow_symlinks=False):
-            yield from strangers_in_group(Path(entry.path))
-        # In `complete`, mfwm demo says how long the set took.
+            yield from foreign_files_in_group(Path(entry.path))
+        # mfwm demo writes how long the set took into `complete`.
         elif entry.is_dir() or not (entry.name in (*METADATA, "complete") or PARTIAL.fullmatch(entry.name)):
             yield Path(entry.path)
 
 
-def strangers_in_group(folder: Path) -> Iterator[Path]:
-    """Of a group or an array, and of the folders of its chunks."""
+def foreign_files_in_group(folder: Path) -> Iterator[Path]:
+    """The same for the folder of a group, an array or its chunks."""
     holds_chunks = CHUNK.fullmatch(folder.name) or any((folder / name).exists() for name in (".zarray", "zarr.json"))
-    for entry in ours_or_users(folder):
+    for entry in entries_of(folder):
         path = Path(entry.path)
         chunk = holds_chunks and CHUNK.fullmatch(entry.name)
         if entry.is_dir(follow_symlinks=False):
             if chunk or any((path / name).exists() for name in METADATA):
-                yield from strangers_in_group(path)
+                yield from foreign_files_in_group(path)
             else:
                 yield path
         elif not (chunk or entry.name in METADATA or PARTIAL.fullmatch(entry.name)):

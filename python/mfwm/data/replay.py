@@ -2,16 +2,16 @@
 
 On disk: the Zarr replay buffer of the robot-learning field (diffusion-policy's `ReplayBuffer`), Zarr format 2:
 
-    data/img             uint8 [N, H, W, 3], chunks of 64 frames; or, where frames are tokens of F ids each,
-    data/tokens          integers [N, rows, columns] or [N, rows, columns, F], each 0..vocabulary-1
-    data/action          int64 [N] or float32 [N, A]; not there where the attribute action_size is 0 and actions null
+    data/img             uint8 [N, H, W, 3], chunks of 64 frames; or, if frames are tokens of F ids each,
+    data/tokens          integers [N, rows, columns] or [N, rows, columns, F], each in 0..vocabulary - 1
+    data/action          int64 [N] or float32 [N, A]; absent if the attribute action_size is 0 and actions null
     meta/episode_ends    int64 [E]                 cumulative: episode e is frames ends[e - 1] to ends[e]
-    meta/episode_level   int64 [E]                 level seed where the environment has levels, else the episode index
-    attributes           actions (null where they are not discrete), action_size, vocabulary (of tokens);
+    meta/episode_level   int64 [E]                 level seed if the environment has levels, else the episode index
+    attributes           actions (null unless discrete), action_size, vocabulary (of tokens);
                          env, action_names, noop, action_repeat, ticks_per_frame, package, package_version
 
-THE ACTION CONVENTION, the field's own: `action[t]` is the action taken AT frame t, and leads to frame t + 1. A hidden
-state at n, which has seen the frames and actions up to n, so knows all that frame n + 1 needs.
+The action convention, the field's own: `action[t]` is the action taken at frame t, and leads to frame t + 1. So a
+hidden state at n, which has seen frames and actions up to n, has seen every action that frame n + 1 depends on.
 
 In memory: B clips, T frames, H x W pixels, A numbers of a continuous action.
 """
@@ -38,14 +38,14 @@ from .check import (
     layout_problems,
     length_problems,
     pixel_problems,
-    refuse,
+    raise_invalid,
     token_problems,
-    whole_ends,
+    written_ends,
 )
 from .place import absolute, identity, location
 from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, open_stored, read_rows
 
-MEMORY_LIMIT = 4 << 30  # bytes of frames; a smaller set is read into memory when it is opened
+MEMORY_LIMIT = 4 << 30  # bytes of frames; sets up to this size are read into memory when they are opened
 
 
 class Replay:
@@ -54,13 +54,14 @@ class Replay:
     `video` uint8 [N, H, W, 3] or ids [N, rows, columns(, F)] (a NumPy array up to `memory_limit` bytes, else the Zarr
     array), `action` int64 [N] or float32 [N, A] (A = 0 in a set without actions), `episode_ends` and `episode_level`
     int64 [E], `actions` (number of discrete actions, or None), `vocabulary` (of tokens; 0 for pixels) and `attributes`.
-    A set without levels has one level per episode; one that does not say how many actions there are has as many as its
-    largest action asks for. Frames after the last episode's end were left by an interrupted writer and are not part of
-    the set: a warning says how many.
+    A set without levels has one level per episode. If a set does not state its number of discrete actions, it is one
+    more than the largest action. Frames after the end of the last episode were left by an interrupted writer and are
+    not
+    part of the set: a warning says how many.
 
-    `path` is a directory, or a URL that fsspec knows. ValueError names path, rule and value where the set breaks the
-    layout (the rules are in check.py), and the chunk where one is missing or damaged, whenever it is read; and where
-    another set has taken its place since.
+    `path` is a directory, or a URL that fsspec supports. ValueError names path, rule and value if the set breaks a rule
+    of the layout (check.py has the rules). Reading raises ValueError for a chunk that is missing or damaged, and if
+    another set has replaced this one since it was opened.
     """
 
     def __init__(self, path: str | Path, *, memory_limit: int = MEMORY_LIMIT) -> None:
@@ -69,16 +70,16 @@ class Replay:
         stored = open_stored(self._place)
         self._identity = stored.identity
         self.attributes: dict[str, Any] = stored.attributes
-        refuse(self.path, layout_problems(stored))
+        raise_invalid(self.path, layout_problems(stored))
         arrays = stored.arrays
         self._name = IMG if IMG in arrays else TOKENS
         video, ends = arrays[self._name], arrays[ENDS]
         self.vocabulary: int = 0 if self._name == IMG else self.attributes["vocabulary"]
 
-        self.episode_ends = whole_ends(self._integers(ENDS, ends, ends.shape[0]))
-        refuse(self.path, end_problems(self.episode_ends, self._name, video.shape[0]))
+        self.episode_ends = written_ends(self._integers(ENDS, ends, ends.shape[0]))
+        raise_invalid(self.path, end_problems(self.episode_ends, self._name, video.shape[0]))
         self.frames = int(self.episode_ends[-1])
-        refuse(self.path, chunk_problems(self._name, video, self.frames, read=False))
+        raise_invalid(self.path, chunk_problems(self._name, video, self.frames, read=False))
         self.episode_level = np.arange(self.episodes, dtype=np.int64)
         if LEVELS in arrays:
             self._check_rows(LEVELS, arrays[LEVELS], self.episodes, "episode")
@@ -88,11 +89,11 @@ class Replay:
         if ACTION in arrays:
             self._check_rows(ACTION, arrays[ACTION], self.frames, "frame")
             values = self._read(ACTION, arrays[ACTION], 0, self.frames)
-            refuse(self.path, action_problems(ACTION, values, self.attributes))
+            raise_invalid(self.path, action_problems(ACTION, values, self.attributes))
             self.action = values.astype(np.float32 if values.ndim == 2 else np.int64)
             if values.ndim == 1:
                 self.actions = int(self.attributes.get("actions") or self.action.max() + 1)
-        # diffusion-policy's own sets have float32 frames, of whole numbers in 0..255.
+        # diffusion-policy's own sets have float32 frames that are integers in 0..255.
         self._dtype = np.dtype(np.uint8) if self._name == IMG else video.dtype.newbyteorder("=")
         self.in_memory = self.frames * self._dtype.itemsize * int(np.prod(video.shape[1:])) <= memory_limit
         self.video: Any = video
@@ -100,13 +101,13 @@ class Replay:
             self.video = self._frames(0, self.frames)
 
     def _check_rows(self, name: str, array: Any, rows: int, of: str) -> None:
-        """The first `rows` rows, one per frame or episode, are there."""
-        refuse(self.path, length_problems(name, array, rows, of))
-        refuse(self.path, chunk_problems(name, array, rows, read=False))
+        """Check that the array has its first `rows` rows, one per frame or episode."""
+        raise_invalid(self.path, length_problems(name, array, rows, of))
+        raise_invalid(self.path, chunk_problems(name, array, rows, read=False))
 
     def _integers(self, name: str, array: Any, rows: int) -> np.ndarray:
         values = self._read(name, array, 0, rows)
-        refuse(self.path, integer_problems(name, values))
+        raise_invalid(self.path, integer_problems(name, values))
         return values.astype(np.int64)
 
     def _read(self, name: str, array: Any, begin: int, end: int) -> np.ndarray:
@@ -121,9 +122,9 @@ class Replay:
     def _frames(self, begin: int, end: int) -> np.ndarray:
         frames = self._read(self._name, self.video, begin, end)
         if self.vocabulary:
-            refuse(self.path, token_problems(self._name, frames, self.vocabulary, begin))
+            raise_invalid(self.path, token_problems(self._name, frames, self.vocabulary, begin))
         elif frames.dtype.kind == "f":
-            refuse(self.path, pixel_problems(self._name, frames, begin))
+            raise_invalid(self.path, pixel_problems(self._name, frames, begin))
         return frames.astype(self._dtype, copy=False)
 
     @property
@@ -132,27 +133,27 @@ class Replay:
 
     @property
     def frame(self) -> tuple[int, int, int]:
-        """(channels, height, width) of pixels, or (ids per token, rows, columns): what WorldModelConfig.frame is."""
+        """(channels, height, width) of pixels, or (ids per token, rows, columns), as in WorldModelConfig.frame."""
         _, height, width, *rest = self.video.shape
         return (rest[0] if rest else 1, height, width)
 
     @property
     def episode_starts(self) -> np.ndarray:
-        """int64 [E], the first frame of every episode."""
+        """The first frame of every episode, int64 [E]."""
         return np.concatenate([np.zeros(1, np.int64), self.episode_ends[:-1]])
 
     @property
     def episode_lengths(self) -> np.ndarray:
-        """int64 [E], in frames."""
+        """The number of frames of every episode, int64 [E]."""
         return np.diff(self.episode_ends, prepend=0)
 
     def read(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [*frames.shape, H, W, 3], or ids, for integer frame numbers of any shape."""
+        """The frames with these numbers, an integer array of any shape: uint8 [*frames.shape, H, W, 3], or ids."""
         if self.in_memory:
             return self.video[frames]
         flat = frames.reshape(-1)
         out = np.empty((len(flat), *self.video.shape[1:]), self._dtype)
-        # Runs of consecutive frames, each of which touches few chunks.
+        # Read runs of consecutive frames, because each touches few chunks.
         borders = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
         for begin, end in itertools.pairwise(borders):
             if end > begin:
@@ -164,8 +165,8 @@ class Replay:
 def split_levels(replay: Replay, held_out_fraction: float = 0.1, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Episode numbers for training and for validation, int64 each, split by level.
 
-    Of the L levels of the set, round(held_out_fraction * L), but at least one, are held out, drawn with `seed`; all
-    their episodes validate and none trains. ValueError where either side would be empty.
+    round(held_out_fraction * L) of the set's L levels, but at least one, are held out, drawn with `seed`. All their
+    episodes are for validation and none for training. ValueError if either side would be empty.
     """
     if not 0 < held_out_fraction < 1:
         raise ValueError(f"held_out_fraction must be between 0 and 1, got {held_out_fraction}")
@@ -177,22 +178,23 @@ def split_levels(replay: Replay, held_out_fraction: float = 0.1, *, seed: int = 
             "collect more levels or hold out less"
         )
     chosen = np.random.default_rng(seed).permutation(levels)[:held_out]
-    validates = np.isin(replay.episode_level, chosen)
-    return np.flatnonzero(~validates), np.flatnonzero(validates)
+    validation = np.isin(replay.episode_level, chosen)
+    return np.flatnonzero(~validation), np.flatnonzero(validation)
 
 
 class Clips(Dataset[dict[str, Tensor]]):
     """Every clip of `length` consecutive frames of a replay buffer, or of some of its `episodes`, by its first frame.
 
-    The chosen episodes are laid end to end and a clip starts at any frame of that line, so that episodes shorter than a
-    clip are kept: a clip may span episodes, and `segment_ids` say which frames belong together. With `within_episode`
-    only the clips that lie in one episode count (closed-loop evaluation wants these).
+    The chosen episodes are concatenated, and a clip starts at any frame, so that episodes shorter than a clip are used
+    too: a clip may span episodes, and `segment_ids` tell which frames belong together. With `within_episode`, only
+        clips
+    that lie in one episode count, as closed-loop evaluation needs them.
 
     An item is {"video": uint8 [T, 3, H, W], a permuted view of [T, H, W, 3] memory, or ids int64 [T, rows, columns] or
     [T, rows, columns, F]; "actions": int64 [T] or float32 [T, A], where actions[t] was taken at frame t; "segment_ids":
     int64 [T], the episode's number in the replay buffer}.
 
-    `too_short` is the number of chosen episodes that no clip lies in.
+    `too_short` is the number of chosen episodes that are shorter than a clip.
     """
 
     def __init__(
@@ -211,10 +213,10 @@ class Clips(Dataset[dict[str, Tensor]]):
         self.replay = replay
         self.length = length
         lengths = replay.episode_lengths[chosen]
-        # Position on the line -> frame number, and -> episode number.
+        # By position in the concatenated episodes: the episode number, and the frame number.
         self.segment_ids = np.repeat(chosen, lengths)
-        line_starts = np.cumsum(lengths) - lengths
-        self.frames = np.arange(lengths.sum()) + np.repeat(replay.episode_starts[chosen] - line_starts, lengths)
+        positions = np.cumsum(lengths) - lengths
+        self.frames = np.arange(lengths.sum()) + np.repeat(replay.episode_starts[chosen] - positions, lengths)
         self.too_short = int((lengths < length).sum())
         starts = np.arange(max(0, len(self.frames) - length + 1))
         if within_episode:
@@ -232,7 +234,7 @@ class Clips(Dataset[dict[str, Tensor]]):
         return {name: value[0] for name, value in self.batch(np.array([index])).items()}
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """The clips of these B numbers, stacked: video uint8 [B, T, 3, H, W] or ids, actions, segment_ids [B, T]."""
+        """The clips with these B numbers, stacked: video uint8 [B, T, 3, H, W] or ids, actions, segment_ids [B, T]."""
         positions_BT = self.starts[indices][:, None] + np.arange(self.length)
         frames_BT = self.frames[positions_BT]
         video = torch.from_numpy(self.replay.read(frames_BT))
@@ -244,10 +246,10 @@ class Clips(Dataset[dict[str, Tensor]]):
 
 
 class ClipSampler:
-    """Random batches of clips, where `batch(step)` depends on (seed, step) alone: a resumed run equals another.
+    """Random batches of clips. `batch(step)` depends only on (seed, step), so that a run can be resumed exactly.
 
     Clips are drawn uniformly with replacement. `episodes` and `within_episode` as in `Clips`. With `part=(i, n)`,
-    `batch` gives the i-th of n equal parts of the same batch, as the i-th of n processes needs it.
+    `batch` returns the i-th of n equal parts of the batch, for the i-th of n processes.
     """
 
     def __init__(
@@ -284,9 +286,10 @@ class ClipSampler:
         return draw.integers(len(self.clips), size=self.batch_size)
 
     def batches(self, first_step: int, last_step: int, workers: int = 1) -> Iterator[dict[str, Tensor]]:
-        """`batch(step)` for first_step <= step < last_step, in order; `workers` threads make them, two ahead each.
+        """`batch(step)` for first_step <= step < last_step, in order. `workers` threads read them, two batches ahead
+        each.
 
-        What a thread raises, a damaged chunk for one, is raised when the batch's turn comes.
+        An error in a thread, such as a damaged chunk, is raised when its batch is due.
         """
         if workers < 1:
             raise ValueError(f"workers must be >= 1, got {workers}")

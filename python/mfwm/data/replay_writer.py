@@ -1,4 +1,4 @@
-"""Writing a replay buffer, the layout of replay.py, episode by episode."""
+"""Writes a replay buffer episode by episode; replay.py describes the layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .check import (
     TOKENS,
     VOCABULARY,
     action_problems,
-    refuse,
+    raise_invalid,
     token_problems,
 )
 from .place import Place, location
@@ -33,19 +33,19 @@ CHUNK_FRAMES = 64
 class ReplayWriter:
     """Writes a replay buffer, one `append` per episode.
 
-    path: a directory, or a URL that fsspec knows.
-    height, width: of frames in pixels; with `vocabulary`, in tokens.
-    actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; where that is 0, the
-        set is video without actions.
-    vocabulary: of tokens, each of `ids` ids; 0 for pixels.
-    overwrite: replace the replay buffer that is at `path`.
-    attributes: kept with the set, as JSON; the names that readers know are in replay.py.
+    path: a directory, or a URL that fsspec supports.
+    height, width: of frames, in pixels; with `vocabulary`, in tokens.
+    actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; if that is 0, the set
+        is video without actions.
+    vocabulary: of tokens, each of which has `ids_per_token` ids; 0 for pixels.
+    overwrite: replace the replay buffer at `path`.
+    attributes: stored with the set as JSON; replay.py lists the names that readers use.
 
-    In a `with` block all episodes together become the set when the block ends; where it raises, or is killed, what was
-    at `path` stays. Without one, the first episode becomes the set at once and `append` makes it longer: an episode's
-    end is written after its frames, and a reader trusts only the ends. Nothing is written before the first episode.
+    In a `with` block, all episodes together become the set when the block ends; if it raises or is killed, what was at
+    `path` stays. Without one, the first episode becomes the set at once and each `append` extends it: an episode's end
+    is written after its frames, and readers rely only on the ends. Nothing is written before the first episode.
 
-    `Place` says what is not overwritten, and what is written in its place instead.
+    `Place` documents what is not overwritten, and where a set is written directly to `path`.
     """
 
     def __init__(
@@ -57,11 +57,12 @@ class ReplayWriter:
         actions: int | None,
         action_size: int = 0,
         vocabulary: int = 0,
-        ids: int = 1,
+        ids_per_token: int = 1,
         overwrite: bool = False,
         **attributes: Any,
     ) -> None:
-        height, width, action_size, vocabulary, ids = map(operator.index, (height, width, action_size, vocabulary, ids))
+        sizes = (height, width, action_size, vocabulary, ids_per_token)
+        height, width, action_size, vocabulary, ids_per_token = map(operator.index, sizes)
         actions = None if actions is None else operator.index(actions)
         if height < 1 or width < 1:
             raise ValueError(f"height and width must be at least 1, got {height} x {width}")
@@ -70,20 +71,20 @@ class ReplayWriter:
                 "give either actions >= 1 (discrete) or actions=None and action_size >= 0 (continuous, or none), "
                 f"got actions={actions}, action_size={action_size}"
             )
-        if not 0 <= vocabulary <= VOCABULARY or ids < 1 or (ids > 1 and not vocabulary):
+        if not 0 <= vocabulary <= VOCABULARY or ids_per_token < 1 or (ids_per_token > 1 and not vocabulary):
             raise ValueError(
-                f"vocabulary must be 0 for pixels or up to {VOCABULARY}, and ids >= 1, 1 for pixels; "
-                f"got {vocabulary} and {ids}"
+                f"vocabulary must be 0 for pixels or up to {VOCABULARY}, and ids_per_token >= 1, 1 for pixels; "
+                f"got {vocabulary} and {ids_per_token}"
             )
         self.attributes = {**attributes, "actions": actions, "action_size": action_size}
         self._frame: tuple[int, ...] = (height, width, 3)
         if vocabulary:
             self.attributes["vocabulary"] = vocabulary
-            self._frame = (height, width) if ids == 1 else (height, width, ids)
+            self._frame = (height, width) if ids_per_token == 1 else (height, width, ids_per_token)
         try:
             json.dumps(self.attributes, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"attributes must be what JSON can hold: {error}") from error
+            raise ValueError(f"attributes must be representable in JSON: {error}") from error
         self._vocabulary, self._video = vocabulary, TOKENS if vocabulary else IMG
         self.path = location(path)
         self._place = Place(self.path, overwrite=overwrite)
@@ -110,7 +111,7 @@ class ReplayWriter:
     def _create(self) -> None:
         place = self._place.begin()
         try:
-            # Format 2, because diffusion-policy and its descendants pin zarr 2; zarr 3 reads both.
+            # Format 2, because diffusion-policy and its descendants pin zarr 2; zarr 3 reads both formats.
             root = zarr.open_group(str(place), mode="w", zarr_format=2)
             root.attrs.update(self.attributes)
             root.create_group("data")
@@ -124,7 +125,7 @@ class ReplayWriter:
             if actions or size:
                 layout[ACTION] = (() if actions else (size,), 4096, "int64" if actions else "float32")
             for name, (shape, chunk, dtype) in layout.items():
-                # The checksum finds flipped bits that still decompress.
+                # The checksum detects flipped bits that still decompress.
                 root.create_array(
                     name,
                     shape=(0, *shape),
@@ -143,23 +144,23 @@ class ReplayWriter:
             raise
 
     def _open(self, place: Path | str) -> None:
-        # With empty chunks, a missing one is damage.
+        # Write empty chunks too, so that a missing chunk always means damage.
         with zarr.config.set({"array.write_empty_chunks": True}):
             root = zarr.open_group(str(place), mode="r+", zarr_format=2)
             found = {name: root.get(name) for name in (self._video, ACTION, LEVELS, ENDS)}
         self._arrays = {name: array for name, array in found.items() if array is not None}
 
     def append(self, video: np.ndarray, action: np.ndarray | None, level: int | None = None) -> None:
-        """One episode: `video` uint8 [T, H, W, 3], or ids [T, rows, columns(, F)]; `action` integers [T] or floats
+        """Add one episode: `video` uint8 [T, H, W, 3], or ids [T, rows, columns(, F)]; `action` integers [T] or floats
         [T, A], with `action[t]` taken at `video[t]`, or None in a set without actions.
 
-        Two calls are two episodes, also where both are fragments of one. `level=None` takes the episode's index.
+        Two calls add two episodes, even if both are fragments of one. `level=None`: the episode's index.
         """
         if self._discarded:
-            raise ValueError(f"{self.path}: the block that wrote it raised, and its episodes are deleted")
+            raise ValueError(f"{self.path}: the `with` block that wrote it raised, and its episodes are deleted")
         level = self.episodes if level is None else operator.index(level)
         if not -INT64 <= level <= INT64:
-            raise ValueError(f"level must be an integer of 64 bits, got {level}")
+            raise ValueError(f"level must fit into 64 bits, got {level}")
         if not isinstance(video, np.ndarray):
             raise TypeError(f"video must be a NumPy array, got {type(video).__name__}")
         fits = video.dtype.kind in "iu" if self._vocabulary else video.dtype == np.uint8
@@ -168,7 +169,7 @@ class ReplayWriter:
             what = "integers" if self._vocabulary else "uint8"
             raise ValueError(f"video must be {what} {['T >= 1', *want[1:]]}, got {video.dtype} {list(video.shape)}")
         if self._vocabulary:
-            refuse("", token_problems("video", video, self._vocabulary))
+            raise_invalid("", token_problems("video", video, self._vocabulary))
         rows: dict[str, np.ndarray] = {self._video: video}
         has_actions = bool(self.attributes["actions"] or self.attributes["action_size"])
         if (action is not None) != has_actions:
@@ -195,7 +196,7 @@ class ReplayWriter:
         self.episodes += 1
 
     def _write(self, name: str, begin: int, values: np.ndarray) -> None:
-        # At its place, not at the array's end: an append that failed may have left rows there.
+        # At row `begin`, not at the array's end: an append that failed may have left rows there.
         array = self._arrays[name]
         array.resize((begin + len(values), *array.shape[1:]))
         array[begin:] = values.astype(array.dtype, copy=False)
@@ -208,5 +209,5 @@ class ReplayWriter:
             raise ValueError(
                 f"action must be {kind} {list(want)} for this set, got {action.dtype} {list(action.shape)}"
             )
-        refuse("", action_problems("action", action, self.attributes))
+        raise_invalid("", action_problems("action", action, self.attributes))
         return action

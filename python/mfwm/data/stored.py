@@ -1,8 +1,8 @@
-"""A replay buffer's arrays as they are stored, opened for reading.
+"""Opens the arrays of a replay buffer for reading.
 
-A set may be a stranger's: its metadata is read before anything is decoded, and a codec that is not known to do no more
-than decode is refused (numcodecs' pickle runs what the set tells it to). A chunk that is missing when it is read is an
-error, where Zarr gives zeros.
+The set may come from anyone. Its metadata is read before anything is decoded, and only codecs that do nothing but
+decode are accepted (numcodecs' pickle executes what the set tells it to). Reading a missing chunk is an error, where
+Zarr would return zeros.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from .place import METADATA, absolute, identity, location, restore
 IMG, TOKENS, ACTION = "data/img", "data/tokens", "data/action"
 ENDS, LEVELS = "meta/episode_ends", "meta/episode_level"
 
-# Codecs that decode and do no more. imagecodecs_* are the pictures' own, as JPEG XL, of the package of that name.
+# Codecs that do nothing but decode. imagecodecs_* are picture codecs, such as JPEG XL, of the package imagecodecs.
 CODECS = re.compile(
     r"(numcodecs\.)?(blosc|zstd|zlib|gzip|bz2|lzma|lz4|crc32c?|adler32|fletcher32|jenkins_lookup3|shuffle|delta|astype"
     r"|packbits|bitround|quantize|fixedscaleoffset|imagecodecs_\w+)|bytes|endian|transpose|sharding_indexed"
 )
 
 
-class WholeStore(WrapperStore[Any]):
-    """A store whose chunks are all there."""
+class StrictStore(WrapperStore[Any]):
+    """A store that raises ValueError for a missing chunk."""
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        return present(key, await self._store.get(key, prototype, byte_range))
+        return require(key, await self._store.get(key, prototype, byte_range))
 
     async def get_partial_values(self, prototype: Any, key_ranges: Iterable[tuple[str, Any]]) -> list[Any]:
         ranges = list(key_ranges)
         parts = await self._store.get_partial_values(prototype, ranges)
-        return [present(key, part) for (key, _), part in zip(ranges, parts, strict=True)]
+        return [require(key, part) for (key, _), part in zip(ranges, parts, strict=True)]
 
 
-def present(key: str, value: Any) -> Any:
+def require(key: str, value: Any) -> Any:
     if value is None and key.rpartition("/")[2] not in METADATA:
-        raise ValueError(f"chunk {key} is missing; it would be read as zeros")
+        raise ValueError(f"chunk {key} is missing, and would be read as zeros")
     return value
 
 
 class Stored(NamedTuple):
-    """A set's arrays of the layout by name, and of those that cannot be read, why not. `identity` is of its place."""
+    """A set's arrays by name, and the reasons for those that cannot be read. `identity` is that of its directory."""
 
     identity: tuple[int, int] | None
     attributes: dict[str, Any]
@@ -60,32 +60,32 @@ class Stored(NamedTuple):
 
 
 def open_stored(path: str | Path) -> Stored:
-    """ValueError where there is no Zarr group at `path`."""
+    """Open the set at `path`. ValueError if there is no Zarr group."""
     place = location(path)
     if isinstance(place, Path):
         try:
             restore(place)
         except OSError as error:
-            raise ValueError(f"{place} cannot be put back, where a killed writer moved it from: {error}") from error
+            raise ValueError(f"{place} was moved aside by a killed writer and cannot be restored: {error}") from error
         if not place.exists():
             raise ValueError(f"{place} does not exist: expected a Zarr replay buffer")
         if place.is_file():
-            archive = f"; one in a zip archive is zip://::file://{place.absolute()}" if is_zipfile(place) else ""
+            archive = f"; for a zip archive, give zip://::file://{place.absolute()}" if is_zipfile(place) else ""
             raise ValueError(f"{place} is a file: expected the directory of a Zarr replay buffer{archive}")
     opened = identity(place)
     try:
-        # Absolute: of a relative path "data", Zarr lists no chunks, because the arrays' names begin alike.
+        # Absolute, because of a relative path "data" Zarr lists no chunks: the arrays' names also begin with "data".
         plain = zarr.open_group(str(absolute(place)), mode="r", use_consolidated=False)
-        root = zarr.open_group(WholeStore(plain.store), mode="r", path=plain.path, use_consolidated=False)
+        root = zarr.open_group(StrictStore(plain.store), mode="r", path=plain.path, use_consolidated=False)
         attributes = dict(root.attrs)
-    except Exception as error:  # whatever Zarr, fsspec and their stores raise on what is damaged, foreign or not there
+    except Exception as error:  # Zarr, fsspec and their stores raise almost anything on bad or missing files.
         raise ValueError(f"{place} is not a Zarr group: {error}") from error
     arrays, unreadable = {}, {}
     for name in (IMG, TOKENS, ACTION, ENDS, LEVELS):
         try:
             metadata = metadata_of(root, name)
             if unknown := [codec for codec in codecs_of(metadata) if not CODECS.fullmatch(codec)]:
-                raise ValueError(f"its codec {unknown[0]!r} is none of those that a set may have")
+                raise ValueError(f"its codec {unknown[0]!r} is not one that a set may use")
             array = root.get(name)
             if array is None:
                 continue
@@ -94,13 +94,13 @@ def open_stored(path: str | Path) -> Stored:
             if min(array.chunks, default=1) < 1 or min(array.shape, default=1) < 0:
                 raise ValueError(f"its shape is {list(array.shape)}, in chunks of {list(array.chunks)}")
             arrays[name] = array
-        except Exception as error:  # as above
+        except Exception as error:  # As above.
             unreadable[name] = str(error) or type(error).__name__
     return Stored(opened, attributes, arrays, unreadable)
 
 
 def metadata_of(root: zarr.Group, name: str) -> Any:
-    """The array's metadata as JSON; None where there is none."""
+    """The array's metadata, parsed from JSON; None if it does not exist."""
     file = "zarr.json" if root.metadata.zarr_format == 3 else ".zarray"
     key = "/".join(part for part in (root.path, name, file) if part)
     content = sync(root.store.get(key, default_buffer_prototype()))
@@ -108,7 +108,7 @@ def metadata_of(root: zarr.Group, name: str) -> Any:
 
 
 def codecs_of(metadata: Any) -> Iterator[str]:
-    """Names of the codecs in an array's metadata, those within others too."""
+    """Names of the codecs in an array's metadata, nested ones included."""
     if isinstance(metadata, dict):
         for name, value in metadata.items():
             if name in ("filters", "compressor", "codecs", "index_codecs"):
@@ -122,7 +122,7 @@ def codecs_of(metadata: Any) -> Iterator[str]:
 
 
 def missing_and_damaged(name: str, array: Any, begin: int, end: int, *, read: bool) -> Iterator[str]:
-    """Missing chunks among the rows `begin` to `end`, and with `read` those that cannot be decoded."""
+    """Missing chunks in rows `begin` to `end`; with `read`, also chunks that cannot be decoded."""
     unit = array.shards or array.chunks
 
     async def stored() -> set[str]:
@@ -131,35 +131,35 @@ def missing_and_damaged(name: str, array: Any, begin: int, end: int, *, read: bo
 
     keys = sync(stored())
     counts = [-(-size // step) for size, step in zip((min(end, array.shape[0]), *array.shape[1:]), unit, strict=True)]
-    for place in places(begin // unit[0], counts):
-        key = array.metadata.encode_chunk_key(place)
+    for index in chunk_indices(begin // unit[0], counts):
+        key = array.metadata.encode_chunk_key(index)
         where = (
-            f"{name}: chunk {key} (rows {place[0] * unit[0]} to {min((place[0] + 1) * unit[0], array.shape[0]) - 1})"
+            f"{name}: chunk {key} (rows {index[0] * unit[0]} to {min((index[0] + 1) * unit[0], array.shape[0]) - 1})"
         )
         if f"{array.path}/{key}" not in keys:
-            yield f"{where} is missing; it would be read as zeros"
+            yield f"{where} is missing, and would be read as zeros"
         elif read:
             try:
-                array[tuple(slice(i * step, (i + 1) * step) for i, step in zip(place, unit, strict=True))]
-            except Exception as error:  # whatever the codec raises on damaged bytes
+                array[tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, unit, strict=True))]
+            except Exception as error:  # Codecs raise almost anything on damaged bytes.
                 yield f"{where} cannot be decoded: {error}"
 
 
-def places(first: int, counts: list[int]) -> Iterator[tuple[int, ...]]:
-    """Of chunks, from `first` on. One by one: a damaged shape may ask for any number of them."""
+def chunk_indices(first: int, counts: list[int]) -> Iterator[tuple[int, ...]]:
+    """Indices of chunks, from row `first` on. A generator, because a damaged shape may have any number of them."""
     if not counts:
         yield ()
         return
     for number in range(first, counts[0]):
-        for rest in places(0, counts[1:]):
+        for rest in chunk_indices(0, counts[1:]):
             yield (number, *rest)
 
 
 def read_rows(name: str, array: Any, begin: int, end: int) -> np.ndarray:
-    """array[begin:end], in the machine's byte order; ValueError names the chunk where one is missing or damaged."""
+    """array[begin:end], in native byte order. ValueError names a chunk that is missing or damaged."""
     try:
         values = np.asarray(array[begin:end])
-    except Exception as error:  # whatever the store or the codec raises
+    except Exception as error:  # Stores and codecs raise almost anything.
         named = next(
             missing_and_damaged(name, array, begin, end, read=True), f"{name}: rows {begin} to {end - 1}: {error}"
         )
