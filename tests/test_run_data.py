@@ -275,7 +275,7 @@ def test_a_broken_metrics_file_is_named(config: TrainingConfig, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"metrics\.json must hold a JSON object, got list"):
         write_report(run)
     (run / "metrics.json").write_text('{"data": {}, "steps": 1}')
-    with pytest.raises(ValueError, match=r"metrics\.json must hold what evaluate writes; it lacks parameters, fr"):
+    with pytest.raises(ValueError, match=r"metrics\.json must hold what evaluate writes, but it lacks parameters, fr"):
         write_report(run)
 
 

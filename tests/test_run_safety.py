@@ -224,7 +224,7 @@ def test_weights_of_lpips_run_nothing(tmp_path: Path) -> None:
 def test_an_exported_file_of_another_kind_is_refused(tmp_path: Path, config: TrainingConfig) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"no header")
-    with pytest.raises(ValueError, match=r"x.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"x.safetensors is not a safetensors file"):
         load_exported(path)
     for header, message in (
         ({"config": "[]"}, "x.safetensors, config must hold a JSON object, got list"),

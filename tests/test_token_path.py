@@ -117,7 +117,7 @@ def test_encoded_sets(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         encode(place / "data", place / "again", tokenizer=place / "lam")
     with pytest.raises(ValueError, match="give tokenizer, latent_actions or both"):
         encode(place / "data", place / "again")
-    with pytest.raises(ValueError, match=r"was not made of what .* holds: their episodes differ"):
+    with pytest.raises(ValueError, match=r"was not encoded from .*: their episodes differ"):
         coded.attributes = {"pixels": str(place / "data"), "tokenizer": str(place / "tok")}
         coded.episode_ends = coded.episode_ends[1:]
         Decoder(coded, 6, np.arange(2), torch.device("cpu"))
@@ -194,7 +194,9 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
     for new in moved.values():
         os.rename(new.with_suffix(""), new)
     try:
-        with pytest.raises(ValueError, match=r"the frames and the tokenizer of .*/ids must be where it says"):
+        with pytest.raises(
+            ValueError, match=r"the frames and the tokenizer of .*/ids must be where its attributes say"
+        ):
             evaluate(place / "run", clips=6, batch=3, progress=False)
         again = evaluate(place / "run", **moved, clips=6, batch=3, progress=False)
         assert again["rollout_psnr"] == metrics["rollout_psnr"]
@@ -229,9 +231,11 @@ def test_imported_tokens_have_figures_and_no_pictures(place: Path, tmp_path: Pat
     assert metrics["accuracy"] and "rollout_psnr" not in metrics
     assert "bits per token" in write_report(tmp_path / "run").read_text()
     for name in ("pixels", "tokenizer"):
-        with pytest.raises(ValueError, match=f"{name} is for sets that mfwm encode wrote, and .*/ids is none; got x"):
+        with pytest.raises(
+            ValueError, match=f"{name} is for sets that mfwm encode wrote, and .*/ids is not one; got x"
+        ):
             evaluate(tmp_path / "run", **{name: "x"}, clips=4, batch=2, progress=False)
-    with pytest.raises(ValueError, match=r"against compares pictures, and those of .* have no tokenizer here"):
+    with pytest.raises(ValueError, match=r"--against compares pictures, but .* was imported without a tokenizer"):
         evaluate(tmp_path / "run", against=tmp_path / "run", clips=4, batch=2, progress=False)
 
 
@@ -249,9 +253,11 @@ def test_tokens_know_their_pixels_and_tokenizer(place: Path, tmp_path: Path) -> 
         return Decoder(replay, 6, np.arange(2), torch.device("cpu"), **places)
 
     decoder(replay, pixels=tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"pixels must be the set that .*/ids was made of; .*/other holds another one"):
+    with pytest.raises(
+        ValueError, match=r"pixels must be the set that .*/ids was encoded from; .*/other holds another one"
+    ):
         decoder(replay, pixels=tmp_path / "other")
-    with pytest.raises(ValueError, match=r"tokenizer must be the run whose ids .*/ids holds.*; .*/tok has other wei"):
+    with pytest.raises(ValueError, match=r"tokenizer must be the run that encoded .*/ids, .*; .*/tok has other wei"):
         decoder(replay, tokenizer=tmp_path / "tok")
     # A set of an earlier version says nothing of either, and is the same set.
     same = digest(replay)

@@ -1,6 +1,7 @@
 """The command line: mfwm collect | data | describe | train... | encode | evaluate | export | demo.
 
-A mistake is answered by one line and exit code 2; --traceback, or MFWM_TRACEBACK=1, shows where it was found.
+An error in the arguments or the data prints one line and exits with code 2. --traceback, or MFWM_TRACEBACK=1, shows
+where it was raised.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import os
 import sys
 import warnings
 
-# What MFWM_TRACEBACK says for no.
+# Values of MFWM_TRACEBACK that mean no.
 OFF = ("", "0", "false", "no", "off")
 
 
 def main() -> None:
     traceback = os.environ.get("MFWM_TRACEBACK", "").lower() not in OFF
     try:
-        # Torch takes seconds to load, in which Ctrl-C is answered too.
+        # Imported here, so that Ctrl-C is handled during the seconds that torch takes to load.
         from .commands import command_of
         from .presets import PRESETS
 
-        # The preset comes first: it decides the defaults of all the other flags.
+        # Parse the preset first, because it sets the defaults of all other flags.
         first = argparse.ArgumentParser(prog="mfwm", add_help=False, allow_abbrev=False)
         first.add_argument("--preset", choices=list(PRESETS), default="plain")
         first.add_argument("--traceback", action="store_true")
@@ -31,7 +32,7 @@ def main() -> None:
         traceback = traceback or chosen.traceback
         command_of(chosen.preset, rest, __doc__).run()
     except KeyboardInterrupt:
-        # Zarr's tasks that are broken off in the middle complain when Python ends.
+        # Interrupted tasks of Zarr log warnings when Python ends.
         warnings.simplefilter("ignore")
         logging.disable()
         print("mfwm: interrupted", file=sys.stderr)
@@ -44,17 +45,17 @@ def main() -> None:
 
 
 def expected(error: Exception) -> bool:
-    """Whether an error is about what the user gave, or what the machine has, rather than about this program."""
+    """Whether an error is about the user's input or the machine, rather than a fault in this program."""
     if isinstance(error, ValueError | OSError | ImportError):
         return True
     if not isinstance(error, TypeError | RuntimeError | ArithmeticError) or error.__traceback__ is None:
         return False
-    # The others are expected where this package raises them in so many words; from elsewhere they are its faults.
-    place = error.__traceback__
-    while place.tb_next is not None:
-        place = place.tb_next
-    package = place.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    raised = place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    # These are expected if this package raises them with a raise statement; from elsewhere they show its faults.
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    package = last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    raised = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
     return package in ("mfwm", "mfwm_kernels") and raised
 
 

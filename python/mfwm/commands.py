@@ -19,18 +19,18 @@ from .training.world_model import TrainingConfig
 
 @dataclass
 class Collect:
-    """Write real action-labelled video of a game into a Zarr replay buffer."""
+    """Record action-labelled video of a game into a Zarr replay buffer."""
 
     env: tyro.conf.Positional[str]
     """coinrun (or another procgen game), atari:<Game>, doom or doom:<scenario>."""
     frames: int
     out: str
-    """A directory, or a URL that fsspec knows."""
+    """A directory, or a URL that fsspec supports."""
     seed: int = 0
     size: int = 64
     """Frames are size x size pixels."""
     overwrite: bool = False
-    """Replace the replay buffer that is in `out`, once the new one is whole."""
+    """Replace the replay buffer in `out` once the new one is complete."""
 
     def run(self) -> None:
         from .data.collect import collect
@@ -40,10 +40,10 @@ class Collect:
 
 @dataclass
 class Check:
-    """Read a whole replay buffer and name every truncated or missing chunk, NaN action, length mismatch ..."""
+    """Read a whole replay buffer and list every truncated or missing chunk, NaN action, length mismatch ..."""
 
     replay: tyro.conf.Positional[str]
-    """A directory, or a URL that fsspec knows."""
+    """A directory, or a URL that fsspec supports."""
     clip: int = TrainingConfig.clip
     """Frames in a training clip."""
 
@@ -53,22 +53,22 @@ class Check:
         problems = check(self.replay, self.clip)
         for problem in problems:
             print(problem)
-        refused = sum(problem.refused for problem in problems)
-        print(f"{self.replay}: " + (f"refused, for {refused} problem{'s' * (refused > 1)}" if refused else "sound"))
-        raise SystemExit(1 if refused else 0)
+        invalid = sum(problem.invalid for problem in problems)
+        print(f"{self.replay}: " + (f"invalid: {invalid} problem{'s' * (invalid > 1)}" if invalid else "ok"))
+        raise SystemExit(1 if invalid else 0)
 
 
 @dataclass
 class Import:
-    """Where an import reads and writes."""
+    """Options that all imports have."""
 
     folder: tyro.conf.Positional[Path]
     out: str
-    """A directory, or a URL that fsspec knows."""
+    """A directory, or a URL that fsspec supports."""
     skip_damaged: bool = False
-    """Leave damaged episodes out, with a count, rather than refuse the whole."""
+    """Leave out damaged episodes and count them, instead of refusing the whole import."""
     overwrite: bool = False
-    """Replace the replay buffer that is in `out`, once the new one is whole."""
+    """Replace the replay buffer in `out` once the new one is complete."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,10 +82,11 @@ class Import:
 
 @dataclass
 class ImportVideos(Import):
-    """Write a folder of MP4 files and its actions.csv as a replay buffer; see mfwm.import_videos for the table."""
+    """Write a folder of MP4 files and its actions.csv as a replay buffer; mfwm.data.import_videos describes
+    the table."""
 
     size: tuple[int, int] | None = None
-    """Height and width to scale frames to; by default they stay."""
+    """Height and width to scale frames to; by default they keep their size."""
 
     def run(self) -> None:
         from .data.import_videos import import_videos
@@ -98,9 +99,9 @@ class ImportLeRobot(Import):
     """Write one camera of a LeRobot data set (format v2 or v3) and its actions as a replay buffer."""
 
     camera: str | None = None
-    """Name of the feature, where there is more than one camera."""
+    """Name of the camera's feature, if there are several cameras."""
     size: tuple[int, int] | None = None
-    """Height and width to scale frames to; by default they stay."""
+    """Height and width to scale frames to; by default they keep their size."""
 
     def run(self) -> None:
         from .data.import_lerobot import import_lerobot
@@ -110,15 +111,15 @@ class ImportLeRobot(Import):
 
 @dataclass
 class ImportTokens(Import):
-    """Write token memmaps, as of the 1X World Model Challenge, as a replay buffer of tokens."""
+    """Write token memmaps, such as those of the 1X World Model Challenge, as a replay buffer of tokens."""
 
-    ids: int = 1
-    """Ids of a token: 2 splits each of a vocabulary of 262,144 into two of 512."""
+    ids_per_token: int = 1
+    """2 splits each id of a vocabulary of 262,144 into two of 512."""
 
     def run(self) -> None:
         from .data.import_tokens import import_tokens
 
-        self.finish(import_tokens(self.folder, self.out, ids=self.ids, **self.options))
+        self.finish(import_tokens(self.folder, self.out, ids_per_token=self.ids_per_token, **self.options))
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Data:
 
 @dataclass
 class Train:
-    """Train a multi-frame world model; resumes where a run in `out` stopped. --preset NAME chooses the defaults."""
+    """Train a multi-frame world model, or resume the run in `out`. --preset NAME chooses the defaults."""
 
     out: Path
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")]
@@ -152,7 +153,7 @@ class Train:
 
 @dataclass
 class TrainTokenizer:
-    """Train a video tokenizer, and measure it on held-out levels; resumes where a run in `out` stopped."""
+    """Train a video tokenizer, or resume the run in `out`, and evaluate it on held-out levels."""
 
     out: Path
     config: Annotated[TokenizerTraining, tyro.conf.arg(name="")]
@@ -167,7 +168,7 @@ class TrainTokenizer:
 
 @dataclass
 class TrainLatentActions:
-    """Train a model that infers actions from video, and measure it; resumes where a run in `out` stopped."""
+    """Train a model that infers actions from video, or resume the run in `out`, and evaluate it."""
 
     out: Path
     config: Annotated[LatentActionsTraining, tyro.conf.arg(name="")]
@@ -193,7 +194,7 @@ class Encode:
     latent_actions: Path | None = None
     """A run of train-latent-actions."""
     overwrite: bool = False
-    """Replace the replay buffer that is in `out`, once the new one is whole."""
+    """Replace the replay buffer in `out` once the new one is complete."""
 
     def run(self) -> None:
         from .encode import encode
@@ -209,17 +210,17 @@ class Encode:
 
 @dataclass
 class Evaluate:
-    """Measure a run on held-out levels; writes metrics.json, report.html and rollout.gif."""
+    """Evaluate a run on held-out levels; writes metrics.json, report.html and rollout.gif."""
 
     run_directory: tyro.conf.Positional[Path]
     data: str | None = None
     """Where the run's data set is, if it was moved."""
     pixels: str | None = None
-    """Of a run on tokens: where the frames are that they were made of, if they were moved."""
+    """For a run on tokens: where the frames are that they were encoded from, if they were moved."""
     tokenizer: Path | None = None
-    """Of a run on tokens: where the run of their tokenizer is, if it was moved."""
+    """For a run on tokens: where the run of their tokenizer is, if it was moved."""
     against: Path | None = None
-    """Another run on the same data, such as one of next frames alone, to compare rollouts with."""
+    """Another run on the same data, such as one that predicts only the next frame, to compare rollouts with."""
     lpips: Path | None = None
     """A file with the weights of LPIPS: torch.save(lpips.LPIPS(net="alex").state_dict(), FILE)."""
     clips: int = 96
@@ -249,7 +250,7 @@ class Export:
 
 
 def command_of(preset_name: str, arguments: list[str], description: str | None) -> Any:
-    """The command that the arguments give, with its options; `description` heads the help."""
+    """The command that the arguments name, with its options; `description` is shown at the top of --help."""
     preset = Train(out=tyro.MISSING, config=replace(PRESETS[preset_name], data=tyro.MISSING))
     return tyro.cli(
         Annotated[Collect, tyro.conf.subcommand("collect")]

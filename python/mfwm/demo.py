@@ -1,4 +1,4 @@
-"""mfwm demo: from nothing to a report, in pixels or in tokens."""
+"""mfwm demo: collects frames, trains and evaluates a world model, on pixels or on tokens."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 
 from mfwm_kernels import arguments as check
 
-from .data.place import ours_or_users, restore
+from .data.place import entries_of, restore
 from .presets import DEMO, TOKENS
 from .training.checkpoints import write_atomically
 
 
 @dataclass
 class Demo:
-    """From nothing to a report: collect real game frames, train, evaluate. Goes on where it stopped.
+    """Collect frames of a game, train a world model and evaluate it. A repeated command continues where one stopped.
 
-    Figures, and the seconds that each stage took, are in results.json.
+    results.json gets the figures and the seconds that each stage took.
     """
 
     out: Path | None = None
-    """By default runs/demo, or runs/demo-tokens."""
+    """By default runs/demo, or runs/demo-tokens with --tokens."""
     data: Path = Path("data/demo")
     frames: int = 24_000
     tokens: bool = False
-    """Train a tokenizer first, and a model that predicts its ids."""
+    """Train a tokenizer first, and then a world model on its ids."""
     steps: int | None = None
-    """Of the world model."""
+    """Training steps of the world model."""
     tokenizer_steps: int | None = None
-    """Of the tokenizer."""
+    """Training steps of the tokenizer."""
 
     def run(self) -> None:
         from .data.collect import collect, default_environment
@@ -44,9 +44,9 @@ class Demo:
         complete(self.data, lambda: collect(default_environment(), self.frames, self.data))
         out = self.out or Path("runs/demo-tokens" if self.tokens else "runs/demo")
         results = self._tokens(out) if self.tokens else self._pixels(out)
-        # What an earlier command did of it is not in the sum.
+        # Stages that an earlier command finished are not included.
         results["seconds"]["this_command"] = time.perf_counter() - began
-        results["seconds"]["collect"] = seconds_of(self.data)
+        results["seconds"]["collect"] = seconds_to_complete(self.data)
         write_atomically(out / "results.json", json.dumps(results, indent=2).encode())
         print("seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in results["seconds"].items()))
 
@@ -64,7 +64,7 @@ class Demo:
         if "delta_psnr" in metrics:
             print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
         print(f"report: {write_report(out)}")
-        return {"world_model": metrics, "seconds": stages(metrics)}
+        return {"world_model": metrics, "seconds": stage_seconds(metrics)}
 
     def _tokens(self, out: Path) -> dict[str, Any]:
         from .data.replay import Replay
@@ -83,35 +83,39 @@ class Demo:
         config = replace(TOKENS, data=str(ids), steps=TOKENS.steps if self.steps is None else self.steps)
         train(for_replay(config, Replay(ids)), model)
         metrics = evaluate(model)
-        print(f"held-out frames come back from their tokens with {frames['psnr']:.2f} dB")
+        print(f"tokenizer reconstructs held-out frames at {frames['psnr']:.2f} dB")
         for k, bits in metrics["bits_per_token"].items():
-            print(f"n + {k}: {bits:.2f} bits per token of {frames['bits_per_token']:.2f}")
+            print(f"n + {k}: {bits:.2f} bits per token; entropy of the tokens {frames['bits_per_token']:.2f}")
         for step in (1, 4, len(metrics["rollout_psnr"])):
-            rolled, kept, best = (
+            rolled, persistence, best = (
                 metrics[f"{name}rollout_psnr"][step - 1] for name in ("", "persistence_", "tokenised_")
             )
-            print(f"step {step}: {rolled:.2f} dB, persistence {kept:.2f} dB, true tokens {best:.2f} dB")
+            print(f"step {step}: {rolled:.2f} dB, persistence {persistence:.2f} dB, true tokens {best:.2f} dB")
         if "delta_psnr" in metrics:
             print(f"true minus shuffled actions: {metrics['delta_psnr']:+.2f} dB")
         print(f"report: {write_report(model)}")
-        seconds = {"tokenizer": frames["training_seconds"], "encode": seconds_of(ids), **stages(metrics)}
+        seconds = {
+            "tokenizer": frames["training_seconds"],
+            "encode": seconds_to_complete(ids),
+            **stage_seconds(metrics),
+        }
         return {"tokenizer": frames, "world_model": metrics, "seconds": seconds}
 
 
-def stages(metrics: dict[str, Any]) -> dict[str, float]:
+def stage_seconds(metrics: dict[str, Any]) -> dict[str, float]:
     return {"training": metrics["training_seconds"], "evaluation": metrics["evaluation_seconds"]}
 
 
-def complete(folder: Path, make: Callable[[], None]) -> None:
-    """Make a replay buffer, unless there is one: it appears whole or not at all. The file `complete` says how long."""
+def complete(folder: Path, write: Callable[[], None]) -> None:
+    """Write the replay buffer in `folder` unless it exists. The file `complete` in it says how long that took."""
     restore(folder)
-    if not folder.exists() or not any(ours_or_users(folder)):
+    if not folder.exists() or not any(entries_of(folder)):
         began = time.perf_counter()
-        make()
+        write()
         write_atomically(folder / "complete", f"{time.perf_counter() - began:.1f}\n".encode())
 
 
-def seconds_of(folder: Path) -> float:
-    """How long `complete` took to make it; 0 where something else did."""
-    said = folder / "complete"
-    return float(said.read_text()) if said.exists() else 0.0
+def seconds_to_complete(folder: Path) -> float:
+    """How long `complete` took to write the set; 0 if something else wrote it."""
+    path = folder / "complete"
+    return float(path.read_text()) if path.exists() else 0.0

@@ -1,8 +1,9 @@
-"""mfwm encode: a replay buffer of a tokenizer's ids in place of frames, of inferred codes in place of actions, or both.
+"""mfwm encode: writes a replay buffer with a tokenizer's ids in place of frames, inferred codes in place of actions, or
+both.
 
-Episodes, levels and their order stay, so clip i of either set is of the same frames. The attributes `pixels`,
-`tokenizer` and `latent_actions` say where frames and models are: evaluation then shows what tokens mean. The digests
-beside them say which frames and weights these were.
+Episodes, levels and their order are unchanged, so clip i of both sets has the same frames. The attributes `pixels`,
+`tokenizer` and `latent_actions` say where frames and models are, so that evaluation can decode tokens to pictures. Two
+digests identify these frames and weights.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from .training.data_identity import PIXELS_DIGEST, TOKENIZER_DIGEST, digest, wei
 from .training.latent_actions import load_latent_actions
 from .training.tokenizer import load_tokenizer
 
-KEPT = ("env", "action_names", "noop", "action_repeat", "ticks_per_frame", "seed", "package", "package_version")
+COPIED = ("env", "action_names", "noop", "action_repeat", "ticks_per_frame", "seed", "package", "package_version")
 ABOUT_ACTIONS = ("action_names", "noop", "action_repeat")
-PIECE = 64
+PIECE = 64  # frames per forward pass
 
 
 def encode(
@@ -41,12 +42,12 @@ def encode(
 ) -> None:
     """Write the replay buffer `out` from the pixels of `data`.
 
-    tokenizer: a run of train-tokenizer, whose ids take the place of frames; without it frames stay.
-    latent_actions: a run of train-latent-actions, whose codes take the place of actions; without it actions stay.
-    overwrite: replace the replay buffer that is in `out`, once the new one is whole.
+    tokenizer: a run of train-tokenizer, whose ids replace the frames; without it frames are copied.
+    latent_actions: a run of train-latent-actions, whose codes replace the actions; without it actions are copied.
+    overwrite: replace the replay buffer in `out` once the new one is complete.
     """
     if tokenizer is None and latent_actions is None:
-        raise ValueError("give tokenizer, latent_actions or both: else nothing changes")
+        raise ValueError("give tokenizer, latent_actions or both: without them nothing would change")
     if overlap(data, out):
         raise ValueError(
             f"out must be another place than data, which is read while out is written; got {out} and {data}"
@@ -55,7 +56,7 @@ def encode(
     if replay.vocabulary:
         raise ValueError(f"data must be pixels, but {data} holds tokens")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attributes = {name: replay.attributes[name] for name in KEPT if name in replay.attributes}
+    attributes = {name: replay.attributes[name] for name in COPIED if name in replay.attributes}
     attributes |= {"pixels": str(absolute(data)), PIXELS_DIGEST: digest(replay)}
     tokens: Tokenizer | None = None
     codes: LatentActions | None = None
@@ -91,10 +92,10 @@ def encode(
             bar.update(len(images))
 
 
-def in_pieces(give: Callable[[Tensor], Tensor], video: Tensor, *, before: int, after: int = 0) -> Tensor:
-    """give(video), of any length, a piece at a time: what it gives for frame n depends on n - before .. n + after."""
+def in_pieces(function: Callable[[Tensor], Tensor], video: Tensor, *, before: int, after: int = 0) -> Tensor:
+    """function(video) for a video of any length, in pieces: its output n depends on frames n - before .. n + after."""
     frames, parts = video.shape[1], []
     for begin in range(0, frames, PIECE):
         first, end = max(0, begin - before), min(frames, begin + PIECE)
-        parts.append(give(video[:, first : end + after])[:, begin - first : end - first])
+        parts.append(function(video[:, first : end + after])[:, begin - first : end - first])
     return torch.cat(parts, dim=1)

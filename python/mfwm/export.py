@@ -1,4 +1,4 @@
-"""mfwm export: the weights of a run as one safetensors file, with its config and step in the header."""
+"""mfwm export: writes the weights of a run as one safetensors file, with its config and step in the header."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .training.world_model import TrainingConfig, load_model
 
 
 def export(run: Path, out: Path) -> None:
-    """Write the weights of a run's newest checkpoint (their moving average, where it keeps one) to `out`.
+    """Write the weights of a run's newest checkpoint (their moving average, if it has one) to `out`.
 
-    FileExistsError where `out` is there already.
+    FileExistsError if `out` exists.
     """
     out = Path(out)
     if os.path.lexists(out):
@@ -38,16 +38,16 @@ def export(run: Path, out: Path) -> None:
 
 
 def load_exported(path: Path) -> tuple[WorldModel, TrainingConfig, int]:
-    """The model of an exported file, the config of its run and the step it stood at."""
+    """The model of an exported file, and the config and step of its run."""
     try:
         with safe_open(str(path), "pt") as file:
             header = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if "config" not in header:
-        raise ValueError(f"{path} is no file of mfwm export: its header holds no config")
-    place = f"{path}, config"
-    config = from_tree(TrainingConfig, parsed(header["config"], place), place)
+        raise ValueError(f"{path} was not written by `mfwm export`: its header has no config")
+    where = f"{path}, config"
+    config = from_tree(TrainingConfig, parsed(header["config"], where), where)
     step = header.get("step", "")
     if not re.fullmatch("[0-9]+", step):
         raise ValueError(f"{path}: step must be a number, got {step!r}")

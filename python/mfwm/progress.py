@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal; in a file or a pipe a line every ten seconds, which stays readable."""
+"""Progress of a command: a bar on a terminal, and in a file or pipe a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Counts `unit`s of the work `name` up to `total`, on standard error; to be entered as a context.
+    """Counts `unit`s of the work `name` up to `total`, on standard error. Use it in a `with` statement.
 
-    Where standard error is closed, or nobody reads it any more, nothing is printed and the work continues.
+    If standard error is closed, or its reader is gone, nothing is printed and the work continues.
 
-    done: what an earlier run did of it. shown: False prints nothing.
+    done: units that an earlier run finished. shown: False prints nothing.
     """
 
     def __init__(self, name: str, total: int, unit: str, *, done: int = 0, shown: bool = True) -> None:
@@ -38,7 +38,7 @@ class Progress:
         return self
 
     def update(self, count: int = 1, **figures: str) -> None:
-        """`count` more are done; `figures` are shown beside them."""
+        """Count `count` more units as done; `figures` are shown beside the count."""
         self.done += count
         if self.bar is not None:
             if figures:
@@ -51,14 +51,14 @@ class Progress:
                 self._line()
 
     def over(self, items: Iterable[Item], size: Callable[[Item], int] = lambda _: 1) -> Iterator[Item]:
-        """The items, each counted, as `size` of it, when the next one is taken."""
+        """Yield the items; each counts for size(item) units when the next one is taken."""
         with self:
             for item in items:
                 yield item
                 self.update(size(item))
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a separate line above the bar."""
         with self._printing():
             if self.bar is not None:
                 self.bar.write(text, file=sys.stderr)
@@ -79,12 +79,12 @@ class Progress:
 
     @contextmanager
     def _printing(self) -> Iterator[None]:
-        """What cannot be printed ends the printing, not the work."""
+        """If printing fails, stop printing and continue the work."""
         try:
             yield
-        except (OSError, ValueError):  # ValueError: it is closed.
+        except (OSError, ValueError):  # A closed file raises ValueError.
             if self.bar is not None:
-                self.bar.disable = True  # So that it prints nothing when it is deleted either.
+                self.bar.disable = True  # tqdm would otherwise print when the bar is deleted.
             self.bar, self.lines = None, False
 
     def __exit__(
