@@ -3,8 +3,9 @@
     mfwm collect doom --frames 6000 --out data/doom
     python examples/compare_heads.py data/doom
 
-A trunk of 130,000 parameters on 4 x 4 tokens a frame (8 x 8 where they are ids), 4 clips of 16 frames a step. It says
-that an option trains, not which one is best: that takes `mfwm train` and hours.
+The trunk has 130,000 parameters and 4 x 4 tokens per frame (8 x 8 if they are ids); a step has 4 clips of 16 frames.
+The
+result shows that an option trains, not which one is best: that takes `mfwm train` and hours.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def colours(video: Tensor, side: int) -> Tensor:
-    """Ids [B, T, H, W] below 64: the mean colour of side x side pixels, in four steps a channel."""
+    """Ids [B, T, H, W] below 64: the mean colour of side x side pixels, in four steps per channel."""
     (mean,) = video_pyramid(video, (side,), scale=4 / 256, shift=0.0)
     red, green, blue = mean.clamp(0, 3.99).long().unbind(2)
     return 16 * red + 4 * green + blue
 
 
 def latents(video: Tensor) -> Tensor:
-    """[B, T, 8, 16, 16]: eight fixed directions of each patch of 4 x 4 pixels, of about unit variance."""
+    """[B, T, 8, 16, 16]: eight fixed projections of each patch of 4 x 4 pixels, with about unit variance."""
     (patches,) = video_pyramid(video, (1,), patch_sizes=(4,))
     directions = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(0)))[0][:, :8]
     return F.layer_norm((patches @ directions).mT.unflatten(-1, (16, 16)), (8, 16, 16))
@@ -80,18 +81,18 @@ def model_for(options: dict[str, Any], actions: int) -> WorldModel:
 
 
 def inputs_of(clips: dict[str, Tensor], heads: HeadsConfig) -> dict[str, Any]:
-    """The clip as the heads want it."""
+    """The clip in the form that the heads take."""
     video = clips["video"]
     if heads.output == "tokens":
-        found: dict[str, Any] = {**clips, "video": colours(video, 8)}
+        inputs: dict[str, Any] = {**clips, "video": colours(video, 8)}
         if heads.token_targets == "tokenised":
-            found["low_tokens"] = {factor: colours(video, 8 * factor) for factor in set(heads.horizons.factors) - {1}}
-        return found
+            inputs["low_tokens"] = {factor: colours(video, 8 * factor) for factor in set(heads.horizons.factors) - {1}}
+        return inputs
     return {**clips, "video": latents(video) if heads.output == "latents" else video}
 
 
 def train(options: dict[str, Any], replay: Replay, steps: int) -> dict[str, Any]:
-    """Losses at both ends of a run: means of its first ten and of its last tenth of steps."""
+    """Losses at both ends of a run: means over the first ten steps and over the last tenth of the steps."""
     torch.manual_seed(0)
     model = model_for(options, replay.actions or 0)
     sampler = ClipSampler(replay, 16, 4, seed=0)
@@ -118,17 +119,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a replay buffer of 64 x 64 frames with discrete actions")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--only", default="", help="options whose name has this in it")
-    parser.add_argument("--json", type=Path, help="where the figures are written too")
+    parser.add_argument("--only", default="", help="only options whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     replay, figures = Replay(arguments.data), {}
     for name, options in OPTIONS.items():
         if arguments.only in name:
-            figures[name] = found = train(options, replay, arguments.steps)
-            (first, last), (before, after) = found["loss"], found["per_horizon"]
+            figures[name] = result = train(options, replay, arguments.steps)
+            (first, last), (before, after) = result["loss"], result["per_horizon"]
             changes = " ".join(f"{new / old - 1:+.0%}" for old, new in zip(before, after, strict=True))
             print(
-                f"{name:28} {first:8.4f} to {last:8.4f}   per horizon {changes}   {found['seconds']:.0f} s", flush=True
+                f"{name:28} {first:8.4f} to {last:8.4f}   per horizon {changes}   {result['seconds']:.0f} s", flush=True
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""A next-frame world model in plain PyTorch, as many projects have one: a network, a loss, a loop.
+"""A next-frame world model in plain PyTorch, as in many projects: a network, a loss, a training loop.
 
     mfwm collect doom --frames 6000 --out data/doom
     python examples/host_trainer.py data/doom
 
-host_trainer_multi_frame.py is this file with heads for four frames ahead; `diff` shows all there is to it.
+host_trainer_multi_frame.py is this file with heads for four frames ahead; `diff` shows the whole change.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ PATCH, WIDTH = 8, 96
 
 
 class Dynamics(nn.Module):
-    """Patches of a frame, mixed by a convolution, remembered by a GRU at each patch."""
+    """Embeds the patches of a frame, mixes them by a convolution, and runs a GRU over time at each patch."""
 
     def __init__(self, actions: int) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, WIDTH, PATCH, PATCH)
         self.action = nn.Embedding(actions, WIDTH)
         self.mix = nn.Sequential(nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GELU())
-        self.remember = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
         self.head = nn.Linear(WIDTH, PATCH * PATCH * 3)
 
     def hidden(self, video: Tensor, actions: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Dynamics(nn.Module):
         x = self.mix(self.embed(video.flatten(0, 1))).unflatten(0, (B, T)).permute(0, 3, 4, 1, 2)
         x = x + self.action(actions)[:, None, None]
         grid = x.shape[:3]
-        out, _ = self.remember(x.flatten(0, 2))
+        out, _ = self.gru(x.flatten(0, 2))
         return (x + out.unflatten(0, grid)).permute(0, 3, 1, 2, 4)
 
     def loss(self, video: Tensor, actions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     diff examples/host_trainer.py examples/host_trainer_multi_frame.py
 
-shows all there is to it, the cosines between the horizons' gradients in the shared hidden state included.
+shows the whole change. It also prints the cosines between the horizons' gradients in the shared hidden state.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PATCH, WIDTH = 8, 96
 
 
 class Dynamics(nn.Module):
-    """Patches of a frame, mixed by a convolution, remembered by a GRU at each patch."""
+    """Embeds the patches of a frame, mixes them by a convolution, and runs a GRU over time at each patch."""
 
     def __init__(self, actions: int) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, WIDTH, PATCH, PATCH)
         self.action = nn.Embedding(actions, WIDTH)
         self.mix = nn.Sequential(nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GELU())
-        self.remember = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
         self.heads = MultiFrameHeads(WIDTH, PATCH, HeadsConfig(weights=(1.0, 0.5, 0.25, 0.125)))
         self.to_come = nn.Embedding(actions, WIDTH)
 
@@ -37,7 +37,7 @@ class Dynamics(nn.Module):
         x = self.mix(self.embed(video.flatten(0, 1))).unflatten(0, (B, T)).permute(0, 3, 4, 1, 2)
         x = x + self.action(actions)[:, None, None]
         grid = x.shape[:3]
-        out, _ = self.remember(x.flatten(0, 2))
+        out, _ = self.gru(x.flatten(0, 2))
         return (x + out.unflatten(0, grid)).permute(0, 3, 1, 2, 4)
 
     def loss(self, video: Tensor, actions: Tensor, monitor: GradMonitor) -> HorizonLoss:

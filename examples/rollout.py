@@ -1,9 +1,9 @@
-"""Roll a trained run out in its own frames: with the true actions, with random ones, and in jumps.
+"""Roll out a trained run in a closed loop: with the true actions, with random ones, and in jumps.
 
     mfwm train --data data/doom --out runs/doom
     python examples/rollout.py runs/doom --gif rollout.gif
 
-The GIF shows, side by side, the true frames, the model's with the true actions, and its own with random actions.
+The GIF shows, side by side, the true frames, the model's with the true actions, and the model's with random actions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mfwm.training import load_model
 
 from mfwm_kernels import video_pyramid
 
-BEGINNING = 4
+CONTEXT = 4
 
 
 def main() -> None:
@@ -32,29 +32,29 @@ def main() -> None:
     model, config, _ = load_model(arguments.run)
     replay = Replay(config.data)
     _, held_out = split_levels(replay, config.held_out, seed=config.seed)
-    clip = Clips(replay, BEGINNING + steps, episodes=held_out, within_episode=True)[0]
+    clip = Clips(replay, CONTEXT + steps, episodes=held_out, within_episode=True)[0]
     video, actions = clip["video"][None], clip["actions"][None]
-    beginning = video[:, :BEGINNING]
+    context = video[:, :CONTEXT]
 
-    frames, drift = rollout_with_drift(model, beginning, actions, steps)
-    own = rollout(model, beginning, actions[:, :BEGINNING], steps, policy=random_actions(model))
-    (truth,) = video_pyramid(video[:, BEGINNING:], (1,))
+    frames, drift = rollout_with_drift(model, context, actions, steps)
+    random = rollout(model, context, actions[:, :CONTEXT], steps, policy=random_actions(model))
+    (truth,) = video_pyramid(video[:, CONTEXT:], (1,))
     error = (frames - truth).square().flatten(2).mean(2)[0]
     for step in range(steps):
         far = " ".join(f"{value:.4f}" for value in drift[0, step, 1:].tolist())
-        print(f"step {step + 1}: squared error {error[step]:.4f}; far horizons against the frame: {far}")
+        print(f"step {step + 1}: squared error {error[step]:.4f}; drift of the far horizons {far}")
 
     horizons = config.model.heads.horizons
     last = len(horizons) - 1
     stride, factor = horizons.offsets[last], horizons.factors[last]
     jumps = steps // stride
     if jumps:
-        jumped = rollout_in_jumps(model, beginning, actions, jumps, last)
-        (small,) = video_pyramid(video[:, BEGINNING + stride - 1 :: stride][:, :jumps], (factor,))
+        jumped = rollout_in_jumps(model, context, actions, jumps, last)
+        (small,) = video_pyramid(video[:, CONTEXT + stride - 1 :: stride][:, :jumps], (factor,))
         for i, value in enumerate((jumped - small).square().flatten(2).mean(2)[0].tolist()):
             print(f"jump {i + 1}, {stride * (i + 1)} frames ahead at 1/{factor}: squared error {value:.4f}")
 
-    strip = torch.cat([truth, frames, own], dim=-1)[0]
+    strip = torch.cat([truth, frames, random], dim=-1)[0]
     pictures = ((strip + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     imageio.imwrite(arguments.gif, pictures, duration=100, loop=0)
     print(f"wrote {arguments.gif}")

@@ -403,7 +403,7 @@ def test_what_cannot_be_rolled_out_is_refused() -> None:
     ("video", "actions", "steps", "message"),
     [
         ((2, 4, 3, 16, 16), torch.zeros(8, dtype=torch.long), 2, "actions must have 2 dimensions"),
-        ((2, 4, 3, 16, 16), torch.zeros(1, 8, dtype=torch.long), 2, "actions must be of the 2 clips"),
+        ((2, 4, 3, 16, 16), torch.zeros(1, 8, dtype=torch.long), 2, "actions must have as many clips as video, 2, got"),
         ((2, 4, 3, 16, 16), torch.zeros(2, 8), 2, "actions must have dtype"),
         ((2, 4, 3, 16, 16), torch.full((2, 8), 99), 2, "actions must be in 0.."),
         ((2, 4, 3, 16, 16), torch.zeros(2, 8, dtype=torch.long), 0, "steps must be"),

@@ -133,7 +133,7 @@ def test_another_set_is_refused(
     assert digest(Replay(tmp_path / "other")) == sound
     change(tmp_path / "other")
     assert digest(Replay(tmp_path / "other")) != sound
-    message = rf"data is {tmp_path}/other, but the run in .*/run was started with another data set, then in {data}"
+    message = rf"data is {tmp_path}/other, but the run in .*/run was started with another data set, which was in {data}"
     with pytest.raises(ValueError, match=message):
         train(replace(config, data=str(tmp_path / "other")), run, progress=False)
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -196,6 +197,12 @@ def test_a_run_keeps_its_config(config: TrainingConfig, tmp_path: Path) -> None:
     train(config, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=r"lr is 0.5, but the run in .* was started with 0.001"):
         train(replace(config, lr=0.5), tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "config.json"
+    written = path.read_text()
+    path.write_text(json.dumps({**json.loads(written), "look_every": 50}))
+    with pytest.raises(ValueError, match=r"only the run in .* has the option look_every: .* another version; choose"):
+        train(config, tmp_path / "run", progress=False)
+    path.write_text(written)
     _, loaded, step = load_model(tmp_path / "run")
     assert loaded == config and step == 1
 
@@ -329,7 +336,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         ({"parallel": "tpu"}, "parallel must be one of 'none', 'ddp', 'fsdp'; got 'tpu'"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"accumulate": 0}, "accumulate must be >= 1, got 0"),
-        ({"clip_norm": 0.0}, "clip_norm must be above 0, got 0.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0.0"),
     ],
 )
 def test_bad_options_are_refused(config: TrainingConfig, changes: dict[str, Any], message: str) -> None:

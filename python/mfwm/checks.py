@@ -11,8 +11,7 @@ from mfwm_kernels import arguments as check
 
 
 def check_choices(config: Any) -> None:
-    """Every Literal field of a dataclass has one of its values: the command line checks that, a caller in Python may
-    not."""
+    """ValueError unless each Literal field of a dataclass has one of its values, which Python does not check."""
     for name, hint in get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), (hint, *get_args(hint))
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
@@ -21,7 +20,7 @@ def check_choices(config: Any) -> None:
 
 
 def check_frame(frame: tuple[int, int, int]) -> None:
-    """(channels, height, width) of pixels, or (ids per token, rows, columns)."""
+    """ValueError unless it is (channels, height, width) of pixels, or (ids per token, rows, columns)."""
     if len(check.integers("frame", frame, least=1)) != 3:
         raise ValueError(f"frame must be (channels, height, width), got {frame}")
 

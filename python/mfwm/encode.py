@@ -1,5 +1,4 @@
-"""mfwm encode: writes a replay buffer with a tokenizer's ids in place of frames, inferred codes in place of actions, or
-both.
+"""mfwm encode: writes a replay buffer with a tokenizer's ids for frames, inferred codes for actions, or both.
 
 Episodes, levels and their order are unchanged, so clip i of both sets has the same frames. The attributes `pixels`,
 `tokenizer` and `latent_actions` say where frames and models are, so that evaluation can decode tokens to pictures. Two

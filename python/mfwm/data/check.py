@@ -87,7 +87,7 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
 
 
 def has_actions(attributes: dict[str, Any]) -> bool:
-    """Whether a set has actions. A set without them says so, to be told from one that has lost them."""
+    """Whether a set has actions. A set without them says so, unlike one that has lost them."""
     return attributes.get("actions") is not None or attributes.get("action_size") != 0
 
 

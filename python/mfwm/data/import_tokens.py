@@ -40,7 +40,7 @@ def import_tokens(
     folder = Path(folder)
     sizes = read_metadata(folder / "metadata.json")
     frames, vocabulary = sizes["num_images"], sizes["vocab_size"]
-    # Fewer than 64: 64 bits hold at most that many ids that carry a bit each.
+    # Fewer than 64, because each id has a vocabulary of at least 2 and their product fits into 64 bits.
     valid = type(ids_per_token) is int and 1 <= ids_per_token < 64
     base = round(vocabulary ** (1 / ids_per_token)) if valid else 0
     if base == 0 or base**ids_per_token != vocabulary:

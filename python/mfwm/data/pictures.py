@@ -30,7 +30,7 @@ PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVI
 
 def check_size(size: tuple[int, int] | None) -> None:
     if size is not None and (len(size) != 2 or not all(type(side) is int and 1 <= side < 2**15 for side in size)):
-        raise ValueError(f"size must be a height and a width of at least 1 pixel, less than 32,768, got {size}")
+        raise ValueError(f"size must be a height and a width in pixels, in 1..32767, got {size}")
 
 
 def stacked(place: object, frames: Iterable[np.ndarray]) -> np.ndarray:
@@ -176,7 +176,7 @@ def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
             f"the picture cannot be decoded: it must be one of {', '.join(PICTURES)}, got bytes that begin with "
             f"{encoded[:12]!r}"
         ) from error
-    except Exception as error:  # whatever the decoder raises on damaged bytes
+    except Exception as error:  # Decoders raise almost anything on damaged bytes.
         raise ValueError(f"the picture cannot be decoded: {error}") from error
     # A phone's MPO also holds a preview.
     if count > 1 and kind != "MPO":
@@ -193,7 +193,7 @@ def picture(encoded: Any, size: tuple[int, int] | None) -> np.ndarray:
 
 
 def depth(stored: Any, encoded: bytes) -> int:
-    """Bits per channel in the file. Pillow drops the lower bits of RGB, and tells so in its tiles or not at all."""
+    """Bits per channel in the file. Pillow drops the lower bits of RGB, and shows that in its tiles or not at all."""
     kind, argument = stored.format, stored.tile[0][3] if stored.tile else ()
     if kind == "PNG":
         return 16 if ";16" in str(argument) else 8

@@ -56,8 +56,7 @@ class Replay:
     int64 [E], `actions` (number of discrete actions, or None), `vocabulary` (of tokens; 0 for pixels) and `attributes`.
     A set without levels has one level per episode. If a set does not state its number of discrete actions, it is one
     more than the largest action. Frames after the end of the last episode were left by an interrupted writer and are
-    not
-    part of the set: a warning says how many.
+    not part of the set: a warning says how many.
 
     `path` is a directory, or a URL that fsspec supports. ValueError names path, rule and value if the set breaks a rule
     of the layout (check.py has the rules). Reading raises ValueError for a chunk that is missing or damaged, and if
@@ -187,8 +186,7 @@ class Clips(Dataset[dict[str, Tensor]]):
 
     The chosen episodes are concatenated, and a clip starts at any frame, so that episodes shorter than a clip are used
     too: a clip may span episodes, and `segment_ids` tell which frames belong together. With `within_episode`, only
-        clips
-    that lie in one episode count, as closed-loop evaluation needs them.
+    clips that lie in one episode count, as closed-loop evaluation needs them.
 
     An item is {"video": uint8 [T, 3, H, W], a permuted view of [T, H, W, 3] memory, or ids int64 [T, rows, columns] or
     [T, rows, columns, F]; "actions": int64 [T] or float32 [T, A], where actions[t] was taken at frame t; "segment_ids":
@@ -286,8 +284,7 @@ class ClipSampler:
         return draw.integers(len(self.clips), size=self.batch_size)
 
     def batches(self, first_step: int, last_step: int, workers: int = 1) -> Iterator[dict[str, Tensor]]:
-        """`batch(step)` for first_step <= step < last_step, in order. `workers` threads read them, two batches ahead
-        each.
+        """`batch(step)` for first_step <= step < last_step, in order; `workers` threads read ahead, two batches each.
 
         An error in a thread, such as a damaged chunk, is raised when its batch is due.
         """

@@ -17,7 +17,7 @@ from ..training.trainer import TrainerConfig
 
 
 class HeldOut:
-    """`count` clips of `length` frames from the levels that a run held out, or all of them where there are fewer.
+    """`count` clips of `length` frames from the levels that a run held out, or all of them if there are fewer.
 
     Args:
         config: of the run.
@@ -64,6 +64,6 @@ def device_for_evaluation() -> torch.device:
 
 
 def write_metrics(run: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Write metrics.json into the run; returns the metrics, with None where one is not defined."""
+    """Write metrics.json into the run. Returns the metrics, with None for those that are undefined."""
     write_atomically(run / "metrics.json", as_json(metrics, indent=2).encode())
     return finite(metrics)

@@ -22,8 +22,7 @@ def interval(seed: int, statistic: Callable[..., np.ndarray], *values: np.ndarra
 
 
 def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, Any]:
-    """How well the disagreement of the horizons, which needs no ground truth, predicts the true error: rank
-    correlations.
+    """Rank correlations of the horizons' disagreement, which needs no ground truth, with the true error.
 
     drift, errors [clips, steps]; steps without a drift or an error (NaN) are left out, and "steps" lists the others.
     "overall" is over all clips and steps, and is high in part because both grow with the steps. "within_step" is not:

@@ -165,7 +165,7 @@ class WorldModel(nn.Module):
         check.tensor("actions", actions, 3 if size else 2, check.FLOATING if size else (torch.int32, torch.int64))
         check.same_device("actions", actions, "video", video)
         if actions.shape[0] != video.shape[0]:
-            raise ValueError(f"actions must be of the {video.shape[0]} clips of video, got shape {list(actions.shape)}")
+            raise ValueError(f"actions must have as many clips as video, {video.shape[0]}, got {list(actions.shape)}")
         if size and actions.shape[2] != size:
             raise ValueError(f"actions must be vectors of action_size = {size}, got shape {list(actions.shape)}")
 

@@ -78,6 +78,11 @@ def write_or_compare(config: Any, run: Path, digest: str | None, *, begun: bool)
                         f"{old.get(name)}; choose another --out"
                     )
             elif name not in MAY_CHANGE and old.get(name) != new.get(name):
+                if name not in old or name not in new:
+                    raise ValueError(
+                        f"only {'this config' if name in new else f'the run in {run}'} has the option {name}: the run "
+                        f"in {run} is of another kind or of another version; choose another --out"
+                    )
                 raise ValueError(
                     f"{name} is {new.get(name)!r}, but the run in {run} was started with {old.get(name)!r}; "
                     "choose another --out"

@@ -106,8 +106,7 @@ class TrainerConfig:
         for name in ("warmup", "seed", "validate_every"):
             check.integer(name, getattr(self, name), least=0)
         for name in ("lr", "clip_norm"):
-            if check.number(name, getattr(self, name)) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            check.number(name, getattr(self, name), above=0)
         check.number("weight_decay", self.weight_decay, least=0)
         for name in ("held_out", "ema", "decay"):
             check.number(name, getattr(self, name))
