@@ -109,7 +109,7 @@ def payload_in_a_value(run: Path, payload: Payload) -> None:
 def payload_in_a_tensor(run: Path, payload: Payload) -> None:
     """Where the weights of the model are."""
     metadata = read_metadata(metadata_of(run))
-    (info,) = (info for key, info in metadata.storage_data.items() if key.fqn == "model.model.place")
+    (info,) = (info for key, info in metadata.storage_data.items() if key.fqn == "model.model.token_position")
     shard = run / "checkpoints" / "00000001" / "__0_0.distcp"
     value = io.BytesIO()
     torch.save({"place": payload}, value)
@@ -196,12 +196,12 @@ def test_a_tensor_is_replaced_by_no_value(run: Path) -> None:
     metadata = read_metadata(metadata_of(run))
     values = {key.fqn: (key, info) for key, info in metadata.storage_data.items()}
     lr = "optimiser.param_groups.0.lr"
-    metadata.state_dict_metadata["model.model.place"] = metadata.state_dict_metadata[lr]
-    tensor, _ = values["model.model.place"]
+    metadata.state_dict_metadata["model.model.token_position"] = metadata.state_dict_metadata[lr]
+    tensor, _ = values["model.model.token_position"]
     del metadata.storage_data[tensor]
-    metadata.storage_data[replace(values[lr][0], fqn="model.model.place")] = values[lr][1]
+    metadata.storage_data[replace(values[lr][0], fqn="model.model.token_position")] = values[lr][1]
     metadata_of(run).write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"model\.model\.place must be Tensor, got float"):
+    with pytest.raises(ValueError, match=r"model\.model\.token_position must be Tensor, got float"):
         load_model(run)
 
 

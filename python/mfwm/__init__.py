@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
-    from .models.heads import MultiFrameHeads
-    from .models.heads_config import HeadsConfig
-    from .models.rollouts import random_actions, rollout, rollout_in_jumps, rollout_with_drift
-    from .models.world_model import WorldModel, WorldModelConfig
+    from .models import (
+        HeadsConfig,
+        MultiFrameHeads,
+        WorldModel,
+        WorldModelConfig,
+        random_actions,
+        rollout,
+        rollout_in_jumps,
+        rollout_with_drift,
+    )
 
 __all__ = [
     "HeadsConfig",
@@ -31,23 +37,13 @@ __all__ = [
     "rollout_in_jumps",
     "rollout_with_drift",
 ]
-MODULE_OF = {
-    "HeadsConfig": "heads_config",
-    "MultiFrameHeads": "heads",
-    "WorldModel": "world_model",
-    "WorldModelConfig": "world_model",
-    "random_actions": "rollouts",
-    "rollout": "rollouts",
-    "rollout_in_jumps": "rollouts",
-    "rollout_with_drift": "rollouts",
-}
 
 
 def __getattr__(name: str) -> Any:
     """Load what __all__ names on first use, because the command line starts before torch is loaded."""
-    if name not in MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".models.{MODULE_OF[name]}", __name__), name)
+    return getattr(importlib.import_module(".models", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -83,13 +83,13 @@ class CausalStack(nn.Module):
         self.window = window
         # Receptive field in time: output n depends on frames n - reach .. n.
         self.reach = layers * (window - 1)
-        self.place = nn.Parameter(0.1 * torch.randn(tokens, width))
+        self.token_position = nn.Parameter(0.1 * torch.randn(tokens, width))
         self.layers = nn.ModuleList(SpaceTimeBlock(width, head_width, mlp_ratio, rotary=True) for _ in range(layers))
         initialise(self, depth=layers)
 
     def forward(self, x_BTSD: Tensor, segment_ids: Tensor | None) -> Tensor:
         mask = time_mask(segment_ids, x_BTSD.shape[1], self.window, x_BTSD.device)
-        x_BTSD = x_BTSD + self.place.to(x_BTSD.dtype)
+        x_BTSD = x_BTSD + self.token_position.to(x_BTSD.dtype)
         for layer in self.layers:
             x_BTSD = layer(x_BTSD, mask)
         return x_BTSD

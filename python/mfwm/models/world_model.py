@@ -117,7 +117,7 @@ class WorldModel(nn.Module):
             self.embed: nn.Module = nn.Embedding(channels * config.heads.vocabulary, config.width)
         else:
             self.embed = nn.Linear(channels * config.patch**2, config.width)
-        self.place = nn.Parameter(0.1 * torch.randn(self.grid[0] * self.grid[1], config.width))
+        self.token_position = nn.Parameter(0.1 * torch.randn(self.grid[0] * self.grid[1], config.width))
         self.time = None
         if config.positions == "learned":
             self.time = nn.Parameter(0.1 * torch.randn(config.context, 1, config.width))
@@ -193,7 +193,7 @@ class WorldModel(nn.Module):
         video: [B, V, C, height, width], uint8 or floating; for tokens, ids [B, V, rows, columns], or
         [..., ids_per_token] if there are several. token_mask: [B, V, rows, columns], True for tokens to hide.
         """
-        dtype = compute_dtype(self.place)
+        dtype = compute_dtype(self.token_position)
         if self.tokens:
             ids_per_token, vocabulary = self.config.frame[0], self.config.heads.vocabulary
             ids = video.unsqueeze(-1) if ids_per_token == 1 else video
@@ -205,7 +205,7 @@ class WorldModel(nn.Module):
         if token_mask is not None:
             assert self.mask is not None
             x_BVSD = torch.where(token_mask.flatten(2)[..., None], self.mask.to(dtype), x_BVSD)
-        x_BVSD = x_BVSD + self.place
+        x_BVSD = x_BVSD + self.token_position
         if taken_BVD is not None:
             x_BVSD = x_BVSD + taken_BVD[:, : video.shape[1], None]
         return x_BVSD.unflatten(2, self.grid)
