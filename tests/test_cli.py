@@ -163,6 +163,21 @@ def test_ctrl_c_while_modules_are_loaded() -> None:
     assert (told.returncode, told.stdout, told.stderr) == (130, "", "mfwm: interrupted\n")
 
 
+def test_ctrl_c_while_zarr_starts() -> None:
+    """Zarr's exit handler then joins a thread that was never started, which Python reports at exit."""
+    code = (
+        "import asyncio, sys, threading\n"
+        "from zarr.core import sync\n"
+        "sync.loop[0], sync.iothread[0] = asyncio.new_event_loop(), threading.Thread()\n"
+        "import mfwm.cli, mfwm.commands\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "mfwm.commands.command_of = interrupted\n"
+        "mfwm.cli.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "mfwm: interrupted\n")
+
+
 def test_ctrl_c_while_collecting(tmp_path: Path) -> None:
     """SIGINT to the whole group, as a terminal sends it: the recorder of the game has it too."""
     pytest.importorskip("ale_py")

@@ -32,9 +32,10 @@ def main() -> None:
         traceback = traceback or chosen.traceback
         command_of(chosen.preset, rest, __doc__).run()
     except KeyboardInterrupt:
-        # Interrupted tasks of Zarr log warnings when Python ends.
+        # At exit, interrupted tasks of Zarr log warnings, and its exit handler fails if its thread was just starting.
         warnings.simplefilter("ignore")
         logging.disable()
+        sys.unraisablehook = lambda _: None
         print("mfwm: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
