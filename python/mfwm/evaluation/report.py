@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from mfwm_kernels import arguments as check
 from mfwm_kernels import video_pyramid
 
-from ..models.heads_config import labels
 from ..models.rollouts import rollout
 from ..models.world_model import WorldModel
 from ..training.run_config import parsed, read
@@ -94,13 +94,13 @@ def write_report(
     horizons = config.model.heads.horizons
     log = read_log(run / "log.jsonl")
     if model.tokens:
-        sections = [("Loss", picture(loss_curves(log, labels(horizons), "cross-entropy, nats")), "")]
+        sections = [("Loss", picture(loss_curves(log, horizons.labels, "cross-entropy, nats")), "")]
         if "bits_per_token" in metrics:
             sections.insert(0, ("Prediction of tokens", token_table(metrics), TOKEN_NOTE))
     else:
         sections = [
             ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
-            ("Loss", picture(loss_curves(log, labels(horizons), "mean squared error")), ""),
+            ("Loss", picture(loss_curves(log, horizons.labels, "mean squared error")), ""),
             ("One position, all horizons", picture(strip(model, clips)), "Held-out level; far targets are smaller."),
         ]
     if "rollout_psnr" in metrics:
@@ -242,7 +242,7 @@ def rollout_table(metrics: dict[str, Any]) -> str:
     return as_table([*header, *gains.values()], rows)
 
 
-def loss_curves(log: list[dict[str, Any]], names: list[str], label: str) -> Figure:
+def loss_curves(log: list[dict[str, Any]], names: Sequence[str], label: str) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 3.2))
     steps = [row["step"] for row in log]
     # A loss that is not finite is null in the log.

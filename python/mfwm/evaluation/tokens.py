@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,9 @@ def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor
     return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in found.items()}
 
 
-def token_summary(measures: dict[str, np.ndarray], names: list[str], seed: int, *, controlled: bool) -> dict[str, Any]:
+def token_summary(
+    measures: dict[str, np.ndarray], names: Sequence[str], seed: int, *, controlled: bool
+) -> dict[str, Any]:
     """Metrics of token_measures with 95% intervals; those with shuffled actions only if the model has actions.
 
     accuracy_gain_95 is the interval of the gain over persistence, bits_per_token_for_actions_95 that of the increase

@@ -24,7 +24,6 @@ from ..metrics.intervals import check_draw, drift_signal, interval
 from ..metrics.lpips import LPIPS
 from ..metrics.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from ..metrics.quality import check_size, psnr, similarity, squared_error
-from ..models.heads_config import labels
 from ..models.rollouts import rollout, rollout_with_drift
 from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
 from ..progress import Progress
@@ -259,7 +258,7 @@ def shuffle(actions: Tensor) -> Tensor:
 
 def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bool) -> dict[str, Any]:
     """The metrics: those of rollouts only if the model can be rolled out, of actions only if it has some."""
-    names = labels(horizons)
+    names = horizons.labels
 
     def by_horizon(values: Any) -> dict[str, Any]:
         return dict(zip(names, np.asarray(values).tolist(), strict=True))

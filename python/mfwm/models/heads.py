@@ -18,7 +18,6 @@ from mfwm_kernels import (
     multi_horizon_loss,
     video_pyramid,
 )
-from mfwm_kernels.horizons import counts_at
 
 from ..checks import options_repr
 from .balance import GradientNorms, Uncertainty, surgery_scale, times_shares
@@ -490,6 +489,7 @@ class MultiFrameHeads(nn.Module):
 def later(x_BVHWD: Tensor, lag: int, positions: int, segment_ids: Tensor | None) -> Tensor:
     """[B, T, H, W, D]: x at n + lag for position n; zero past the end of x and where n + lag is in another segment."""
     B, V = x_BVHWD.shape[:2]
-    valid = counts_at(lag, positions, V, None if segment_ids is None else segment_ids[:, :V], B, x_BVHWD.device)
+    segments = x_BVHWD.new_zeros(B, V, dtype=torch.int64) if segment_ids is None else segment_ids[:, :V]
+    valid = Horizons((lag,), (1,)).valid(0, positions, V, segments)
     index = (torch.arange(positions, device=x_BVHWD.device) + lag).clamp_max(V - 1)
     return x_BVHWD[:, index] * valid[:, :, None, None, None]

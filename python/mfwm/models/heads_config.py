@@ -10,12 +10,6 @@ from mfwm_kernels import Horizons
 from ..checks import check_choices
 
 
-def labels(horizons: Horizons) -> list[str]:
-    """A label per horizon: its offset; with its factor where several horizons share an offset: "1@1/4"."""
-    pairs = zip(horizons.offsets, horizons.factors, strict=True)
-    return [str(k) if horizons.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs]
-
-
 @dataclass(frozen=True)
 class HeadsConfig:
     """What is predicted from a position, and how.

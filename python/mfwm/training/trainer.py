@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mfwm_kernels import arguments as check
-from mfwm_kernels.dtypes import product_dtype
+from mfwm_kernels import multiplies_bf16
 
 from ..checks import check_choices
 from ..data.place import location, overlap
@@ -477,7 +477,7 @@ def seed_of(*numbers: int) -> int:
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that a config's `dtype` means on this device."""
     if name == "auto":
-        return product_dtype(torch.bfloat16) if device.type == "cpu" else torch.bfloat16
+        name = "bfloat16" if device.type != "cpu" or multiplies_bf16() else "float32"
     return torch.float32 if name == "float32" else torch.bfloat16
 
 

@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfwm_kernels import Horizons
-from mfwm_kernels.horizons import counts_at
 
 from ..data.replay import Replay
 from ..metrics.quality import psnr
-from ..models.heads_config import labels
 from ..models.maskgit import training_mask
 from ..models.world_model import WorldModel, WorldModelConfig
 from .run_config import read
@@ -51,7 +49,7 @@ class WorldModelLoss(Objective):
     def __init__(self, model: WorldModel) -> None:
         super().__init__()
         self.model = model
-        self.names = labels(model.config.heads.horizons)
+        self.names = model.config.heads.horizons.labels
 
     def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.model.config.masked:
@@ -107,9 +105,9 @@ def positions_that_count(
     segment_ids [B, V]; the horizons are predicted from the first `context` frames of it. With token_mask [B, V, H, W],
     a horizon of offset 0 counts in cells: those with a masked token.
     """
-    batch, frames = segment_ids.shape
+    frames = segment_ids.shape[1]
     offsets, positions = horizons.offsets, min(frames, context)
-    valid = [counts_at(offset, positions, frames, segment_ids, batch, segment_ids.device) for offset in offsets]
+    valid = [horizons.valid(i, positions, frames, segment_ids) for i in range(len(offsets))]
     counts = torch.zeros(len(offsets), len(offsets), device=segment_ids.device)
     for i, j in itertools.combinations_with_replacement(range(len(offsets)), 2):
         # The far prediction at n against the near one at n + apart.
