@@ -526,8 +526,8 @@ def test_print_shows_horizons_sizes_and_options() -> None:
         "  frame=(3, 16, 16), patch=4, width=32, layers=2, head_width=16, context=6, actions=5, positions='rope'"
     )
     assert (
-        "    width=32, patch_size=4, horizons=Horizons(offsets=(1, 2, 4), factors=(1, 2, 4)), patch_sizes=(4, 4, 2), "
-        "blocks=(0, 1, 1)"
+        "    width=32, patch_size=4, channels=3, horizons=Horizons(offsets=(1, 2, 4), factors=(1, 2, 4)), "
+        "patch_sizes=(4, 4, 2), blocks=(0, 1, 1)"
     ) in lines
 
 

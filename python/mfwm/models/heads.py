@@ -138,7 +138,8 @@ class MultiFrameHeads(nn.Module):
         self.gradient_norms = GradientNorms(weights[-config.sharing :]) if config.weighting == "gradients" else None
 
     def extra_repr(self) -> str:
-        sizes = f"width={self.width}, patch_size={self.patch_size}"
+        frames = f"ids_per_token={self.ids_per_token}" if self.tokens else f"channels={self.channels}"
+        sizes = f"width={self.width}, patch_size={self.patch_size}, {frames}"
         return f"{sizes}, {options_repr(self.config, 'horizons')}"
 
     def forward(
