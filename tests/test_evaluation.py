@@ -217,7 +217,7 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
     measured = json.loads((tmp_path / "run" / "metrics.json").read_text())
     measured["drift"] |= {"overall": None, "overall_95": [None, None]}
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(measured))
-    assert "the true error: not defined" in write_report(tmp_path / "run").read_text()
+    assert "the true error: undefined" in write_report(tmp_path / "run").read_text()
     other = tmp_path / "next/config.json"
     other.write_text(other.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(ValueError, match=r"against must be a run with the same held-out levels: its seed is 1, not 0"):
