@@ -37,3 +37,16 @@ def test_megatron_layout(backend: str) -> None:
     ]
     want = torch.cat(normed, -1) @ checkpoint["eh_proj.weight"].T
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_casts_as_linear_does(dtype: torch.dtype) -> None:
+    """fp32 to bf16; fp64 stays."""
+    hidden, embedding, weight, ones = torch.randn(2, 8), torch.randn(2, 8), torch.randn(3, 16), torch.ones(8)
+    hidden, embedding, weight, ones = (t.to(dtype) for t in (hidden, embedding, weight, ones))
+    norms = {"hidden_norm_weight": ones, "embedding_norm_weight": ones}
+    with torch.autocast("cpu", torch.bfloat16):
+        got, wanted = mtp_combine(hidden, embedding, weight, **norms), F.linear(hidden, weight[:, :8]).dtype
+    assert got.dtype == wanted
+    given = [t.to(wanted) for t in (hidden, embedding, weight)]
+    assert torch.equal(got, mtp_combine(*given, **{name: norm.to(wanted) for name, norm in norms.items()}))
