@@ -73,6 +73,7 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (Horizons, {"offsets": (-1,), "factors": (1,)}, r"offsets\[0\] must be >= 0, got -1"),
     (Horizons, {"offsets": (1,), "factors": (0,)}, r"factors\[0\] must be >= 1, got 0"),
     (Horizons, {"offsets": (1.5,), "factors": (1,)}, r"offsets\[0\] must be an integer, got 1.5"),
+    (Horizons, {"offsets": (True,), "factors": (1,)}, r"offsets\[0\] must be an integer, got True"),
     (Horizons, {"offsets": (1, 1), "factors": (2, 2)}, "factors must increase where an offset repeats"),
     # Integers that no kernel can take.
     (fan, {"horizons": Horizons((1, 10**20), (1, 1)), "pool": (1, 1)}, r"horizons.offsets must be <= 2147483647"),
@@ -84,6 +85,7 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (tokens, {"ignore_index": 10**20}, "ignore_index must be <= 2147483647"),
     (tokens, {"chunk_size": 2**64}, "chunk_size must be <= 9223372036854775807"),
     (Horizons.cascade, {"count": 0}, "count must be >= 1, got 0"),
+    (Horizons.cascade, {"count": True}, "count must be an integer, got True"),
     (Horizons.low_res, {"offsets": 4}, "offsets must be a sequence of integers, got int"),
     (Horizons.low_res, {"factor": 0}, "factor must be >= 1, got 0"),
     (Horizons.multi_resolution, {"factors_of_offset": [1]}, "factors_of_offset must map offsets .* got list"),
