@@ -392,12 +392,22 @@ def test_a_run_is_not_written_into_its_data(config: TrainingConfig, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
     with pytest.raises(KeyboardInterrupt), written_beside(path) as unfinished:
         unfinished.write_bytes(b"ne")
         raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+    def cut_short(self: Path, content: bytes) -> int:
+        with open(self, "wb") as file:
+            file.write(content[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
