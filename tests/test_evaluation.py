@@ -12,12 +12,14 @@ import pytest
 import torch
 import torchmetrics.functional.image.lpips as peer
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm.data import Replay
+from mfwm.data.replay import Clips, split_levels
 from mfwm.demo import Demo
 from mfwm.evaluation import write_report
 from mfwm.evaluation.world_model import CONTEXT, closed_loop, evaluate
 from mfwm.metrics.intervals import correlation, drift_signal, interval, ranks
 from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
-from mfwm.metrics.quality import similarity
+from mfwm.metrics.quality import psnr, similarity
 from mfwm.models.rollouts import rollout
 from mfwm.training import train
 from mfwm.training.json_values import as_json
@@ -136,6 +138,10 @@ def test_few_clips_that_are_alike_have_an_interval_of_the_resamples_that_differ(
     assert -1 <= low <= found["overall"] <= high + 1e-12 and high <= 1 + 1e-12
 
 
+def test_psnr_is_of_pixels_between_minus_1_and_1() -> None:
+    assert psnr(2.0**2) == 0 and psnr(0.04) == pytest.approx(20)
+
+
 def test_small_pictures_are_told_by_ssim() -> None:
     for size in ((5, 64), (64, 5), (4, 4)):
         with pytest.raises(ValueError, match=rf"at least 6 x 6 pixels for SSIM, got {size[0]} x {size[1]}"):
@@ -222,6 +228,26 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
     other.write_text(other.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(ValueError, match=r"against must be a run with the same held-out levels: its seed is 1, not 0"):
         evaluate(tmp_path / "run", against=tmp_path / "next", progress=False)
+
+
+def test_held_out_clips_are_measured_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moving_squares(tmp_path / "data")
+    config = replace(small_config(tmp_path / "data"), steps=1, clip=36)
+    train(config, tmp_path / "run", progress=False)
+    measured: list[int] = []
+    batch = Clips.batch
+
+    def noted(self: Clips, indices: np.ndarray) -> dict[str, Tensor]:
+        found = batch(self, indices)
+        measured.extend((1000 * found["segment_ids"][:, 0] + torch.from_numpy(indices)).tolist())
+        return found
+
+    monkeypatch.setattr(Clips, "batch", noted)
+    metrics = evaluate(tmp_path / "run", clips=1000, batch=4, progress=False)
+    _, held_out = split_levels(Replay(config.data), config.held_out, seed=config.seed)
+    # Five clips of 36 frames in each episode of 40.
+    assert sorted(measured) == [1000 * episode + i for i, episode in enumerate(held_out.repeat(5))]
+    assert metrics["clips"] == len(measured)
 
 
 @pytest.mark.parametrize(
