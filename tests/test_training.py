@@ -161,6 +161,15 @@ def test_a_log_on_a_full_disk_says_so(tmp_path: Path) -> None:
         log.write({"step": 7})
 
 
+def test_rows_of_steps_that_run_again_are_dropped(tmp_path: Path) -> None:
+    for first, last in ((0, 4), (2, 5)):
+        with closing(Log(tmp_path / "log.jsonl", first)) as log:
+            for step in range(first, last):
+                log.write({"step": step, "loss": first})
+    rows = read_log(tmp_path / "log.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 0), (1, 0), (2, 2), (3, 2), (4, 2)]
+
+
 @pytest.mark.slow
 def test_memory_is_flat(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A longer run of the smallest model, with checkpoints, validations and event files on the way."""
