@@ -24,10 +24,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from faults import FAULTS, KINDS, Fault
 
@@ -45,6 +46,10 @@ class Verdict:
     by: str = ""
     why: str = ""
     seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {**self.fault._asdict(), "status": self.status, "by": self.by, "why": self.why, "seconds": self.seconds}
 
     def __str__(self) -> str:
         by = f" by {self.by}" if self.by else ""
@@ -103,10 +108,12 @@ class Place:
         import pybind11
 
         for path in [self.tree / "CMakeLists.txt", *(p for p in (self.tree / "csrc").rglob("*") if p.is_file())]:
+            # In a third of the time.
+            text = path.read_text().replace("-O3", "-O1") if path.name == "CMakeLists.txt" else path.read_text()
             known = self.sources / path.relative_to(self.tree)
-            if not known.exists() or known.read_bytes() != path.read_bytes():
+            if not known.exists() or known.read_text() != text:
                 known.parent.mkdir(parents=True, exist_ok=True)
-                known.write_bytes(path.read_bytes())
+                known.write_text(text)
         environment = {**os.environ, "PATH": os.pathsep.join([cmake.CMAKE_BIN_DIR, ninja.BIN_DIR, os.environ["PATH"]])}
         configure = [
             *("cmake", "-S", self.sources, "-B", self.build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
@@ -179,7 +186,7 @@ class Place:
 
 def judge(
     faults: Sequence[Fault], root: Path, folder: Path, *, jobs: int = 1, say: Callable[[str], object] = print
-) -> list[Verdict]:
+) -> Iterator[Verdict]:
     """Plant each fault in a copy of `root` below `folder`, and run its tests, which must pass without it."""
     check_texts(faults, root)
     places: queue.Queue[Place] = queue.Queue()
@@ -220,11 +227,7 @@ def judge(
                 return Verdict(fault, "NOT JUDGED", why=unsound[needs(fault)])
             return run(fault, planted=True)
 
-        verdicts = []
-        for verdict in pool.map(verdict_on, faults):
-            verdicts.append(verdict)
-            say(f"  {verdict}" + (f"\n    {verdict.why}" if verdict.status == "NOT JUDGED" else ""))
-    return verdicts
+        yield from pool.map(verdict_on, faults)
 
 
 def main() -> None:
@@ -252,14 +255,15 @@ def main() -> None:
         first = Place(Path(folder) / "origins", ROOT)
         first.fresh(compiled=False)
         print("copies import", *first.origins(), sep="\n  ", flush=True)
-        verdicts = judge(faults, ROOT, Path(folder), jobs=args.jobs, say=lambda line: print(line, flush=True))
+        verdicts = []
+        for verdict in judge(faults, ROOT, Path(folder), jobs=args.jobs, say=lambda line: print(line, flush=True)):
+            verdicts.append(verdict)
+            print(f"  {verdict}" + (f"\n    {verdict.why}" if verdict.status == "NOT JUDGED" else ""), flush=True)
+            if args.json is not None:
+                rows = [v.row() for v in verdicts]
+                args.json.write_text(json.dumps(rows, indent=2) + "\n")
     counts = Counter(verdict.status for verdict in verdicts)
     print(", ".join(f"{count} {status}" for status, count in counts.items()), f"in {time.monotonic() - began:.0f} s")
-    if args.json is not None:
-        rows = [{**verdict.fault._asdict(), **asdict(verdict)} for verdict in verdicts]
-        for row in rows:
-            del row["fault"]
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
     raise SystemExit(0 if set(counts) <= {"CAUGHT"} else 1)
 
 
