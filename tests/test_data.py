@@ -67,6 +67,17 @@ def test_clips_know_their_episodes(tmp_path: Path) -> None:
     assert len(inside) == sum(max(0, length - 5) for length in LENGTHS)
 
 
+def test_the_actions_of_a_clip_are_those_of_its_frames(tmp_path: Path) -> None:
+    numbers = np.arange(20)
+    writer = ReplayWriter(tmp_path / "set", 2, 2, actions=20)
+    for episode in (numbers[:12], numbers[12:]):
+        writer.append(np.broadcast_to(episode[:, None, None, None], (len(episode), 2, 2, 3)).astype(np.uint8), episode)
+    clips = Clips(Replay(tmp_path / "set"), 5)
+    assert len(clips) == 16
+    for clip in (clips[index] for index in range(len(clips))):
+        assert torch.equal(clip["actions"], clip["video"][:, 0, 0, 0].long())
+
+
 def test_batches_depend_on_seed_and_step_alone(tmp_path: Path) -> None:
     write(tmp_path / "set")
     first = ClipSampler(Replay(tmp_path / "set"), 4, 3, seed=5)
