@@ -259,6 +259,17 @@ def test_options_tell_apart() -> None:
     assert len(set(losses.values())) == len(losses), losses
 
 
+@pytest.mark.parametrize("options", [{}, TOKENS, {**TOKENS, "token_targets": "tokenised"}], ids=str)
+def test_the_total_is_weighted_as_configured(options: dict[str, Any]) -> None:
+    weights, consistency = (1.0, 0.5, 0.25), None if "token_targets" in options else (0.0, 0.3, 0.2)
+    model = build(weights=weights, consistency=consistency, **options)
+    loss = model(**targets(model, clip(10, model)))
+    total = (torch.tensor(weights) * loss.per_horizon).sum()
+    if consistency is not None:
+        total = total + (torch.tensor(consistency) * loss.consistency).sum()
+    torch.testing.assert_close(loss.total, total)
+
+
 def test_appending_is_the_block_over_each_longer_sequence() -> None:
     torch.manual_seed(0)
     block = SpaceTimeBlock(32, 16, rotary=True)
