@@ -177,7 +177,7 @@ FAULTS = [
     Fault(
         "the weights of horizons are ignored", "model", "python/mfwm/models/heads.py",
         "weights: Any = config.weights if", "weights: Any = None if",
-        "tests/test_model.py -k 'options_tell_apart or weights'",
+        "tests/test_model.py -k weighted_as_configured",
     ),
     Fault(
         "masked positions see their own action", "model", "python/mfwm/models/world_model.py",
@@ -222,7 +222,7 @@ FAULTS = [
     Fault(
         "actions are those of the frame before", "data", "python/mfwm/data/replay.py",
         "self.replay.action[frames_BT]", "self.replay.action[np.maximum(frames_BT - 1, 0)]",
-        "tests/test_data.py tests/test_data_safety.py -k 'clips or batches or round_trip'",
+        "tests/test_data.py -k actions_of_a_clip",
     ),
     # ---- checkpoints, and runs that are resumed
     Fault(

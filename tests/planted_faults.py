@@ -108,7 +108,7 @@ class Place:
         import pybind11
 
         for path in [self.tree / "CMakeLists.txt", *(p for p in (self.tree / "csrc").rglob("*") if p.is_file())]:
-            # In a third of the time.
+            # -O1 takes a third of the time of -O3.
             text = path.read_text().replace("-O3", "-O1") if path.name == "CMakeLists.txt" else path.read_text()
             known = self.sources / path.relative_to(self.tree)
             if not known.exists() or known.read_text() != text:
