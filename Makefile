@@ -1,4 +1,4 @@
-# make setup | demo | test | bench: everything lives in .venv, runs/ and data/. make prebuild: see docs/gpu.md.
+# make setup | demo | quick | test | bench: everything lives in .venv, runs/ and data/. make prebuild: see docs/gpu.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,14 @@ STAMP := $(VENV)/.up-to-date
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup demo test bench prebuild clean
+# Most tests compute on tiny tensors, where a second process helps and a second thread does not. -p no:benchmark:
+# pytest-benchmark warns that it does not measure beside other processes.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest $(if $(CI),--durations=25)
+SHARED := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTEST) -n $(WORKERS) --dist worksteal -p no:benchmark
+COSTLY := interpreter or compile or emulator or aot or process or slow
+
+.PHONY: setup demo lint quick test bench prebuild clean
 
 setup: $(STAMP)
 
@@ -21,11 +28,18 @@ $(STAMP): $(SOURCES)
 demo: setup
 	$(BIN)/mfwm demo --out runs/demo
 
-test: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+# make quick OP=fan_out runs those tests of them that have fan_out in their names.
+quick: lint
+	$(SHARED) -m "not ($(COSTLY) or alone)" $(if $(OP),-k "$(OP)")
+
+test: lint
+	$(SHARED) -m "not alone"
+	$(PYTEST) -m alone
 
 bench: setup
 	$(BIN)/python -m benchmarks

@@ -1,8 +1,9 @@
-"""Fixtures and comparisons shared by the tests of the ops."""
+"""What tests share: fixtures, comparisons, and the markers that say what a test costs."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -70,11 +71,49 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(AtOnce())
 
 
+# What a test needs, by its file, its name and its parameters. pyproject.toml says what each marker means.
+MARKERS = {
+    "interpreter": r"(test_ops\.py|/ops/).*(\btriton\b|too_long_for_registers)",
+    "compile": r"::.*(compile|opcheck|tensor_that_cannot_be_read|without_a_hidden_gradient)",
+    "emulator": r"test_cuda_emulated",
+    "aot": r"test_aot|test_triton_launcher",
+    "process": r"test_(benchmarks|evaluation|examples|gpu_all|parallel|run_data|run_safety|token_path|tools|training)"
+    r"|tokens_train|killed|ctrl_c|mistake_is_one_line",
+    "alone": r"test_gpu\.py|test_gpu_all|ctrl_c|a_signal_saves|test_memory",
+}
+COSTLY = ("interpreter", "compile", "emulator", "aot", "process", "slow")
+LIMIT_S = 10.0
+begun = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    here = torch.cuda.is_available()
+    for item in items:
+        for marker, pattern in MARKERS.items():
+            if re.search(pattern, item.nodeid) and not (here and marker == "interpreter"):
+                item.add_marker(marker)
+        if not here and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for: the same whatever else runs on the machine."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[begun] = cpu_seconds()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """In CI, a test that `make quick` runs fails above LIMIT_S, fixtures included: so it stays quick."""
+    used = cpu_seconds() - item.stash[begun]
+    if os.environ.get("CI") and used > LIMIT_S and not any(item.get_closest_marker(name) for name in COSTLY):
+        pytest.fail(f"{used:.1f} s of CPU time, at most {LIMIT_S:.0f} without one of the markers {', '.join(COSTLY)}")
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +133,18 @@ def on_the_backends_device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The CPU kernels share their work between threads, also where each worker of a run has one thread."""
+    threads = torch.get_num_threads()
+    if re.search(r"\bcpu\b|_cpu\.py", request.node.nodeid):
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread(two_threads: None) -> Iterator[None]:
     """For bounds on memory: a matrix product has a workspace for every thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
