@@ -179,6 +179,13 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
 
 
+def fewest_horizons(op: Any, device: torch.device) -> dict[str, Any]:
+    """The sample of an op with the fewest horizons, which all run the same lines, for what takes seconds a horizon."""
+    torch.manual_seed(1)
+    samples = [s for s in op.samples(torch.float32, device) if all(t.numel() for t in tensors_of(list(s.values())))]
+    return min(samples, key=lambda sample: len(getattr(sample.get("horizons"), "offsets", ())))
+
+
 def require_grad(op: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The call with its differentiable tensors as leaves that require grad."""
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import backends_of, device_of, differentiable_outputs, gradients, leaves, require_grad
+from conftest import (
+    backends_of,
+    device_of,
+    differentiable_outputs,
+    fewest_horizons,
+    gradients,
+    interpreted,
+    leaves,
+    require_grad,
+)
 
 import mfwm_kernels
 from mfwm_kernels import autograd, backends
@@ -55,6 +64,22 @@ def samples(op: Any, dtype: torch.dtype, device: torch.device) -> list[dict[str,
     return list(op.samples(dtype, device))
 
 
+# What has an entry per clip.
+CLIPS = ("preds", "video", "inputs", "tokens", "token_mask", "hidden", "actions", "segment_ids")
+
+
+def sample_of(op: Any, backend: str, number: int) -> dict[str, Any]:
+    """A sample in fp32; its first clip in Triton's interpreter, where a clip takes seconds and shows what two do:
+    test_values_and_gradients compares all."""
+    sample = samples(op, torch.float32, device_of(backend))[number]
+    if not interpreted(backend) or op.name == "mtp_combine":
+        return sample
+    return {
+        name: value if name not in CLIPS else value[:1] if isinstance(value, torch.Tensor) else [t[:1] for t in value]
+        for name, value in sample.items()
+    }
+
+
 def upstream_of(result: Any) -> list[torch.Tensor]:
     """Random upstream gradients, so that a backward that assumes 1 is caught."""
     return [torch.randn_like(output) for output in differentiable_outputs(result)]
@@ -62,8 +87,14 @@ def upstream_of(result: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("op", "backend", "dtype"), list(cases()))
 def test_values_and_gradients(op: Any, backend: str, dtype: torch.dtype, poisoned_empty: None) -> None:
+    """Of outputs and inputs, neither written to nor marked as written to."""
     for number, sample in enumerate(samples(op, dtype, device_of(backend))):
+        # bf16 and fp16 differ in how a kernel loads and stores: in the interpreter they take turns.
+        if interpreted(backend) and dtype != torch.float32 and number % 2 != (dtype == torch.float16):
+            continue
         kwargs = require_grad(op, sample)
+        given = tensors_of(list(kwargs.values()))
+        before, versions = [t.detach().clone() for t in given], [t._version for t in given]
         with use_backend(backend):
             result = op.public(**kwargs)
         exact_kwargs = require_grad(op, doubled(sample))
@@ -88,6 +119,8 @@ def test_values_and_gradients(op: Any, backend: str, dtype: torch.dtype, poisone
             assert error <= max(TOLERANCE[dtype], TOLERANCE[leaf.dtype]), (
                 f"{where}, gradient {place} {list(leaf.shape)}: relative error {error:.2e}"
             )
+        assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True)), f"{where}: an input is written to"
+        assert versions == [t._version for t in given], where
 
 
 @pytest.mark.parametrize("name", ["multi_horizon_linear", "mtp_combine", "multi_horizon_linear_cross_entropy"])
@@ -98,23 +131,9 @@ def test_bf16_states_multiplied_either_way(name: str, products: torch.dtype, poi
 
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())
-def test_nothing_is_written_to_the_inputs(op: Any, backend: str) -> None:
-    for sample in samples(op, torch.float32, device_of(backend)):
-        kwargs = require_grad(op, sample)
-        before = [t.detach().clone() for t in tensors_of(list(kwargs.values()))]
-        versions = [t._version for t in tensors_of(list(kwargs.values()))]
-        with use_backend(backend):
-            result = op.public(**kwargs)
-            gradients(op, kwargs, result, upstream_of(result))
-        after = tensors_of(list(kwargs.values()))
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        assert versions == [t._version for t in after]
-
-
-@pytest.mark.parametrize(("op", "backend"), per_backend())
 def test_only_the_needed_gradients(op: Any, backend: str) -> None:
     """Each leaf alone gets the gradient that it gets among all."""
-    sample = samples(op, torch.float32, device_of(backend))[1]
+    sample = sample_of(op, backend, 1)
     kwargs = require_grad(op, sample)
     with use_backend(backend):
         result = op.public(**kwargs)
@@ -131,7 +150,7 @@ def test_only_the_needed_gradients(op: Any, backend: str) -> None:
 @pytest.mark.parametrize(("op", "backend"), per_backend())
 def test_one_output_at_a_time(op: Any, backend: str) -> None:
     """Outputs that nobody uses send no gradient."""
-    sample = samples(op, torch.float32, device_of(backend))[0]
+    sample = sample_of(op, backend, 0)
     with use_backend(backend):
         kwargs = require_grad(op, sample)
         outputs = differentiable_outputs(op.public(**kwargs))
@@ -150,7 +169,7 @@ def test_one_output_at_a_time(op: Any, backend: str) -> None:
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())
 def test_backward_again_and_create_graph(op: Any, backend: str) -> None:
-    sample = samples(op, torch.float32, device_of(backend))[0]
+    sample = sample_of(op, backend, 0)
     with use_backend(backend):
         kwargs = require_grad(op, sample)
         if not leaves(op, kwargs):
@@ -188,7 +207,7 @@ def test_gradcheck(op: Any) -> None:
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())
 def test_no_gradient_needed(op: Any, backend: str) -> None:
-    sample = samples(op, torch.float32, device_of(backend))[0]
+    sample = sample_of(op, backend, 0)
     with use_backend(backend):
         with_grad = tensors_of(op.public(**require_grad(op, sample)))
         with torch.no_grad():
@@ -202,9 +221,12 @@ def test_no_gradient_needed(op: Any, backend: str) -> None:
 def test_compile_fullgraph(op: Any, backend: str, dynamic: bool) -> None:
     """Compiled without a graph break: the same values and gradients as in eager mode."""
     torch._dynamo.reset()
-    sample = samples(op, torch.float32, device_of(backend))[0]
+    sample, compiler = samples(op, torch.float32, device_of(backend))[0], "aot_eager"
+    if dynamic and backend == "reference":
+        # Symbolic shapes take seconds a horizon, and aot_eager as long again: plain PyTorch holds no op of ours for it.
+        sample, compiler = fewest_horizons(op, device_of(backend)), "eager"
     with use_backend(backend):
-        compiled = torch.compile(op.public, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        compiled = torch.compile(op.public, fullgraph=True, dynamic=dynamic, backend=compiler)
         eager_kwargs, compiled_kwargs = require_grad(op, sample), require_grad(op, sample)
         eager, got = op.public(**eager_kwargs), compiled(**compiled_kwargs)
         for a, b in zip(tensors_of(eager), tensors_of(got), strict=True):

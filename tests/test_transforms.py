@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import backends_of, device_of, differentiable_outputs, gradients, interpreted, require_grad
+from conftest import (
+    backends_of,
+    device_of,
+    differentiable_outputs,
+    fewest_horizons,
+    gradients,
+    interpreted,
+    require_grad,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -145,7 +153,7 @@ def test_pending_negation(op: Any, backend: str) -> None:
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
 def test_tracers_record_what_runs(op: Any, backend: str) -> None:
     """A trace gives the results for other values. What jit.trace cannot follow it refuses."""
-    call, tensors = function_of(op, sample_of(op, device_of(backend)))
+    call, tensors = function_of(op, fewest_horizons(op, device_of(backend)))
     others = changed(tensors)
     with use_backend(backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")
