@@ -78,11 +78,11 @@ def pytest_configure(config: pytest.Config) -> None:
 # What a test needs, by its file, its name and its parameters. pyproject.toml says what each marker means.
 MARKERS = {
     "interpreter": r"(test_ops\.py|/ops/).*(\btriton\b|too_long_for_registers)",
-    "compile": r"::.*(compile|opcheck|tensor_that_cannot_be_read|without_a_hidden_gradient)",
+    "compile": r"::.*(compile|opcheck|tracers|tensor_that_cannot_be_read|without_a_hidden_gradient)",
     "emulator": r"test_cuda_emulated",
     "aot": r"test_aot|test_triton_launcher",
     "process": r"test_(benchmarks|evaluation|examples|gpu_all|parallel|run_data|run_safety|token_path|tools|training)"
-    r"|tokens_train|killed|ctrl_c|mistake_is_one_line",
+    r"|tokens_train|killed|ctrl_c|mistake_is_one_line|moved_set_is_an_option|threads_that_wait",
     "alone": r"test_gpu\.py|test_gpu_all|ctrl_c|a_signal_saves|test_memory",
 }
 COSTLY = ("interpreter", "compile", "emulator", "aot", "process", "slow")
