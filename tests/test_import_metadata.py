@@ -505,7 +505,7 @@ def test_sizes_that_are_none_are_refused(tmp_path: Path, size: Any) -> None:
     folder = write_set(tmp_path / "in")
     (folder / "actions.csv").write_text("video,frame,action\na.mp4,0,0\n")
     for run in (import_lerobot, import_videos):
-        with pytest.raises(ValueError, match="size must be a height and a width in pixels, in 1..32767"):
+        with pytest.raises(ValueError, match=r"size must be a height and a width in pixels, in 1\.\.32767"):
             run(folder, tmp_path / "out", size=size, skip_damaged=True, progress=False)
 
 
