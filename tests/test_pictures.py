@@ -186,7 +186,7 @@ def test_what_has_no_one_meaning_as_frames_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_videos_of_more_bits_are_refused(tmp_path: Path, pix_fmt: str, what: str) -> None:
     path = write_video(tmp_path / "a.mkv", [COLOUR] * 3, "ffv1", pix_fmt)
-    with pytest.raises(ValueError, match=rf"a.mkv, frame 0: it is {what} a channel, and frames have 8"):
+    with pytest.raises(ValueError, match=rf"a.mkv, frame 0: it is {what} per channel, but frames have 8"):
         images(path)
 
 
