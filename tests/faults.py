@@ -66,7 +66,7 @@ FAULTS = [
     ),
     Fault(
         "Charbonnier's eps is not squared", "kernel", "csrc/cuda/multi_horizon_loss.cuh",
-        "given * given + eps * eps", "given * given + eps",
+        "difference * difference + eps * eps", "difference * difference + eps",
         emulated("multi_horizon_loss-float32-start"),
     ),
     # ---- gradients
@@ -92,7 +92,7 @@ FAULTS = [
     ),
     Fault(
         "the other side of a pair is detached", "gradient", "mfwm_kernels/ops/multi_horizon_loss.py",
-        'if detach == "near" else', 'if detach == "far" else',
+        'if args.detach == "near" else', 'if args.detach == "far" else',
         values_of("multi_horizon_loss-cpu-float32"),
     ),
     Fault(
@@ -128,7 +128,7 @@ FAULTS = [
         "tests/test_arguments.py -k malformed",
     ),
     Fault(
-        "a negative id is used as an index", "arguments", "mfwm_kernels/ids.py",
+        "a negative id is used as an index", "arguments", "mfwm_kernels/ops/token_ids.py",
         "((ids < 0) | (ids >= vocabulary))", "(ids >= vocabulary)",
         "tests/ops/test_multi_horizon_linear_cross_entropy.py -k out_of_range",
     ),
@@ -144,29 +144,29 @@ FAULTS = [
         "tests/test_transforms.py -k 'torch_func and cpu'",
     ),
     Fault(
-        "autocast rounds fp64", "dispatch", "mfwm_kernels/autocast.py",
+        "autocast rounds fp64", "dispatch", "mfwm_kernels/dtypes.py",
         " or tensor.dtype == torch.float64:", ":",
         "tests/ops/test_mtp_combine.py -k autocast",
     ),
     Fault(
-        "gradients are scaled again by a second backward", "dispatch", "mfwm_kernels/registry.py",
-        "extras, ctx.extras = ctx.extras, None", "extras = ctx.extras",
+        "gradients are scaled again by a second backward", "dispatch", "mfwm_kernels/autograd.py",
+        "stored, ctx.gradients = ctx.gradients, None", "stored = ctx.gradients",
         "tests/test_ops.py -k 'backward_again and multi_horizon_loss-cpu'",
     ),
     Fault(
-        "fp16 gradients are stored in fp16", "dispatch", "mfwm_kernels/registry.py",
+        "fp16 gradients are stored in fp16", "dispatch", "mfwm_kernels/dtypes.py",
         "return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype", "return leaf.dtype",
         "tests/ops/test_multi_horizon_loss.py -k 'loss_scale and not compiled'",
     ),
     # ---- layers of the model
     Fault(
         "attention reaches one frame past the window", "model", "python/mfwm/models/blocks.py",
-        "max(0, held - self.window + 1)", "max(0, held - self.window)",
+        "max(0, stored - self.window + 1)", "max(0, stored - self.window)",
         "tests/test_rollout.py -k 'a_cache_changes_nothing or a_window_rolls_on'",
     ),
     Fault(
         "attention reaches another episode", "model", "python/mfwm/models/blocks.py",
-        "return same & within(", "return within(",
+        "return same & causal_mask(", "return causal_mask(",
         "tests/test_model.py -k segments_do_not_mix",
     ),
     Fault(
@@ -197,7 +197,7 @@ FAULTS = [
     ),
     Fault(
         "an overwrite deletes what is not a set's", "data", "python/mfwm/data/place.py",
-        "for path in strangers(self.target):", "for path in ():",
+        "for path in foreign_files(self.target):", "for path in ():",
         "tests/test_data_safety.py -k nothing_but_a_replay_buffer",
     ),
     Fault(
@@ -216,7 +216,7 @@ FAULTS = [
     ),
     Fault(
         "held-out levels are trained on", "data", "python/mfwm/data/replay.py",
-        "return np.flatnonzero(~validates),", "return np.arange(len(validates)),",
+        "return np.flatnonzero(~validation),", "return np.arange(len(validation)),",
         "tests/test_data.py -k levels_are_split",
     ),
     Fault(
@@ -257,18 +257,18 @@ FAULTS = [
     ),
     # ---- evaluation
     Fault(
-        "a held-out clip is measured twice", "evaluation", "python/mfwm/evaluation/world_model.py",
-        "size=min(clips, len(source)), replace=False", "size=min(clips, len(source)), replace=True",
+        "a held-out clip is measured twice", "evaluation", "python/mfwm/evaluation/held_out.py",
+        "size=min(count, len(self.clips)), replace=False", "size=min(count, len(self.clips)), replace=True",
         "tests/test_evaluation.py -k held_out_clips",
     ),
     Fault(
-        "levels that were trained on are measured", "evaluation", "python/mfwm/evaluation/world_model.py",
-        "_, held_out = split_levels(", "held_out, _ = split_levels(",
+        "levels that were trained on are measured", "evaluation", "python/mfwm/evaluation/held_out.py",
+        "_, self.episodes = split_levels(", "self.episodes, _ = split_levels(",
         "tests/test_evaluation.py -k held_out_clips",
     ),
     Fault(
         "persistence knows the frame to come", "evaluation", "python/mfwm/evaluation/world_model.py",
-        "kept = truth[:, CONTEXT - 1 : CONTEXT]", "kept = truth[:, CONTEXT : CONTEXT + 1]",
+        "persistence = truth[:, CONTEXT - 1 : CONTEXT]", "persistence = truth[:, CONTEXT : CONTEXT + 1]",
         "tests/test_evaluation.py -k rollouts_are_measured",
     ),
     Fault(
