@@ -68,7 +68,18 @@ def samples(op: Any, dtype: torch.dtype, device: torch.device) -> list[dict[str,
 
 
 # What has an entry per clip.
-CLIPS = ("preds", "video", "inputs", "tokens", "token_mask", "hidden", "embedding", "actions", "segment_ids")
+CLIPS = (
+    "preds",
+    "video",
+    "inputs",
+    "tokens",
+    "token_mask",
+    "condition",
+    "hidden",
+    "embedding",
+    "actions",
+    "segment_ids",
+)
 
 
 def sample_of(op: Any, backend: str, number: int) -> dict[str, Any]:
