@@ -1,10 +1,10 @@
-"""python -m mfwm_kernels.aot [--arch sm_80 sm_90 sm_100] [--json FILE]: every GPU kernel, compiled without a GPU.
+"""python -m mfwm_kernels.aot [--arch sm_80 sm_90 sm_100] [--json FILE]: compile every GPU kernel, without a GPU.
 
-All that the launchers of each op launch (mfwm_kernels.launches) is compiled once for each way in which Triton would
-specialise it. A row fails where a kernel does not compile, spills registers, needs more shared memory than the GPU has,
-or overwrites a tile that a dot still reads (mfwm_kernels.pipelines). Registers, local memory and shared memory are read
-from the cubin; those of the CUDA C++ kernels from the compiled module, where it was built with nvcc. Exit status 1 if a
-row fails.
+Compiles everything that the launchers of each op launch (mfwm_kernels.launches), once for each of Triton's
+specialisations. A row fails if a kernel does not compile, spills registers, needs more shared memory than the GPU has,
+or overwrites a tile that a dot still reads (mfwm_kernels.pipelines). Registers, local and shared memory are read from
+the cubin; for CUDA C++ kernels, from the compiled module if it was built with nvcc. The exit status is 1 if a row
+fails.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from .op import OPS, Op
 from .pipelines import races
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Bytes that a block may have, by the CUDA programming guide.
+# The most shared memory of a block in bytes, from the CUDA programming guide.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 
 class Variant(NamedTuple):
-    """A launch that Triton compiles in a way of its own, of the call that met it first; `kernel` by module and name."""
+    """A launch with its own specialisation. `call` is the first call that causes it; `kernel` is (module, name)."""
 
     op: str
     call: str
@@ -47,7 +47,7 @@ class Variant(NamedTuple):
 
 
 class Driver:
-    """Stands for a GPU of one architecture where Triton asks what to compile for."""
+    """Replaces Triton's driver, and so sets the architecture to compile for without a GPU."""
 
     def __init__(self, architecture: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -58,7 +58,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        # A kernel remembers, per device, what it compiled for it.
+        # Kernels cache their compiled code per device, so each architecture needs its own number.
         return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
@@ -66,7 +66,7 @@ class Driver:
 
 
 def variants(ops: Sequence[Op]) -> list[Variant]:
-    """Of all launches of `ops`, those that differ in what Triton specialises on, by its own key."""
+    """The launches of `ops`, one for each key by which Triton specialises."""
     from triton.runtime import driver
 
     # The key is the same on every architecture.
@@ -96,7 +96,7 @@ def compiled_row(architecture: str, variant: Variant) -> dict[str, Any]:
     try:
         compiled = compile_for(architecture, variant)
         return judged({**row, **resources(compiled)}, races(compiled.asm["ttgir"]))
-    except Exception as raised:  # A kernel that does not compile is a row that fails, not the end of the run.
+    except Exception as raised:  # A kernel that does not compile fails its row; the run continues.
         return {**row, "problem": f"{type(raised).__name__}: {' '.join(str(raised).split())}"}
 
 
@@ -106,7 +106,7 @@ def row_of(architecture: str, variant: Variant) -> dict[str, Any]:
 
 
 def judged(row: dict[str, Any], raced: Sequence[str]) -> dict[str, Any]:
-    """The row with its problem, '' for none."""
+    """The row with its problem, or '' if it has none."""
     problems = list(raced)
     if row["local_bytes"]:
         problems.append(f"spills {row['local_bytes']} bytes")
@@ -130,20 +130,20 @@ def compile_for(architecture: str, variant: Variant) -> Any:
 def compiled_rows(architectures: Sequence[str], ops: Sequence[Op], jobs: int) -> Iterator[dict[str, Any]]:
     """A row for each variant of `ops` and architecture, compiled in `jobs` processes."""
     found = variants(ops)
-    rest = [(architecture, variant) for architecture in architectures for variant in found]
-    while rest:
-        done = 0
+    remaining = [(architecture, variant) for architecture in architectures for variant in found]
+    while remaining:
+        finished = 0
         with processes(jobs) as pool:
-            rows = [pool.submit(compiled_row, *arguments) for arguments in rest]
-            for row, arguments in zip(rows, rest, strict=True):
-                done += 1
+            rows = [pool.submit(compiled_row, *arguments) for arguments in remaining]
+            for row, arguments in zip(rows, remaining, strict=True):
+                finished += 1
                 try:
                     yield row.result()
                 except BrokenProcessPool:
-                    # The compiler ended a process, which ends them all. Was it this variant?
+                    # A crash of the compiler breaks the pool. Retry this variant alone, to see if it is to blame.
                     yield compiled_alone(*arguments)
                     break
-        rest = rest[done:]
+        remaining = remaining[finished:]
 
 
 def compiled_alone(architecture: str, variant: Variant) -> dict[str, Any]:
@@ -155,12 +155,12 @@ def compiled_alone(architecture: str, variant: Variant) -> dict[str, Any]:
 
 
 def processes(jobs: int) -> ProcessPoolExecutor:
-    """Forked, so that they have the kernels as they are here."""
+    """A pool of forked processes, which inherit the kernels as they are in this process."""
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"))
 
 
 def binary(name: str) -> str:
-    """A CUDA tool of Triton's wheel."""
+    """The path of a CUDA tool that Triton's wheel contains."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None
     return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
@@ -172,7 +172,7 @@ def resources(compiled: Any) -> dict[str, int]:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (used,) = (usage_of(line) for line in listing(cubin) if "REG:" in line)
-    # Triton allots shared memory at launch, where the cubin does not see it.
+    # Triton allocates shared memory at launch, so the cubin does not list it.
     return {**used, "shared_bytes": int(compiled.metadata.shared)}
 
 
@@ -183,7 +183,7 @@ def listing(file: Path) -> list[str]:
 
 def usage_of(line: str) -> dict[str, int]:
     used = {name: int(value) for name, value in re.findall(r"(REG|LOCAL|STACK|SHARED):(\d+)", line)}
-    # Spilled registers lie in the stack frame; LOCAL counts what is declared beside it.
+    # Spilled registers are in the stack frame; LOCAL counts only declared local memory.
     return {
         "registers": used["REG"],
         "local_bytes": used["LOCAL"] + used["STACK"],
@@ -192,7 +192,7 @@ def usage_of(line: str) -> dict[str, int]:
 
 
 def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
-    """The CUDA C++ kernels in the compiled module. Their shared memory is what is declared, not what a launch adds."""
+    """The CUDA C++ kernels in the compiled module. Their shared memory excludes what a launch may add."""
     if native.module is None or not native.module.has_cuda:
         return
     found = function = ""
@@ -214,7 +214,7 @@ def name_of(mangled: str) -> tuple[str, str, str]:
 
 
 def config_of(given: tuple[Any, ...], constants: dict[str, Any]) -> str:
-    """What tells most compilations of a kernel apart: dtypes, then the constants."""
+    """The dtypes, then the constants: enough to distinguish most compilations of a kernel."""
     dtypes = sorted({str(pointer.dtype).removeprefix("torch.") for pointer in pointers_of(given)})
     return " ".join([*dtypes, *(f"{name}={value}".replace(" ", "") for name, value in constants.items())])
 
@@ -235,8 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.aot", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, metavar="ARCH")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS), metavar="OP")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes that compile")
-    parser.add_argument("--json", metavar="FILE", help="keep the rows in FILE")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiling processes")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must not be 1: the interpreter compiles nothing")

@@ -1,7 +1,7 @@
-"""Argument checks shared by the ops. Every error names the argument, the rule and the value.
+"""Argument checks that the ops share. Every error names the argument, the rule and the value.
 
-All of them run before anything is launched, look only at shapes, dtypes, devices and Python numbers, and are
-traceable by torch.compile.
+They run before anything is launched, read only shapes, dtypes, devices and Python numbers, and torch.compile can trace
+them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_IDS = (torch.int32, torch.int64)
-# What kernels take as an int.
+# The largest int that kernels take.
 LARGEST = 2**31 - 1
 
 
@@ -29,7 +29,7 @@ def shape_of(tensor: Tensor) -> list[int]:
 
 
 def tensor(name: str, value: Any, rank: int | tuple[int, ...], dtypes: Sequence[torch.dtype] = FLOATING) -> Tensor:
-    """`value` is a dense tensor of one of these ranks and dtypes."""
+    """Check that `value` is a dense tensor of one of these ranks and dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     ranks = (rank,) if isinstance(rank, int) else rank
@@ -43,7 +43,7 @@ def tensor(name: str, value: Any, rank: int | tuple[int, ...], dtypes: Sequence[
 
 
 def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """`value` shares dtype and device with `other`."""
+    """Check that `value` has the dtype and device of `other`."""
     if value.dtype != other.dtype:
         raise TypeError(
             f"{name} must have the dtype of {other_name}, {names([other.dtype])}; got {names([value.dtype])}"
@@ -57,27 +57,27 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
-    """`value` has exactly this shape; `meaning` spells it in letters, such as [B, T, D]."""
+    """Check that `value` has exactly this shape, which `meaning` spells in letters, such as [B, T, D]."""
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {meaning} = {list(expected)}, got {shape_of(value)}")
 
 
 def non_zero_sizes(name: str, value: Tensor, may_be_zero: Sequence[int] = (0, 1)) -> None:
-    """No size is zero, except in the dimensions listed (batch and time, where nothing to do is a fine thing to do)."""
+    """Check that no size is zero, except in the dimensions listed (batch and time, where empty inputs are valid)."""
     for axis, size in enumerate(value.shape):
         if axis not in may_be_zero and size == 0:
             raise ValueError(f"{name} must not have size 0 in dimension {axis}, got shape {shape_of(value)}")
 
 
 def is_integer(value: Any) -> bool:
-    # Most are ints: to ask a number class of the standard library costs many times as much.
+    # Fast path: isinstance with numbers.Integral, an ABC, takes many times as long as an exact type check.
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def integers(
     name: str, values: Any, *, least: int | None = None, most: int | None = LARGEST, count: int | None = None
 ) -> tuple[int, ...]:
-    """A sequence of Python integers, none below `least` or above `most`, `count` of them."""
+    """A sequence of `count` Python integers, each between `least` and `most`."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a sequence of integers, got {type(values).__name__}")
     for i, value in enumerate(values):
@@ -141,7 +141,7 @@ def tensors(name: str, values: Any, count: int | None, rank: int | tuple[int, ..
 def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
     """Weights as an fp32 or fp64 tensor, or as (nested) lists of finite numbers, of one of these shapes.
 
-    They are, or are put, on the device of `like`.
+    A tensor must be on the device of `like`; lists become a tensor there.
     """
     meaning = " or ".join(str(list(s)) for s in shapes)
     if isinstance(value, Tensor):
@@ -173,8 +173,8 @@ def has_data(tensor: Tensor) -> bool:
 def constant(values: tuple[float, ...], size: tuple[int, ...], like: Tensor) -> Tensor:
     """The numbers as an fp64 tensor on the device of `like`, cached: never write to it.
 
-    Building one costs about 2% of a loss on a CPU, and a launch per number on a GPU, where nothing may wait for a copy
-    from the host. Calls that are captured in a CUDA graph use what earlier calls cached.
+    Building one costs about 2% of a loss on a CPU. On a GPU it costs a launch per number, because no call may wait for
+    a copy from the host. Calls captured in a CUDA graph use the tensors that earlier calls cached.
     """
     device = like.device
     if torch.compiler.is_compiling() or not has_data(like):
@@ -184,10 +184,10 @@ def constant(values: tuple[float, ...], size: tuple[int, ...], like: Tensor) -> 
     cached = _constants.get(key)
     if cached is not None:
         return cached.ready()
-    # A tensor of inference mode could not be saved for the backward of a later call.
+    # Autograd cannot save a tensor created in inference mode, and a later call may need to.
     with torch.inference_mode(False):
         filled = _filled(values, size, device)
-    # What is computed during capture lives in the graph's memory.
+    # A tensor computed during capture is in the graph's memory pool, so do not cache it.
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if not captured and len(_constants) < 1024 and _outlives_modes(filled):
         _constants[key] = Shared(filled)
@@ -195,15 +195,15 @@ def constant(values: tuple[float, ...], size: tuple[int, ...], like: Tensor) -> 
 
 
 class Shared:
-    """A tensor that one stream of a GPU has just written and that calls on any stream read later."""
+    """A tensor that one GPU stream writes once, and that calls on any stream read later."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.written = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
 
     def ready(self) -> Tensor:
-        """The tensor, for the current stream: it waits where the first one is not done, the host does not."""
-        # A capture cannot query or wait for an event from outside it; it replays long after the tensor was written.
+        """The tensor, for use on the current stream, which waits for the write if necessary. The host never waits."""
+        # A capture cannot query or wait for an event from outside it. It need not: it replays long after the write.
         if self.written is not None and not torch.cuda.is_current_stream_capturing():
             if self.written.query():
                 self.written = None
@@ -216,7 +216,7 @@ _constants: dict[tuple[tuple[float, ...], tuple[int, ...], torch.device], Shared
 
 
 def _outlives_modes(tensor: Tensor) -> bool:
-    """Not a fake tensor, nor a wrapper of torch.func."""
+    """Whether the tensor has data of its own: a FakeTensor or a wrapper of torch.func ends with its mode."""
     try:
         return has_data(tensor) and tensor.data_ptr() != 0
     except RuntimeError:
@@ -226,7 +226,7 @@ def _outlives_modes(tensor: Tensor) -> bool:
 def _filled(values: tuple[float, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.float64, device=device).view(size)
-    # A fill each, because a copy from the host would wait.
+    # One fill per number, because a copy from the host would wait.
     entries = [torch.full((), value, dtype=torch.float64, device=device) for value in values]
     return torch.stack(entries).view(size)
 

@@ -1,11 +1,11 @@
-"""A call of an op: the choice of its backend, and its gradients.
+"""Calls an op: chooses its backend and connects its gradients to autograd.
 
-In eager mode a call goes straight to an autograd.Function: the registered-op boundary costs tens of microseconds.
+In eager mode `call` goes straight to an autograd.Function, because a registered op costs tens of microseconds more.
 Under torch.compile, and where torch watches or transforms the call (transforms.py), it goes through
 `torch.ops.mfwm.<name>` (torch_library.py). The compiler traces through the `reference` backend, which is plain PyTorch.
 
-autograd.Function and torch.library take flat lists. The order in them is known here and nowhere else: a *leaf* is a
-differentiable tensor of the arguments, field after field, lists flattened, None left out.
+autograd.Function and torch.library take flat lists, whose order only this file knows: a *leaf* is a differentiable
+tensor of the arguments, field after field, with lists flattened and None left out.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from .backends import choose, load
 from .op import Gradients, Op, Want
-from .transforms import is_batched, refuse_compiled_forward_mode, refuse_transforms, settle
+from .transforms import is_batched, prepare, refuse_compiled_forward_mode, refuse_transforms
 
 
 def call(op: Op, args: Any) -> list[Tensor]:
     """Run `op` on checked arguments; the outputs are those of `op.reference`."""
     if torch.compiler.is_compiling():
-        # The compiler sees the registered op in any case.
+        # The compiler must always see the registered op.
         watched = True
         refuse_compiled_forward_mode(op.name)
     else:
-        args, watched = settle(args)
+        args, watched = prepare(args)
     backend = choose(op, args)
     leaves, want, needed = flatten(op, args, torch.is_grad_enabled())
     if watched:
@@ -47,7 +47,7 @@ def call(op: Op, args: Any) -> list[Tensor]:
 
 
 def flatten(op: Op, args: Any, grad: bool = True) -> tuple[list[Tensor], dict[str, Any], bool]:
-    """The leaves, which gradients are needed (none where not `grad`), and whether any is."""
+    """The leaves, which of their gradients are needed (none if `grad` is False), and whether any is."""
     leaves: list[Tensor] = []
     want: dict[str, Any] = {}
     needed = False
@@ -76,7 +76,7 @@ def flags_of(want: Want) -> list[bool]:
 
 
 def nested(op: Op, args: Any, values: Sequence[Any]) -> dict[str, Any]:
-    """One value per leaf, by field: for a list of tensors a list, None for a field that is None."""
+    """One value per leaf as a dict by field: a list for a list of tensors, None for a field that is None."""
     rest = iter(values)
     fields: dict[str, Any] = {}
     for name in op.differentiable:
@@ -105,16 +105,16 @@ def first_order_only(op: Op) -> None:
 
 
 class _Reference(torch.autograd.Function):
-    """The reference, differentiated by autograd on a graph of its own: first order only, like every backend."""
+    """The reference, differentiated by autograd on a separate graph: first order only, like every backend."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, backend: str, args: Any, want: Want, *leaves: Tensor) -> tuple[Tensor, ...]:
         flags = flags_of(want)
         with torch.enable_grad():
-            own = [leaf.detach().requires_grad_(flag) for leaf, flag in zip(leaves, flags, strict=True)]
-            outputs = op.reference(args._replace(**nested(op, args, own)))
+            inner_leaves = [leaf.detach().requires_grad_(flag) for leaf, flag in zip(leaves, flags, strict=True)]
+            outputs = op.reference(args._replace(**nested(op, args, inner_leaves)))
         ctx.op, ctx.flags = op, flags
-        ctx.inputs = [leaf for leaf, flag in zip(own, flags, strict=True) if flag]
+        ctx.inputs = [leaf for leaf, flag in zip(inner_leaves, flags, strict=True) if flag]
         ctx.outputs = outputs
         ctx.set_materialize_grads(False)
         detached = tuple(output.detach() for output in outputs)
@@ -131,7 +131,7 @@ class _Reference(torch.autograd.Function):
             outputs, upstream = zip(*pairs, strict=True)
             gradients = torch.autograd.grad(outputs, ctx.inputs, upstream, retain_graph=True, allow_unused=True)
         if any(grad is not None for grad in grads):
-            # Zeros where nothing depends on an input, as kernels give.
+            # An input that no output depends on gets zeros, as it does from the kernels.
             gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(ctx.inputs, gradients, strict=True)]
         rest = iter(gradients)
         return (None, None, None, None, *(next(rest) if flag else None for flag in ctx.flags))
@@ -158,7 +158,7 @@ class _Kernel(torch.autograd.Function):
         first_order_only(op)
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(flags_of(want)))
-        grads, watched = settle(grads)
+        grads, watched = prepare(grads)
         if watched or is_batched(grads):
             refuse_transforms(op.name, grads)
         if op.gradients_in_forward:
@@ -191,15 +191,15 @@ def _scaled(ctx: Any, upstream: Tensor | None, watched: bool) -> list[Tensor | N
     return gradients
 
 
-# Takes the place of a tensor that autograd saves.
+# Placeholder for a tensor that autograd saves.
 _SAVED = object()
 
 
 def save(ctx: Any, op: Op, args: Any, outputs: Sequence[Tensor]) -> None:
     """Save the tensors of `args`, and `outputs`, through autograd, and the rest of `args` on ctx.
 
-    If a saved tensor is changed in place before a backward that reads it, that backward raises. What the backward
-    itself writes is kept on ctx: it may be written again.
+    Autograd raises if a saved tensor was changed in place before a backward reads it. Tensors that the backward itself
+    writes are therefore stored on ctx: every backward may overwrite them.
     """
     tensors: list[Tensor] = []
     rest: list[Any] = []
@@ -217,7 +217,7 @@ def save(ctx: Any, op: Op, args: Any, outputs: Sequence[Tensor]) -> None:
 
 
 def saved(ctx: Any, op: Op) -> tuple[Any, list[Tensor]]:
-    """The arguments again, and the outputs that were saved after them."""
+    """The saved arguments and outputs."""
     tensors = iter(ctx.saved_tensors)
     fields = []
     for value in ctx.rest:
@@ -235,7 +235,7 @@ def multiplied(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
 
 
 def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """gradients *= upstream, without touching them where it is known to be 1: `scale` of a backend without its own."""
+    """gradients *= upstream, skipped on the CPU if upstream is 1. The `scale` of backends without a kernel for it."""
     if upstream.device.type == "cpu":
         factor = upstream.item()
         return gradients if factor == 1 else [gradient.mul_(factor) for gradient in gradients]
@@ -245,7 +245,7 @@ def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
 def registered_backward(
     op: Op, args: Any, upstream: list[Tensor | None], want: Want, backend: str, outputs: Sequence[Tensor]
 ) -> Gradients:
-    """The gradients that are needed, by the registered op."""
+    """The needed gradients, computed through the registered op."""
     flags = flags_of(want)
     backward_op = getattr(torch.ops.mfwm, f"{op.name}_backward").default
     returned = backward_op(*args, upstream, flags, backend, *([outputs] if op.outputs_in_backward else []))

@@ -1,4 +1,4 @@
-"""Which backends this machine has, and the choice of one for a call."""
+"""Finds the backends of this machine, and chooses one for each call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _cuda_reason() -> str:
 # Why a backend is absent from this machine; an empty string means that it is present.
 ABSENT: dict[str, str] = {"reference": "", "cpu": native.absent, "triton": _triton_reason(), "cuda": _cuda_reason()}
 
-# Process-wide on purpose: a plain global is what torch.compile can guard on.
+# Process-wide on purpose: torch.compile can guard on a plain global.
 _forced: str = os.environ.get("MFWM_BACKEND") or "auto"
 
 
@@ -69,7 +69,7 @@ class use_backend:
 
 
 def forced() -> str | None:
-    """The backend that use_backend or MFWM_BACKEND forces."""
+    """The backend that use_backend or MFWM_BACKEND forces, or None."""
     return None if _forced == "auto" else _forced
 
 
@@ -107,20 +107,20 @@ def choose(op: Op, args: Any) -> str:
         if reason:
             raise BackendError(f"backend {_forced!r} cannot serve this call of {op.name}: {reason}")
         return _forced
-    # The tests of `refusal`, without its reasons: every eager call pays for them.
+    # The same tests as in `refusal`, without its reasons, because every eager call pays for them.
     first = first_tensor(args)
     device, dtype = first.device.type, first.dtype
     for backend, record in op.backends.items():
         if ABSENT[backend] or dtype not in record.dtypes or device not in served_devices(backend):
             continue
-        # The interpreter is for checking kernels: its results are right, and it is very slow.
+        # Triton's interpreter is for testing kernels only: its results are right, but it is very slow.
         if not (backend == "triton" and device == "cpu") and not record.refuses(args):
             return backend
     return "reference"
 
 
 def automatic(op: Op, device: str) -> str:
-    """The backend that `auto` takes on this kind of device, where no option makes a backend refuse."""
+    """The backend that `auto` takes on this kind of device, unless an option makes it refuse the call."""
     for name in op.backends:
         serves = device in served_devices(name) and not (name == "triton" and device == "cpu")
         if serves and not ABSENT[name]:
@@ -129,7 +129,7 @@ def automatic(op: Op, device: str) -> str:
 
 
 def first_tensor(args: Any) -> Tensor:
-    """The tensor whose dtype and device are those of the call."""
+    """The tensor that determines the dtype and device of the call."""
     first = args[0]
     return first[0] if type(first) is list else first
 

@@ -1,11 +1,11 @@
 """python -m mfwm_kernels.check [--op OP ...] [--backend ...] [--dtype ...] [--json FILE]: is this installation right?
 
-Every op on every backend present, in every dtype that it serves, on the op's own samples: values and gradients against
-`reference` in fp64. And is it fast: the time of a forward and backward in bf16 at the op's smallest benchmark size, the
-achieved GB/s or TFLOP/s, and the share of the roof that was measured on this device in the same run.
+Runs every op on every backend present, in every dtype that it serves, on the op's own samples, and compares values and
+gradients with `reference` in fp64. It also times a forward and backward in bf16 at the op's smallest benchmark size,
+and reports GB/s, TFLOP/s and the share of the roof measured on this device in the same run.
 
-What fails is printed when it fails, and FILE is replaced after every row, so a run that is cut off loses only the rows
-that it had not finished. Exit status 1 if anything fails.
+Failures are printed as they happen, and FILE is replaced after every row, so an interrupted run loses only the rows
+that it had not finished. The exit status is 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from .op import OPS, Op
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 2e-2}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-# The ops with the most intricate kernels come first: a run that is cut off has then told the most.
+# The ops with the most intricate kernels come first, so that an interrupted run has tested the riskiest ones.
 ORDER = ("multi_horizon_loss", "multi_horizon_linear_cross_entropy", "multi_horizon_linear", "fan_out", "video_pyramid")
 
 
 class Case(NamedTuple):
-    """What a row is about."""
+    """An op on a backend and device, in a dtype: one row of the results."""
 
     op: str
     backend: str
@@ -65,7 +65,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with its floating tensors converted, lists and dicts followed."""
+    """`value` with `convert` applied to its floating tensors, including those in lists and dicts."""
     if isinstance(value, dict):
         return {name: converted(entry, convert) for name, entry in value.items()}
     if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, type(None))) for entry in value):
@@ -74,7 +74,7 @@ def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 def doubled(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The call in fp64: floating tensors and the dtype argument converted, the rest as it is."""
+    """The same call in fp64: floating tensors and the dtype argument are converted, the rest is unchanged."""
     return {
         name: torch.float64 if isinstance(value, torch.dtype) else converted(value, lambda t: t.detach().double())
         for name, value in kwargs.items()
@@ -82,7 +82,7 @@ def doubled(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(op: Op, kwargs: dict[str, Any], backend: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of all differentiable tensors for upstream gradients fixed by place alone."""
+    """The outputs, and the gradients of all differentiable tensors for upstream gradients that every run repeats."""
     kwargs = {
         name: converted(value, lambda t: t.detach().requires_grad_()) if name in op.differentiable else value
         for name, value in kwargs.items()
@@ -100,39 +100,39 @@ def run(op: Op, kwargs: dict[str, Any], backend: str) -> tuple[list[Tensor], lis
 
 
 def wave(like: Tensor) -> Tensor:
-    """A fixed, non-constant gradient."""
+    """A gradient that depends only on each element's index, and is not constant."""
     steps = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
     return (1.5 + torch.cos(steps)).view(like.shape).to(like.dtype)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     difference = (got.double() - want.double()).norm().item()
-    scale = want.double().norm().item()
-    error = difference if scale == 0 else difference / scale
+    magnitude = want.double().norm().item()
+    error = difference if magnitude == 0 else difference / magnitude
     return error if error == error else float("inf")
 
 
-def places_of(op: Op, kwargs: dict[str, Any], outputs: int) -> list[str]:
-    """What each tensor of `run` is, in its order."""
+def tensor_names(op: Op, kwargs: dict[str, Any], outputs: int) -> list[str]:
+    """The name of each tensor that `run` returns, in the same order."""
     names = [f"output {i}" for i in range(outputs)]
     for name in op.differentiable:
         value = kwargs.get(name)
         entries = (
             [(name, value)] if isinstance(value, Tensor) else [(f"{name}[{i}]", t) for i, t in enumerate(value or ())]
         )
-        names += [f"gradient of {place}" for place, t in entries if isinstance(t, Tensor) and t.is_floating_point()]
+        names += [f"gradient of {entry}" for entry, t in entries if isinstance(t, Tensor) and t.is_floating_point()]
     return names
 
 
 def compare(op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype) -> tuple[float, list[str]]:
-    """The largest relative error of outputs and gradients, and what is wrong with each tensor that is not right."""
+    """The largest relative error of outputs and gradients, and a description of each tensor that is wrong."""
     got, want = run(op, sample, backend), run(op, doubled(sample), "reference")
     worst, problems = 0.0, []
-    places = places_of(op, sample, len(got[0]))
-    for place, a, b in zip(places, [*got[0], *got[1]], [*want[0], *want[1]], strict=False):
+    names = tensor_names(op, sample, len(got[0]))
+    for name, a, b in zip(names, [*got[0], *got[1]], [*want[0], *want[1]], strict=False):
         if a.shape != b.shape:
             worst = float("inf")
-            problems.append(f"{place} has shape {list(a.shape)}, not {list(b.shape)}")
+            problems.append(f"{name} has shape {list(a.shape)}, not {list(b.shape)}")
             continue
         error = relative_error(a, b)
         # Horizon weights stay fp32 in an fp64 call, so their gradients are only fp32-accurate.
@@ -140,25 +140,27 @@ def compare(op: Op, backend: str, sample: dict[str, Any], dtype: torch.dtype) ->
             continue
         worst = max(worst, error)
         if not error <= TOLERANCE[dtype]:
-            problems.append(f"{place}: relative error {error:.2e} is above {TOLERANCE[dtype]:.0e}, {farthest(a, b)}")
+            problems.append(
+                f"{name}: relative error {error:.2e} is above {TOLERANCE[dtype]:.0e}, {largest_difference(a, b)}"
+            )
     if len(got[0]) + len(got[1]) != len(want[0]) + len(want[1]):
         worst = float("inf")
         problems.append(f"{len(got[0])} outputs and {len(got[1])} gradients, not {len(want[0])} and {len(want[1])}")
     return worst, problems
 
 
-def farthest(got: Tensor, want: Tensor) -> str:
-    """Where two tensors of one shape differ most."""
+def largest_difference(got: Tensor, want: Tensor) -> str:
+    """The index and values at which two tensors of the same shape differ most."""
     got, want = got.double(), want.double()
     wrong = int((~got.isfinite()).sum())
-    place = int((got - want).abs().nan_to_num(float("inf")).argmax())
-    index = [int(i) for i in torch.unravel_index(torch.tensor(place), got.shape)]
-    values = f"{got.flatten()[place].item():.4g} for {want.flatten()[place].item():.4g}"
+    position = int((got - want).abs().nan_to_num(float("inf")).argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(position), got.shape)]
+    values = f"{got.flatten()[position].item():.4g} for {want.flatten()[position].item():.4g}"
     return f"at {index} of {list(got.shape)} {values}" + (f", {wrong} of {got.numel()} not finite" if wrong else "")
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """Median time of `work` over as many runs as fit the budget, at least three; or one if that alone exceeds it."""
+    """Median time of `work` over as many runs as fit the budget, at least three; one run if that alone exceeds it."""
 
     def once() -> float:
         if device.type == "cuda":
@@ -168,9 +170,9 @@ def median_seconds(work: Callable[[], Any], device: torch.device, budget: float)
             end.record()
             end.synchronize()
             return start.elapsed_time(end) / 1e3
-        begin = time.perf_counter()
+        started = time.perf_counter()
         work()
-        return time.perf_counter() - begin
+        return time.perf_counter() - started
 
     first = once()
     if first > budget:
@@ -221,11 +223,11 @@ def backends_of(op: Op) -> list[tuple[str, torch.device]]:
 
 
 def cases(ops: Sequence[str], backends: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
-    """All that can run here, the ops of ORDER first."""
-    first = {name: place for place, name in enumerate(ORDER)}
+    """Every row that can run here, the ops of ORDER first."""
+    rank = {name: i for i, name in enumerate(ORDER)}
     return [
         Case(name, backend, device, dtype)
-        for name in sorted(ops, key=lambda name: first.get(name, len(first)))
+        for name in sorted(ops, key=lambda name: rank.get(name, len(rank)))
         for backend, device in backends_of(OPS[name])
         for dtype in dtypes
         if backend in backends and (backend == "reference" or NAMED[dtype] in OPS[name].backends[backend].dtypes)
@@ -233,7 +235,7 @@ def cases(ops: Sequence[str], backends: Sequence[str], dtypes: Sequence[str]) ->
 
 
 def check_row(case: Case) -> dict[str, Any]:
-    """The row of a case. Each sample that fails is printed when it does; the others run all the same."""
+    """Test one case. A sample that fails is printed at once, and the next ones still run."""
     op, dtype = OPS[case.op], NAMED[case.dtype]
     torch.manual_seed(1)
     worst, count = 0.0, 0
@@ -249,7 +251,7 @@ def check_row(case: Case) -> dict[str, Any]:
             count = number + 1
             try:
                 error, wrong = compare(op, case.backend, sample, dtype)
-            except Exception as raised:  # A backend that raises is a row that fails, not the end of the check.
+            except Exception as raised:  # A backend that raises fails its row; the check continues.
                 error, wrong = float("inf"), [f"{type(raised).__name__}: {raised}"]
                 print(traceback.format_exc(limit=-4), end="", flush=True)
             worst = max(worst, error)
@@ -260,7 +262,7 @@ def check_row(case: Case) -> dict[str, Any]:
                 if case.device.type == "cuda":
                     torch.cuda.synchronize()
     except Exception as raised:
-        # After a fault on the GPU nothing runs in this process any more, not even what makes a sample.
+        # After a GPU fault nothing on the GPU works in this process, not even the code that builds the samples.
         worst = float("inf")
         report(f"nothing runs after {count} samples: {type(raised).__name__}: {raised}")
     return row_of(case, worst, problems, f"{len(failed)} of {count} samples" if problems else "")
@@ -283,21 +285,21 @@ def row_of(case: Case, error: float, problems: Sequence[str], failed: str) -> di
 
 
 def rows_here(chosen: Sequence[Case], measured: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:
-    """The rows of all cases; right bf16 kernels are timed where a roof was measured."""
+    """The rows of all cases, run in this process. bf16 kernels that pass are timed on devices with a measured roof."""
     for case in chosen:
         row = check_row(case)
         if row["passed"] and case.dtype == "bfloat16" and case.device.type in measured and not case.interpreted:
             try:
                 row.update(timing(OPS[case.op], case.backend, case.device, measured[case.device.type], 0.5))
-            except Exception as raised:  # As in check_row.
+            except Exception as raised:  # A failure here, too, fails the row only.
                 problem = f"it cannot be timed: {type(raised).__name__}: {raised}"
                 print(f"      {case}, {problem}", flush=True)
                 row = row_of(case, row["error"], [problem], "no sample")
         yield row
 
 
-def rows_apart(chosen: Sequence[Case], jobs: int) -> Iterator[dict[str, Any]]:
-    """The rows of all cases as they end, each from a process of its own: a fault on a GPU ends one process's work."""
+def rows_in_processes(chosen: Sequence[Case], jobs: int) -> Iterator[dict[str, Any]]:
+    """The rows of all cases as they finish. Each runs in its own process, because a GPU fault disables its process."""
     context = multiprocessing.get_context("spawn")
     waiting, running = list(chosen), dict[Connection, tuple[Any, Case]]()
     try:
@@ -325,7 +327,7 @@ def rows_apart(chosen: Sequence[Case], jobs: int) -> Iterator[dict[str, Any]]:
 
 
 def _send_row(sender: Connection, case: Case) -> None:
-    # An interrupt goes to the whole group; the parent process ends this one.
+    # Ctrl-C signals the whole process group, but the parent ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sender.send(check_row(case))
 
@@ -335,17 +337,17 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="by default all that are present")
     parser.add_argument("--dtype", nargs="+", choices=list(NAMED), default=list(NAMED))
-    parser.add_argument("--json", metavar="FILE", type=Path, help="keep the rows in FILE")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to FILE")
     parser.add_argument("--no-timing", action="store_true", help="values and gradients only")
     parser.add_argument("--jobs", type=int, metavar="N", help="each row in a process of its own, N at a time, untimed")
     arguments = parser.parse_args()
     if arguments.jobs is not None and arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     if arguments.jobs is not None and not arguments.no_timing:
-        parser.error("--jobs needs --no-timing: processes side by side would time each other")
+        parser.error("--jobs needs --no-timing: parallel processes would slow each other down")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json: {arguments.json.parent} is not a directory")
-    # As an interrupt: what has run is printed.
+    # Like an interrupt: exit through `finally`, which prints the results so far.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     absent = [name for name in arguments.backend or () if ABSENT[name]]
@@ -364,25 +366,25 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     environment = info.environment()
     try:
-        for row in rows_apart(chosen, arguments.jobs) if arguments.jobs else rows_here(chosen, measured):
+        for row in rows_in_processes(chosen, arguments.jobs) if arguments.jobs else rows_here(chosen, measured):
             rows.append(row)
             print(line_of(row), flush=True)
             if arguments.json:
-                keep(arguments.json, {"environment": environment, "roofs": measured, "rows": rows})
+                save(arguments.json, {"environment": environment, "roofs": measured, "rows": rows})
     finally:
         failed = [row for row in rows if not row["passed"]]
-        print(f"{len(rows) - len(failed)} passed, {len(failed)} failed, {len(chosen) - len(rows)} did not end")
+        print(f"{len(rows) - len(failed)} passed, {len(failed)} failed, {len(chosen) - len(rows)} did not finish")
         for row in failed:
             print(f"FAILED {row['op']} on {row['backend']}, {row['dtype']}: {row['failed']}, {row['problem']}")
-        ended = {(row["op"], row["backend"], row["dtype"]) for row in rows}
+        finished = {(row["op"], row["backend"], row["dtype"]) for row in rows}
         for case in chosen:
-            if (case.op, case.backend, case.dtype) not in ended:
-                print(f"NOT ENDED {case}", flush=True)
+            if (case.op, case.backend, case.dtype) not in finished:
+                print(f"NOT FINISHED {case}", flush=True)
     sys.exit(bool(failed or absent))
 
 
-def keep(file: Path, results: dict[str, Any]) -> None:
-    """Written beside and renamed, so that FILE is whole at any time."""
+def save(file: Path, results: dict[str, Any]) -> None:
+    """Write beside FILE and rename, so that FILE is complete at any time."""
     partial = file.with_name(file.name + ".partial")
     rows = [{**row, "error": row["error"] if math.isfinite(row["error"]) else None} for row in results["rows"]]
     partial.write_text(json.dumps({**results, "rows": rows}, indent=2, allow_nan=False))

@@ -1,6 +1,6 @@
-"""Dtypes: what autocast means for an op, the precision of sums, and what matrix products take.
+"""Dtype rules: autocast, the precision of sums, stored gradients, and the operands of matrix products.
 
-Under autocast ops around a matrix product cast as F.linear does; the others keep their first input's dtype.
+Under autocast, ops built around a matrix product cast as F.linear does; the others keep the dtype of their first input.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on; there is none for tensors without storage."""
+    """Whether autocast is on for this device; torch has none for "meta"."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def cast(tensor: Any, device: torch.device) -> Any:
-    """`tensor` in autocast's dtype where autocast is on for this device; fp64 and non-tensors stay as they are."""
+    """`tensor` in autocast's dtype if autocast is on for this device; fp64 and non-tensors are returned unchanged."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     if not autocasts(device):
@@ -27,7 +27,7 @@ def cast(tensor: Any, device: torch.device) -> Any:
 
 
 def follow(tensor: Any, leader: Any) -> Any:
-    """`tensor` in the dtype of `leader` where autocast is on: parameters are fp32 there, activations are not."""
+    """`tensor` in the dtype of `leader` if autocast is on, because then parameters are fp32 and activations are not."""
     both = isinstance(tensor, Tensor) and isinstance(leader, Tensor)
     if not both or not (tensor.is_floating_point() and leader.is_floating_point()):
         return tensor
@@ -35,14 +35,15 @@ def follow(tensor: Any, leader: Any) -> Any:
 
 
 def precision(*dtypes: torch.dtype) -> torch.dtype:
-    """What sums are computed in: fp64 where any of these dtypes is, else fp32."""
+    """The dtype in which sums are computed: fp64 if any of these dtypes is, else fp32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def stored_dtype(leaf: Tensor) -> torch.dtype:
-    """The dtype of a gradient that the forward computes, until the upstream gradient is known.
+    """The dtype in which a gradient from the forward is stored until the backward scales it.
 
-    fp16 cannot hold it: with a mean over more than 65,536 elements it would be subnormal before a loss scale lifts it.
+    fp16 leaves get fp32: the gradient of a mean over more than 65,536 elements is subnormal in fp16 before a loss scale
+    raises it.
     """
     return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 
@@ -50,7 +51,7 @@ def stored_dtype(leaf: Tensor) -> torch.dtype:
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the operands of a matrix product on the CPU: fp32 for fp16, and for bf16 unless multiplies_bf16().
 
-    fp16 products are slow on most machines as well, and their range is too small for states before their norm.
+    fp16 products are slow on most machines too, and fp16 has too small a range for states that are not normed yet.
     """
     if dtype == torch.bfloat16 and not _MULTIPLIES_BF16:
         return torch.float32
@@ -58,7 +59,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware: without that, fp32 products are many times faster.
+    """Whether the CPU multiplies bf16 matrices in hardware; if not, fp32 products are many times faster.
 
     MFWM_CPU_PRODUCTS=bf16 or fp32, read when the package is imported, overrides what the CPU reports.
     """

@@ -1,4 +1,4 @@
-"""GradMonitor: whether the horizons pull the shared hidden state in the same direction."""
+"""GradMonitor, which measures whether the horizons pull the shared hidden state in the same direction."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class GradMonitor:
         cosines[i, j] = <g_i, g_j> / (||g_i|| ||g_j||)        (0 where a norm is 0)
         d hidden      = sum_i scale[i] * g_i
 
-    norms and cosines are of the unscaled gradients, fp32, and are overwritten in place by each backward. `scale` acts
-    on the gradient into the hidden state alone, not on those of actions and weights.
+    norms and cosines describe the unscaled gradients, in fp32; each backward overwrites them in place. `scale` changes
+    only the gradient of the hidden state, not those of actions and weights.
 
     Args:
         K: number of horizons.
@@ -36,7 +36,7 @@ class GradMonitor:
     def __init__(self, K: int, scale: Tensor | list[float] | None = None, *, device: torch.device | str | None = None):
         K = check.integer("K", K, least=1)
         if device is None:
-            # Not torch's default device, which may have no data; a call moves the monitor to its hidden state's.
+            # Not torch's default device, which may be "meta". A call moves the monitor to its hidden state's device.
             device = scale.device if isinstance(scale, Tensor) else "cpu"
         self.norms = torch.zeros(K, dtype=torch.float32, device=device)
         self.cosines = torch.zeros(K, K, dtype=torch.float32, device=device)
@@ -56,7 +56,7 @@ class GradMonitor:
 
 
 def monitor_fields(monitor: GradMonitor | None, count: int, hidden: Tensor) -> tuple[Tensor | None, ...]:
-    """(scale, norms, cosines) for the arguments of an op, moved to the hidden state's device."""
+    """(scale, norms, cosines) as an op takes them, after moving the monitor to the hidden state's device."""
     if monitor is None:
         return None, None, None
     if not isinstance(monitor, GradMonitor):
@@ -70,7 +70,7 @@ def monitor_fields(monitor: GradMonitor | None, count: int, hidden: Tensor) -> t
 
 
 def write_gram(gram: Tensor, norms: Tensor, cosines: Tensor) -> None:
-    """Fill norms and cosines from the K x K matrix of dot products."""
+    """Write norms and cosines, given the K x K matrix of dot products."""
     lengths = gram.diagonal().clamp_min(0).sqrt()
     norms.copy_(lengths)
     product = lengths[:, None] * lengths[None, :]
@@ -78,7 +78,7 @@ def write_gram(gram: Tensor, norms: Tensor, cosines: Tensor) -> None:
 
 
 class _Branches(torch.autograd.Function):
-    """K branches of one tensor whose backward sees the K gradients side by side."""
+    """K views of one tensor, whose backward receives the K gradients stacked."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, count: int, scale: Tensor | None, norms: Tensor, cosines: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class _Branches(torch.autograd.Function):
 def branches(
     hidden: Tensor, count: int, scale: Tensor | None, norms: Tensor | None, cosines: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """`hidden` K times; the backward fills norms and cosines where they are given."""
+    """`hidden` K times; the backward writes norms and cosines if they are given."""
     if norms is None or cosines is None:
         return (hidden,) * count
     return _Branches.apply(hidden, count, scale, norms, cosines).unbind(0)

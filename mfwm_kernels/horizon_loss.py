@@ -1,4 +1,4 @@
-"""HorizonLoss, which the two loss ops return, and the weights that both take."""
+"""HorizonLoss, which both loss ops return, and the checks of the weights that both take."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class HorizonLoss(NamedTuple):
 
     total: scalar, sum_i horizon_weights[i] * per_horizon[i] + the weighted consistency terms; the only differentiable
         field.
-    per_horizon: [K] means, each over its own count.
-    counts: [K] int64, how much each mean is over: elements of multi_horizon_loss, cells of
+    per_horizon: [K] mean losses.
+    counts: [K] int64, what each mean is over: the number of elements in multi_horizon_loss, of cells in
         multi_horizon_linear_cross_entropy.
-    consistency, consistency_counts: in the shape of the consistency weights ([K] without any), zeros where
-        there is no pair.
-    accuracy: [K] or None.
+    consistency, consistency_counts: the same for pairs of horizons, in the shape of the consistency weights ([K]
+        without any); 0 where there is no pair.
+    accuracy: [K] shares in 0..1, or None.
     """
 
     total: Tensor
@@ -52,8 +52,8 @@ def check_consistency(
 ) -> tuple[Tensor | None, list[int], list[tuple[int, ...]]]:
     """The weights as a tensor, the pairs to compute as a flat list i0, j0, i1, j1, ..., and indices for nan_if_invalid.
 
-    A pair whose weight is a Python 0 is left out. A pair whose factors do not divide must have weight 0. The values of
-    a tensor are read only on the CPU outside torch.compile (reading them elsewhere would wait for the device);
+    A pair whose weight is a Python 0 is not computed. A pair whose factors do not divide must have weight 0. A tensor's
+    values are read only on the CPU and outside torch.compile, because reading them elsewhere would wait for the device;
     elsewhere `nan_if_invalid` tests them.
     """
     if consistency_weights is None:
@@ -68,17 +68,17 @@ def check_consistency(
     undivided: list[tuple[int, ...]] = []
     shape = tensor.shape
     for i, j in consistency_pairs(count, shape):
-        where = index_of((i, j), shape)
-        if listed and _entry(consistency_weights, where) == 0:
+        index = index_of((i, j), shape)
+        if listed and _entry(consistency_weights, index) == 0:
             continue
         if horizons.factors[j] % horizons.factors[i]:
             if not readable:
-                undivided.append(where)
-            if not readable or (not listed and tensor.detach()[where] == 0):
+                undivided.append(index)
+            if not readable or (not listed and tensor.detach()[index] == 0):
                 continue
-            place = "".join(f"[{index}]" for index in where)
+            subscript = "".join(f"[{axis}]" for axis in index)
             raise ValueError(
-                f"consistency_weights{place} must be 0: factors[{j}] = {horizons.factors[j]} is not a multiple of "
+                f"consistency_weights{subscript} must be 0: factors[{j}] = {horizons.factors[j]} is not a multiple of "
                 f"factors[{i}] = {horizons.factors[i]}"
             )
         pairs += [i, j]
@@ -90,12 +90,12 @@ def check_consistency(
     return tensor, pairs, undivided
 
 
-def _entry(numbers: Any, place: tuple[int, ...]) -> float:
-    return numbers[place[0]] if len(place) == 1 else numbers[place[0]][place[1]]
+def _entry(numbers: Any, index: tuple[int, ...]) -> float:
+    return numbers[index[0]] if len(index) == 1 else numbers[index[0]][index[1]]
 
 
 def nan_if_invalid(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[tuple[int, ...]]) -> HorizonLoss:
-    """Set the total to NaN if a weight that could not be read beforehand is not 0 for a pair whose factors do not
+    """Set the total to NaN if a weight that could not be checked up front is non-zero for a pair whose factors do not
     divide."""
     if not undivided:
         return loss
@@ -103,12 +103,12 @@ def nan_if_invalid(loss: HorizonLoss, weights: Tensor | None, undivided: Sequenc
     total = loss.total
     for index in undivided:
         total = torch.where(weights.detach()[index] == 0, total, float("nan"))
-    return HorizonLoss(total, *loss[1:])  # torch 2.11 cannot compile _replace.
+    return HorizonLoss(total, *loss[1:])  # torch 2.11 cannot compile _replace
 
 
 def gradients_of_weights(args: Any, want: Want, means: Tensor, agreement: Tensor) -> Gradients:
-    """The gradients of horizon_weights and consistency_weights: the total is linear in both, so they are the means that
-    it weighs."""
+    """The gradients of horizon_weights and consistency_weights. The total is linear in both, so they are the mean
+    losses themselves."""
     gradients: Gradients = {}
     for name, mean in (("horizon_weights", means), ("consistency_weights", agreement)):
         if want[name]:

@@ -16,7 +16,7 @@ class Horizons:
     """The K predictions made from one position.
 
     offsets: frames ahead, non-decreasing integers >= 0 (0: a MaskGIT-style model predicts the masked frame n itself).
-    factors: how much smaller each target is, integers >= 1; the same offset may stand at several, increasing factors.
+    factors: how much smaller each target is, integers >= 1; an offset may repeat, with increasing factors.
 
     >>> Horizons.cascade(4)
     Horizons(offsets=(1, 2, 4, 8), factors=(1, 2, 4, 8))
@@ -56,7 +56,7 @@ class Horizons:
         return tuple(str(k) if self.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs)
 
     def valid(self, i: int, positions: int, frames: int, segment_ids: Tensor) -> Tensor:
-        """[B, positions] bool: where horizon i counts in a clip of `frames` frames with `segment_ids` [B, frames]."""
+        """[B, positions] bool: where horizon i counts, in clips of `frames` frames with `segment_ids` [B, frames]."""
         return counts_at(self.offsets[i], positions, frames, segment_ids, segment_ids.shape[0], segment_ids.device)
 
     @classmethod
@@ -66,13 +66,13 @@ class Horizons:
 
     @classmethod
     def low_res(cls, offsets: Sequence[int] = (1, 2, 4, 8), factor: int = 4) -> Horizons:
-        """The near horizon at full resolution, every far one at 1/factor."""
+        """The near horizon at full resolution, and every far one at 1/factor of it."""
         offsets, factor = integers("offsets", offsets), integer("factor", factor, least=1)
         return cls(offsets, (1,) + (factor,) * (len(offsets) - 1))
 
     @classmethod
     def cascade(cls, count: int = 4) -> Horizons:
-        """Twice as far, half the size, `count` times: ((1, 2, 4, 8), (1, 2, 4, 8)) for 4."""
+        """`count` horizons, each twice as far as the last and half its size: ((1, 2, 4, 8), (1, 2, 4, 8)) for 4."""
         count = integer("count", count, least=1)
         powers = tuple(2**i for i in range(count))
         return cls(powers, powers)
@@ -113,9 +113,9 @@ def check_non_decreasing(offsets: Sequence[int]) -> None:
 
 
 def counts_at(offset: int, positions: int, frames: int, segment_ids: Tensor | None, batch: int, device) -> Tensor:
-    """[batch, positions] bool: position n counts when n + offset < frames and both lie in one segment.
+    """[batch, positions] bool: position n counts if n + offset < frames and both frames are in one segment.
 
-    This is the one validity rule of the library; kernels restate it in registers and are tested against it.
+    This is the library's only validity rule; kernels repeat it in registers and are tested against it.
     """
     inside = max(0, min(positions, frames - offset))
     valid = torch.zeros(batch, positions, dtype=torch.bool, device=device)
@@ -127,7 +127,7 @@ def counts_at(offset: int, positions: int, frames: int, segment_ids: Tensor | No
 
 
 def consistency_pairs(count: int, shape: Sequence[int]) -> list[tuple[int, int]]:
-    """The (near, far) pairs that consistency weights of this shape weigh: (0, j) for [K], all i < j for [K, K]."""
+    """The (near, far) pairs that consistency weights of this shape apply to: (0, j) for [K], all i < j for [K, K]."""
     if len(shape) == 1:
         return [(0, j) for j in range(1, count)]
     return [(i, j) for i in range(count) for j in range(i + 1, count)]

@@ -48,7 +48,7 @@ def cpu_name() -> str:
 
 
 def ops() -> dict[str, dict[str, Any]]:
-    """For each op: each backend's kernels, dtypes and, where it is absent here, why; and what `auto` takes."""
+    """For each op: every backend's kernels, dtypes and reason for its absence, and the backend that `auto` takes."""
     table: dict[str, dict[str, Any]] = {}
     for op in OPS.values():
         backends: dict[str, Any] = {"reference": {"kernels": [], "dtypes": "all", "absent": ""}}

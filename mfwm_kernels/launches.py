@@ -1,7 +1,7 @@
-"""What the Triton launchers launch: recorded on tensors without storage (device "meta"), so no GPU is needed.
+"""Records what the Triton launchers launch, on tensors without storage (device "meta"), so that no GPU is needed.
 
-`calls(op)` are calls whose launches are, between them, every kind that a user's call leads to; `recorded(call)` are the
-launches of one of them. mfwm_kernels.aot compiles these.
+`calls(op)` yields calls that together cause every kind of launch that a user's call can cause; `recorded(call)` returns
+the launches of one of them. mfwm_kernels.aot compiles these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Pointer:
-    """Stands for a tensor on a GPU: all that a launch takes from one are its dtype and its address."""
+    """Replaces a tensor on a GPU: a launch reads only its dtype and address."""
 
     dtype: torch.dtype
     address: int
@@ -44,11 +44,11 @@ class Launch(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call by its flat arguments.
+    """A call of an op on flat arguments.
 
     want       which gradients are needed, by field
-    upstream   the outputs' gradients, where the backward takes them: "dense"; "expanded", as those of a sum are; "one",
-               where only the first output has any
+    upstream   the outputs' gradients, if the backward takes them: "dense"; "expanded", as the gradient of a sum is;
+               "one": only the first output has one
     """
 
     op: Op
@@ -60,9 +60,9 @@ class Call(NamedTuple):
 
 
 def calls(op: Op) -> Iterator[Call]:
-    """Every sample, every option that the samples leave out, and the sizes that are benchmarked on a GPU.
+    """Every sample, every variant, and the sizes that are benchmarked on a GPU.
 
-    Each with all gradients and with none; the first sample also with those of one argument at a time.
+    Each runs with all gradients and with none; the first sample also with the gradients of one argument at a time.
     """
     for dtype in DTYPES:
         if dtype not in op.backends["triton"].dtypes:
@@ -85,7 +85,7 @@ def calls(op: Op) -> Iterator[Call]:
 
 
 def _want(op: Op, args: Any, fields: Sequence[str]) -> dict[str, Any]:
-    """All gradients of these fields that exist."""
+    """Ask for all gradients that these fields can have."""
     leaves = autograd.flatten(op, args)[0]
     possible = autograd.nested(op, args, [leaf.is_floating_point() for leaf in leaves])
     none = autograd.nested(op, args, [False] * len(leaves))
@@ -109,7 +109,7 @@ class _Reached(Exception):
 
 
 def flat_arguments(op: Op, kwargs: dict[str, Any]) -> Any:
-    """What op.public passes on, once it has checked its arguments."""
+    """The checked arguments that op.public passes to autograd.call."""
 
     def stop(_: Op, args: Any) -> str:
         raise _Reached(args)
@@ -123,7 +123,7 @@ def flat_arguments(op: Op, kwargs: dict[str, Any]) -> Any:
 
 
 def recorded(call: Call) -> list[Launch]:
-    """What a forward launches, and the backward where a gradient is wanted."""
+    """The launches of a forward, and of the backward if a gradient is needed."""
     from .triton import launch as launcher
 
     op, _, _, args, want, upstream = call
@@ -134,7 +134,7 @@ def recorded(call: Call) -> list[Launch]:
         launches.append(Launch(kernel, programs, memory.placed(given), constants))
 
     kernels = load(op, "triton")
-    launcher.instead = record
+    launcher.recorder = record
     try:
         with torch.no_grad():
             outputs, gradients = kernels.forward(args, want)
@@ -146,7 +146,7 @@ def recorded(call: Call) -> list[Launch]:
             else:
                 kernels.backward(args, want, _gradients(outputs, upstream), outputs if op.outputs_in_backward else [])
     finally:
-        launcher.instead = None
+        launcher.recorder = None
     return launches
 
 
@@ -157,11 +157,11 @@ def _gradients(outputs: list[Tensor], upstream: str) -> list[Tensor | None]:
 
 
 class _Memory:
-    """Deals out addresses as a GPU's allocator does: to each storage its own, a multiple of 512."""
+    """Assigns addresses as a GPU's allocator does: each storage gets its own, a multiple of 512."""
 
     def __init__(self) -> None:
         self.free = itertools.count(1)
-        # Storages are kept: another one at the same place in Python's memory would pass for this one.
+        # Holds the storages too: after one is freed, a new one could have the same key.
         self.placed_storages: dict[int, tuple[int, Any]] = {}
 
     def placed(self, value: Any) -> Any:
@@ -175,5 +175,5 @@ class _Memory:
         storage = value.untyped_storage()
         if storage._cdata not in self.placed_storages:
             self.placed_storages[storage._cdata] = (next(self.free) << 40, storage)
-        begin, _ = self.placed_storages[storage._cdata]
-        return Pointer(value.dtype, begin + int(value.storage_offset()) * value.element_size())
+        base, _ = self.placed_storages[storage._cdata]
+        return Pointer(value.dtype, base + int(value.storage_offset()) * value.element_size())

@@ -1,4 +1,4 @@
-"""The compiled module mfwm_kernels._native, and tensors as the pointers, sizes and strides that csrc/ takes."""
+"""Loads the compiled module mfwm_kernels._native, and describes tensors to it by pointer, sizes and strides."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _load() -> tuple[ModuleType | None, str]:
 # The module, or None and why it is absent.
 module, absent = _load()
 if not TYPE_CHECKING:
-    # The same, with the signatures of _native.pyi, for code that runs only where it is present.
+    # The same module, typed by _native.pyi, for code that runs only if the module is present.
     kernels = module
 
-# As DType in csrc/ops.h.
+# Must equal DType in csrc/ops.h.
 CODES = {
     torch.uint8: 0,
     torch.float32: 1,
@@ -50,7 +50,7 @@ def raw(tensor: Tensor | None) -> Array | None: ...
 def raw(tensor: Tensor | None) -> Array | None:
     """(pointer, dtype code, sizes, strides), which csrc/bindings.cpp unpacks into an Array.
 
-    The caller keeps `tensor` alive until the kernel returns.
+    The caller must keep `tensor` alive until the kernel returns.
     """
     if tensor is None:
         return None

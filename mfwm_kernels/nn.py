@@ -1,7 +1,7 @@
-"""The ops as modules, which own their parameters: norm weights, lag gates and heads.
+"""The ops as modules that own their parameters: norm weights, lag gates and heads.
 
-Arguments are those of the functions. Parameters start as torch.nn's do: norm weights and lag gates at 1, heads as in
-nn.Linear. Weights of horizons and of consistency are buffers, which keep their precision when a module is cast.
+Arguments are those of the functions. Norm weights and lag gates start at 1, heads as in nn.Linear. Horizon weights and
+consistency weights are buffers, which keep their dtype when a module is cast.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Conditioned(nn.Module):
         self.lag_weight = nn.Parameter(torch.ones(count, lags, in_features, **factory)) if gated else None
 
     def conditioning(self) -> dict[str, Any]:
-        """The arguments of the function that this module owns."""
+        """The keyword arguments of the function that this module supplies."""
         return {
             "norm_weight": self.norm_weight, "norm_eps": self.norm_eps,
             "lag_weight": self.lag_weight, "window_start": self.window_start,
@@ -125,7 +125,7 @@ class MultiHorizonLinear(_Conditioned):
 
     Args:
         in_features: D, the width of the hidden state.
-        out_features: K integers, the columns of each head; heads.i is an nn.Linear, so its keys are those.
+        out_features: K integers, the columns of each head. heads.i is an nn.Linear, with an nn.Linear's state keys.
         horizons, norm_eps, window_start: as in the function.
         bias: whether the heads have biases.
         norm, norm_per_horizon, lag_gates, device, dtype: as in FanOut.
@@ -174,7 +174,7 @@ class MultiHorizonLinear(_Conditioned):
 
 
 class _Weighted(nn.Module):
-    """A loss with weights of horizons [K] and of consistency as buffers; the op takes them in fp32 or fp64 alone."""
+    """A loss whose horizon weights [K] and consistency weights are buffers, in fp32 or fp64 as the op requires."""
 
     horizon_weights: Tensor
     consistency_weights: Tensor | None
@@ -193,7 +193,7 @@ class _Weighted(nn.Module):
         like = torch.empty(0, device=device)
         weights = check_horizon_weights(_moved(horizon_weights, like), len(horizons), like)
         consistency, _, _ = check_consistency(_moved(consistency_weights, like), horizons, like, matrix=matrix)
-        # Copies, because lists were turned into fp64 tensors that other calls share (arguments.constant).
+        # Clone, because lists became cached fp64 tensors that other calls share (arguments.constant).
         self.register_buffer("horizon_weights", weights.detach().clone())
         self.register_buffer("consistency_weights", None if consistency is None else consistency.detach().clone())
 
@@ -225,7 +225,7 @@ def _numbers(tensor: Tensor) -> Any:
 class MultiHorizonLoss(_Weighted):
     """`mfwm_kernels.multi_horizon_loss` with its options and weights.
 
-    Args: as in the function; device is that of the weights.
+    Args: as in the function. `device` is where the weights are created.
 
     Shapes: K predictions [B, T, C, H / f_i, W / f_i] and a video [B, T_v, C, H, W] -> HorizonLoss.
     """
@@ -268,9 +268,9 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
 
     Args:
         in_features: D, the width of the inputs.
-        vocabulary: V, the rows of a head; of factored tokens V of each of the ids.
+        vocabulary: V, the number of ids; of factored tokens, of each of the F ids.
         horizons and the options: as in the function.
-        ids_per_token: F, for factored tokens [B, T_v, Hp, Wp, F]: heads have F * V rows.
+        ids_per_token: F, above 1 for factored tokens [B, T_v, Hp, Wp, F]. A head has F * V rows.
         head_per_horizon: K heads instead of one that the horizons share. `weight` is then a ParameterList.
         device, dtype: of the heads.
 
@@ -376,7 +376,7 @@ class MTPCombine(nn.Module):
 def _linear_weight(
     shape: tuple[int, int], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Parameter:
-    """[N, D], initialised as the weight of an nn.Linear is: uniform in +-1 / sqrt(D)."""
+    """[N, D], initialised like the weight of an nn.Linear: uniform in +-1 / sqrt(D)."""
     weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     return weight

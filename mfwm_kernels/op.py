@@ -1,4 +1,4 @@
-"""The Op record: all that dispatch, tests, checks and benchmarks know of an op; and what a backend provides."""
+"""The Op record, which dispatch, tests, checks and benchmarks read, and the interface of a backend's module."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# By differentiable field of an op's arguments. Want: whether its gradient is needed, for a list of tensors a list of
-# bools, None for a field that is None. Gradients: the gradient, for a list of tensors a list with None where none is
-# needed; a field whose gradient is not needed may be left out.
+# Both are keyed by the differentiable fields of an op's arguments. Want says whether a gradient is needed: a bool, a
+# list of bools for a list of tensors, None for a field that is None. Gradients holds the gradients: a list for a list
+# of tensors, with None where none is needed. A field whose gradient is not needed may be missing.
 Want = Mapping[str, Any]
 Gradients = dict[str, Any]
 
 
 class Cost(NamedTuple):
-    """The fewest bytes that must cross memory and the fewest floating-point operations, forward and backward."""
+    """The fewest bytes that must move and the fewest floating-point operations, forward and backward together."""
 
     bytes: int
     flops: int
 
 
 class Kernels(Protocol):
-    """What the module `mfwm_kernels.<backend>.<op>` provides. `args` is the op's NamedTuple.
+    """The interface of the module `mfwm_kernels.<backend>.<op>`. `args` is the op's NamedTuple.
 
-    Every module has `forward`. Where the record says `gradients_in_forward`, it returns the gradients of outputs[0]
-    as well, in `dtypes.stored_dtype`, and `scale` multiplies them by the upstream gradient in the backward. Other ops
-    have `backward` instead, and their forward returns no gradients.
+    Every module has `forward`. If the record sets `gradients_in_forward`, it also returns the gradients of outputs[0],
+    in `dtypes.stored_dtype`, and in the backward `scale` multiplies them by the upstream gradient. Other ops have
+    `backward` instead, and their forward returns no gradients.
     """
 
     def forward(self, args: Any, want: Want) -> tuple[list[Tensor], Gradients]: ...
@@ -36,18 +36,18 @@ class Kernels(Protocol):
     def backward(
         self, args: Any, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]
     ) -> Gradients:
-        """`upstream`: an output's gradient, or None. `outputs`: those of the forward, where the record asks for them
-        (`outputs_in_backward`), else none."""
+        """`upstream`: the gradient of each output, or None. `outputs`: the forward's outputs if the record sets
+        `outputs_in_backward`, else empty."""
         ...
 
     def scale(self, gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-        """gradients * upstream. The call owns the gradients and may write to them."""
+        """gradients * upstream. It may overwrite the gradients."""
         ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend of an op launches, and the calls that it refuses: `refuses(args)` gives the reason, or ''."""
+    """A backend of an op: its kernels and dtypes. `refuses(args)` says why it cannot serve a call, or returns ''."""
 
     kernels: tuple[str, ...]
     refuses: Callable[[Any], str] = lambda args: ""
@@ -56,7 +56,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Op:
-    """One op, whole.
+    """Everything that the package knows about one op.
 
     arguments          NamedTuple type of a checked call: tensors, lists of tensors, numbers and strings, in the order
                        of the registered op's schema
@@ -65,16 +65,16 @@ class Op:
     fake               (args) -> outputs as empty tensors: shapes and dtypes only
     public             the function users call
     samples            (dtype, device) -> keyword arguments of `public`, odd shapes and strides included
-    variants           (dtype, device) -> keyword arguments of further calls: options that `samples` leave out and that
-                       are compiled in their own way. They are compiled ahead of time (mfwm_kernels.aot), never run
+    variants           (dtype, device) -> keyword arguments of more calls: options that `samples` omit and that need
+                       other compiled code. mfwm_kernels.aot compiles them; nothing runs them
     cost               (keyword arguments) -> Cost, forward and backward
-    bench              benchmark size -> (dtype, device[, batch]) -> keyword arguments; those named cpu... suit a CPU
-    backends           name -> Backend, the faster ones first: `auto` takes the first that serves
+    bench              benchmark size -> (dtype, device[, batch]) -> keyword arguments; sizes named cpu... suit a CPU
+    backends           name -> Backend, fastest first: `auto` takes the first that serves the call
     gradients_in_forward  the forward computes the gradients of outputs[0]; only that output is differentiable
-    outputs_in_backward   the backward takes the forward's outputs, which are saved for it
+    outputs_in_backward   autograd saves the forward's outputs and passes them to the backward
     mutated_in_backward   fields that the backward writes (a gradient monitor)
-    counts_flops          its FLOPs are those of matrix products, which torch's FlopCounterMode counts: a third of the
-                          cost in the forward, two in the backward
+    counts_flops          torch's FlopCounterMode counts the op, whose FLOPs are those of matrix products: a third of
+                          the cost in the forward, two thirds in the backward
     """
 
     name: str
@@ -98,6 +98,6 @@ OPS: dict[str, Op] = {}
 
 
 def register(op: Op) -> Op:
-    """Enter `op` into the table; ops/__init__.py then defines its torch.ops.mfwm.<name>."""
+    """Add `op` to OPS; ops/__init__.py then defines its torch.ops.mfwm.<name>."""
     OPS[op.name] = op
     return op

@@ -1,11 +1,11 @@
 """Does a software-pipelined loop overwrite a tile that a tensor core is still reading?
 
-On sm_90 and sm_100 a dot reads its tiles from shared memory and runs on while the program continues. Triton copies
-later tiles into a ring of slots meanwhile. Where the ring is one slot short, the copy is given the slot that the dot
-still reads, and products are wrong now and then. (On sm_80 a dot reads registers: its text has none of these dots.)
+On sm_90 and sm_100 a dot reads its tiles from shared memory asynchronously, while the program continues and copies
+later tiles into a ring of slots. If the ring is one slot short, a copy overwrites the slot that a dot still reads, and
+some products are wrong. (On sm_80 a dot reads registers, so its code has none of these dots.)
 
-`races` follows the text of Triton's GPU dialect: it computes the integers and slots, goes round each loop until every
-ring has been filled several times, and compares each write to shared memory with what the dots in flight read.
+`races` interprets the text of Triton's GPU dialect: it evaluates integers and slots, runs each loop until every ring
+has been filled several times, and compares each write to shared memory with the reads of the dots in flight.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-# Rounds of each loop: rings have 2 to 8 slots.
-ROUNDS = 24
+# Iterations to interpret of each loop. Rings have 2 to 8 slots.
+ITERATIONS = 24
 
-# A value by its name, and one of several results of an operation.
+# The name of a value, and of one of the several results of an operation.
 NAME = r"%[\w$.-]+"
 VALUE = NAME + r"(?:#\d+)?"
 
@@ -50,12 +50,12 @@ class Operation(NamedTuple):
     regions: list[list[Operation]]
 
     def operands(self) -> list[str]:
-        """Its values in order, without those in brackets."""
+        """The operands in order, without those in brackets."""
         return re.findall(VALUE, re.sub(r"\[[^]]*\]", "", self.text.split(" : ")[0]))
 
 
 class Slot(NamedTuple):
-    """A place in a buffer of shared memory: one slot of its ring, or all of it."""
+    """One slot of a ring in shared memory, or the whole buffer if number is None."""
 
     buffer: str
     number: int | None
@@ -72,12 +72,15 @@ class Dot(NamedTuple):
 
 
 def races(ttgir: str) -> list[str]:
-    """What is overwritten while a dot may read it, a sentence each. ValueError where the text cannot be followed."""
+    """A sentence for each buffer that is overwritten while a dot may read it.
+
+    Raises ValueError if the code uses shared memory in a way that this module cannot follow.
+    """
     if "ttng.warp_group_dot " not in ttgir and "ttng.tc_gen5_mma" not in ttgir:
         return []
-    follower = _Follower()
-    follower.run(parsed(ttgir))
-    return list(dict.fromkeys(follower.found.values()))
+    interpreter = _Interpreter()
+    interpreter.run(parsed(ttgir))
+    return list(dict.fromkeys(interpreter.found.values()))
 
 
 def parsed(text: str) -> list[Operation]:
@@ -102,34 +105,34 @@ def _region(lines: Iterator[str]) -> tuple[list[Operation], str]:
     return operations, ""
 
 
-class _Follower:
-    """What is known of each value: an int, a Slot, or None."""
+class _Interpreter:
+    """Runs operations. `values` holds each value as an int or a Slot, or None if it is unknown."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.slots: dict[str, int] = {}
         self.in_flight: list[Dot] = []
-        # Tiles so far, by buffer.
+        # How many tiles have been written and read so far, by buffer.
         self.written: Counter[str] = Counter()
         self.read: Counter[str] = Counter()
         self.found: dict[str, str] = {}
 
     def run(self, operations: list[Operation]) -> list[Any]:
-        """Follow `operations`; what the region yields."""
+        """Run `operations` and return what the region yields."""
         for operation in operations:
             values = [self.values.get(value) for value in operation.operands()]
             if operation.name == "scf.yield":
                 return values
-            made = self.follow(operation, values)
+            result = self.evaluate(operation, values)
             if operation.result:
-                self.values[operation.result] = made
-                if isinstance(made, list):
-                    self.values.update({f"{operation.result}#{i}": value for i, value in enumerate(made)})
-                    self.values[operation.result] = made[0] if made else None
+                self.values[operation.result] = result
+                if isinstance(result, list):
+                    self.values.update({f"{operation.result}#{i}": value for i, value in enumerate(result)})
+                    self.values[operation.result] = result[0] if result else None
         return []
 
-    def follow(self, operation: Operation, values: list[Any]) -> Any:
-        """What the operation results in: a list where there may be several results."""
+    def evaluate(self, operation: Operation, values: list[Any]) -> Any:
+        """The result of the operation: a list if it may have several."""
         name, text = operation.name, operation.text
         if name == "arith.constant":
             number = re.match(r" (-?\d+|true|false)\b", text)
@@ -183,22 +186,22 @@ class _Follower:
     def allocate(self, operation: Operation) -> Slot:
         shape = re.search(r"!ttg\.memdesc<([\dx]+)x", operation.text)
         self.slots[operation.result] = int(shape[1].split("x")[0]) if shape else 1
-        whole = Slot(operation.result, None)
+        buffer = Slot(operation.result, None)
         if operation.operands():
             self.slots[operation.result] = 1
-            self.write(whole)
-        return whole
+            self.write(buffer)
+        return buffer
 
     def slot_of(self, operation: Operation, ring: Any) -> Slot | None:
         index = re.search(rf"\[({VALUE})\]", operation.text)
         number = self.values.get(index[1]) if index else None
         if not isinstance(ring, Slot) or number is None:
-            # Tensor memory, or what `known` refuses where it matters.
+            # Tensor memory, or an unknown slot: `known` raises if an operation uses it.
             return None
         return Slot(ring.buffer, number)
 
     def dot(self, operation: Operation, values: list[Any], barriers: list[Slot]) -> None:
-        # Factors in registers and in tensor memory are read as the dot starts or are not copied to.
+        # Only operands in shared memory matter: a dot reads registers when it starts, and no copy writes tensor memory.
         types = re.split(r"(?=!ttg\.memdesc<|tensor<)", operation.text.split(" : ", 1)[1])[1:3]
         in_shared = [type_.startswith("!ttg") and "tensor_memory" not in type_ for type_ in types]
         reads = [self.known(operation, v) for v, shared in zip(values[:2], in_shared, strict=True) if shared]
@@ -206,10 +209,10 @@ class _Follower:
         self.in_flight = [*self.in_flight, Dot(reads, barriers)]
 
     def wait(self, barrier: Slot) -> None:
-        """Dots end in order: the first that arrives at `barrier` has ended, and those before it."""
-        for place, dot in enumerate(self.in_flight):
-            if any(barrier.overlaps(own) for own in dot.barriers):
-                self.in_flight = self.in_flight[place + 1 :]
+        """Dots finish in order: the first one that arrives at `barrier` has finished, and so have those before it."""
+        for i, dot in enumerate(self.in_flight):
+            if any(barrier.overlaps(arrival) for arrival in dot.barriers):
+                self.in_flight = self.in_flight[i + 1 :]
                 return
 
     def write(self, slot: Slot) -> None:
@@ -217,7 +220,7 @@ class _Follower:
         self.written[slot.buffer] += 1
         if any(slot.overlaps(read) for dot in self.in_flight for read in dot.reads):
             name, count = re.sub(r"^%|_\d+$", "", slot.buffer), self.slots[slot.buffer]
-            # A loop of n stages copies tile i + n - 1 in the round in which it multiplies tile i.
+            # A loop of n stages copies tile i + n - 1 in the iteration that multiplies tile i.
             stages = tile - self.read[slot.buffer] + 2
             self.found.setdefault(
                 slot.buffer,
@@ -232,8 +235,8 @@ class _Follower:
         pairs = re.findall(rf"({NAME}) = ({VALUE})", carried[1]) if carried else []
         inner, state = [name for name, _ in pairs], [self.values.get(value) for _, value in pairs]
         first, step = self.values.get(head[2]), self.values.get(head[3])
-        for turn in range(ROUNDS):
-            self.values[head[1]] = None if first is None or step is None else first + turn * step
+        for iteration in range(ITERATIONS):
+            self.values[head[1]] = None if first is None or step is None else first + iteration * step
             self.values.update(zip(inner, state, strict=True))
             state = self.run(operation.regions[0])
         return state
@@ -247,6 +250,6 @@ class _Follower:
             self.in_flight = before
             yielded.append(self.run(region))
             left.append(self.in_flight)
-        # Only what both branches wait for has ended.
+        # A dot has finished only if both branches wait for it.
         self.in_flight = max(left, key=len)
         return [a if a == b else None for a, b in zip(*yielded, strict=False)]

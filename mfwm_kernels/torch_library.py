@@ -1,4 +1,4 @@
-"""torch.ops.mfwm.<op>: what torch.compile, torch.export and tracers see of an op, defined from its record."""
+"""Defines torch.ops.mfwm.<op> from each op's record: the op that torch.compile, torch.export and tracers see."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SCHEMA_TYPES = {
 
 
 def schema_of(op: Op) -> str:
-    """The schema of the arguments, from their annotations."""
+    """The schema of the op's arguments, derived from their annotations."""
     kinds = {
         name: _SCHEMA_TYPES[annotation if isinstance(annotation, str) else annotation.__forward_arg__]
         for name, annotation in op.arguments.__annotations__.items()
@@ -50,10 +50,10 @@ def schema_of(op: Op) -> str:
 
 
 def define(op: Op) -> None:
-    """Define torch.ops.mfwm.<op>, its fake and its gradient. The reference alone needs none: torch traces through it.
+    """Define torch.ops.mfwm.<op>, its fake and its gradient. An op with only a reference needs none: torch traces it.
 
-    The op takes the fields of its arguments, a flag per leaf (gradient needed) and the backend. It returns the outputs
-    and, where gradients are computed in the forward, those that are needed.
+    The op takes the fields of its arguments, a flag per leaf (is its gradient needed?) and the backend. It returns the
+    outputs and, if the forward computes gradients, the needed ones.
     """
     if not op.backends:
         return
@@ -77,7 +77,7 @@ def define(op: Op) -> None:
         return outputs
 
     schema = schema_of(op)
-    # Flags as int[], because torch.jit.trace knows no bool[].
+    # Flags are int[], because torch.jit.trace does not support bool[].
     _library.define(f"{op.name}({schema}, int[] flags, str backend) -> Tensor[]")
     _library.impl(op.name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mfwm::{op.name}", forward_fake, lib=_library)
@@ -113,7 +113,7 @@ def define(op: Op) -> None:
 
 
 def _define_backward(op: Op, schema: str, count: int) -> None:
-    """torch.ops.mfwm.<op>_backward: the gradients that are needed, then what the backward writes."""
+    """Define torch.ops.mfwm.<op>_backward, which returns the needed gradients, then the tensors it has written."""
 
     def backward(*flat: Any) -> list[Tensor]:
         args, (upstream, flags, backend, *outputs) = op.arguments(*flat[:count]), flat[count:]
@@ -131,24 +131,24 @@ def _define_backward(op: Op, schema: str, count: int) -> None:
         written = [getattr(args, n) for n in op.mutated_in_backward if getattr(args, n) is not None]
         return [*(leaf.new_empty(leaf.shape) for leaf in leaves), *(torch.empty_like(w) for w in written)]
 
-    given = "Tensor?[] upstream, int[] flags, str backend" + (", Tensor[] outputs" if op.outputs_in_backward else "")
-    _library.define(f"{op.name}_backward({schema}, {given}) -> Tensor[]")
+    extra = "Tensor?[] upstream, int[] flags, str backend" + (", Tensor[] outputs" if op.outputs_in_backward else "")
+    _library.define(f"{op.name}_backward({schema}, {extra}) -> Tensor[]")
     _library.impl(f"{op.name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mfwm::{op.name}_backward", backward_fake, lib=_library)
 
 
 def laid_out_like(leaf: Tensor, gradient: Tensor) -> Tensor:
-    """`gradient` in the strides of torch.empty_like(leaf), which is what the compiler is told."""
+    """`gradient` in the strides of torch.empty_like(leaf), which the fake promises to the compiler."""
     expected = torch.empty_like(leaf, device="meta").stride()
     return gradient if gradient.stride() == expected else torch.empty_like(leaf, dtype=gradient.dtype).copy_(gradient)
 
 
 def _register_flops(op: Op, count: int) -> None:
-    """Tell FlopCounterMode, which sees the op and not the products within it, what it costs."""
+    """Register the op's cost with FlopCounterMode, which cannot see the products inside the op."""
 
     def forward_flops(*flat: Any, **_: Any) -> int:
-        whole = op.gradients_in_forward and any(flat[count])
-        return op.cost(op.arguments(*flat[:count])._asdict()).flops // (1 if whole else 3)
+        with_gradients = op.gradients_in_forward and any(flat[count])
+        return op.cost(op.arguments(*flat[:count])._asdict()).flops // (1 if with_gradients else 3)
 
     def backward_flops(*flat: Any, **_: Any) -> int:
         return 2 * op.cost(op.arguments(*flat[:count])._asdict()).flops // 3

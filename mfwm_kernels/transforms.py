@@ -1,8 +1,8 @@
-"""What torch attaches to a tensor or to the thread beside data: tracers, modes, transforms, pending negation.
+"""Finds what a kernel would bypass: tracers, dispatch modes, transforms of torch.func, pending negations.
 
-A kernel reads and writes memory that these do not see. Where one is active, a call goes through the registered op,
-which torch traces, fakes and functionalises like its own; forward-mode derivatives and vmap are refused by the op's
-name.
+A kernel reads and writes memory, which none of them can see. If one is active, the call goes through the registered op,
+which torch traces, fakes and functionalises like its own ops. Forward-mode derivatives and vmap raise an error that
+names the op.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch._C import _functorch, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-# Classes of flat arguments that hold no tensor; a list that begins with a number holds numbers.
+# Types of flat arguments that hold no tensor. A list whose first entry is a number holds only numbers.
 PLAIN = frozenset({int, float, bool, str, torch.dtype})
 
 
 def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors of flat arguments, lists followed."""
+    """The tensors of flat arguments, including those in lists."""
     for value in args:
         if isinstance(value, Tensor):
             yield value
@@ -29,12 +29,12 @@ def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from (entry for entry in value if isinstance(entry, Tensor))
 
 
-def settle(args: Any) -> tuple[Any, bool]:
-    """Flat arguments with pending negations carried out, since a kernel would read the memory without the sign; and
-    whether torch must see the call as an op.
+def prepare(args: Any) -> tuple[Any, bool]:
+    """Flat arguments with pending negations resolved, and whether torch must see the call as an op.
 
-    It must where something watches this thread (a tracer, a dispatch mode, a transform of torch.func, a level of
-    forward mode), or where a tensor is of a class of its own. One pass in plain loops: every eager call pays for it.
+    A kernel reads memory, which lacks the sign of a pending negation. Torch must see the call if something watches this
+    thread (a tracer, a dispatch mode, a transform of torch.func, a level of forward mode), or if a tensor is of a
+    subclass. One pass in plain loops, because every eager call pays for it.
     """
     watched = is_thread_watched()
     negated = False
@@ -54,7 +54,7 @@ def settle(args: Any) -> tuple[Any, bool]:
                 elif isinstance(entry, Tensor):
                     watched = True
         elif isinstance(value, Tensor):
-            # FakeTensor, DTensor and others may have no storage to read, or more to do than an op shows.
+            # FakeTensor, DTensor and other subclasses may have no storage to read, or may need to act on the op.
             watched = True
     return (resolved(args) if negated else args), watched
 
@@ -77,7 +77,7 @@ def resolved(value: Any) -> Any:
 
 
 def refuse_transforms(name: str, args: Iterable[Any]) -> None:
-    """Raise for what kernels do not have: forward-mode derivatives and the transforms of torch.func."""
+    """Raise for what kernels do not support: forward-mode derivatives and the transforms of torch.func."""
     if torch.compiler.is_compiling():
         return
     tensors = list(tensors_of(args))
@@ -92,18 +92,18 @@ def refuse_transforms(name: str, args: Iterable[Any]) -> None:
 
 
 def is_batched(grads: Iterable[Tensor | None]) -> bool:
-    """Whether these are upstream gradients of autograd.grad(is_grads_batched=True), which no thread state tells of."""
+    """Whether these come from autograd.grad(is_grads_batched=True), which leaves no trace in the thread's state."""
     return any(_functorch.is_legacy_batchedtensor(grad) for grad in grads if grad is not None)
 
 
 def refuse_compiled_forward_mode(name: str) -> None:
-    """While a call is compiled no tangent can be seen, and the op would drop it."""
+    """Raise in forward mode: compilation hides the tangents, so the compiled op would drop them."""
     if forward_ad._current_level >= 0:
         raise NotImplementedError(f"{name} has no forward-mode derivative (jvp); compile it outside of forward mode")
 
 
 def layers_of(tensor: Tensor) -> Iterator[Tensor]:
-    """What torch.func has wrapped `tensor` in, outermost first."""
+    """The wrappers that torch.func has put around a tensor, outermost first."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         yield tensor
         tensor = _functorch.get_unwrapped(tensor)

@@ -68,14 +68,14 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(backends.ABSENT, backend, "")
     monkeypatch.setattr(backends, "served_devices", lambda backend: ("meta",))
     # The mode is to see what happens within an op.
-    monkeypatch.setattr(autograd, "settle", lambda args: (args, False))
+    monkeypatch.setattr(autograd, "prepare", lambda args: (args, False))
     for name in ("ops.multi_horizon_loss", "cuda.multi_horizon_loss", "cuda.video_pyramid"):
         module = importlib.import_module(f"mfwm_kernels.{name}")
         monkeypatch.setattr(module, "raw", lambda tensor: None)
         monkeypatch.setattr(module, "launch", lambda *args: None, raising=False)
     if importlib.util.find_spec("triton") is not None:
         launcher = importlib.import_module("mfwm_kernels.triton.launch")
-        monkeypatch.setattr(launcher, "instead", lambda *args: None)
+        monkeypatch.setattr(launcher, "recorder", lambda *args: None)
     arguments._constants.clear()
     yield
 

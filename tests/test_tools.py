@@ -120,7 +120,7 @@ def test_check_that_is_cut_off_has_kept_what_it_knew(
     assert checked(monkeypatch, "--dtype", "float32", "float16", "--json", str(file)) == "interrupted"
     (row,) = json.loads(file.read_text())["rows"]
     assert row["passed"] and row["dtype"] == "float32"
-    assert "NOT ENDED action_window_sum on cpu, float16" in capsys.readouterr().out
+    assert "NOT FINISHED action_window_sum on cpu, float16" in capsys.readouterr().out
 
 
 def test_check_reports_a_row_whose_process_dies(
@@ -128,7 +128,7 @@ def test_check_reports_a_row_whose_process_dies(
 ) -> None:
     case = check.Case("action_window_sum", "cpu", torch.device("cpu"), "float32")
     died = check.Case("no such op", "cpu", torch.device("cpu"), "float32")
-    rows = {row["op"]: row for row in check.rows_apart([died, case], 2)}
+    rows = {row["op"]: row for row in check.rows_in_processes([died, case], 2)}
     assert rows[case.op]["passed"] and not rows[died.op]["passed"]
     assert rows[died.op]["problem"] == "its process ended with exit code 1"
     assert "no such op on cpu, float32, its process ended with exit code 1" in capfd.readouterr().out

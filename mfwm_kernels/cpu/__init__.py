@@ -1,4 +1,5 @@
-"""Launchers of the C++ kernels in csrc/cpu, a module per op: checked arguments -> pointers, sizes and strides.
+"""Launchers of the C++ kernels in csrc/cpu, one module per op, called by autograd.call.
 
-The kernels read inputs of any strides in place. They run on torch's number of threads.
+They pass checked arguments as pointers, sizes and strides. The kernels read inputs of any strides in place, and run on
+as many threads as torch.
 """

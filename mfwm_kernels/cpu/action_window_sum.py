@@ -1,4 +1,4 @@
-"""action_window_sum on the CPU; fan_out takes its sums from here too."""
+"""action_window_sum on the CPU, called by autograd.call; fan_out and multi_horizon_linear call `window_sums`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
 
 
 def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
-    """[B, positions, K, D]: the sums at the first positions."""
+    """[B, positions, K, D]: the sums at the first `positions` positions."""
     batch, _, width = args.actions.shape
     sums = torch.empty(batch, positions, len(args.offsets), width, dtype=dtype, device=args.actions.device)
     kernels.action_window_sum_forward(
@@ -39,7 +39,7 @@ def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
 
 
 def gradients_of_sums(args: Arguments, want: Want, gradient: Tensor) -> Gradients:
-    """The gradients of actions and lag_weight that are needed, from the sums' gradient [B, N, K, D]."""
+    """The needed gradients of actions and lag_weight, given the gradient of the sums [B, N, K, D]."""
     gradients: Gradients = {}
     for name in ("actions", "lag_weight"):
         if want[name]:

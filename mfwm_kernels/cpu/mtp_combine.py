@@ -1,4 +1,4 @@
-"""mtp_combine on the CPU: the normed states of a chunk of rows side by side, and torch's matrix product of them."""
+"""mtp_combine on the CPU, called by autograd.call: chunks of normed, concatenated rows, and torch's matrix product."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     weight = (args.weight.to(computed) * norms_of(args, computed)).to(dtype)
     out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
-    pieces = list(chunks(hidden, (depth + (0 if dtype == hidden.dtype else columns)) * dtype.itemsize))
-    joined_all = torch.empty(pieces[0][1] if pieces else 0, depth, dtype=dtype, device=hidden.device)
-    for first, last in pieces:
-        joined, to = joined_all[: last - first], rows_of(out, first, last)
+    row_chunks = list(chunks(hidden, (depth + (0 if dtype == hidden.dtype else columns)) * dtype.itemsize))
+    joined_all = torch.empty(row_chunks[0][1] if row_chunks else 0, depth, dtype=dtype, device=hidden.device)
+    for first, last in row_chunks:
+        joined, target = joined_all[: last - first], rows_of(out, first, last)
         norm([rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)], joined, args.norm_eps)
         if dtype == hidden.dtype:
-            torch.mm(joined, weight.t(), out=to)
+            torch.mm(joined, weight.t(), out=target)
         else:
-            to.copy_(joined @ weight.t())
+            target.copy_(joined @ weight.t())
     return [out], {}
 
 
 def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
-    (gradient_of_out,) = upstream
-    assert gradient_of_out is not None
-    return shared_backward(args, want, gradient_of_out, PASSES)
+    (out_gradient,) = upstream
+    assert out_gradient is not None
+    return shared_backward(args, want, out_gradient, PASSES)
 
 
 def norm(states: Sequence[Tensor], joined: Tensor, eps: float) -> None:
     kernels.mtp_combine_norm([raw(state) for state in states], raw(joined), eps, torch.get_num_threads())
 
 
-def gradient(states: Sequence[Tensor], joined: Tensor, eps: float, to: Sequence[Tensor | None]) -> None:
-    given = [raw(state) for state in states], raw(joined), eps, torch.get_num_threads()
-    kernels.mtp_combine_gradient(*given, [raw(of_state) for of_state in to])
+def gradient(states: Sequence[Tensor], joined: Tensor, eps: float, gradients: Sequence[Tensor | None]) -> None:
+    leading = [raw(state) for state in states], raw(joined), eps, torch.get_num_threads()
+    kernels.mtp_combine_gradient(*leading, [raw(gradient) for gradient in gradients])
 
 
 PASSES = Passes(product_dtype, norm, gradient)

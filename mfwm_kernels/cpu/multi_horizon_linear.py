@@ -1,4 +1,4 @@
-"""multi_horizon_linear on the CPU: torch's matrix products, and passes around them over chunks of rows."""
+"""multi_horizon_linear on the CPU, called by autograd.call: torch's matrix products, and passes over chunks of rows."""
 
 from __future__ import annotations
 
@@ -36,14 +36,18 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     heads, bias = heads_of(args, dtype), bias_of(args, computed)
     projected = projected_of(args, sums, heads)
     copies = 0 if dtype == hidden.dtype else 1
-    pieces = list(chunks(hidden, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
-    product = torch.empty(pieces[0][1] if pieces else 0, sum(columns), dtype=dtype, device=hidden.device)
-    for first, last in pieces:
+    row_chunks = list(chunks(hidden, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
+    product = torch.empty(row_chunks[0][1] if row_chunks else 0, sum(columns), dtype=dtype, device=hidden.device)
+    for first, last in row_chunks:
         rows = Rows(rows_of(hidden, first, last), first, tokens, sums)
         torch.mm(rows.hidden.to(dtype), heads.t(), out=product[: last - first])
-        to = [rows_of(output, first, last) for output in outputs]
+        targets = [rows_of(output, first, last) for output in outputs]
         kernels.multi_horizon_linear_forward(
-            *begin(args, rows), raw(product[: last - first]), raw(projected), raw(bias), [raw(output) for output in to]
+            *leading(args, rows),
+            raw(product[: last - first]),
+            raw(projected),
+            raw(bias),
+            [raw(target) for target in targets],
         )
     return outputs, {}
 
@@ -52,8 +56,8 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     return shared_backward(args, want, upstream, outputs, PASSES)
 
 
-def begin(args: Arguments, rows: Rows) -> tuple[Array, Array, int, int, bool, float, int]:
-    """The arguments that all kernels begin with."""
+def leading(args: Arguments, rows: Rows) -> tuple[Array, Array, int, int, bool, float, int]:
+    """The leading arguments of all kernels."""
     norm = args.norm_weight is not None
     return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), rows.first, rows.tokens, norm, args.norm_eps,
             torch.get_num_threads())  # fmt: skip
@@ -70,7 +74,7 @@ def scale(
     scaled_sums: Tensor | None,
 ) -> None:
     kernels.multi_horizon_linear_scale(
-        *begin(args, rows), [raw(grad) for grad in upstream], [raw(output) for output in outputs], raw(bias),
+        *leading(args, rows), [raw(grad) for grad in upstream], [raw(output) for output in outputs], raw(bias),
         raw(scaled), raw(shares), raw(scaled_sums),
     )  # fmt: skip
 
@@ -80,12 +84,12 @@ def combine(
     rows: Rows,
     product: Tensor | None,
     shares: Tensor,
-    of_hidden: Tensor | None,
-    of_sums: Tensor | None,
+    hidden_gradient: Tensor | None,
+    sums_gradient: Tensor | None,
 ) -> None:
-    of_windows = None if of_sums is None else of_sums.flatten(0, 1)
+    window_gradients = None if sums_gradient is None else sums_gradient.flatten(0, 1)
     kernels.multi_horizon_linear_combine(
-        *begin(args, rows), raw(product), raw(shares), raw(of_hidden), raw(of_windows)
+        *leading(args, rows), raw(product), raw(shares), raw(hidden_gradient), raw(window_gradients)
     )  # fmt: skip
 
 
@@ -94,15 +98,15 @@ def monitor(
     rows: Rows,
     states: Sequence[Tensor | None],
     shares: Tensor,
-    of_hidden: Tensor,
-    of_sums: Tensor | None,
+    hidden_gradient: Tensor,
+    sums_gradient: Tensor | None,
     gram: Tensor,
 ) -> None:
     weights = [] if args.scale is None else args.scale.tolist()
-    of_windows = None if of_sums is None else of_sums.flatten(0, 1)
+    window_gradients = None if sums_gradient is None else sums_gradient.flatten(0, 1)
     kernels.multi_horizon_linear_monitor(
-        *begin(args, rows), [raw(state) for state in states], raw(shares), weights,
-        raw(of_hidden), raw(of_windows), raw(gram),
+        *leading(args, rows), [raw(state) for state in states], raw(shares), weights,
+        raw(hidden_gradient), raw(window_gradients), raw(gram),
     )  # fmt: skip
 
 

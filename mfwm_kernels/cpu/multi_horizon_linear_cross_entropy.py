@@ -1,4 +1,7 @@
-"""multi_horizon_linear_cross_entropy on the CPU: torch's matrix products, and a pass over each chunk of logits."""
+"""multi_horizon_linear_cross_entropy on the CPU, called by autograd.call.
+
+Torch computes the matrix products, and one kernel passes over each chunk of logits.
+"""
 
 from __future__ import annotations
 

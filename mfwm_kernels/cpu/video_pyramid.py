@@ -1,4 +1,4 @@
-"""video_pyramid on the CPU."""
+"""video_pyramid on the CPU, called by autograd.call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""multi_horizon_loss in CUDA C++: losses and gradients in one pass, in the forward."""
+"""multi_horizon_loss in CUDA C++, called by autograd.call: losses and gradients in one pass, in the forward."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from ..op import Gradients, Want
 from ..ops.multi_horizon_loss import Arguments, empty_gradients, fake, native_arguments
 from . import launch
 
-# Blocks of the loss kernel, each with a row of sums: several waves on any GPU, and little to add up at the end.
+# Thread blocks of the loss kernel, each of which writes a row of sums: several waves on any GPU, and few rows to add
+# up.
 BLOCKS = 2048
 
 
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     device = args.video.device
-    of_preds = empty_gradients(args, want)
+    pred_gradients = empty_gradients(args, want)
     terms = len(args.preds) + len(args.pairs) // 2
     term_counts = None if args.segment_ids is None else torch.empty(terms, dtype=torch.int64, device=device)
     outputs = fake(args)
     scratch = torch.empty(terms, BLOCKS, dtype=torch.float32, device=device)
-    given = native_arguments(args, of_preds, outputs)
-    launch("cuda_multi_horizon_loss", device, *given, raw(term_counts), raw(scratch))
-    return outputs, {"preds": of_preds, **gradients_of_weights(args, want, outputs[1], outputs[3])}
+    arguments = native_arguments(args, pred_gradients, outputs)
+    launch("cuda_multi_horizon_loss", device, *arguments, raw(term_counts), raw(scratch))
+    return outputs, {"preds": pred_gradients, **gradients_of_weights(args, want, outputs[1], outputs[3])}
 
 
 def scale(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """gradients *= upstream, in place; they are dense, as `forward` allocates them."""
+    """gradients *= upstream, in place. They are dense, as `forward` allocates them."""
     launch("cuda_multi_horizon_loss_scale", upstream.device, [raw(g) for g in gradients], raw(upstream))
     return gradients

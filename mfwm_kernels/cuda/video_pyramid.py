@@ -1,4 +1,4 @@
-"""video_pyramid in CUDA C++."""
+"""video_pyramid in CUDA C++, called by autograd.call."""
 
 from __future__ import annotations
 

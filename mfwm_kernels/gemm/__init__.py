@@ -1,1 +1,1 @@
-"""What the backends of an op share where torch's matrix products do most of it: chunks of rows, and the backward."""
+"""Code that the backends of an op share if torch's matrix products do most of its work. Called by these backends."""

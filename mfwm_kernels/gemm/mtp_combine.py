@@ -1,11 +1,11 @@
-"""What the backends of mtp_combine share: the halves in the weight's order, and the backward.
+"""The backward of mtp_combine, and the order of the weight's halves, which its backends share.
 
-With X the two states over their root mean squares, side by side, and W' = W diag(norm weights):
+With X the concatenation of the two states, each over its root mean square, and W' = W diag(norm weights):
 
     out = X W'^T,  d X = dout W',  d W' = dout^T X
     d W = d W' diag(norm weights),  d norm weights = column sums of W d W'
 
-X and d X exist for a chunk of rows at a time.
+X and d X exist for only one chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .rows import chunks, rows_of
 
 
 class Passes(NamedTuple):
-    """What a backend brings to `backward`.
+    """The functions of a backend that `backward` calls around its matrix products.
 
-    product_dtype(dtype)                  what matrix products take
-    norm(states, joined, eps)             joined = X, from rows [R, D] of both states
-    gradient(states, joined, eps, to)     from joined = d X: the gradient of each state whose entry of `to` is not None
+    product_dtype(dtype)                      the dtype of the operands of matrix products
+    norm(states, joined, eps)                 writes X to joined, from rows [R, D] of both states
+    gradient(states, joined, eps, gradients)  reads d X from joined; writes the gradients of the states, except None
     """
 
     product_dtype: Callable[[torch.dtype], torch.dtype]
@@ -35,12 +35,12 @@ class Passes(NamedTuple):
 
 
 def ordered(args: Arguments, hidden: Any, embedding: Any) -> list[Any]:
-    """The two in the order of the weight's halves."""
+    """Both arguments, in the order of the weight's halves."""
     return [hidden, embedding] if args.order == "hidden_first" else [embedding, hidden]
 
 
 def norms_of(args: Arguments, dtype: torch.dtype) -> Tensor:
-    """[2 D]"""
+    """[2 D]: both norm weights, in the order of the weight's halves."""
     return torch.cat(ordered(args, args.hidden_norm_weight, args.embedding_norm_weight)).to(dtype)
 
 
@@ -54,30 +54,33 @@ def backward(args: Arguments, want: Want, upstream: Tensor, passes: Passes) -> G
     def empty(*shape: int, dtype: torch.dtype = hidden.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
 
-    of_hidden = empty(*hidden.shape) if want["hidden"] else None
-    of_embedding = empty(*hidden.shape) if want["embedding"] else None
-    wants_states = of_hidden is not None or of_embedding is not None
-    wants_weight = want["weight"] or want["hidden_norm_weight"] or want["embedding_norm_weight"]
-    of_weight = torch.zeros(columns, depth, dtype=computed, device=hidden.device)
-    pieces = list(chunks(hidden, (depth + (0 if dtype == hidden.dtype else columns)) * dtype.itemsize))
-    joined_all = empty(pieces[0][1] if pieces else 0, depth, dtype=dtype)
-    for first, last in pieces:
+    hidden_gradient = empty(*hidden.shape) if want["hidden"] else None
+    embedding_gradient = empty(*hidden.shape) if want["embedding"] else None
+    needs_states = hidden_gradient is not None or embedding_gradient is not None
+    needs_weight = want["weight"] or want["hidden_norm_weight"] or want["embedding_norm_weight"]
+    weight_gradient = torch.zeros(columns, depth, dtype=computed, device=hidden.device)
+    row_chunks = list(chunks(hidden, (depth + (0 if dtype == hidden.dtype else columns)) * dtype.itemsize))
+    joined_all = empty(row_chunks[0][1] if row_chunks else 0, depth, dtype=dtype)
+    for first, last in row_chunks:
         joined = joined_all[: last - first]
         states = [rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)]
-        of_out = rows_of(upstream, first, last).to(dtype)
-        if wants_weight:
+        out_gradient = rows_of(upstream, first, last).to(dtype)
+        if needs_weight:
             passes.norm(states, joined, args.norm_eps)
-            of_weight += of_out.t() @ joined
-        if wants_states:
-            torch.mm(of_out, weight, out=joined)
-            to = [None if g is None else rows_of(g, first, last) for g in ordered(args, of_hidden, of_embedding)]
-            passes.gradient(states, joined, args.norm_eps, to)
-    of_norms = (args.weight * of_weight).sum(0).to(hidden.dtype).chunk(2)
-    of_hidden_norm, of_embedding_norm = ordered(args, *of_norms)
+            weight_gradient += out_gradient.t() @ joined
+        if needs_states:
+            torch.mm(out_gradient, weight, out=joined)
+            targets = [
+                None if g is None else rows_of(g, first, last)
+                for g in ordered(args, hidden_gradient, embedding_gradient)
+            ]
+            passes.gradient(states, joined, args.norm_eps, targets)
+    norm_gradients = (args.weight * weight_gradient).sum(0).to(hidden.dtype).chunk(2)
+    hidden_norm_gradient, embedding_norm_gradient = ordered(args, *norm_gradients)
     return {
-        "hidden": of_hidden,
-        "embedding": of_embedding,
-        "weight": (of_weight * norms).to(hidden.dtype) if want["weight"] else None,
-        "hidden_norm_weight": of_hidden_norm,
-        "embedding_norm_weight": of_embedding_norm,
+        "hidden": hidden_gradient,
+        "embedding": embedding_gradient,
+        "weight": (weight_gradient * norms).to(hidden.dtype) if want["weight"] else None,
+        "hidden_norm_weight": hidden_norm_gradient,
+        "embedding_norm_weight": embedding_norm_gradient,
     }

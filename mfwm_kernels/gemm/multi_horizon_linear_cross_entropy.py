@@ -1,13 +1,13 @@
-"""What the backends of multi_horizon_linear_cross_entropy share: logits in chunks, and the matrix products around them.
+"""The forward of multi_horizon_linear_cross_entropy, which its backends share: chunks of logits and matrix products.
 
-A chunk is rows X, of all horizons one after the other. Their logits Z lie in a buffer; one pass over it, whichever
-horizons its rows are of, makes the losses and leaves d Z in it:
+A chunk is a number of rows X of the horizons' concatenated inputs. Their logits Z are in a buffer. One pass over it,
+for rows of any horizons, computes the losses and overwrites Z with d Z:
 
     Z = X W^T,  d X = d Z W,  d W += d Z^T X
 
-Rows that share a weight are gathered and multiplied together, so that a horizon of 1/64 of the size costs 1/64. A
-chunk of a consistency pair is far cells and the near cells that they cover, the logits of both in the buffer.
-Gradients are those of the total: d Z holds the horizon's weight over the number of cells that count.
+Rows that share a weight are gathered into one product, so that a horizon of 1/64 the size costs 1/64 of the time. A
+chunk of a consistency pair has far cells and the near cells that they cover, with the logits of both in the buffer.
+Gradients are those of the total: d Z includes the factor horizon weight / number of cells that count.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from ..horizons import counts_at
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
 from ..ops.token_ids import checked_ids
-from .rows import by_clip, flat, pieces, rows_at, rows_of
+from .rows import by_clip, clip_views, flat, rows_at, rows_of
 
-# The share of a chunk from which on rows are multiplied where they lie, by themselves: there a copy costs more than
-# a launch.
+# Parts at least this large a share of a chunk get a matrix product of their own, in place: copying them together with
+# the others would cost more than the extra launch.
 LARGE = 1 / 8
 
 
 class Passes(NamedTuple):
-    """What a backend brings to `forward`.
+    """The options and functions of a backend that `forward` uses.
 
-    chunk_bytes            of the logits and states of a chunk; a call's chunk_size comes first
-    product_dtype(dtype)   what matrix products take
-    drops                  rows that do not count stay out of the products. Where finding them would mean waiting for
-                           the device, only those stay out whose frame is past the end; the states of those that a mask
-                           or segments leave out are zeros in the weight's gradient, so that no NaN gets there
-    batched                rows of several clips are one batched product, because a launch each would cost too much
-    add(total, product)    total += product; total is fp32, the product bf16
+    chunk_bytes            the bytes of the logits and states of a chunk, unless the call sets chunk_size
+    product_dtype(dtype)   the dtype of the operands of matrix products
+    drops                  True: products exclude all rows that do not count. False, for devices that would have to wait
+                           to find them: products exclude only rows whose frame is past the end, and the weight's
+                           gradient replaces states that a mask or segments exclude by zeros, because they may be NaN
+    batched                rows of several clips become one batched product, because one launch per clip costs too much
+    add(total, product)    total += product, for an fp32 total and a bf16 product
     cross_entropy(args, logits, ids, starts, scales, losses, hits, learns)
-        losses and hits [R * F] of logits [R * F, V], row r asked for ids[starts[r] : starts[r + 1]]; if `learns`, each
-        row of logits becomes its gradient times scales[r]
+        writes losses and hits [R * F] of logits [R * F, V], where row r has the target ids[starts[r] : starts[r + 1]].
+        If `learns`, overwrites each row of logits with its gradient times scales[r]
     consistency(args, near, far, counted, scale, losses, learns_near, learns_far)
-        losses [C, F] of far logits [C, F * V] under near ones [C * S, F * V]; the same, all times `scale`. Zeros where
-        `counted` is False
+        writes losses [C, F] of far logits [C, F * V] against near ones [C * S, F * V], and overwrites the logits that
+        learn with their gradients times `scale`. Both are 0 where `counted` is False
     """
 
     chunk_bytes: int
@@ -62,13 +62,13 @@ class Passes(NamedTuple):
 class Targets(NamedTuple):
     """The target ids of each row, horizons concatenated.
 
-    rows      of each horizon: how many positions of every clip they cover, or their numbers among its B * T * h * w
-    sizes     how many they are, all horizons' sum being R
-    ids       the ids of each row's F cells, one cell after the other, int32; -1 for what is left out
-    starts    [R * F + 1] int64, where a cell's ids start
-    cells     [K] how many rows count
-    terms     [K] how many of their F cross-entropies
-    counted   [R] which rows count, where a mask or segments leave some out but not out of the products
+    rows      per horizon: the number of leading positions of every clip, or row numbers among its B * T * h * w
+    sizes     per horizon: its number of rows; their sum is R
+    ids       the ids of each row's F cells, concatenated, int32; -1 for excluded ids
+    starts    [R * F + 1] int64: the start of each cell's ids
+    cells     [K]: how many rows count
+    terms     [K]: how many cross-entropies count, at most F per row
+    counted   [R]: which rows count, if products include rows that a mask or segments exclude; else None
     """
 
     rows: list[int | Tensor]
@@ -81,7 +81,7 @@ class Targets(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows of the inputs of one horizon: a slice of the rows that its targets cover, or their numbers."""
+    """Rows of one horizon's inputs: a slice of the rows in its Targets, or row numbers."""
 
     horizon: int
     rows: Tensor | slice
@@ -89,11 +89,12 @@ class Part(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Parts that are multiplied with one weight, and which rows of a chunk they are.
+    """One matrix product: parts that share a weight, and the rows of the buffer that hold their logits.
 
-    states      [R, D] or [clips, R, D]: in the inputs, or a copy
-    gradient    where the gradient of states in the inputs goes, if it is needed
-    gathered    states are a copy, which their gradients overwrite
+    states      [R, D] or [clips, R, D]: a view of the inputs, or a copy
+    gradient    the view that receives the gradient of `states`, if they are a view and it is needed
+    at          the rows of the buffer
+    gathered    `states` are a copy, which their gradients overwrite
     """
 
     parts: list[Part]
@@ -104,15 +105,15 @@ class Product(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """The rows of a horizon's inputs and of their gradient, [B, rows, D]; None where the strides allow no view, where
-    rows are known by their numbers, and for a gradient that nobody needs."""
+    """Views [B, rows, D] of a horizon's inputs and of their gradient. None if the strides allow no view, if rows are
+    given by number, or if the gradient is not needed."""
 
     states: Tensor | None
     gradient: Tensor | None
 
 
 class Pair(NamedTuple):
-    """Far rows [C], the near rows [C, S] that each covers, which of them count (None for all), and how many."""
+    """Numbers of the far rows [C] and of the near rows [C, S] that they cover; which count (None: all); how many do."""
 
     far: Tensor
     near: Tensor
@@ -128,10 +129,10 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         return torch.empty(shape, dtype=dtype, device=device)
 
     targets = targets_of(args, passes.drops)
-    heads.begin(targets.rows)
+    heads.set_rows(targets.rows)
     terms = [size * args.ids_per_token for size in targets.sizes]
     scales = (args.horizon_weights.to(computed) / targets.cells.clamp_min(1)).unbind()
-    scale_of = torch.cat([scale.expand(size) for scale, size in zip(scales, terms, strict=True)])
+    row_scales = torch.cat([scale.expand(size) for scale, size in zip(scales, terms, strict=True)])
     losses = empty(sum(terms))
     hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
     for first, last, parts in packed(targets, heads.size):
@@ -139,12 +140,12 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         logits = heads.logits(products).view(-1, args.weight[0].shape[0] // args.ids_per_token)
         here = slice(first * args.ids_per_token, last * args.ids_per_token)
         starts = targets.starts[here.start : here.stop + 1]
-        learns = any(heads.learn_from(part.horizon) for part in parts)
+        learns = any(heads.learns(part.horizon) for part in parts)
         hits_here = None if hits is None else hits[here]
-        passes.cross_entropy(args, logits, targets.ids, starts, scale_of[here], losses[here], hits_here, learns)
+        passes.cross_entropy(args, logits, targets.ids, starts, row_scales[here], losses[here], hits_here, learns)
         if learns:
             counted = None if targets.counted is None else targets.counted[first:last]
-            heads.learn(products, counted, added=False)
+            heads.backpropagate(products, counted, added=False)
     per_horizon = torch.stack([sum_of(part) for part in losses.split(terms)]) / targets.cells.clamp_min(1)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
@@ -155,8 +156,8 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         pair = pair_of(args, i, j, passes.drops)
         scale = args.consistency_weights[j].to(computed) / pair.cells.clamp_min(1)
         losses = empty(pair.far.shape[0], args.ids_per_token)
-        learns_near = args.detach != "near" and heads.learn_from(i)
-        learns_far = args.detach != "far" and heads.learn_from(j)
+        learns_near = args.detach != "near" and heads.learns(i)
+        learns_far = args.detach != "far" and heads.learns(j)
         size = max(1, heads.size // (1 + pair.near.shape[1]))
         for first in range(0, losses.shape[0], size):
             chunk = slice(first, first + size)
@@ -168,9 +169,9 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
             passes.consistency(args, near, far, counted, scale, losses[chunk], learns_near, learns_far)
             if learns_near:
                 covered = None if counted is None else counted[:, None].expand(-1, pair.near.shape[1]).flatten()
-                heads.learn(near_products, covered, added=True)
+                heads.backpropagate(near_products, covered, added=True)
             if learns_far:
-                heads.learn(far_products, counted, added=True)
+                heads.backpropagate(far_products, counted, added=True)
         agreement[j], agreement_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
     total = (args.horizon_weights.to(computed) * per_horizon).sum()
@@ -190,7 +191,7 @@ def sum_of(losses: Tensor) -> Tensor:
 
 
 class Heads:
-    """The matrix products of a call: the buffer of logits, and the gradients of inputs and weights."""
+    """Computes the matrix products of a call. Owns the buffer of logits and the gradients of inputs and weights."""
 
     def __init__(self, args: Arguments, want: Want, passes: Passes) -> None:
         self.args, self.want = args, want
@@ -200,27 +201,27 @@ class Heads:
         self.batched = passes.batched
         self.weights = [weight.to(self.dtype) for weight in args.weight]
         columns, depth = self.weights[0].shape
-        # With a small vocabulary the states are what is large.
+        # Count the gathered states too: with V < D they are larger than the logits.
         self.size = args.chunk_size or max(1, passes.chunk_bytes // ((columns + depth) * self.dtype.itemsize))
         rows = sum(states.shape[:-1].numel() for states in args.inputs)
-        # A cell of a pair needs its near rows beside it, however small the chunk.
+        # However small the chunk, the buffer must hold a far cell of a pair and the near rows that it covers.
         least = max((1 + (args.factors[j] // args.factors[i]) ** 2 for i, j in pairs_of(args)), default=0)
         self.buffer = self._empty(min(max(self.size, least), rows), columns)
-        self.of_inputs = [
+        self.input_gradients = [
             torch.empty(states.shape, dtype=stored_dtype(states), device=states.device) if wants else None
             for states, wants in zip(args.inputs, self.want["inputs"], strict=True)
         ]
-        self.of_weights: list[Tensor | None] = [None] * len(args.weight)
+        self.weight_gradients: list[Tensor | None] = [None] * len(args.weight)
 
-    def learn_from(self, i: int) -> bool:
-        """Whether the gradients of horizon i's logits are needed."""
-        return self.want["inputs"][i] or self.want["weight"][self._place(i)]
+    def learns(self, i: int) -> bool:
+        """Whether the gradient of horizon i's logits is needed."""
+        return self.want["inputs"][i] or self.want["weight"][self._weight_index(i)]
 
-    def begin(self, rows: Sequence[int | Tensor]) -> None:
-        """Zero the gradients of the inputs outside `rows`, and view both by clip where rows are those of positions."""
+    def set_rows(self, rows: Sequence[int | Tensor]) -> None:
+        """Store the rows of Targets, zero the gradients of inputs elsewhere, and create views by clip if possible."""
         self.covered = rows
         self.clips: list[Clips] = []
-        for states, gradient, covered in zip(self.args.inputs, self.of_inputs, rows, strict=True):
+        for states, gradient, covered in zip(self.args.inputs, self.input_gradients, rows, strict=True):
             if isinstance(covered, Tensor):
                 if gradient is not None:
                     gradient.zero_()
@@ -232,131 +233,134 @@ class Heads:
             self.clips.append(one_clip(clips) or clips)
 
     def products(self, parts: Sequence[Part], first: int = 0) -> list[Product]:
-        """How `parts` are multiplied; their logits fill the buffer from row `first` on."""
+        """Group `parts` into products, whose logits fill the buffer from row `first` on."""
         shared, rows = len(self.weights) == 1, sum(part.size for part in parts)
 
-        def stays(part: Part) -> bool:
+        def is_multiplied_in_place(part: Part) -> bool:
             clips = self.clips[part.horizon].states
             if clips is None or clips.dtype != self.dtype or not isinstance(part.rows, slice):
                 return False
-            # Every clip has a gradient of the weight of its own to add: below V / 2 rows that moves more than a copy.
+            # Each clip adds its own gradient of the weight: below V / 2 rows that moves more bytes than a copy.
             long = clips.shape[0] == 1 or 2 * clips.shape[1] >= self.weights[0].shape[0]
             return long and (not shared or part.size >= LARGE * rows)
 
-        made = []
-        for in_place, run in itertools.groupby(parts, stays):
-            together = list(run)
-            groups = [[part] for part in together] if in_place or not shared else [together]
+        products = []
+        for in_place, run in itertools.groupby(parts, is_multiplied_in_place):
+            neighbours = list(run)
+            groups = [[part] for part in neighbours] if in_place or not shared else [neighbours]
             for group in groups:
                 clips = self.clips[group[0].horizon]
-                states = self._pieces(clips.states, group[0]) if in_place else [self._gather(group)]
-                gradients = self._pieces(clips.gradient, group[0]) if in_place else []
-                for piece, gradient in itertools.zip_longest(states, gradients):
-                    last = first + piece.shape[:-1].numel()
-                    made.append(Product(group, piece, gradient, slice(first, last), not in_place))
+                states = self._views(clips.states, group[0]) if in_place else [self._gather(group)]
+                gradients = self._views(clips.gradient, group[0]) if in_place else []
+                for state, gradient in itertools.zip_longest(states, gradients):
+                    last = first + state.shape[:-1].numel()
+                    products.append(Product(group, state, gradient, slice(first, last), not in_place))
                     first = last
-        return made
+        return products
 
     def logits(self, products: Sequence[Product]) -> Tensor:
+        """Compute the products into the buffer, and return its rows."""
         for product in products:
-            weight = self.weights[self._place(product.parts[0].horizon)]
-            multiply(product.states, weight.t(), self._of_chunk(product))
+            weight = self.weights[self._weight_index(product.parts[0].horizon)]
+            multiply(product.states, weight.t(), self._logits_of(product))
         return self.buffer[products[0].at.start : products[-1].at.stop]
 
-    def learn(self, products: Sequence[Product], counted: Tensor | None, *, added: bool) -> None:
-        """From the gradients in the buffer: those of inputs, added to what is there or not, and of weights, added.
+    def backpropagate(self, products: Sequence[Product], counted: Tensor | None, *, added: bool) -> None:
+        """Read the gradients of logits in the buffer, add to those of weights, and add to (or write) those of inputs.
 
-        `counted`: which rows of the products count. The gradients of the others are zeros, but their states may be NaN.
+        `counted`: which rows of the products count. The gradients of the others are 0, but their states may be NaN.
         """
         for product in products:
-            of_logits, place = self._of_chunk(product), self._place(product.parts[0].horizon)
-            if self.want["weight"][place]:
+            logits_gradient, index = self._logits_of(product), self._weight_index(product.parts[0].horizon)
+            if self.want["weight"][index]:
                 states = product.states
                 if counted is not None:
                     first = product.at.start - products[0].at.start
-                    own = counted[first : first + states.shape[:-1].numel()].view(*states.shape[:-1], 1)
-                    states = torch.where(own, states, 0)
-                self.of_weights[place] = self._sum(self.of_weights[place], of_logits, states)
+                    mask = counted[first : first + states.shape[:-1].numel()].view(*states.shape[:-1], 1)
+                    states = torch.where(mask, states, 0)
+                self.weight_gradients[index] = self._sum(self.weight_gradients[index], logits_gradient, states)
             if product.gradient is not None:
-                multiply(of_logits, self.weights[place], product.gradient)
+                multiply(logits_gradient, self.weights[index], product.gradient)
             elif product.gathered and any(self.want["inputs"][part.horizon] for part in product.parts):
-                multiply(of_logits, self.weights[place], product.states)
-                computed_by_part = product.states.split([part.size for part in product.parts])
-                for part, computed in zip(product.parts, computed_by_part, strict=True):
-                    self._scatter(part, computed, added)
+                multiply(logits_gradient, self.weights[index], product.states)
+                gradients = product.states.split([part.size for part in product.parts])
+                for part, gradient in zip(product.parts, gradients, strict=True):
+                    self._scatter(part, gradient, added)
 
     def gradients(self) -> Gradients:
-        """Those of the inputs and weights that are needed."""
-        of_weights: list[Tensor | None] = []
-        for weight, total, wants in zip(self.args.weight, self.of_weights, self.want["weight"], strict=True):
+        """The needed gradients of inputs and weights."""
+        weight_gradients: list[Tensor | None] = []
+        for weight, total, wants in zip(self.args.weight, self.weight_gradients, self.want["weight"], strict=True):
             stored = stored_dtype(weight)
             zeros = torch.zeros_like(weight, dtype=stored) if wants and total is None else None
-            of_weights.append(total.to(stored) if wants and total is not None else zeros)
-        return {"inputs": self.of_inputs, "weight": of_weights}
+            weight_gradients.append(total.to(stored) if wants and total is not None else zeros)
+        return {"inputs": self.input_gradients, "weight": weight_gradients}
 
-    def _place(self, horizon: int) -> int:
-        """Which weight is a horizon's."""
+    def _weight_index(self, horizon: int) -> int:
+        """The index of a horizon's weight: 0 if all share one."""
         return horizon % len(self.weights)
 
-    def _of_chunk(self, product: Product) -> Tensor:
-        """The logits of a product, or their gradients, shaped as its states are."""
+    def _logits_of(self, product: Product) -> Tensor:
+        """The logits of a product, or their gradients, in the shape of its states."""
         return self.buffer[product.at].view(*product.states.shape[:-1], -1)
 
-    def _pieces(self, clips: Tensor | None, part: Part) -> list[Tensor]:
-        """The part's rows: views [R, D] or [clips, R, D] of the inputs or of their gradient."""
+    def _views(self, clips: Tensor | None, part: Part) -> list[Tensor]:
+        """Views [R, D] or [clips, R, D] of the part's rows in `clips`, of inputs or their gradient; none for None."""
         assert isinstance(part.rows, slice)
-        found = [] if clips is None else list(pieces(clips, part.rows))
+        views = [] if clips is None else list(clip_views(clips, part.rows))
         if not self.batched:
-            found = [clip.unsqueeze(0) for piece in found for clip in piece]
-        return [piece[0] if piece.shape[0] == 1 else piece for piece in found]
+            views = [clip.unsqueeze(0) for view in views for clip in view]
+        return [view[0] if view.shape[0] == 1 else view for view in views]
 
     def _gather(self, parts: Sequence[Part]) -> Tensor:
+        """A copy of the parts' rows, concatenated."""
         counts = [part.size for part in parts]
         gathered = self._empty(sum(counts), self.args.inputs[0].shape[-1])
-        for part, to in zip(parts, gathered.split(counts), strict=True):
+        for part, target in zip(parts, gathered.split(counts), strict=True):
             states = self.args.inputs[part.horizon]
             if isinstance(part.rows, Tensor):
-                to.copy_(rows_at(states, part.rows))
+                target.copy_(rows_at(states, part.rows))
                 continue
-            found = self._pieces(self.clips[part.horizon].states, part)
-            if not found:
-                # Strides that have no view by clip.
-                found = [rows_of(states[:, : self.covered[part.horizon]], part.rows.start, part.rows.stop)]
-            for piece, place in zip(found, to.split([piece.shape[:-1].numel() for piece in found]), strict=True):
-                place.view(piece.shape).copy_(piece)
+            views = self._views(self.clips[part.horizon].states, part)
+            if not views:
+                # The strides allow no view by clip.
+                views = [rows_of(states[:, : self.covered[part.horizon]], part.rows.start, part.rows.stop)]
+            sizes = [view.shape[:-1].numel() for view in views]
+            for view, rows in zip(views, target.split(sizes), strict=True):
+                rows.view(view.shape).copy_(view)
         return gathered
 
-    def _scatter(self, part: Part, computed: Tensor, added: bool) -> None:
-        """Write the computed gradients of a part's states to their rows, or add them."""
-        gradient = self.of_inputs[part.horizon]
-        if gradient is None:
+    def _scatter(self, part: Part, gradient: Tensor, added: bool) -> None:
+        """Write the gradient of a part's states to the rows of the inputs' gradient, or add it."""
+        target = self.input_gradients[part.horizon]
+        if target is None:
             return
         if isinstance(part.rows, Tensor):
-            rows = gradient.view(-1, gradient.shape[-1])
-            rows[part.rows] = (rows[part.rows] + computed if added else computed).to(gradient.dtype)
+            rows = target.view(-1, target.shape[-1])
+            rows[part.rows] = (rows[part.rows] + gradient if added else gradient).to(target.dtype)
             return
-        to = self._pieces(self.clips[part.horizon].gradient, part)
-        for piece, rows in zip(to, computed.split([piece.shape[:-1].numel() for piece in to]), strict=True):
-            piece.copy_(piece + rows.view(piece.shape) if added else rows.view(piece.shape))
+        views = self._views(self.clips[part.horizon].gradient, part)
+        for view, rows in zip(views, gradient.split([view.shape[:-1].numel() for view in views]), strict=True):
+            view.copy_(view + rows.view(view.shape) if added else rows.view(view.shape))
 
-    def _sum(self, total: Tensor | None, of_logits: Tensor, states: Tensor) -> Tensor:
-        """total + of_logits^T @ states, summed over clips, in fp32 (fp64 for fp64); a product of matrices that remains
-        the only one stays as it is."""
+    def _sum(self, total: Tensor | None, logits_gradient: Tensor, states: Tensor) -> Tensor:
+        """total + logits_gradient^T @ states, summed over clips, in fp32 (fp64 for fp64). The first product of two
+        matrices is returned in its own dtype, because it may remain the only one."""
         if states.dim() == 3:
-            # A matrix a clip: as many at once as a chunk holds.
+            # One [V, D] product per clip: as many at a time as a chunk holds.
             size = max(1, self.size // states.shape[-1])
-            for left, right in zip(of_logits.split(size), states.split(size), strict=True):
-                each = self._empty(left.shape[0], left.shape[2], right.shape[2])
-                summed = torch.bmm(left.transpose(1, 2), right, out=each).sum(0, dtype=self.computed)
+            for left, right in zip(logits_gradient.split(size), states.split(size), strict=True):
+                products = self._empty(left.shape[0], left.shape[2], right.shape[2])
+                summed = torch.bmm(left.transpose(1, 2), right, out=products).sum(0, dtype=self.computed)
                 total = summed if total is None else total.to(self.computed).add_(summed)
             assert total is not None
             return total
         if total is None:
-            return multiply(of_logits.t(), states, self._empty(of_logits.shape[1], states.shape[1]))
+            return multiply(logits_gradient.t(), states, self._empty(logits_gradient.shape[1], states.shape[1]))
         total = total.to(self.computed)
         if self.dtype == self.computed:
-            return torch.addmm(total, of_logits.t(), states, out=total)
-        self.add(total, multiply(of_logits.t(), states, self._empty(*total.shape)))
+            return torch.addmm(total, logits_gradient.t(), states, out=total)
+        self.add(total, multiply(logits_gradient.t(), states, self._empty(*total.shape)))
         return total
 
     def _empty(self, *shape: int) -> Tensor:
@@ -364,8 +368,8 @@ class Heads:
 
 
 def one_clip(clips: Clips) -> Clips | None:
-    """The same as one long clip [1, B * rows, D], where states and gradient are dense: a product of matrices instead of
-    a batched one."""
+    """The same views as one long clip [1, B * rows, D], or None if their strides forbid it. One product of two matrices
+    then replaces a batched one."""
     dense = Clips(*(None if rows is None else flat(rows) for rows in clips))
     if any(rows is not None and matrix is None for rows, matrix in zip(clips, dense, strict=True)):
         return None
@@ -373,7 +377,7 @@ def one_clip(clips: Clips) -> Clips | None:
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out = left @ right, for one `left` [R, D] or a batch [clips, R, D]. With an output autocast leaves it alone."""
+    """out = left @ right, for `left` [R, D] or [clips, R, D]. `out=` keeps autocast from casting the product."""
     if left.dim() == 2:
         return torch.mm(left, right, out=out)
     return torch.bmm(left, right.expand(left.shape[0], -1, -1), out=out)
@@ -384,7 +388,7 @@ def pairs_of(args: Arguments) -> list[tuple[int, int]]:
 
 
 def ids_or_ignored(args: Arguments) -> Tensor:
-    """[B, T_v, Hp, Wp, F] int32, -1 where an id is ignored."""
+    """The ids [B, T_v, Hp, Wp, F], int32, with -1 for ignored ones."""
     ids = checked_ids(args.tokens, args.weight[0].shape[0] // args.ids_per_token, args.ignore_index)
     ids = torch.where(ids == args.ignore_index, -1, ids).int()
     return ids if ids.dim() == 5 else ids.unsqueeze(-1)
@@ -401,21 +405,21 @@ def targets_of(args: Arguments, drops: bool) -> Targets:
     starts.append(torch.full((1,), first, device=all_ids.device))
     counted = None
     if drops and args.ids_per_token == 1:
-        # The rows that remain are those that count, each with its one cross-entropy.
+        # All remaining rows count, each with one cross-entropy.
         cells = terms = torch.tensor(sizes, dtype=torch.int64, device=all_ids.device)
     else:
-        taken = [(ids >= 0).any(-1) for ids in targets]
-        counts = [any_left.any(-1) for any_left in taken]
-        cells = torch.stack([count.sum() for count in counts])
-        terms = torch.stack([any_left.sum() for any_left in taken])
+        cell_counted = [(ids >= 0).any(-1) for ids in targets]
+        row_counted = [cell.any(-1) for cell in cell_counted]
+        cells = torch.stack([row.sum() for row in row_counted])
+        terms = torch.stack([cell.sum() for cell in cell_counted])
         if not drops and (args.segment_ids is not None or args.token_mask is not None):
-            counted = torch.cat(counts)
+            counted = torch.cat(row_counted)
     ids = torch.cat([ids.flatten() for ids in targets])
     return Targets(list(rows), sizes, ids, torch.cat(starts), cells, terms, counted)
 
 
 def targets_of_horizon(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | Tensor, Tensor]:
-    """The rows of horizon i, as in Targets, and the target ids [R, F, f * f] of each."""
+    """The rows of horizon i, as in Targets, and their target ids [R, F, f * f]."""
     offset, factor = args.offsets[i], args.factors[i]
     states = args.inputs[i]
     batch, positions, height, width = states.shape[:4]
@@ -436,8 +440,7 @@ def targets_of_horizon(args: Arguments, ids: Tensor, i: int, drops: bool) -> tup
 
 
 def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]:
-    """The rows of all horizons, one horizon after the other, in chunks of at most `size`, as equal as can be: the first
-    and last of each chunk, and the parts of horizons that it is made of."""
+    """Chunks of at most `size` of all horizons' concatenated rows, nearly equal in size: (first, last, parts)."""
     total = sum(targets.sizes)
     ends = list(itertools.accumulate(targets.sizes))
     count = -(-total // size)
@@ -445,8 +448,8 @@ def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]
         first, last = total * chunk // count, total * (chunk + 1) // count
         parts = []
         for i, (rows, end) in enumerate(zip(targets.rows, ends, strict=True)):
-            begin = end - targets.sizes[i]
-            part = slice(max(first, begin) - begin, min(last, end) - begin)
+            start = end - targets.sizes[i]
+            part = slice(max(first, start) - start, min(last, end) - start)
             if part.start < part.stop:
                 parts.append(Part(i, part if isinstance(rows, int) else rows[part], part.stop - part.start))
         yield first, last, parts
@@ -470,13 +473,13 @@ def pair_of(args: Arguments, i: int, j: int, drops: bool) -> Pair:
 
 
 def numbered(states: Tensor) -> Tensor:
-    """[B, T, h, w] the numbers of the rows of `states`."""
+    """[B, T, h, w]: the number of each row of `states`."""
     shape = states.shape[:-1]
     return torch.arange(shape.numel(), device=states.device).view(shape)
 
 
 def cells_of(grid: Tensor, height: int, width: int) -> Tensor:
-    """[B, T, height * f, width * f, F] -> [B, T, height, width, f * f, F], each cell with what it covers."""
+    """[B, T, height * f, width * f, F] -> [B, T, height, width, f * f, F]: the ids that each cell covers."""
     batch, time, rows, columns, last = grid.shape
     cells = grid.reshape(batch, time, height, rows // height, width, columns // width, last)
     return cells.transpose(3, 4).flatten(4, 5)

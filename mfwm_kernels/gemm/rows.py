@@ -1,4 +1,4 @@
-"""Rows of a tensor [..., D] in chunks: what surrounds a matrix product needs no temporary as large as its input."""
+"""Chunks of rows of a tensor [..., D], so that no temporary around a matrix product is as large as its input."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of a chunk's temporaries, at most.
+# The most bytes of temporaries that a chunk may need.
 CHUNK_BYTES = 64 * 2**20
 
 
 def chunks(like: Tensor, temporary: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of chunks of the rows of `like`, whose `temporary` bytes a row come to half of `like` at most."""
+    """(first, last) of chunks of the rows of `like`, at `temporary` bytes per row and half of `like`'s per chunk."""
     rows, row = like.shape[:-1].numel(), like.shape[-1] * like.element_size()
     size = max(256, min(rows * row // 2, CHUNK_BYTES) // temporary) if temporary else max(1, rows)
     for first in range(0, rows, size):
@@ -20,7 +20,7 @@ def chunks(like: Tensor, temporary: int) -> Iterator[tuple[int, int]]:
 
 
 def flat(states: Tensor) -> Tensor | None:
-    """[..., D] as [rows, D] where the strides allow it without a copy."""
+    """A view of [..., D] as [rows, D], or None if the strides allow none."""
     try:
         return states.view(-1, states.shape[-1])
     except RuntimeError:
@@ -28,8 +28,8 @@ def flat(states: Tensor) -> Tensor | None:
 
 
 def by_clip(states: Tensor, positions: int) -> Tensor | None:
-    """The rows of the first `positions` of every clip of [B, T, ..., D] as [B, rows, D]; None where the strides do not
-    allow it without a copy."""
+    """A view [B, rows, D] of the first `positions` positions of every clip of [B, T, ..., D], or None if the strides
+    allow none."""
     inside = states[:, :positions]
     try:
         return inside.view(inside.shape[0], inside.shape[1:-1].numel(), inside.shape[-1])
@@ -37,15 +37,15 @@ def by_clip(states: Tensor, positions: int) -> Tensor | None:
         return None
 
 
-def pieces(clips: Tensor, rows: slice) -> Iterator[Tensor]:
-    """Rows of [B, R, D], numbered from clip to clip, in order: views [clips, rows, D], as few as there can be."""
+def clip_views(clips: Tensor, rows: slice) -> Iterator[Tensor]:
+    """Rows of [B, R, D], numbered through all clips, as the fewest possible views [clips, rows, D] in order."""
     first, size = rows.start, clips.shape[1]
     while first < rows.stop:
         clip, row = divmod(first, size)
-        whole = 0 if row else (rows.stop - first) // size
-        if whole:
-            yield clips[clip : clip + whole]
-            first += whole * size
+        complete = 0 if row else (rows.stop - first) // size
+        if complete:
+            yield clips[clip : clip + complete]
+            first += complete * size
         else:
             end = min(size, row + rows.stop - first)
             yield clips[clip : clip + 1, row:end]
@@ -53,7 +53,7 @@ def pieces(clips: Tensor, rows: slice) -> Iterator[Tensor]:
 
 
 def rows_of(states: Tensor, first: int, last: int) -> Tensor:
-    """Rows first .. last of [..., D]; a copy only where the strides have no other way."""
+    """Rows first .. last - 1 of [..., D]: a view if the strides allow one, else a copy."""
     rows = flat(states)
     if rows is not None:
         return rows[first:last]
@@ -61,13 +61,13 @@ def rows_of(states: Tensor, first: int, last: int) -> Tensor:
 
 
 def rows_at(states: Tensor, numbers: Tensor) -> Tensor:
-    """Rows of [..., D] by their numbers, copied."""
+    """A copy of the rows of [..., D] with these numbers."""
     rows = flat(states)
     if rows is not None:
         return rows[numbers]
-    # Not torch.unravel_index: it copies the sizes from the host, and waits for that.
-    places = []
+    # Not torch.unravel_index, which copies the sizes from the host and waits for the copy.
+    indices = []
     for size in reversed(states.shape[:-1]):
-        places.append(numbers % size)
+        indices.append(numbers % size)
         numbers = numbers // size
-    return states[tuple(reversed(places))]
+    return states[tuple(reversed(indices))]

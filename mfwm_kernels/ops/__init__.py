@@ -1,4 +1,4 @@
-"""The ops, by name; each is defined as torch.ops.mfwm.<name> here, from its record."""
+"""The ops, one module each. Importing this package defines torch.ops.mfwm.<name> for all of them."""
 
 from ..op import OPS
 from ..torch_library import define

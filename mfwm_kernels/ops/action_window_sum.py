@@ -2,7 +2,7 @@
 
 out[b, n, i] = sum_{j = window_start}^{offsets[i] - 1} w[i, j] * actions[b, n + j],  w = lag_weight or 1
 
-Terms beyond the last action, or in another segment than position n, drop out.
+Terms past the last action, or in another segment than position n, are omitted.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def action_window_sum(
     segment_ids: Tensor | None = None,
     window_start: int = 1,
 ) -> Tensor:
-    """Sum, for each horizon, of the actions that its prediction needs and the hidden state has not seen.
+    """For each horizon, the sum of the actions that its prediction needs and that the hidden state has not seen.
 
     Equivalent to `torch.stack([sum(lag_weight[i, j] * shift(actions, j) for j in range(window_start, k)) for i, k in
-    enumerate(offsets)], dim=2)`, where `shift(actions, j)[:, n]` is `actions[:, n + j]`, or 0 beyond the end and in
+    enumerate(offsets)], dim=2)`, where `shift(actions, j)[:, n]` is `actions[:, n + j]`, or 0 past the end and in
     another segment. The terms are added directly in fp32 (fp64 for fp64), never as a difference of running sums.
 
     Args:
         actions: [B, T, D] embeddings or raw action vectors, fp32, bf16, fp16 or fp64, any strides.
         offsets: K non-decreasing integers >= 0, in frames.
-        lag_weight: [K, max(1, max(offsets)), D], dtype of actions: a gate per lag j (a plain sum forgets the order of
-            the actions). Differentiable.
+        lag_weight: [K, max(1, max(offsets)), D], dtype of actions: a gate for each lag j, because a plain sum loses the
+            order of the actions. Differentiable.
         segment_ids: [B, T] int32 or int64, the episode of each action.
-        window_start: the first lag summed: 1 where the hidden state has seen action n, 0 where it has not.
+        window_start: the first lag of the sum: 1 if the hidden state has seen action n, 0 if it has not.
 
     Returns:
         [B, T, K, D], dtype of actions. Differentiable with respect to actions and lag_weight.
@@ -72,7 +72,7 @@ def check_window(
     segment_ids: Tensor | None,
     window_start: int,
 ) -> tuple[Tensor | None, Tensor | None, list[int], int]:
-    """The checks that every op with an action window shares."""
+    """The checks that all ops with an action window share."""
     offsets = check.integers("offsets", offsets, least=0)
     if not offsets:
         raise ValueError("offsets must name at least one horizon, got ()")
@@ -100,7 +100,7 @@ def window_sum(args: Arguments, positions: int) -> Tensor:
     sums = []
     for i, offset in enumerate(args.offsets):
         total = computed.new_zeros(batch, positions, width)
-        # Lags of `columns` and more are past the last action.
+        # Lags of `columns` or more are past the last action.
         for j in range(args.window_start, min(offset, columns)):
             inside = max(0, min(positions, columns - j))
             same = counts_at(j, inside, columns, args.segment_ids, batch, actions.device)

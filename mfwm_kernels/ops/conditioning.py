@@ -1,4 +1,4 @@
-"""What fan_out and multi_horizon_linear share: the hidden state with an action window and a condition per horizon.
+"""The conditioned hidden state of fan_out and multi_horizon_linear: an action window and a condition per horizon.
 
 x_i = hidden + window_sum_i + condition_i,  with window_sum_i from action_window_sum (0 without actions)
 """
@@ -34,7 +34,7 @@ def check_conditioning(
     window_start: int,
     grad_monitor: GradMonitor | None,
 ) -> dict[str, Any]:
-    """The fields of both ops' arguments that concern the conditioned hidden state."""
+    """Check the arguments that both ops share, and return them as fields of their Arguments."""
     check.tensor("hidden", hidden, (4, 5))
     check.non_zero_sizes("hidden", hidden)
     check_horizons(horizons)
@@ -79,7 +79,7 @@ def check_conditioning(
 
 
 def reference_sums(args: Any) -> Tensor:
-    """[B, T, K, D] in fp32 (fp64 for fp64): what is added to the hidden state, as plain PyTorch."""
+    """[B, T, K, D] in fp32 (fp64 for fp64): the sums added to the hidden state, in plain PyTorch."""
     batch, positions, width = args.hidden.shape[0], args.hidden.shape[1], args.hidden.shape[-1]
     computed = torch.promote_types(args.hidden.dtype, torch.float32)
     if args.actions is None:
@@ -94,7 +94,7 @@ def window_of(args: Any) -> action_window_sum.Arguments:
 
 
 def conditioning_sums(args: Any, window_sums: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-    """[B, T, K, D], dense: what is added to the hidden state, with the window sums of a backend."""
+    """[B, T, K, D], dense: the sums added to the hidden state. `window_sums` is the backend's function."""
     batch, positions, width = args.hidden.shape[0], args.hidden.shape[1], args.hidden.shape[-1]
     if args.actions is not None:
         sums = window_sums(window_of(args), positions, dtype)
@@ -105,14 +105,14 @@ def conditioning_sums(args: Any, window_sums: Callable[..., Tensor], dtype: torc
 
 
 def wants_sums(want: Want) -> bool:
-    """Whether the gradient of the sums is needed."""
+    """Whether any gradient that follows from the gradient of the sums is needed."""
     return bool(want["actions"] or want["condition"] or want["lag_weight"])
 
 
 def gradients_of_sums(
     args: Any, want: Want, gradient: Tensor, gradients_of_window: Callable[..., Gradients]
 ) -> Gradients:
-    """The gradients of actions, condition and lag_weight from that of the sums, [B, T, K, D]."""
+    """The gradients of actions, condition and lag_weight, given the gradient of the sums [B, T, K, D]."""
     gradients: Gradients = {}
     if want["condition"]:
         gradients["condition"] = gradient.to(args.condition.dtype)
@@ -122,7 +122,7 @@ def gradients_of_sums(
 
 
 def variants(make: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Variants of both ops at their genie size: monitors, lag gates, segments."""
+    """Both ops' variants at size genie: monitors, lag gates, segments."""
     kwargs = make(dtype, device)
     batch, positions, width = kwargs["actions"].shape
     count, offsets = len(kwargs["horizons"]), kwargs["horizons"].offsets

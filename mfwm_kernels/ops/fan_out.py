@@ -2,7 +2,7 @@
 
 out_i = RMSNorm(avg_pool(hidden, pool[i]) + window_sum_i + condition_i)
 
-with window_sum_i from action_window_sum; it and the condition are added to every token of their position. No norm if
+with window_sum_i from action_window_sum. Both sums are added to every token of their position. There is no norm if
 norm_weight is None.
 """
 
@@ -57,20 +57,21 @@ def fan_out(
 
     Equivalent, for horizon i, to `F.rms_norm(avg_pool(hidden, pool[i]) + x[:, :, i, None, None], (D,), norm_weight[i],
     norm_eps)` with `x = action_window_sum(actions, offsets)[:, :T] + condition`, where `avg_pool` averages
-    pool[i] x pool[i] tokens, in fp32 (fp64 for fp64) throughout and rounded once at the end. The backward reads the K
-    gradients and hidden once and writes d hidden once.
+    pool[i] x pool[i] tokens, in fp32 (fp64 for fp64) throughout and rounded once at the end. The backward reads hidden
+    and the K gradients once, and writes the gradient of hidden once.
 
     Args:
-        hidden: [B, T, Hp, Wp, D], or [B, T, S, D] where no pool is above 1; fp32, bf16, fp16 or fp64, any strides.
-        actions: [B, T_a, D], dtype and device of hidden; terms beyond the last action drop out. None: no window sum.
-        horizons: its offsets say which actions are summed; its factors play no part.
+        hidden: [B, T, Hp, Wp, D], or [B, T, S, D] if no pool is above 1; fp32, bf16, fp16 or fp64, any strides.
+        actions: [B, T_a, D], dtype and device of hidden; terms past the last action are omitted. None: no window
+            sum.
+        horizons: the offsets determine which actions are summed; the factors are ignored.
         pool: K integers >= 1; each divides Hp and Wp.
         condition: [B, T, K, D], dtype and device of hidden, added to every token of its position: a latent or a goal
             for each horizon.
-        norm_weight: [D] or [K, D]; None leaves the norm out.
+        norm_weight: [D] or [K, D]; None: no norm.
         norm_eps: added to the mean square.
         lag_weight, segment_ids ([B, T_a]), window_start: as in action_window_sum; the first two need actions.
-        grad_monitor: filled by the backward, see GradMonitor.
+        grad_monitor: the backward writes it, see GradMonitor.
 
     Returns:
         K tensors [B, T, Hp / pool[i], Wp / pool[i], D] (or [B, T, S, D]), dtype of hidden. Differentiable with respect
@@ -154,7 +155,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "lag_weight": normal(3, 3, 17), "window_start": 0, "condition": normal(2, 3, 3, 17),
     }  # fmt: skip
     yield {"hidden": normal(2, 4, 5, 8), "actions": normal(2, 4, 8), "horizons": cascade, "pool": (1, 1, 1, 1)}
-    # A condition for every horizon beside fewer actions than positions; alone; and neither.
+    # Conditions with fewer actions than positions; conditions alone; neither.
     yield {
         "hidden": normal(2, 5, 4, 8, 24), "actions": normal(2, 3, 24), "horizons": cascade, "pool": (1, 2, 4, 4),
         "norm_weight": normal(4, 24), "condition": normal(5, 2, 4, 24).transpose(0, 1),

@@ -41,20 +41,20 @@ def mtp_combine(
     norm_eps: float = 1e-6,
     order: str = "hidden_first",
 ) -> Tensor:
-    """Join the hidden state of one depth with the embedding of the real frame in between.
+    """Combine the hidden state of one prediction depth with the embedding of the real frame that follows.
 
     Equivalent to `F.linear(torch.cat([F.rms_norm(hidden, (D,), hidden_norm_weight, norm_eps),
-    F.rms_norm(embedding, (D,), embedding_norm_weight, norm_eps)], -1), weight)`, the two swapped for
-    order="embedding_first". Norms in fp32 (fp64 for fp64). Under autocast every floating tensor is cast as F.linear
-    does.
+    F.rms_norm(embedding, (D,), embedding_norm_weight, norm_eps)], -1), weight)`, with the two swapped for
+    order="embedding_first". Norms are in fp32 (fp64 for fp64). Under autocast, every floating tensor is cast as
+    F.linear does.
 
     Args:
         hidden, embedding: [..., D], equal shapes; fp32, bf16, fp16 or fp64, any strides.
         weight: [N, 2 D].
         hidden_norm_weight, embedding_norm_weight: [D].
         norm_eps: added to the mean square.
-        order: which half of weight's columns is the hidden state's: "hidden_first" as in the paper,
-            "embedding_first" as Megatron lays out `eh_proj`.
+        order: which half of weight's columns multiplies the hidden state: "hidden_first" as in the paper, or
+            "embedding_first" as in Megatron's `eh_proj`.
 
     Returns:
         [..., N], dtype of hidden. Differentiable with respect to all five tensors.
@@ -118,7 +118,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
            "weight": normal(18, 5).T, "order": "embedding_first", "norm_eps": 1e-3, **norms(9)}  # fmt: skip
     yield {"hidden": normal(8), "embedding": normal(8), "weight": normal(3, 16), **norms(8)}
     yield {"hidden": normal(0, 3, 8), "embedding": normal(0, 3, 8), "weight": normal(8, 16), **norms(8)}
-    # Wide enough for the loops of GPU kernels to be pipelined, and sliced in time: the rows do not flatten.
+    # Wide enough for pipelined loops in the GPU kernels, and sliced in time so that the rows do not flatten.
     yield {"hidden": normal(2, 3, 40, 512)[:, :2], "embedding": normal(2, 3, 40, 512)[:, 1:],
            "weight": normal(72, 1024) / 32, **norms(512)}  # fmt: skip
 

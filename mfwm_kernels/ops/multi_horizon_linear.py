@@ -37,7 +37,7 @@ class Arguments(NamedTuple):
     norm_eps: float
     window_start: int
     weights: list[Tensor]
-    biases: list[Tensor]  # K, or none at all: torch drops the gradients of a list in which some are None
+    biases: list[Tensor]  # K or none: torch drops all gradients of a list that contains None
 
 
 def multi_horizon_linear(
@@ -58,13 +58,13 @@ def multi_horizon_linear(
     """K linear heads, each on the hidden state conditioned on its horizon's actions.
 
     Equivalent to `[F.linear(state, weights[i], biases[i]) for i, state in enumerate(fan_out(hidden, actions, horizons,
-    pool=(1,) * K, norm_weight=norm_weight, ...))]`. Under autocast every floating tensor is cast as F.linear does.
+    pool=(1,) * K, norm_weight=norm_weight, ...))]`. Under autocast, every floating tensor is cast as F.linear does.
 
     Args:
         hidden: [B, T, Hp, Wp, D] or [B, T, S, D]; fp32, bf16, fp16 or fp64, any strides.
         actions: [B, T_a, D], or None.
         weights: K tensors [N_i, D].
-        horizons: its offsets say which actions are summed; its factors play no part.
+        horizons: the offsets determine which actions are summed; the factors are ignored.
         biases: K tensors [N_i] (None for a head without one), or None for no biases.
         condition, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor: as in fan_out.
 
@@ -151,7 +151,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
            "weights": [normal(n, 16) for n in (6, 5, 4, 3)]}  # fmt: skip
     yield {"hidden": normal(2, 3, 6, 16), "actions": None, "horizons": cascade, "norm_weight": normal(4, 16),
            "weights": [normal(n, 16) for n in (6, 5, 4, 3)]}  # fmt: skip
-    # Wide enough for the loops of GPU kernels to be pipelined, and sliced in time: the rows do not flatten.
+    # Wide enough for pipelined loops in the GPU kernels, and sliced in time so that the rows do not flatten.
     yield {
         "hidden": normal(2, 3, 40, 512)[:, :2], "actions": normal(2, 2, 512), "horizons": cascade,
         "weights": [normal(n, 512) / 512**0.5 for n in (48, 12, 3, 3)], "norm_weight": normal(512),

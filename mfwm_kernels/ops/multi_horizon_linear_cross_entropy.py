@@ -62,44 +62,45 @@ def multi_horizon_linear_cross_entropy(
     detach: str | None = "near",
     return_accuracy: bool = False,
 ) -> HorizonLoss:
-    """Cross-entropy of K horizons' tokens; far horizons are asked for the mix of ids in each of their larger cells.
+    """Cross-entropy of K horizons' tokens. The target of a far horizon is the mix of ids in each of its larger cells.
 
-    Equivalent, where everything counts, to
+    Equivalent, if every token counts, to
     `sum(horizon_weights[i] * F.cross_entropy(F.linear(inputs[i][:, :T_v - k_i], weight).flatten(0, 3),
     target_i.flatten(0, 3)))` with `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i:]` as class
-    probabilities. Softmaxes in fp32 (fp64 for fp64). Under autocast inputs and weight are cast as F.linear does.
+    probabilities. Softmaxes are in fp32 (fp64 for fp64). Under autocast, inputs and weight are cast as F.linear does.
 
     Args:
         inputs: K tensors [B, T, Hp / f_i, Wp / f_i, D]; fp32, bf16, fp16 or fp64, any strides.
         weight: [V, D] shared by the horizons, or K such tensors. With factored tokens [F * V, D], row f * V + v.
-        tokens: [B, T_v, Hp, Wp] int32 or int64 with T_v >= T, or factored [B, T_v, Hp, Wp, F]: the sum of F
-            cross-entropies.
+        tokens: [B, T_v, Hp, Wp] int32 or int64 with T_v >= T, or factored tokens [B, T_v, Hp, Wp, F], whose loss is the
+            sum of F cross-entropies.
         horizons: offsets in frames, factors in tokens.
         horizon_weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
         segment_ids: [B, T_v], the episode of each frame.
-        token_mask: [B, T_v, Hp, Wp] bool, True = counts. It acts at offset 0 alone (MaskGIT: only the masked tokens of
-            frame n are to be predicted); there an id where it is False leaves the mean as an ignored one does.
-        ignore_index: ids equal to it leave the mean; a cell with none left does not count.
+        token_mask: [B, T_v, Hp, Wp] bool, True = counts. It applies at offset 0 only (MaskGIT predicts only the masked
+            tokens of frame n), where False excludes an id as ignore_index does.
+        ignore_index: ids equal to it are excluded from a cell's mean; a cell with no other ids does not count.
         label_smoothing: e: (1 - e) * nll + e * (logsumexp(z) - mean z).
         z_loss: adds z_loss * logsumexp(z)^2.
-        softcap: c: z = c * tanh(z / c), first of all.
-        chunk_size: the most rows of logits that a chunked backend keeps alive, those of all horizons side by side (a
-            far cell of a consistency pair still needs the near rows that it covers). By default what fits, with the
-            rows' states, in 64 MiB on the CPU and 512 MiB on a GPU. The reference keeps all rows.
-        consistency_weights: [K], for the pairs (0, j): cross-entropy of the far cell's distribution under the mean of
-            the near distributions of the cells that it covers, at position n + k_j - k_0, over the positions where both
-            horizons count. f_j must be a multiple of f_0 where the weight is not 0. A tensor
-            that cannot be read beforehand (on a GPU, in torch.compile) makes the total NaN where it breaks that rule.
-        detach: "near": the near side is the teacher; "far"; None: both learn.
-        return_accuracy: also the share of counted cells (with factored tokens: of their ids) whose argmax is the cell's
-            most frequent id, the smallest of those where several are.
+        softcap: c: z = c * tanh(z / c), before everything else. None: no cap.
+        chunk_size: the most rows of logits, over all horizons, that exist at a time (but a far cell of a consistency
+            pair always needs the near rows that it covers). By default as many as fit, with their states, into 64 MiB
+            on the CPU and 512 MiB on a GPU. The reference ignores it.
+        consistency_weights: [K], for the pairs (0, j): cross-entropy of the far cell's distribution, with the mean of
+            the near distributions of the cells that it covers, at position n + k_j - k_0, as target; averaged over the
+            positions where both horizons count. f_j must be a multiple of f_0 unless the weight is 0. A tensor that
+            cannot be read up front (on a GPU, in torch.compile) makes the total NaN if it breaks that rule.
+        detach: "near": the near side of a pair gets no gradient; "far": the far side gets none; None: both learn.
+        return_accuracy: also return the share of counted cells (with factored tokens: of their ids) whose argmax is the
+            cell's most frequent id, or the smallest of them if several are equally frequent.
 
     Returns:
-        HorizonLoss with counts in cells.
+        HorizonLoss with counts in cells; fp32 (fp64 for fp64 inputs). Differentiable with respect to inputs, weight and
+        tensors of weights, through total alone.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value. An id outside [0, V) that is not
-        ignore_index: ValueError, on the CPU at once; on a GPU from the next call or `mfwm_kernels.check_errors()`.
+        ignore_index raises ValueError: on the CPU at once, on a GPU in the next call or `mfwm_kernels.check_errors()`.
 
     Source: "Multi-Frame Prediction for World Models"; z-loss: PaLM, arXiv 2204.02311; softcap: Gemma 2, arXiv
     2408.00118.
@@ -187,31 +188,31 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
     if args.tokens.dim() == 4:
         ids = ids.unsqueeze(-1)
 
-    def logits(i: int, states: Tensor, taken: Tensor) -> Tensor:
-        """[..., F, V]; masked first: NaN where nothing counts would come back as 0 * NaN in the gradients."""
-        z = F.linear(torch.where(taken[..., None], states, 0), args.weight[i % len(args.weight)]).to(computed)
+    def logits(i: int, states: Tensor, cell_counted: Tensor) -> Tensor:
+        """[..., F, V]. States that do not count are zeroed first, or a NaN there would reach gradients as 0 * NaN."""
+        z = F.linear(torch.where(cell_counted[..., None], states, 0), args.weight[i % len(args.weight)]).to(computed)
         z = z.unflatten(-1, (args.ids_per_token, vocabulary))
         return args.softcap * torch.tanh(z / args.softcap) if args.softcap else z
 
     losses, counts, hits = [], [], []
     for i, (offset, factor) in enumerate(zip(offsets, factors, strict=True)):
         inside = max(0, min(positions, frames - offset))
-        keep = ids != args.ignore_index
+        counted = ids != args.ignore_index
         if offset == 0 and args.token_mask is not None:
-            keep = keep & args.token_mask[..., None]
-        target, any_left = pooled_target(ids, keep, factor, vocabulary, computed)
+            counted = counted & args.token_mask[..., None]
+        target, any_id = pooled_target(ids, counted, factor, vocabulary, computed)
         position_counts = counts_at(offset, positions, frames, args.segment_ids, batch, args.tokens.device)[:, :inside]
-        # [B, inside, h, w, F]: which ids' cross-entropies are taken.
-        taken = any_left[:, offset : offset + inside] & position_counts[:, :, None, None, None]
-        target, z = target[:, offset : offset + inside], logits(i, inputs[i][:, :inside], taken.any(-1))
+        # [B, inside, h, w, F]: which cross-entropies count.
+        cell_counted = any_id[:, offset : offset + inside] & position_counts[:, :, None, None, None]
+        target, z = target[:, offset : offset + inside], logits(i, inputs[i][:, :inside], cell_counted.any(-1))
         normaliser = z.logsumexp(-1)
         loss = (1 - args.label_smoothing) * (normaliser - (target * z).sum(-1))
         loss = loss + args.label_smoothing * (normaliser - z.mean(-1)) + args.z_loss * normaliser.square()
-        count = taken.any(-1).sum()
-        losses.append(torch.where(taken, loss, 0).sum() / count.clamp_min(1))
+        count = cell_counted.any(-1).sum()
+        losses.append(torch.where(cell_counted, loss, 0).sum() / count.clamp_min(1))
         counts.append(count)
-        hit = (z.argmax(-1) == target.argmax(-1)) & taken
-        hits.append(hit.sum().to(computed) / taken.sum().clamp_min(1))
+        hit = (z.argmax(-1) == target.argmax(-1)) & cell_counted
+        hits.append(hit.sum().to(computed) / cell_counted.sum().clamp_min(1))
 
     shape = (len(inputs),) if args.consistency_weights is None else args.consistency_weights.shape
     agreement = torch.zeros(shape, dtype=computed, device=args.tokens.device)
@@ -237,11 +238,13 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
     return (*outputs, torch.stack(hits)) if args.return_accuracy else outputs
 
 
-def pooled_target(ids: Tensor, keep: Tensor, factor: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean one-hot of the kept ids of each factor x factor cell, [B, T_v, h, w, F, V], and whether any is kept."""
-    one_hot = ((ids[..., None] == torch.arange(vocabulary, device=ids.device)) & keep[..., None]).to(dtype)
-    kept = pool_grid(keep.to(dtype)[..., None], factor)
-    return pool_grid(one_hot, factor) / kept.where(kept > 0, 1), kept[..., 0] > 0
+def pooled_target(
+    ids: Tensor, counted: Tensor, factor: int, vocabulary: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The mean one-hot of the ids of each factor x factor cell where `counted`, [B, T_v, h, w, F, V], and if any is."""
+    one_hot = ((ids[..., None] == torch.arange(vocabulary, device=ids.device)) & counted[..., None]).to(dtype)
+    share = pool_grid(counted.to(dtype)[..., None], factor)
+    return pool_grid(one_hot, factor) / share.where(share > 0, 1), share[..., 0] > 0
 
 
 def pool_grid(cells: Tensor, factor: int) -> Tensor:
@@ -308,7 +311,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "tokens": ids(6, 2, 3, 4, 4),
         "horizons": cascade,
     }
-    # As wide as real states, and sliced in time, as next-frame trainers do: the rows do not flatten.
+    # As wide as real states, and sliced in time as next-frame trainers do, so that the rows do not flatten.
     yield {
         "inputs": [states[:, :3] for states in inputs(cascade, 2, 4, 4, 8, 512)],
         "weight": normal(40, 512) / 512**0.5, "tokens": ids(40, 2, 3, 4, 8), "horizons": cascade,
@@ -319,7 +322,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     kwargs = OP.bench["genie"](dtype, device)
     tokens, positions = kwargs["tokens"], kwargs["inputs"][0].shape[1]
-    # As many frames as positions: rows of the far horizons are picked by number.
+    # As many frames as positions: the kernels gather rows of the far horizons.
     yield {**kwargs, "tokens": tokens[:, :positions]}
     mask = torch.empty(tokens.shape, dtype=torch.bool, device=device)
     yield {**kwargs, "horizons": Horizons((0, 2, 4, 8), (1, 2, 4, 8)), "token_mask": mask}
@@ -334,14 +337,14 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     heads = [weight] if isinstance(weight, Tensor) else list(weight)
     rows = [entry.numel() // entry.shape[-1] for entry in inputs]
     vocabulary, depth = heads[0].shape
-    # Inputs and heads are read, their gradients written; logits need never reach memory.
+    # Inputs and heads are read and their gradients written; logits need not reach memory.
     elements = sum(entry.numel() for entry in inputs) + sum(head.numel() for head in heads)
     moved = 2 * elements * inputs[0].element_size()
     return Cost(moved, 6 * sum(rows) * vocabulary * depth)
 
 
 CASCADE = Horizons.cascade(4)
-# Every horizon at full resolution: hard targets, all that most other libraries can express.
+# Every horizon at full resolution, because most other libraries support only hard targets.
 FLAT = Horizons((1, 2, 4, 8), (1, 1, 1, 1))
 CONSISTENCY = [0, 0.1, 0.1, 0.1]
 
@@ -352,19 +355,19 @@ def _bench(
     side: int,
     vocabulary: int,
     depth: int,
-    factored: int = 1,
+    ids_per_token: int = 1,
     horizons: Horizons = CASCADE,
     consistency_weights: list[float] | None = None,
 ) -> Any:
     def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
-        # Tokens reach past the positions, so that every row counts.
-        shape = (batch, time + horizons.offsets[-1], side, side, *((factored,) if factored > 1 else ()))
+        # Tokens extend past the positions, so that every row counts.
+        shape = (batch, time + horizons.offsets[-1], side, side, *((ids_per_token,) if ids_per_token > 1 else ()))
         options = {} if consistency_weights is None else {"consistency_weights": consistency_weights}
         return {
             "inputs": [
                 torch.randn(batch, time, side // f, side // f, depth, device=device).to(dtype) for f in horizons.factors
             ],
-            "weight": (torch.randn(factored * vocabulary, depth, device=device) / depth**0.5).to(dtype),
+            "weight": (torch.randn(ids_per_token * vocabulary, depth, device=device) / depth**0.5).to(dtype),
             "tokens": torch.randint(0, vocabulary, shape, device=device),
             "horizons": horizons,
             **options,
@@ -395,8 +398,8 @@ OP = register(
             "genie": _bench(36, 16, 16, 1024, 512),
             "genie-flat": _bench(36, 16, 16, 1024, 512, horizons=FLAT),
             "genie-consistency": _bench(36, 16, 16, 1024, 512, consistency_weights=CONSISTENCY),
-            "1x": _bench(16, 16, 16, 512, 256, factored=2),
-            "1x-flat": _bench(16, 16, 16, 512, 256, factored=2, horizons=FLAT),
+            "1x": _bench(16, 16, 16, 512, 256, ids_per_token=2),
+            "1x-flat": _bench(16, 16, 16, 512, 256, ids_per_token=2, horizons=FLAT),
             "wide": _bench(16, 4, 16, 262144, 2048),
             "wide-near": _bench(16, 4, 16, 262144, 2048, horizons=Horizons.next_frame()),
         },

@@ -1,4 +1,4 @@
-"""multi_horizon_loss: every loss about a frame in one pass over the video, the predictions and their gradients.
+"""multi_horizon_loss: all losses of K predictions in one pass over the video, the predictions and their gradients.
 
 per_horizon_i  = mean over valid (b, n) of l(preds[i][b, n] - avg_pool(video[b, n + k_i], f_i))
 consistency_ij = mean over valid (b, n) of l(preds[j][b, n] - avg_pool(preds[i][b, n + k_j - k_i], f_j / f_i)),  i < j
@@ -74,35 +74,36 @@ def multi_horizon_loss(
     delta: float = 1.0,
     eps: float = 1e-3,
 ) -> HorizonLoss:
-    """Losses of K predictions against the frames they are of, and against each other.
+    """Losses of K predictions against the frames that they predict, and against each other.
 
-    Equivalent, where everything counts and kind is "mse", to
+    Equivalent, if every position counts and kind is "mse", to
     `sum(w * F.mse_loss(pred[:, :T_v - k], avg_pool(scale * video + shift, f)[:, k:]) for w, pred, k, f in
     zip(horizon_weights, preds, offsets, factors))` plus, for each pair i < j with a consistency weight c,
     `c * F.mse_loss(preds[j][:, :-d], avg_pool(preds[i], f_j // f_i)[:, d:])`, d = k_j - k_i. A horizon counts at
-    position n when n + k_i < T_v and, with segment_ids, both frames lie in one segment; each mean is over its own
-    count, and a count of 0 gives loss 0 and gradient 0. Differences and sums are taken in fp32 (fp64 for fp64).
+    position n if n + k_i < T_v and, with segment_ids, both frames are in one segment. Each mean is over the positions
+    that count; if none does, loss and gradient are 0. Differences and sums are computed in fp32 (fp64 for fp64).
 
     Args:
         preds: K tensors [B, T, C, H / f_i, W / f_i], or tokens [B, T, S_i, P_i * P_i * C] with patch_sizes; fp32, bf16,
             fp16 or fp64, any strides.
-        video: [B, T_v, C, H, W] with T_v >= T, uint8 or floating, any strides; a constant, it gets no gradient.
-        horizons: offsets in frames, factors by which the targets are smaller.
+        video: [B, T_v, C, H, W] with T_v >= T, uint8 or floating, any strides. It must not require grad.
+        horizons: offsets in frames, factors by which the targets are smaller than the video.
         kind: of the difference d: "mse" d^2, "l1" |d|, "huber" as F.huber_loss with `delta`, "charbonnier"
             sqrt(d^2 + eps^2).
         horizon_weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
-        consistency_weights: [K], for the pairs (0, j) (entry 0 unused), or [K, K], for any pair [i, j] with i < j;
-            f_j must be a multiple of f_i where the weight is not 0. A tensor
-            that cannot be read beforehand (on a GPU, in torch.compile) makes the total NaN where it breaks that rule.
+        consistency_weights: [K], for the pairs (0, j) (entry 0 is unused), or [K, K], for any pair [i, j] with i < j.
+            f_j must be a multiple of f_i unless the weight is 0. A tensor that cannot be read up front (on a GPU, in
+            torch.compile) makes the total NaN if it breaks that rule.
         detach: "near": side i of a consistency pair gets no gradient; "far": side j gets none; None: both learn.
-        patch_sizes: K integers: preds are in the token layout of video_pyramid.
-        residual: the prediction is preds[i][:, n] + avg_pool(video[:, n], f_i): the head predicts the change.
-        scale, shift: applied to video, as in video_pyramid.
+        patch_sizes: K integers; if given, preds are in the token layout of video_pyramid.
+        residual: the prediction is preds[i][:, n] + avg_pool(scale * video[:, n] + shift, f_i), so preds are changes.
+        scale, shift: of the video's normalisation, as in video_pyramid.
         segment_ids: [B, T_v] int32 or int64, the episode of each frame.
         delta, eps: of "huber" and "charbonnier", in units of the normalised video.
 
     Returns:
-        HorizonLoss with counts in elements; fp32 (fp64 for fp64 predictions).
+        HorizonLoss with counts in elements; fp32 (fp64 for fp64 predictions). Differentiable with respect to preds and
+        tensors of weights, through total alone.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
@@ -195,7 +196,7 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         index = index_of((i, j), shape)
         total = total + args.consistency_weights[index].to(computed) * mean
         agreement[index], agreement_counts[index] = mean.detach(), count
-    # fp64 video with fp32 predictions computes in fp64; the results are in the predictions' precision.
+    # An fp64 video is computed in fp64 even with fp32 predictions, whose precision the results have.
     out = torch.promote_types(preds[0].dtype, torch.float32)
     return total.to(out), torch.stack(losses).to(out), torch.stack(counts), agreement.to(out), agreement_counts
 
@@ -211,9 +212,9 @@ def pointwise_loss(difference: Tensor, args: Arguments) -> Tensor:
 
 
 def mean_loss(difference: Tensor, valid: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-    """Mean loss of [B, N, C, h, w] over the positions where `valid` [B, N], and the number of elements; 0 over nothing.
+    """The mean loss of [B, N, C, h, w] over the positions that are `valid` [B, N] (0 if none is), and its count.
 
-    Masked before the loss too: a NaN where nothing counts would be 0 * NaN in the gradient.
+    The difference is masked before the loss too, or a NaN that does not count would reach the gradient as 0 * NaN.
     """
     elements = difference.shape[2] * difference.shape[3] * difference.shape[4]
     mask = valid[:, :, None, None, None]
@@ -236,7 +237,7 @@ def fake(args: Arguments) -> list[Tensor]:
 
 
 def empty_gradients(args: Arguments, want: Want) -> list[Tensor | None]:
-    """Where a forward writes the gradients of the predictions that are needed."""
+    """Empty tensors for the needed gradients of the predictions, None for the others."""
     return [
         torch.empty_like(pred, dtype=stored_dtype(pred)) if wants else None
         for pred, wants in zip(args.preds, want["preds"], strict=True)
@@ -249,7 +250,7 @@ def native_arguments(
     list[Array], list[Array | None], Array, Array | None, Array, Array | None,
     list[int], list[int], list[int], list[int], int, int, bool, LossNumbers, list[Array],
 ]:  # fmt: skip
-    """What csrc/bindings.cpp unpacks into a MultiHorizonLoss (csrc/ops.h); the outputs are in the reference's order."""
+    """The arguments that csrc/bindings.cpp unpacks into a MultiHorizonLoss (csrc/ops.h)."""
     return (
         [raw(pred) for pred in args.preds],
         [raw(gradient) for gradient in gradients],
@@ -305,12 +306,12 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     multi = inputs(normal(1, 6, 16, 8, 8), Horizons.multi_resolution(), 5)
     yield {**multi, "preds": [torch.stack([p, p], -1)[..., 0] for p in multi["preds"]], "kind": "l1",
            "consistency_weights": [0, 1, 1, 0.5, 0.25], "detach": None}  # fmt: skip
-    # Dense, channels innermost: the gradients take the same strides.
+    # Dense with channels innermost, because gradients then have the same strides.
     thwc = inputs(bytes_(2, 3, 8, 8, 3).permute(0, 1, 4, 2, 3), Horizons((1, 2), (1, 2)), 3)
     yield {**thwc, "preds": [p.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for p in thwc["preds"]],
            "consistency_weights": torch.tensor([[0.0, 0.5], [0.0, 0.0]], device=device).T.contiguous().T,
            "detach": None}  # fmt: skip
-    # Shorter than the longest offset: the last horizon counts nowhere.
+    # Shorter than the longest offset, so the last horizon counts nowhere.
     yield {**inputs(bytes_(1, 5, 3, 8, 8), cascade, 5), "consistency_weights": [0.0, 1.0, 1.0, 1.0]}
     yield inputs(bytes_(0, 4, 3, 8, 8), cascade, 4)
     yield inputs(bytes_(2, 3, 3, 8, 8), cascade, 0)

@@ -1,7 +1,7 @@
-"""Token ids that are out of range: an error on every device, without waiting for one.
+"""Raises for token ids that are out of range, on every device and without waiting for a GPU.
 
-On the CPU the call raises. On a GPU the kernel's verdict is copied asynchronously to pinned memory, and the next op
-call, or `check_errors()`, raises. In either case an id that is out of range is never used as an index.
+On the CPU the call raises. On a GPU the result of the check is copied to pinned memory asynchronously, and the next
+call of the op, or `check_errors()`, raises. An id that is out of range is never used as an index.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..arguments import Shared
 
 @dataclass
 class _Report:
-    """What the calls on one GPU have met so far; only the device writes it, so nothing reported is lost or repeated.
+    """The bad ids of all calls on one GPU so far. Only the device writes to it, so no report is lost or repeated.
 
-    found     [2, 4] on the device: how many bad ids in all, then one of them, its place in the flattened tokens and the
-              vocabulary. The second row takes what calls without a bad id write.
+    found     [2, 4] on the device. First row: how many bad ids in all, then one of them, its index in the flattened
+              tokens and the vocabulary. Calls without a bad id write their details to the second row
     pinned    the first row, copied to the host after every call
-    raised    how many of them an error has reported
+    raised    how many bad ids errors have reported so far
     """
 
     found: Shared
@@ -38,21 +38,21 @@ def checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
 
 
 def check_errors() -> None:
-    """Wait for the GPUs' work so far and raise for any out-of-range id that it met."""
+    """Wait for all GPUs and raise ValueError if an earlier call had a token id that is out of range."""
     for device in list(_reports):
         torch.cuda.synchronize(device)
     raise_pending()
 
 
 def raise_pending() -> None:
-    """Raise for what has been reported so far, without waiting."""
+    """Raise for bad ids that have reached the host so far, without waiting."""
     for device, report in _reports.items():
-        count, value, place, vocabulary = report.pinned.tolist()
+        count, value, index, vocabulary = report.pinned.tolist()
         if count > report.raised:
             new, report.raised = count - report.raised, count
             raise ValueError(
-                f"tokens must be in [0, {vocabulary}) or ignore_index: an earlier call on {device} met {new} "
-                f"that are not, such as {value} at flat index {place}"
+                f"tokens must be in [0, {vocabulary}) or ignore_index: an earlier call on {device} had {new} "
+                f"other ids, such as {value} at flat index {index}"
             )
 
 
@@ -74,10 +74,10 @@ def _checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
     bad = ((ids < 0) | (ids >= vocabulary)) & (ids != ignore_index)
     if tokens.device.type == "cpu":
         if bad.any():
-            place = bad.nonzero()[0].tolist()
+            index = bad.nonzero()[0].tolist()
             raise ValueError(
                 f"tokens must be in [0, {vocabulary}) or ignore_index = {ignore_index}; "
-                f"tokens{place} = {ids[tuple(place)]}"
+                f"tokens{index} = {ids[tuple(index)]}"
             )
         return ids.clone() if ids is tokens else ids
     if tokens.device.type == "cuda" and tokens.numel():
@@ -89,13 +89,13 @@ def _checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
 
 
 def write(found: Tensor, ids: Tensor, bad: Tensor, vocabulary: int) -> None:
-    """Add a call's bad ids to `found`. Calls on several streams may overlap: the count is added atomically, and a call
-    without bad ids leaves the details alone."""
+    """Add a call's bad ids to `found`. Calls on several streams may overlap, so the count is added atomically, and
+    calls without bad ids leave the details in the first row unchanged."""
     count = bad.sum().view(1)
-    place = bad.flatten().int().argmax().view(1)
-    details = torch.stack([ids.flatten()[place], place, torch.full_like(place, vocabulary)], 1)
+    index = bad.flatten().int().argmax().view(1)
+    details = torch.stack([ids.flatten()[index], index, torch.full_like(index, vocabulary)], 1)
     found[:, 1:].index_copy_(0, (count == 0).long(), details)
-    found[:, 0].index_add_(0, torch.zeros_like(place), count)
+    found[:, 0].index_add_(0, torch.zeros_like(index), count)
 
 
 _library = torch.library.Library("mfwm", "FRAGMENT")

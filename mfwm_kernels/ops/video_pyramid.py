@@ -36,17 +36,17 @@ def video_pyramid(
     patch_sizes: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """The video at 1/f of its size for each factor f, normalised, in one read.
+    """The normalised video at 1/f of its size for each factor f, in one read.
 
     Equivalent to `[F.avg_pool2d((scale * video.float() + shift).flatten(0, 1), f).unflatten(0, (B, T)).to(dtype) for f
-    in factors]`, computed in fp32 (fp64 where video or dtype is fp64).
+    in factors]`, computed in fp32 (fp64 if video or dtype is fp64).
 
     Args:
         video: [B, T, C, H, W], uint8 or floating, any strides (a THWC video is `video.permute(0, 1, 4, 2, 3)`).
         factors: integers >= 1; each divides H and W.
-        scale, shift: by default 1/127.5 and -1 for uint8 (0..255 becomes -1..1), 1 and 0 for floating.
-        patch_sizes: one integer P per factor: that output is then in token layout [B, T, S, P * P * C] with
-            S = H / (f P) * W / (f P), tokens by rows, features in (row, column, channel) order.
+        scale, shift: by default 1/127.5 and -1 for uint8 (0..255 becomes -1..1), 1 and 0 for floating video.
+        patch_sizes: one integer P per factor; if given, each output is in token layout [B, T, S, P * P * C] with
+            S = H / (f P) * W / (f P), tokens in row-major order, features in (row, column, channel) order.
         dtype: of the outputs; by default fp32 for uint8, else the video's.
 
     Returns:
@@ -102,7 +102,7 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
 
 
 def normalise(video: Tensor, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
-    """scale * video + shift in fp32, or in fp64 where video or dtype is."""
+    """scale * video + shift in fp32, or in fp64 if video or dtype is fp64."""
     computed = torch.float64 if torch.float64 in (video.dtype, dtype) else torch.float32
     return video.to(computed) * scale + shift
 
@@ -130,9 +130,10 @@ def unpatchify(tokens: Tensor, patch: int, channels: int, height: int, width: in
 
 
 def gradient_of_video(args: Arguments, upstream: Sequence[Tensor | None]) -> Gradients:
-    """The gradient with respect to a floating video, which every backend's backward returns.
+    """The gradient of a floating video, for the backward of every backend.
 
-    Plain PyTorch: a video that learns (latents of an encoder in training) is rare, and this is K small broadcasts.
+    Plain PyTorch, because a video that requires grad (latents of an encoder in training) is rare, and this is only K
+    broadcasts.
     """
     channels, height, width = args.video.shape[2:]
     computed = torch.promote_types(torch.promote_types(args.video.dtype, args.dtype), torch.float32)
@@ -182,7 +183,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
 
 
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
-    # As tokens, at the benchmarks' sizes.
+    # The token layout at the benchmarks' sizes.
     for size, patch in (("genie", 4), ("pixels", 8), ("latents", 2)):
         kwargs = OP.bench[size](dtype, device)
         yield {**kwargs, "patch_sizes": (patch,) * len(kwargs["factors"])}

@@ -1,1 +1,1 @@
-"""Triton kernels, a module per op, imported on first use: Triton need not be installed to import the package."""
+"""Triton kernels and their launchers, one module per op, imported on first use because Triton is optional."""

@@ -1,11 +1,11 @@
-"""action_window_sum in Triton; fan_out takes its sums from here too.
+"""action_window_sum in Triton, called by autograd.call; fan_out and multi_horizon_linear call `window_sums`.
 
-forward   A program makes the K sums of a tile of ROWS positions x BLOCK_D features. Without gates the sum of a horizon
-          goes on from the one before it (offsets do not decrease), so that each action is read once per lag.
+forward   A program computes the K sums of a tile of ROWS positions x BLOCK_D features. Offsets do not decrease, so
+          without gates each horizon's sum continues the previous one's, and each action is read once per lag.
           Bytes: actions once (lags overlap in cache), K sums.
-backward  A program gathers, for a tile of actions, what the positions before them ask for: no atomics.
-          Bytes: the K gradients once, d actions.
-gates     A program reduces the rows of a chunk for one (horizon, lag, block of features); chunks are added afterwards.
+backward  A program gathers the gradient of a tile of actions from the positions before them, without atomics.
+          Bytes: the K gradients once, the gradient of actions.
+gates     A program reduces the rows of a chunk for one (horizon, lag, block of features); torch adds up the chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..op import Gradients, Want
 from ..ops.action_window_sum import Arguments
 from .launch import ceil_div, launch, power_of_2, strides, warps_of
 
-# Rows that one program of the gates' gradient reduces.
+# Rows that one program of action_window_sum_gates reduces.
 CHUNK = 256
 
 
@@ -29,7 +29,7 @@ CHUNK = 256
 def action_window_sum_forward(
     actions, lag_weight, segments, out, columns, positions, rows, width, blocks_d,
     action_strides, lag_strides, segment_strides,
-    OFFSETS: tl.constexpr, BEGINS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSETS: tl.constexpr, FIRST_LAGS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks_d * ROWS + tl.arange(0, ROWS)
@@ -44,26 +44,26 @@ def action_window_sum_forward(
     for i in tl.static_range(len(OFFSETS)):
         if lag_weight is not None:
             total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for j in range(BEGINS[i], OFFSETS[i]):
+        for j in range(FIRST_LAGS[i], OFFSETS[i]):
             counts = in_row & (n + j < columns)
             if segments is not None:
                 counts = counts & (tl.load(segments + (n + j) * segment_strides[1], counts, 0) == segment)
-            place = (b * action_strides[0] + (n + j) * action_strides[1])[:, None] + (d * action_strides[2])[None, :]
-            term = tl.load(actions + place, counts[:, None] & in_d[None, :], 0).to(tl.float32)
+            index = (b * action_strides[0] + (n + j) * action_strides[1])[:, None] + (d * action_strides[2])[None, :]
+            term = tl.load(actions + index, counts[:, None] & in_d[None, :], 0).to(tl.float32)
             if lag_weight is not None:
                 gate = tl.load(lag_weight + i * lag_strides[0] + j * lag_strides[1] + d * lag_strides[2], in_d, 0)
-                # An action that drops out is 0, whatever its gate: 0 * inf would be NaN.
+                # Mask the product, not only the action: a gate may be infinite, and 0 * inf is NaN.
                 term = tl.where(counts[:, None], term * gate.to(tl.float32)[None, :], 0)
             total += term
-        place = ((row * len(OFFSETS) + i) * width)[:, None] + d[None, :]
-        tl.store(out + place, total.to(out.dtype.element_ty), in_row[:, None] & in_d[None, :])
+        index = ((row * len(OFFSETS) + i) * width)[:, None] + d[None, :]
+        tl.store(out + index, total.to(out.dtype.element_ty), in_row[:, None] & in_d[None, :])
 
 
 @triton.jit
 def action_window_sum_backward(
     gradient, lag_weight, segments, out, columns, positions, rows, width, blocks_d,
     gradient_strides, lag_strides, segment_strides,
-    OFFSETS: tl.constexpr, START: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSETS: tl.constexpr, FIRST_LAG: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks_d * ROWS + tl.arange(0, ROWS)
@@ -76,14 +76,14 @@ def action_window_sum_backward(
         segment = tl.load(segments + m * segment_strides[1], in_row, 0).to(tl.int64)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for i in tl.static_range(len(OFFSETS)):
-        for j in range(START, OFFSETS[i]):
+        for j in range(FIRST_LAG, OFFSETS[i]):
             n = m - j
             counts = in_row & (n >= 0) & (n < positions)
             if segments is not None:
                 counts = counts & (tl.load(segments + n * segment_strides[1], counts, 0) == segment)
-            place = b * gradient_strides[0] + n * gradient_strides[1] + i * gradient_strides[2]
-            place = place[:, None] + (d * gradient_strides[3])[None, :]
-            term = tl.load(gradient + place, counts[:, None] & in_d[None, :], 0).to(tl.float32)
+            index = b * gradient_strides[0] + n * gradient_strides[1] + i * gradient_strides[2]
+            index = index[:, None] + (d * gradient_strides[3])[None, :]
+            term = tl.load(gradient + index, counts[:, None] & in_d[None, :], 0).to(tl.float32)
             if lag_weight is not None:
                 gate = tl.load(lag_weight + i * lag_strides[0] + j * lag_strides[1] + d * lag_strides[2], in_d, 0)
                 term = tl.where(counts[:, None], term * gate.to(tl.float32)[None, :], 0)
@@ -95,7 +95,7 @@ def action_window_sum_backward(
 def action_window_sum_gates(
     actions, gradient, segments, partial, columns, positions, rows, width, blocks_d, lags,
     action_strides, gradient_strides, segment_strides,
-    OFFSETS: tl.constexpr, START: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSETS: tl.constexpr, FIRST_LAG: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     d = program % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -106,7 +106,7 @@ def action_window_sum_gates(
     offset = 0
     for k in tl.static_range(len(OFFSETS)):
         offset = tl.where(i == k, OFFSETS[k], offset)
-    summed = (j >= START) & (j < offset)
+    summed = (j >= FIRST_LAG) & (j < offset)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in range(0, CHUNK, ROWS):
         row = chunk * CHUNK + start + tl.arange(0, ROWS)
@@ -117,11 +117,11 @@ def action_window_sum_gates(
             now = tl.load(here + n * segment_strides[1], counts, 0)
             counts = counts & (now == tl.load(here + (n + j) * segment_strides[1], counts, 0))
         mask = counts[:, None] & in_d[None, :]
-        place = (b * action_strides[0] + (n + j) * action_strides[1])[:, None] + (d * action_strides[2])[None, :]
-        action = tl.load(actions + place, mask, 0).to(tl.float32)
-        place = b * gradient_strides[0] + n * gradient_strides[1] + i * gradient_strides[2]
-        place = place[:, None] + (d * gradient_strides[3])[None, :]
-        total += action * tl.load(gradient + place, mask, 0).to(tl.float32)
+        index = (b * action_strides[0] + (n + j) * action_strides[1])[:, None] + (d * action_strides[2])[None, :]
+        action = tl.load(actions + index, mask, 0).to(tl.float32)
+        index = b * gradient_strides[0] + n * gradient_strides[1] + i * gradient_strides[2]
+        index = index[:, None] + (d * gradient_strides[3])[None, :]
+        total += action * tl.load(gradient + index, mask, 0).to(tl.float32)
     tl.store(partial + gate * width + d, tl.sum(total, 0), in_d)
 
 
@@ -142,43 +142,43 @@ def tile_of(rows: int, width: int) -> tuple[int, int]:
 
 
 def window_sums(args: Arguments, positions: int, dtype: torch.dtype) -> Tensor:
-    """[B, positions, K, D]: the sums at the first positions."""
+    """[B, positions, K, D]: the sums at the first `positions` positions."""
     batch, columns, width = args.actions.shape
     sums = torch.empty(batch, positions, len(args.offsets), width, dtype=dtype, device=args.actions.device)
     rows = batch * positions
     tile = tile_of(rows, width)
     blocks = ceil_div(width, tile[1])
     gated = args.lag_weight is not None
-    begins = [args.window_start if gated else max(args.window_start, o) for o in [0, *args.offsets[:-1]]]
+    first_lags = [args.window_start if gated else max(args.window_start, o) for o in [0, *args.offsets[:-1]]]
     launch(
         action_window_sum_forward, ceil_div(rows, tile[0]) * blocks, args.actions.device,
         args.actions, args.lag_weight, args.segment_ids, sums, columns, positions, rows, width, blocks,
         strides(args.actions, 3), strides(args.lag_weight, 3), strides(args.segment_ids, 2),
-        OFFSETS=tuple(args.offsets), BEGINS=tuple(begins), ROWS=tile[0], BLOCK_D=tile[1],
+        OFFSETS=tuple(args.offsets), FIRST_LAGS=tuple(first_lags), ROWS=tile[0], BLOCK_D=tile[1],
         num_warps=warps_of(tile[0] * tile[1], 16),
     )  # fmt: skip
     return sums
 
 
 def gradients_of_sums(args: Arguments, want: Want, gradient: Tensor) -> Gradients:
-    """The gradients of actions and lag_weight that are needed, from the sums' gradient [B, N, K, D]."""
+    """The needed gradients of actions and lag_weight, given the gradient of the sums [B, N, K, D]."""
     actions, lag_weight, segments = args.actions, args.lag_weight, args.segment_ids
     batch, columns, width = actions.shape
     positions, device = gradient.shape[1], actions.device
     gradients: Gradients = {}
     if want["actions"]:
-        of_actions = torch.empty(actions.shape, dtype=actions.dtype, device=device)
+        actions_gradient = torch.empty(actions.shape, dtype=actions.dtype, device=device)
         rows = batch * columns
         tile = tile_of(rows, width)
         blocks = ceil_div(width, tile[1])
         launch(
             action_window_sum_backward, ceil_div(rows, tile[0]) * blocks, device,
-            gradient, lag_weight, segments, of_actions, columns, positions, rows, width, blocks,
+            gradient, lag_weight, segments, actions_gradient, columns, positions, rows, width, blocks,
             strides(gradient, 4), strides(lag_weight, 3), strides(segments, 2),
-            OFFSETS=tuple(args.offsets), START=args.window_start, ROWS=tile[0], BLOCK_D=tile[1],
+            OFFSETS=tuple(args.offsets), FIRST_LAG=args.window_start, ROWS=tile[0], BLOCK_D=tile[1],
             num_warps=warps_of(tile[0] * tile[1], 16),
         )  # fmt: skip
-        gradients["actions"] = of_actions
+        gradients["actions"] = actions_gradient
     if want["lag_weight"]:
         count, lags = lag_weight.shape[:2]
         rows = batch * positions
@@ -189,7 +189,7 @@ def gradients_of_sums(args: Arguments, want: Want, gradient: Tensor) -> Gradient
             action_window_sum_gates, chunks * count * lags * blocks, device,
             actions, gradient, segments, partial, columns, positions, rows, width, blocks, lags,
             strides(actions, 3), strides(gradient, 4), strides(segments, 2),
-            OFFSETS=tuple(args.offsets), START=args.window_start,
+            OFFSETS=tuple(args.offsets), FIRST_LAG=args.window_start,
             CHUNK=min(CHUNK, power_of_2(rows)), ROWS=tile[0], BLOCK_D=tile[1],
             num_warps=warps_of(tile[0] * tile[1], 16),
         )  # fmt: skip

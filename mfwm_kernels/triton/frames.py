@@ -1,10 +1,11 @@
 """Tiles of frames that divide into boxes at every factor, in image or token layout, for the ops on video.
 
-A tile is [rows, columns, channels]. Its factors form a chain, each dividing the next: level l has factor f_l, and
-level 0 the pixels. Along an axis the index is written in digits, one per step of the chain, each padded to a power of 2
-(factors 1, 3, 6: digits of 3 and 2, padded to 4 and 2), so a box average is a reshape and a sum in registers.
+A tile is [rows, columns, channels]. Its factors form a chain in which each divides the next. Level l has factor f_l,
+and level 0 is the pixels. An index along an axis has one digit per step of the chain, each padded to a power of 2
+(factors 1, 3, 6: digits of 3 and 2 values, padded to 4 and 2), so that a box average is a reshape and a sum in
+registers.
 
-    TRUE[l] = f_last / f_l         PADS[l] = the same, every step padded         both end in 1
+    TRUE[l] = f_last / f_l         PADS[l] = the same with every step padded         both end in 1
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from .launch import ceil_div, power_of_2
 
 @triton.jit
 def axis(first, cells, CELLS: tl.constexpr, TRUE: tl.constexpr, PADS: tl.constexpr, LEVEL: tl.constexpr):
-    """Index at a level of each place along one axis of the tile that begins with the cell `first`, and which exist."""
-    place = tl.arange(0, CELLS * PADS[LEVEL])
+    """The index at LEVEL of each element along an axis of the tile with first cell `first`, and which ones exist."""
+    element = tl.arange(0, CELLS * PADS[LEVEL])
     if TRUE[LEVEL] == PADS[LEVEL]:
-        index = first * TRUE[LEVEL] + place
+        index = first * TRUE[LEVEL] + element
         return index, index < cells * TRUE[LEVEL]
     else:
-        index = place * 0
-        exists = place >= 0
+        index = element * 0
+        exists = element >= 0
         for q in tl.static_range(LEVEL, len(TRUE) - 1):
-            digit = place % (PADS[q] // PADS[q + 1])
-            place = place // (PADS[q] // PADS[q + 1])
+            digit = element % (PADS[q] // PADS[q + 1])
+            element = element // (PADS[q] // PADS[q + 1])
             exists = exists & (digit < TRUE[q] // TRUE[q + 1])
             index += digit * (TRUE[LEVEL] // TRUE[q])
-        return index + (first + place) * TRUE[LEVEL], exists & (first + place < cells)
+        return index + (first + element) * TRUE[LEVEL], exists & (first + element < cells)
 
 
 @triton.jit
 def inside(y, x, c):
-    """What the three axes know of which places exist, as the mask of a tile."""
+    """The mask of a tile, from the masks of its three axes."""
     return y[:, None, None] & x[None, :, None] & c[None, None, :]
 
 
@@ -48,22 +49,22 @@ def inside(y, x, c):
 def frame_offsets(y, x, c, channels, width, steps, PATCH: tl.constexpr, LONG: tl.constexpr):
     """Offsets of a tile in one frame of strides `steps`.
 
-    PATCH 0: an image, steps (batch, time, channel, row, column). Else tokens, steps (batch, time, token, feature), with
-    features in (row, column, channel) order. In 32 bits unless LONG: they are half the registers.
+    PATCH 0: an image, steps (batch, time, channel, row, column). Otherwise tokens, steps (batch, time, token, feature),
+    with features in (row, column, channel) order. Offsets have 32 bits unless LONG, to save half the registers.
     """
     if LONG:
         y, x, c = y.to(tl.int64), x.to(tl.int64), c.to(tl.int64)
     if PATCH == 0:
         return (y * steps[3])[:, None, None] + (x * steps[4])[None, :, None] + (c * steps[2])[None, None, :]
     else:
-        of_y = y // PATCH * (width // PATCH) * steps[2] + y % PATCH * (PATCH * channels) * steps[3]
-        of_x = x // PATCH * steps[2] + x % PATCH * channels * steps[3]
-        return of_y[:, None, None] + of_x[None, :, None] + (c * steps[3])[None, None, :]
+        y_offsets = y // PATCH * (width // PATCH) * steps[2] + y % PATCH * (PATCH * channels) * steps[3]
+        x_offsets = x // PATCH * steps[2] + x % PATCH * channels * steps[3]
+        return y_offsets[:, None, None] + x_offsets[None, :, None] + (c * steps[3])[None, None, :]
 
 
 @triton.jit
 def average(tile, PADDED: tl.constexpr, RATIO: tl.constexpr):
-    """Mean over RATIO x RATIO boxes, padded to PADDED with zeros."""
+    """Mean over RATIO x RATIO boxes, which zeros pad to PADDED x PADDED."""
     if PADDED == 1:
         return tile
     else:
@@ -75,7 +76,7 @@ def average(tile, PADDED: tl.constexpr, RATIO: tl.constexpr):
 
 @triton.jit
 def repeated(tile, PADDED: tl.constexpr):
-    """Each value PADDED x PADDED times: the shape that `average` came from."""
+    """Each value PADDED x PADDED times: the inverse of the shape change in `average`."""
     if PADDED == 1:
         return tile
     else:
@@ -86,7 +87,7 @@ def repeated(tile, PADDED: tl.constexpr):
 
 @triton.jit
 def load_frame(video, offsets, mask, scale, shift):
-    """A tile of pixels, normalised, zero where nothing is."""
+    """A tile of normalised pixels, 0 outside the mask."""
     return tl.where(mask, tl.load(video + offsets, mask, 0).to(tl.float32) * scale + shift, 0)
 
 
@@ -118,8 +119,8 @@ class Tiling(NamedTuple):
 def tiling_of(video: Tensor, factors: Sequence[int], channels_inside: bool, target: int) -> Tiling:
     """Tiles of about `target` elements; a single cell of the coarsest factor may be more.
 
-    With `channels_inside` a tile holds up to 16 channels, so that neighbouring bytes are read together where channels
-    are innermost in memory.
+    With `channels_inside`, for channels that are innermost in memory, a tile has up to 16 channels, so that
+    neighbouring bytes are read together.
     """
     levels = sorted({1, *factors})
     true = tuple(levels[-1] // f for f in levels)
@@ -131,12 +132,12 @@ def tiling_of(video: Tensor, factors: Sequence[int], channels_inside: bool, targ
     while channels > 1 and channels * pads[0] ** 2 > target:
         channels //= 2
     cells_x = cells_y = 1
-    # Rows long enough for whole cache lines first, then as many rows as fit.
+    # First make rows long enough for whole cache lines, then add as many rows as fit.
     while cells_x < width and cells_x * pads[0] < 128 and 2 * cells_x * pads[0] ** 2 * channels <= target:
         cells_x *= 2
     while cells_y < height and 2 * cells_y * cells_x * pads[0] ** 2 * channels <= target:
         cells_y *= 2
-    # Small frames: several channels make a tile.
+    # Small frames: fill the tile with more channels.
     while channels < min(16, video.shape[2]) and 2 * cells_y * cells_x * pads[0] ** 2 * channels <= target:
         channels *= 2
     return Tiling(
@@ -146,7 +147,7 @@ def tiling_of(video: Tensor, factors: Sequence[int], channels_inside: bool, targ
 
 
 def needs_long(*frames: Tensor | None) -> bool:
-    """Some offset within one frame of these tensors (batch and time left out) exceeds 32 bits."""
+    """Whether an offset within one frame of these tensors (without batch and time) exceeds 32 bits."""
     extents = [
         sum((size - 1) * step for size, step in zip(t.shape[2:], t.stride()[2:], strict=True))
         for t in frames
@@ -165,9 +166,10 @@ def fits_a_chain(factors: Sequence[int]) -> bool:
 
 
 def chains_of(terms: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Terms, each with the factors that it needs together, sorted into as few chains as a greedy pass finds.
+    """Group terms, given the factors that each needs, greedily into chains of factors that divide one another.
 
-    One chain, and one read of the video, unless some factor does not divide a larger one (2 and 3).
+    Each chain is one launch and one read of the video. There is one, unless a factor does not divide a larger one, as
+    with 2 and 3.
     """
     chains: list[tuple[set[int], list[int]]] = []
     for number, needed in enumerate(terms):

@@ -1,6 +1,6 @@
-"""The one place where kernels are launched, and what the launchers share.
+"""Launches every Triton kernel, and holds what the launchers share.
 
-All kernels run on a one-dimensional grid (axes y and z stop at 65,535) and compute offsets in 64 bits.
+All kernels use a one-dimensional grid, because axes y and z are limited to 65,535, and compute offsets in 64 bits.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from torch import Tensor
 
 from ..backends import INTERPRETED
 
-# In the interpreter tl.dot of bf16 gives garbage.
-EMULATED = tl.constexpr(INTERPRETED)
+# Triton's interpreter computes tl.dot of bf16 wrongly.
+IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
-# mfwm_kernels.launches sets this to see what would be launched: it is called in place of the launch.
-instead: Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None] | None = None
+# mfwm_kernels.launches sets this to record launches: it is called instead of launching.
+recorder: Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None] | None = None
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-    """kernel[(programs,)](*args, **options) on `device`; nothing where there are no programs."""
+    """kernel[(programs,)](*args, **options) on `device`; does nothing for 0 programs."""
     if programs == 0:
         return
     if programs >= 2**31:
         raise ValueError(f"the call needs {programs} programs of {kernel.__name__}, a launch has fewer than 2**31")
-
-    if instead is not None:
-        instead(kernel, programs, args, options)
+    if recorder is not None:
+        recorder(kernel, programs, args, options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **options)
@@ -47,31 +46,31 @@ def ceil_div(number: int, by: int) -> int:
 
 
 def strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
-    """Strides in elements; zeros for a tensor that is not there."""
+    """Strides in elements; zeros for None."""
     return (0,) * rank if tensor is None else tensor.stride()
 
 
 def warps_of(elements: int, per_thread: int = 32) -> int:
-    """Warps that leave each thread about `per_thread` elements of a tile."""
+    """The number of warps that gives each thread about `per_thread` elements of a tile."""
     return max(1, min(16, power_of_2(ceil_div(elements, 32 * per_thread))))
 
 
 def dot_precision() -> str:
-    """What a dot of fp32 may round its factors to: nothing, unless torch allows TF32."""
+    """The precision of a dot's fp32 operands: unrounded, unless torch allows TF32."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit
 def add_product(total, a, b, PRECISION: tl.constexpr):
     """total + a @ b, in fp32."""
-    if EMULATED:
+    if IN_INTERPRETER:
         return total + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)
 
 
-def _mend_interpreter() -> None:
-    """Loops with run-time bounds: Triton 3.6 makes an int of an array of one element, which numpy 2.4 refuses."""
+def _patch_interpreter() -> None:
+    """Make loops with run-time bounds work: Triton 3.6 converts a one-element array to int, which numpy 2.4 rejects."""
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor
@@ -88,6 +87,6 @@ def _mend_interpreter() -> None:
 
 
 if INTERPRETED:
-    _mend_interpreter()
+    _patch_interpreter()
 
 __all__ = ["add_product", "ceil_div", "dot_precision", "launch", "power_of_2", "strides", "triton", "warps_of"]

@@ -1,11 +1,11 @@
-"""mtp_combine in Triton: two matrix products in one tile, and the row statistics that scale them.
+"""mtp_combine in Triton, called by autograd.call: both matrix products in one tile, scaled by row statistics.
 
 forward   A program computes a tile of rows x columns. For each state it sums squares along the rows, then multiplies.
-          Both norms are row factors, so they scale the two products, not the states. Bytes: both states once for each
-          block of columns; what a program reads again comes from L2.
+          Norms are factors of a row, so they scale the two products, not the states. Bytes: both states once for each
+          block of columns; the second read of a state hits L2.
 backward  torch's matrix products and two passes over rows, see gemm/mtp_combine.py.
 norm      Bytes: both states once, the normed states.
-gradient  Bytes: both states and the gradients at the normed ones once, the gradients of the states.
+gradient  Bytes: both states and the gradients of the normed states once, the gradients of the states.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ def mtp_combine_forward(
     in_rows, in_columns = row < rows, column < columns
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for half in tl.static_range(2):
-        # The statistics have a loop of their own: a tile that feeds wgmma and is read in registers too gets one buffer
-        # too few (Triton 3.6), and the copy of a later tile overwrites it while wgmma still reads. The second read hits
+        # The statistics need a separate loop: Triton 3.6 allocates one buffer too few for a tile that wgmma reads and
+        # registers load too, so the copy of a later tile overwrites it while wgmma still reads. The second read hits
         # L2.
         squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
         for start in range(0, depth, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             state = load_tile(states[half], row, d, in_rows, d < depth, state_strides[half][0], state_strides[half][1])
             squares += state * state
-        scale = tl.rsqrt(tl.sum(squares, 1) / depth + eps)
+        inverse_rms = tl.rsqrt(tl.sum(squares, 1) / depth + eps)
         product = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, depth, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             in_d = d < depth
-            place = (row * state_strides[half][0])[:, None] + (d.to(tl.int64) * state_strides[half][1])[None, :]
-            state = tl.load(states[half] + place, in_rows[:, None] & in_d[None, :], 0)
-            place = (column.to(tl.int64) * (2 * depth))[None, :] + (half * depth + d)[:, None]
-            factor = tl.load(weight + place, in_columns[None, :] & in_d[:, None], 0)
+            offsets = (row * state_strides[half][0])[:, None] + (d.to(tl.int64) * state_strides[half][1])[None, :]
+            state = tl.load(states[half] + offsets, in_rows[:, None] & in_d[None, :], 0)
+            offsets = (column.to(tl.int64) * (2 * depth))[None, :] + (half * depth + d)[:, None]
+            factor = tl.load(weight + offsets, in_columns[None, :] & in_d[:, None], 0)
             product = add_product(product, state, factor, PRECISION)
-        total += product * scale[:, None]
-    place = (tl.arange(0, ROWS) * columns)[:, None] + column[None, :]
-    tl.store(out + first * columns + place, total.to(out.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
+        total += product * inverse_rms[:, None]
+    offsets = (tl.arange(0, ROWS) * columns)[:, None] + column[None, :]
+    tl.store(out + first * columns + offsets, total.to(out.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
 
 
 @triton.jit
 def load_tile(pointer, row, d, in_rows, in_d, row_step, step):
-    place = (row * row_step)[:, None] + (d.to(tl.int64) * step)[None, :]
-    return tl.load(pointer + place, in_rows[:, None] & in_d[None, :], 0).to(tl.float32)
+    offsets = (row * row_step)[:, None] + (d.to(tl.int64) * step)[None, :]
+    return tl.load(pointer + offsets, in_rows[:, None] & in_d[None, :], 0).to(tl.float32)
 
 
 @triton.jit
@@ -78,13 +78,13 @@ def mtp_combine_norm(
             d = start + tl.arange(0, BLOCK_D)
             state = load_tile(states[half], row, d, in_rows, d < depth, state_strides[half][0], state_strides[half][1])
             squares += tl.sum(state * state, 1)
-        scale = tl.rsqrt(squares / depth + eps)
+        inverse_rms = tl.rsqrt(squares / depth + eps)
         for start in range(0, depth, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             state = load_tile(states[half], row, d, in_rows, d < depth, state_strides[half][0], state_strides[half][1])
-            place = (row * (2 * depth))[:, None] + (half * depth + d)[None, :]
-            normed = (state * scale[:, None]).to(joined.dtype.element_ty)
-            tl.store(joined + place, normed, in_rows[:, None] & (d < depth)[None, :])
+            offsets = (row * (2 * depth))[:, None] + (half * depth + d)[None, :]
+            normed = (state * inverse_rms[:, None]).to(joined.dtype.element_ty)
+            tl.store(joined + offsets, normed, in_rows[:, None] & (d < depth)[None, :])
 
 
 @triton.jit
@@ -104,17 +104,17 @@ def mtp_combine_gradient(
                 gradient = load_tile(joined + half * depth, row, d, in_rows, in_d, 2 * depth, 1)
                 squares += tl.sum(state * state, 1)
                 dots += tl.sum(state * gradient, 1)
-            scale = tl.rsqrt(squares / depth + eps)
-            along = dots * scale * scale / depth
+            inverse_rms = tl.rsqrt(squares / depth + eps)
+            along = dots * inverse_rms * inverse_rms / depth
             for start in range(0, depth, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 in_d = d < depth
                 state = load_tile(states[half], row, d, in_rows, in_d, state_strides[half][0], state_strides[half][1])
                 gradient = load_tile(joined + half * depth, row, d, in_rows, in_d, 2 * depth, 1)
-                made = (gradient - state * along[:, None]) * scale[:, None]
-                place = (row * depth)[:, None] + d[None, :]
+                state_gradient = (gradient - state * along[:, None]) * inverse_rms[:, None]
+                offsets = (row * depth)[:, None] + d[None, :]
                 mask = in_rows[:, None] & in_d[None, :]
-                tl.store(gradients[half] + place, made.to(gradients[half].dtype.element_ty), mask)
+                tl.store(gradients[half] + offsets, state_gradient.to(gradients[half].dtype.element_ty), mask)
 
 
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
@@ -123,7 +123,7 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
     half = hidden.element_size() == 2
     tile_rows, tile_columns = (128, min(128, max(16, power_of_2(columns)))) if half else (32, 64)
-    # States whose strides do not make rows are copied, a chunk at a time.
+    # A state whose strides allow no view of its rows is copied, one chunk at a time.
     copies = sum(flat(state) is None for state in (hidden, args.embedding))
     for first, last in chunks(hidden, copies * hidden.shape[-1] * hidden.element_size()):
         states = [rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)]
@@ -139,9 +139,9 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
 
 
 def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
-    (gradient_of_out,) = upstream
-    assert gradient_of_out is not None
-    return shared_backward(args, want, gradient_of_out, PASSES)
+    (out_gradient,) = upstream
+    assert out_gradient is not None
+    return shared_backward(args, want, out_gradient, PASSES)
 
 
 def tile_of(depth: int) -> tuple[int, int]:
@@ -160,12 +160,12 @@ def norm(states: Sequence[Tensor], joined: Tensor, eps: float) -> None:
     )  # fmt: skip
 
 
-def gradient(states: Sequence[Tensor], joined: Tensor, eps: float, to: Sequence[Tensor | None]) -> None:
+def gradient(states: Sequence[Tensor], joined: Tensor, eps: float, gradients: Sequence[Tensor | None]) -> None:
     rows, depth = states[0].shape
     tile_rows, block = tile_of(depth)
     launch(
         mtp_combine_gradient, ceil_div(rows, tile_rows), joined.device,
-        tuple(states), joined, tuple(to), rows, depth, eps, tuple(strides(state, 2) for state in states),
+        tuple(states), joined, tuple(gradients), rows, depth, eps, tuple(strides(state, 2) for state in states),
         ROWS=tile_rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
 

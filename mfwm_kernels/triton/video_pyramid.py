@@ -1,8 +1,8 @@
-"""video_pyramid in Triton.
+"""video_pyramid in Triton, called by autograd.call.
 
-A program reads a tile of one frame (tile of frames.py, about 4096 pixels), normalises it and stores every level of the
-chain from registers. Bytes: the video once, the outputs once. Factors of which neither divides the other (2 and 3) need
-a launch and a read each.
+A program reads a tile of one frame (see frames.py; about 4096 pixels), normalises it and stores every level of the
+chain from registers. Bytes: the video once, the outputs once. If two factors do not divide one another (2 and 3), each
+needs a launch and a read of the video.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .frames import (
 )
 from .launch import launch, strides, warps_of
 
-TARGET = 4096
+TILE_ELEMENTS = 4096
 
 
 @triton.jit
@@ -60,8 +60,8 @@ def video_pyramid(
                 steps = output_strides[i]
                 narrow = width // (TRUE[0] // TRUE[level])
                 offsets = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i], LONG)
-                made = outputs[i] + b * steps[0] + t * steps[1]
-                tl.store(made + offsets, values.to(outputs[i].dtype.element_ty), mask)
+                frame_out = outputs[i] + b * steps[0] + t * steps[1]
+                tl.store(frame_out + offsets, values.to(outputs[i].dtype.element_ty), mask)
 
 
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
@@ -73,21 +73,21 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
         for i, f in enumerate(args.factors)
     ]  # fmt: skip
     for members in chains_of([[f] for f in args.factors]):
-        made = [outputs[i] for i in members]
+        chain_outputs = [outputs[i] for i in members]
         tiling = tiling_of(
-            video, [args.factors[i] for i in members], channels_innermost(video, args.patch_sizes), TARGET
+            video, [args.factors[i] for i in members], channels_innermost(video, args.patch_sizes), TILE_ELEMENTS
         )
         launch(
             video_pyramid, batch * time * tiling.tiles, video.device,
-            video, tuple(made), args.scale, args.shift, time, channels, width,
+            video, tuple(chain_outputs), args.scale, args.shift, time, channels, width,
             height // tiling.factors[-1], width // tiling.factors[-1],
             tiling.tiles_y, tiling.tiles_x, tiling.channel_blocks,
-            strides(video, 5), tuple(output.stride() for output in made),
+            strides(video, 5), tuple(output.stride() for output in chain_outputs),
             LEVELS=tuple(tiling.level(args.factors[i]) for i in members),
             PATCHES=tuple(args.patch_sizes[i] if args.patch_sizes else 0 for i in members),
             TRUE=tiling.true, PADS=tiling.pads,
-            CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels, LONG=needs_long(video, *made),
-            num_warps=warps_of(tiling.elements),
+            CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
+            LONG=needs_long(video, *chain_outputs), num_warps=warps_of(tiling.elements),
         )  # fmt: skip
     return outputs, {}
 

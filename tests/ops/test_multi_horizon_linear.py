@@ -110,7 +110,7 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_temporary_as_large_as_hidden(dtype: torch.dtype, monitored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The mode is to see what happens within the op.
-    monkeypatch.setattr(autograd, "settle", lambda args: (args, False))
+    monkeypatch.setattr(autograd, "prepare", lambda args: (args, False))
     kwargs = call_of(dtype, 30, 30, width=64)
     upstream = [torch.randn(2, 3, 30, 30, n).to(dtype) for n in (7, 3, 1)]
     if monitored:

@@ -215,12 +215,12 @@ def test_a_bad_id_on_a_gpu_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> 
     token_ids.raise_pending()
     call(1, 9, -3)
     call(4, 5)
-    with pytest.raises(ValueError, match=r"\[0, 7\).* a GPU met 2 that are not, such as 9 at flat index 1"):
+    with pytest.raises(ValueError, match=r"\[0, 7\).* a GPU had 2 other ids, such as 9 at flat index 1"):
         token_ids.raise_pending()
     call(4, 5)
     token_ids.raise_pending()
     call(8)
-    with pytest.raises(ValueError, match="met 1 that are not, such as 8 at flat index 0"):
+    with pytest.raises(ValueError, match="had 1 other ids, such as 8 at flat index 0"):
         token_ids.raise_pending()
 
 
