@@ -1,11 +1,12 @@
-"""multi_horizon_linear in Triton: the row statistics of all horizons and one matrix product, in one kernel.
+"""multi_horizon_linear in Triton, called by autograd.call: one kernel for row statistics and one matrix product.
 
-forward   A program computes a tile of rows x columns, the heads side by side. It first reads its rows of hidden for the
-          sums of squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue
-          adds the actions' part, scales by each row's norm, adds the bias and stores to the outputs it covers.
-          Bytes: hidden once for each block of columns (one, up to 256 columns), the outputs.
-backward  torch's matrix products and three passes, see gemm/multi_horizon_linear.py. Sums over the tokens of a
-          position are made per program and added afterwards in a fixed order.
+forward   A program computes a tile of rows x columns of the concatenated heads. It first reads its rows of hidden to
+sum
+          squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue adds the
+          projected window sums, multiplies by each row's norm factor, adds the bias and stores each horizon's columns.
+          Bytes: hidden once for each block of columns (one block, up to 256 columns), the outputs.
+backward  torch's matrix products and three passes, see gemm/multi_horizon_linear.py. Each program sums over its tokens
+          of a position; torch adds up the programs' sums in a fixed order.
 scale     Bytes: hidden, the outputs and their gradients once, P.
 combine   Bytes: hidden and the product once, d hidden.
 monitor   Bytes: hidden and K products once, d hidden.
@@ -41,20 +42,20 @@ from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, st
 @triton.jit
 def multi_horizon_linear_forward(
     hidden, sums, heads, projected, bias, outputs, firsts, positions, width, tokens, rows, depth, columns,
-    column_blocks, pieces, eps, hidden_strides,
-    COUNT: tl.constexpr, NORM: tl.constexpr, WITHIN: tl.constexpr, PRECISION: tl.constexpr,
+    column_blocks, tiles, eps, hidden_strides,
+    COUNT: tl.constexpr, NORM: tl.constexpr, ONE_POSITION: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = (program % column_blocks * COLUMNS).to(tl.int32) + tl.arange(0, COLUMNS)
     in_columns = column < columns
-    if WITHIN:
-        # All rows of the tile are tokens of one position.
-        position = program // column_blocks // pieces
-        begin = (program // column_blocks % pieces * ROWS).to(tl.int32)
-        token = begin + tl.arange(0, ROWS)
+    if ONE_POSITION:
+        # All rows of the tile are tokens of the same position.
+        position = program // column_blocks // tiles
+        first_token = (program // column_blocks % tiles * ROWS).to(tl.int32)
+        token = first_token + tl.arange(0, ROWS)
         in_rows = token < tokens
-        first = position * tokens + begin
+        first = position * tokens + first_token
     else:
         first = program // column_blocks * ROWS
         row = first + tl.arange(0, ROWS)
@@ -64,9 +65,9 @@ def multi_horizon_linear_forward(
     base = position // positions * hidden_strides[0] + position % positions * hidden_strides[1]
     base = base + (token // width).to(tl.int64) * hidden_strides[2] + (token % width).to(tl.int64) * hidden_strides[3]
 
-    # The statistics have a loop of their own: a tile that feeds wgmma and is read in registers too gets one buffer too
-    # few (Triton 3.6), and the copy of a later tile overwrites it while wgmma still reads. The second read hits L2.
-    scales = ()
+    # The statistics need a separate loop: Triton 3.6 allocates one buffer too few for a tile that wgmma reads and
+    # registers load too, so the copy of a later tile overwrites it while wgmma still reads. The second read hits L2.
+    inverse_rms = ()
     if NORM:
         squares = ()
         for _ in tl.static_range(COUNT):
@@ -78,7 +79,7 @@ def multi_horizon_linear_forward(
                             in_rows[:, None] & in_d[None, :], 0).to(tl.float32)  # fmt: skip
             added_squares = ()
             for i in tl.static_range(COUNT):
-                if WITHIN:
+                if ONE_POSITION:
                     added = tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
                 else:
                     added = tl.load(sums + ((position * COUNT + i) * depth)[:, None] + d[None, :],
@@ -87,7 +88,7 @@ def multi_horizon_linear_forward(
                 added_squares = added_squares + (squares[i] + biased * biased,)
             squares = added_squares
         for i in tl.static_range(COUNT):
-            scales = scales + (tl.rsqrt(tl.sum(squares[i], 1) / depth + eps),)
+            inverse_rms = inverse_rms + (tl.rsqrt(tl.sum(squares[i], 1) / depth + eps),)
 
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, depth, BLOCK_D):
@@ -99,7 +100,7 @@ def multi_horizon_linear_forward(
                        in_columns[None, :] & in_d[:, None], 0)  # fmt: skip
         total = add_product(total, state, head, PRECISION)
 
-    if WITHIN:
+    if ONE_POSITION:
         total += tl.load(projected + position * columns + column, in_columns, 0)[None, :]
     else:
         total += tl.load(projected + (position * columns)[:, None] + column[None, :],
@@ -108,42 +109,44 @@ def multi_horizon_linear_forward(
     if bias is not None:
         shift = tl.load(bias + column, in_columns, 0)
     for i in tl.static_range(COUNT):
-        own = (column >= firsts[i]) & (column < firsts[i + 1])
+        in_head = (column >= firsts[i]) & (column < firsts[i + 1])
         out = total
         if NORM:
-            out = total * scales[i][:, None]
+            out = total * inverse_rms[i][:, None]
         out += shift[None, :]
-        # Offsets within the tile, in 32 bits: registers for 64 would spill.
+        # Offsets one_position the tile are 32-bit, because 64-bit ones would spill registers.
         count = firsts[i + 1] - firsts[i]
-        place = (tl.arange(0, ROWS) * count)[:, None] + (column - firsts[i])[None, :]
+        offsets = (tl.arange(0, ROWS) * count)[:, None] + (column - firsts[i])[None, :]
         tl.store(
-            outputs[i] + first * count + place, out.to(outputs[i].dtype.element_ty), in_rows[:, None] & own[None, :]
+            outputs[i] + first * count + offsets,
+            out.to(outputs[i].dtype.element_ty),
+            in_rows[:, None] & in_head[None, :],
         )
 
 
 @triton.jit
-def rows_of_program(program, first, last, tokens, pieces, ROWS: tl.constexpr):
-    """The position of a program, its rows in the chunk first .. last, and which of them there are."""
-    position = first // tokens + program // pieces
-    token = program % pieces * ROWS + tl.arange(0, ROWS)
+def rows_of_program(program, first, last, tokens, tiles, ROWS: tl.constexpr):
+    """A program's position, its row numbers relative to `first`, and which of them are in the chunk first .. last."""
+    position = first // tokens + program // tiles
+    token = program % tiles * ROWS + tl.arange(0, ROWS)
     row = position * tokens + token
     return position, row - first, (token < tokens) & (row >= first) & (row < last)
 
 
 @triton.jit
 def load_tile(pointer, row, d, in_rows, in_d, steps):
-    place = (row * steps[0])[:, None] + (d.to(tl.int64) * steps[1])[None, :]
-    return tl.load(pointer + place, in_rows[:, None] & in_d[None, :], 0).to(tl.float32)
+    offsets = (row * steps[0])[:, None] + (d.to(tl.int64) * steps[1])[None, :]
+    return tl.load(pointer + offsets, in_rows[:, None] & in_d[None, :], 0).to(tl.float32)
 
 
 @triton.jit
 def multi_horizon_linear_scale(
-    hidden, sums, gradients, outputs, bias, scaled, shares, partial, counts, firsts, first, last, tokens, pieces,
+    hidden, sums, gradients, outputs, bias, scaled, shares, partial, counts, firsts, first, last, tokens, tiles,
     depth, columns, eps, hidden_strides, gradient_strides, output_strides,
     COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    position, row, in_rows = rows_of_program(program, first, last, tokens, pieces, ROWS)
+    position, row, in_rows = rows_of_program(program, first, last, tokens, tiles, ROWS)
     squares = ()
     for _ in tl.static_range(COUNT):
         squares = squares + (tl.zeros([ROWS], tl.float32),)
@@ -159,9 +162,9 @@ def multi_horizon_linear_scale(
             squares = added_squares
     for i in tl.static_range(COUNT):
         share = tl.zeros([ROWS], tl.float32)
-        scale = tl.full([ROWS], 1.0, tl.float32)
+        inverse_rms = tl.full([ROWS], 1.0, tl.float32)
         if NORM:
-            scale = tl.rsqrt(squares[i] / depth + eps)
+            inverse_rms = tl.rsqrt(squares[i] / depth + eps)
         for start in range(0, counts[i], BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             in_n = n < counts[i]
@@ -169,32 +172,32 @@ def multi_horizon_linear_scale(
             if gradients[i] is not None:
                 gradient = load_tile(gradients[i], row, n, in_rows, in_n, gradient_strides[i])
                 if NORM:
-                    made = load_tile(outputs[i], row, n, in_rows, in_n, output_strides[i])
+                    product = load_tile(outputs[i], row, n, in_rows, in_n, output_strides[i])
                     if bias is not None:
-                        made -= tl.load(bias + firsts[i] + n, in_n, 0)[None, :]
-                    share += tl.sum(gradient * made, 1)
-                # Rows that are not there may have no finite scale.
-                out = tl.where(in_rows[:, None], gradient * scale[:, None], 0)
-            place = (row * columns)[:, None] + (firsts[i] + n)[None, :]
-            tl.store(scaled + place, out.to(scaled.dtype.element_ty), in_rows[:, None] & in_n[None, :])
+                        product -= tl.load(bias + firsts[i] + n, in_n, 0)[None, :]
+                    share += tl.sum(gradient * product, 1)
+                # Rows past the end may have an infinite factor.
+                out = tl.where(in_rows[:, None], gradient * inverse_rms[:, None], 0)
+            offsets = (row * columns)[:, None] + (firsts[i] + n)[None, :]
+            tl.store(scaled + offsets, out.to(scaled.dtype.element_ty), in_rows[:, None] & in_n[None, :])
             if partial is not None:
                 tl.store(partial + program * columns + firsts[i] + n, tl.sum(out, 0), in_n)
         if NORM:
-            tl.store(shares + row * COUNT + i, share * scale * scale / depth, in_rows)
+            tl.store(shares + row * COUNT + i, share * inverse_rms * inverse_rms / depth, in_rows)
 
 
 @triton.jit
 def multi_horizon_linear_combine(
-    hidden, sums, product, shares, of_hidden, partial, first, last, tokens, pieces, blocks_d, depth,
+    hidden, sums, product, shares, hidden_gradient, partial, first, last, tokens, tiles, blocks_d, depth,
     hidden_strides, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    piece = program // blocks_d
-    position, row, in_rows = rows_of_program(piece, first, last, tokens, pieces, ROWS)
+    tile = program // blocks_d
+    position, row, in_rows = rows_of_program(tile, first, last, tokens, tiles, ROWS)
     d = (program % blocks_d * BLOCK_D).to(tl.int32) + tl.arange(0, BLOCK_D)
     in_d = d < depth
     mask = in_rows[:, None] & in_d[None, :]
-    place = (row * depth)[:, None] + d[None, :]
+    offsets = (row * depth)[:, None] + d[None, :]
     state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for i in tl.static_range(COUNT):
@@ -202,48 +205,48 @@ def multi_horizon_linear_combine(
         part = share[:, None] * (state + tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :])
         total += part
         if partial is not None:
-            tl.store(partial + (piece * COUNT + i) * depth + d, tl.sum(part, 0), in_d)
-    if of_hidden is not None:
-        made = tl.load(product + place, mask, 0).to(tl.float32) - total
-        tl.store(of_hidden + place, made.to(of_hidden.dtype.element_ty), mask)
+            tl.store(partial + (tile * COUNT + i) * depth + d, tl.sum(part, 0), in_d)
+    if hidden_gradient is not None:
+        gradient = tl.load(product + offsets, mask, 0).to(tl.float32) - total
+        tl.store(hidden_gradient + offsets, gradient.to(hidden_gradient.dtype.element_ty), mask)
 
 
 @triton.jit
 def multi_horizon_linear_monitor(
-    hidden, sums, states, shares, scale, of_hidden, partial, gram, first, last, tokens, pieces, blocks_d, depth,
+    hidden, sums, states, shares, scale, hidden_gradient, partial, gram, first, last, tokens, tiles, blocks_d, depth,
     hidden_strides, COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    piece = program // blocks_d
-    position, row, in_rows = rows_of_program(piece, first, last, tokens, pieces, ROWS)
+    tile = program // blocks_d
+    position, row, in_rows = rows_of_program(tile, first, last, tokens, tiles, ROWS)
     d = (program % blocks_d * BLOCK_D).to(tl.int32) + tl.arange(0, BLOCK_D)
     in_d = d < depth
     mask = in_rows[:, None] & in_d[None, :]
-    place = (row * depth)[:, None] + d[None, :]
+    offsets = (row * depth)[:, None] + d[None, :]
     if NORM:
         state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    each = ()
+    gradients = ()
     for i in tl.static_range(COUNT):
-        own = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
         if states[i] is not None:
-            own = tl.load(states[i] + place, mask, 0).to(tl.float32)
+            gradient = tl.load(states[i] + offsets, mask, 0).to(tl.float32)
             if NORM:
                 share = tl.load(shares + row * COUNT + i, in_rows, 0)
                 added = tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
-                own -= share[:, None] * (state + added)
+                gradient -= share[:, None] * (state + added)
         if scale is not None:
-            total += own * tl.load(scale + i).to(tl.float32)
+            total += gradient * tl.load(scale + i).to(tl.float32)
         else:
-            total += own
+            total += gradient
         if partial is not None:
-            tl.store(partial + (piece * COUNT + i) * depth + d, tl.sum(own, 0), in_d)
-        each = each + (own,)
+            tl.store(partial + (tile * COUNT + i) * depth + d, tl.sum(gradient, 0), in_d)
+        gradients = gradients + (gradient,)
         for j in tl.static_range(i + 1):
-            dot = tl.sum(tl.sum(each[j] * own, 1), 0)
+            dot = tl.sum(tl.sum(gradients[j] * gradient, 1), 0)
             tl.store(gram + (program * COUNT + i) * COUNT + j, dot)
             tl.store(gram + (program * COUNT + j) * COUNT + i, dot)
-    tl.store(of_hidden + place, total.to(of_hidden.dtype.element_ty), mask)
+    tl.store(hidden_gradient + offsets, total.to(hidden_gradient.dtype.element_ty), mask)
 
 
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
@@ -255,19 +258,19 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     heads, bias = heads_of(args, hidden.dtype), bias_of(args, torch.float32)
     projected = projected_of(args, sums, heads)
     half = hidden.element_size() == 2
-    # fp32 products are made of multiplications and additions, in tiles that registers hold.
+    # fp32 products use FMA instructions, so the tile must fit into registers.
     tile_rows, tile_columns = (64, min(256, max(16, power_of_2(total)))) if half else (32, 64)
-    # Three stages of both tiles fit the shared memory of every GPU from sm_80 on.
+    # Three stages of both tiles fit into the shared memory of every GPU from sm_80 on.
     block_d = 64 if half and tile_columns <= 128 else 32
-    within = tokens >= tile_rows // 2
-    pieces, column_blocks = ceil_div(tokens, tile_rows), ceil_div(total, tile_columns)
-    tiles = positions * pieces if within else ceil_div(positions * tokens, tile_rows)
+    one_position = tokens >= tile_rows // 2
+    position_tiles, column_blocks = ceil_div(tokens, tile_rows), ceil_div(total, tile_columns)
+    tiles = positions * position_tiles if one_position else ceil_div(positions * tokens, tile_rows)
     launch(
         multi_horizon_linear_forward, tiles * column_blocks, hidden.device,
         hidden, sums, heads, projected, bias, tuple(outputs), firsts_of(columns),
-        hidden.shape[1], hidden.shape[3], tokens, positions * tokens, depth, total, column_blocks, pieces,
+        hidden.shape[1], hidden.shape[3], tokens, positions * tokens, depth, total, column_blocks, position_tiles,
         args.norm_eps, strides(hidden, 5),
-        COUNT=count, NORM=args.norm_weight is not None, WITHIN=within, PRECISION=dot_precision(),
+        COUNT=count, NORM=args.norm_weight is not None, ONE_POSITION=one_position, PRECISION=dot_precision(),
         ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
         STEP=min(32, power_of_2(depth)), num_warps=8 if tile_columns >= 128 else 4, num_stages=3,
     )  # fmt: skip
@@ -284,26 +287,27 @@ def on_grid(states: Tensor) -> Tensor:
 
 
 def firsts_of(columns: Sequence[int]) -> tuple[int, ...]:
-    """Where each head begins among all columns, and their number."""
+    """The first column of each head among all columns, and the total number of columns."""
     return tuple(sum(columns[:i]) for i in range(len(columns) + 1))
 
 
 class Split:
-    """How the rows of a chunk are split among programs: each takes a piece of one position."""
+    """Assigns the rows of a chunk to programs: each gets a tile of at most `most` tokens of one position."""
 
     def __init__(self, rows: Rows, most: int) -> None:
         self.last = rows.first + rows.hidden.shape[0]
-        self.begin, end = rows.first // rows.tokens, ceil_div(self.last, rows.tokens)
+        self.first_position, end = rows.first // rows.tokens, ceil_div(self.last, rows.tokens)
         self.rows = min(most, power_of_2(rows.tokens))
-        self.pieces = ceil_div(rows.tokens, self.rows)
-        self.positions = end - self.begin
-        self.programs = self.positions * self.pieces
+        self.tiles = ceil_div(rows.tokens, self.rows)
+        self.positions = end - self.first_position
+        self.programs = self.positions * self.tiles
 
     def add(self, partial: Tensor | None, sums: Tensor | None, factor: int) -> None:
-        """sums of positions += factor * their programs' parts."""
+        """sums += factor * partial, for each position summed over its programs."""
         if partial is not None and sums is not None:
-            parts = partial.view(self.positions, self.pieces, -1).sum(1)
-            sums.view(-1, parts.shape[1])[self.begin : self.begin + self.positions].add_(parts, alpha=factor)
+            added = partial.view(self.positions, self.tiles, -1).sum(1)
+            last_position = self.first_position + self.positions
+            sums.view(-1, added.shape[1])[self.first_position : last_position].add_(added, alpha=factor)
 
 
 def scale(
@@ -324,12 +328,12 @@ def scale(
     launch(
         multi_horizon_linear_scale, split.programs, device,
         rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, partial,
-        tuple(columns), firsts_of(columns), rows.first, split.last, rows.tokens, split.pieces,
+        tuple(columns), firsts_of(columns), rows.first, split.last, rows.tokens, split.tiles,
         depth, sum(columns), args.norm_eps,
         strides(rows.hidden, 2), tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
         COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=split.rows, BLOCK_N=64,
-        # Without a limit ptxas spills 8 bytes to end just below one of its own. 128 leave room for 4 programs on an SM;
-        # the masks of narrow rows take more.
+        # Without maxnreg, ptxas spills 8 bytes to stay below a limit that it chooses. 128 registers allow 4 programs
+        # per SM; the masks of narrow rows need more.
         BLOCK_D=min(128, power_of_2(depth)), num_warps=4, maxnreg=128 if depth >= 64 else 255,
     )  # fmt: skip
     split.add(partial, scaled_sums, 1)
@@ -340,20 +344,22 @@ def combine(
     rows: Rows,
     product: Tensor | None,
     shares: Tensor,
-    of_hidden: Tensor | None,
-    of_sums: Tensor | None,
+    hidden_gradient: Tensor | None,
+    sums_gradient: Tensor | None,
 ) -> None:
     (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
     split, block = Split(rows, 64), min(64, power_of_2(depth))
-    partial = None if of_sums is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
+    partial = (
+        None if sums_gradient is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
+    )
     blocks = ceil_div(depth, block)
     launch(
         multi_horizon_linear_combine, split.programs * blocks, device,
-        rows.hidden, rows.sums, product, shares, of_hidden, partial,
-        rows.first, split.last, rows.tokens, split.pieces, blocks, depth, strides(rows.hidden, 2),
+        rows.hidden, rows.sums, product, shares, hidden_gradient, partial,
+        rows.first, split.last, rows.tokens, split.tiles, blocks, depth, strides(rows.hidden, 2),
         COUNT=count, ROWS=split.rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    split.add(partial, of_sums, -1)
+    split.add(partial, sums_gradient, -1)
 
 
 def monitor(
@@ -361,23 +367,25 @@ def monitor(
     rows: Rows,
     states: Sequence[Tensor | None],
     shares: Tensor,
-    of_hidden: Tensor,
-    of_sums: Tensor | None,
+    hidden_gradient: Tensor,
+    sums_gradient: Tensor | None,
     gram: Tensor,
 ) -> None:
     (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
     split, block = Split(rows, 16), min(64, power_of_2(depth))
-    partial = None if of_sums is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
+    partial = (
+        None if sums_gradient is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
+    )
     blocks = ceil_div(depth, block)
     grams = torch.empty(split.programs * blocks, count, count, dtype=torch.float32, device=device)
     launch(
         multi_horizon_linear_monitor, split.programs * blocks, device,
-        rows.hidden, rows.sums, tuple(states), shares, args.scale, of_hidden, partial, grams,
-        rows.first, split.last, rows.tokens, split.pieces, blocks, depth, strides(rows.hidden, 2),
+        rows.hidden, rows.sums, tuple(states), shares, args.scale, hidden_gradient, partial, grams,
+        rows.first, split.last, rows.tokens, split.tiles, blocks, depth, strides(rows.hidden, 2),
         COUNT=count, NORM=args.norm_weight is not None, ROWS=split.rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
     gram += grams.sum(0, dtype=torch.float64)
-    split.add(partial, of_sums, 1)
+    split.add(partial, sums_gradient, 1)
 
 
 PASSES = Passes(window_sums, gradients_of_window, lambda dtype: dtype, scale, combine, monitor)

@@ -1,15 +1,16 @@
-"""multi_horizon_loss in Triton, frame-major: losses and gradients in one pass, made in the forward.
+"""multi_horizon_loss in Triton, called by autograd.call: one pass over frames computes losses and gradients.
 
-multi_horizon_loss         A program has a tile (frames.py, about 4096 pixels) of frame m of one clip. It makes the
-                           frame's pyramid in registers, meets in it the predictions of frame m made at m - k_i, and
-                           writes their gradients, those of the consistency pairs included. Bytes: the video, the
-                           predictions and the gradients, once each; a row of loss sums per program.
-multi_horizon_loss_counts  With segments only: how many positions each term is a mean over.
-multi_horizon_loss_finish  One program: sums and counts to means and total. Nothing is read on the host.
-multi_horizon_loss_scale   The gradients times the upstream gradient, which it reads on the device; returns early at 1.
+multi_horizon_loss         A program has a tile (see frames.py; about 4096 pixels) of frame m of one clip. It computes
+the
+                           frame's pyramid in registers, compares it with the predictions of frame m made at m - k_i,
+                           compares these with each other, and writes their gradients. Bytes: the video, the predictions
+                           and the gradients, once each; a column of loss sums per program.
+multi_horizon_loss_counts  With segments only: counts the elements that each term is a mean over.
+multi_horizon_loss_finish  One program computes means and total from sums and counts, so that the host reads nothing.
+multi_horizon_loss_scale   Multiplies gradients by the upstream gradient, read on the device; returns early if it is 1.
 
-Factors of which neither divides the other (2 and 3) need a launch each. A horizon that stands in several launches
-collects its gradient in fp32, one launch after the other.
+If two factors do not divide one another (2 and 3), each needs a launch. The launches that a horizon needs add up its
+gradient in fp32.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from .frames import (
 )
 from .launch import ceil_div, launch, power_of_2, strides, warps_of
 
-TARGET = 4096
-SCALED = 4096
+TILE_ELEMENTS = 4096
+SCALE_BLOCK = 4096
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def loss_and_slope(difference, mask, delta, eps, KIND: tl.constexpr):
         slope = 2 * difference
     elif KIND == "l1":
         loss = size
-        # The last case is 0, or NaN.
+        # Otherwise the difference is 0, or NaN, which must propagate.
         slope = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     elif KIND == "huber":
         loss = tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * difference * difference)
@@ -63,7 +64,7 @@ def loss_and_slope(difference, mask, delta, eps, KIND: tl.constexpr):
 
 @triton.jit
 def inverse_of(counts, inverses, term):
-    """1 / count of a term, 0 for a count of 0: counted on the device with segments, else known to the launcher."""
+    """1 / count of a term, or 0 if the count is 0. With segments the count is on the device, else in `inverses`."""
     if counts is None:
         return inverses[term]
     else:
@@ -74,10 +75,10 @@ def inverse_of(counts, inverses, term):
 @triton.jit
 def multi_horizon_loss(
     preds, gradients, video, segments, counts, inverses, weights, pair_weights, partial,
-    programs, moments, first_moment, frames, positions, channels, width,
+    programs, visited_frames, first_frame, frames, positions, channels, width,
     cells_y, cells_x, tiles_y, tiles_x, channel_blocks, scale, shift, delta, eps,
-    pred_strides, gradient_strides, video_strides, segment_strides, weight_stride, pair_places,
-    OFFSETS: tl.constexpr, LEVELS: tl.constexpr, PATCHES: tl.constexpr, HORIZONS: tl.constexpr, OWN: tl.constexpr,
+    pred_strides, gradient_strides, video_strides, segment_strides, weight_stride, pair_offsets,
+    OFFSETS: tl.constexpr, LEVELS: tl.constexpr, PATCHES: tl.constexpr, HORIZONS: tl.constexpr, LOSS_ROWS: tl.constexpr,
     ADDED: tl.constexpr, TERMS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, PAIR_ROWS: tl.constexpr,
     PADDED: tl.constexpr, RATIOS: tl.constexpr, KIND: tl.constexpr, DETACH: tl.constexpr, RESIDUAL: tl.constexpr,
     TRUE: tl.constexpr, PADS: tl.constexpr,
@@ -89,10 +90,10 @@ def multi_horizon_loss(
     tile = program // channel_blocks
     first_x = (tile % tiles_x * CELLS_X).to(tl.int32)
     first_y = (tile // tiles_x % tiles_y * CELLS_Y).to(tl.int32)
-    moment = tile // (tiles_x * tiles_y)
-    b, m = moment // moments, first_moment + moment % moments
+    visited = tile // (tiles_x * tiles_y)
+    b, m = visited // visited_frames, first_frame + visited % visited_frames
 
-    # Which horizons have a position that predicts frame m, and which of these count.
+    # Which horizons have a position that predicts frame m, and for which of them it counts.
     active = ()
     counted = ()
     any_counts = m < 0
@@ -113,7 +114,7 @@ def multi_horizon_loss(
     pixels = inside(in_y, in_x, c < channels)
     pixel_offsets = frame_offsets(y, x, c, channels, width, video_strides, 0, LONG)
     clip_video = video + b * video_strides[0]
-    # The pyramid of frame m, a level at a time; the horizons of that level meet it there.
+    # The pyramid of frame m, level by level.
     values = load_frame(clip_video + m * video_strides[1], pixel_offsets, pixels & any_counts, scale, shift)
     pyramid = (values,)
     for level in tl.static_range(1, len(TRUE)):
@@ -129,9 +130,9 @@ def multi_horizon_loss(
         mask = inside(in_y, in_x, c < channels)
         n = m - OFFSETS[i]
         narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
-        place = frame_offsets(y, x, c, channels, narrow, pred_strides[i], PATCHES[i], LONG)
-        made = preds[i] + b * pred_strides[i][0] + n * pred_strides[i][1]
-        prediction = tl.load(made + place, mask & counted[i], 0).to(tl.float32)
+        offsets = frame_offsets(y, x, c, channels, narrow, pred_strides[i], PATCHES[i], LONG)
+        pred_base = preds[i] + b * pred_strides[i][0] + n * pred_strides[i][1]
+        prediction = tl.load(pred_base + offsets, mask & counted[i], 0).to(tl.float32)
         if RESIDUAL:
             current = clip_video + n * video_strides[1]
             values = load_frame(current, pixel_offsets, pixels & counted[i], scale, shift)
@@ -139,18 +140,18 @@ def multi_horizon_loss(
         masks = masks + (mask,)
         predictions = predictions + (prediction,)
 
-    # Losses and gradients. A pair is met twice, once from each side, and summed from the far one.
+    # Losses and gradients. Each pair is computed twice, once per side's gradient; the far side also sums its loss.
     for i in tl.static_range(COUNT):
         gradient = tl.zeros(predictions[i].shape, tl.float32)
-        if OWN[i] >= 0:
+        if LOSS_ROWS[i] >= 0:
             weight = tl.load(weights + HORIZONS[i] * weight_stride).to(tl.float32)
             difference = predictions[i] - pyramid[LEVELS[i]]
             loss, slope = loss_and_slope(difference, masks[i] & counted[i], delta, eps, KIND)
-            gradient += slope * (weight * inverse_of(counts, inverses, TERMS[OWN[i]]))
-            tl.store(partial + OWN[i] * programs + program, tl.sum(tl.sum(tl.sum(loss, 2), 1), 0))
+            gradient += slope * (weight * inverse_of(counts, inverses, TERMS[LOSS_ROWS[i]]))
+            tl.store(partial + LOSS_ROWS[i] * programs + program, tl.sum(tl.sum(tl.sum(loss, 2), 1), 0))
         for p in tl.static_range(len(NEAR)):
             if (NEAR[p] == i) or (FAR[p] == i):
-                weight = tl.load(pair_weights + pair_places[p]).to(tl.float32)
+                weight = tl.load(pair_weights + pair_offsets[p]).to(tl.float32)
                 weight = weight * inverse_of(counts, inverses, TERMS[PAIR_ROWS[p]])
                 difference = predictions[FAR[p]] - average(predictions[NEAR[p]], PADDED[p], RATIOS[p])
                 both = masks[FAR[p]] & (counted[NEAR[p]] & counted[FAR[p]])
@@ -166,12 +167,12 @@ def multi_horizon_loss(
             x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, LEVELS[i])
             narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
             steps = gradient_strides[i]
-            place = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i], LONG)
-            learns = gradients[i] + b * steps[0] + (m - OFFSETS[i]) * steps[1]
-            written = masks[i] & active[i]
+            offsets = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i], LONG)
+            gradient_base = gradients[i] + b * steps[0] + (m - OFFSETS[i]) * steps[1]
+            write_mask = masks[i] & active[i]
             if ADDED[i]:
-                gradient += tl.load(learns + place, written, 0)
-            tl.store(learns + place, gradient.to(gradients[i].dtype.element_ty), written)
+                gradient += tl.load(gradient_base + offsets, write_mask, 0)
+            tl.store(gradient_base + offsets, gradient.to(gradients[i].dtype.element_ty), write_mask)
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def multi_horizon_loss_counts(
     APART: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     term = tl.program_id(0)
-    # Horizon i counts at n with frame n + k_i. A pair's far side stands at n, its near side `apart` later.
+    # Horizon i counts at n with frame n + k_i. A pair's far side is at position n, its near side at n + apart.
     apart, ahead, size = 0, 0, tl.zeros([], tl.int64)
     for i in tl.static_range(len(APART)):
         apart = tl.where(term == i, APART[i], apart)
@@ -201,12 +202,12 @@ def multi_horizon_loss_counts(
 
 @triton.jit
 def multi_horizon_loss_finish(
-    sums, counts, inverses, numbers, weights, pair_weights, weight_stride, pair_places, kept_places,
+    sums, counts, inverses, numbers, weights, pair_weights, weight_stride, pair_offsets, pair_slots,
     total_out, means_out, counts_out, agreement_out, agreement_counts_out, agreement_size,
     COUNT: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     total = 0.0
-    place = tl.arange(0, BLOCK)
+    slot = tl.arange(0, BLOCK)
     agreement = tl.zeros([BLOCK], tl.float32)
     agreement_counts = tl.zeros([BLOCK], tl.int64)
     for term in tl.static_range(len(SOURCES)):
@@ -220,14 +221,14 @@ def multi_horizon_loss_finish(
             tl.store(means_out + term, mean)
             tl.store(counts_out + term, number)
         else:
-            weight = tl.load(pair_weights + pair_places[term - COUNT]).to(tl.float32)
-            here = place == kept_places[term - COUNT]
+            weight = tl.load(pair_weights + pair_offsets[term - COUNT]).to(tl.float32)
+            here = slot == pair_slots[term - COUNT]
             agreement = tl.where(here, mean, agreement)
             agreement_counts = tl.where(here, number, agreement_counts)
         total += weight * mean
     tl.store(total_out, total)
-    tl.store(agreement_out + place, agreement, place < agreement_size)
-    tl.store(agreement_counts_out + place, agreement_counts, place < agreement_size)
+    tl.store(agreement_out + slot, agreement, slot < agreement_size)
+    tl.store(agreement_counts_out + slot, agreement_counts, slot < agreement_size)
 
 
 @triton.jit
@@ -236,22 +237,22 @@ def multi_horizon_loss_scale(tensors, upstream, sizes, firsts, BLOCK: tl.constex
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1.0:
         for i in tl.static_range(len(tensors)):
-            place = (program - firsts[i]) * BLOCK + tl.arange(0, BLOCK)
-            mask = (place >= 0) & (place < sizes[i])
-            values = tl.load(tensors[i] + place, mask, 0)
-            tl.store(tensors[i] + place, (values.to(tl.float32) * factor).to(values.dtype), mask)
+            element = (program - firsts[i]) * BLOCK + tl.arange(0, BLOCK)
+            mask = (element >= 0) & (element < sizes[i])
+            values = tl.load(tensors[i] + element, mask, 0)
+            tl.store(tensors[i] + element, (values.to(tl.float32) * factor).to(values.dtype), mask)
 
 
 def scale(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """gradients *= upstream, in place; they are dense, as `forward` made them."""
+    """gradients *= upstream, in place. They are dense, as `forward` allocates them."""
     firsts, programs = [], 0
     for gradient in gradients:
         firsts.append(programs)
-        programs += ceil_div(gradient.numel(), SCALED)
+        programs += ceil_div(gradient.numel(), SCALE_BLOCK)
     launch(
         multi_horizon_loss_scale, programs, upstream.device,
         tuple(gradients), upstream, tuple(g.numel() for g in gradients), tuple(firsts),
-        BLOCK=SCALED, num_warps=8,
+        BLOCK=SCALE_BLOCK, num_warps=8,
     )  # fmt: skip
     return gradients
 
@@ -262,7 +263,7 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     positions = args.preds[0].shape[1]
     pairs = list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
 
-    # A term is a horizon's loss or a pair's; (apart, ahead) as multi_horizon_loss_counts has them.
+    # A term is the loss of a horizon or of a pair. (apart, ahead) are those of multi_horizon_loss_counts.
     spans = [(0, k) for k in args.offsets] + [(args.offsets[j] - args.offsets[i], args.offsets[j]) for i, j in pairs]
     ends = [*range(count), *(j for _, j in pairs)]
     elements = [
@@ -284,30 +285,32 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     inverses = tuple(1 / number if number else 0.0 for number in numbers)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
-    pair_places, kept_places = (), ()
+    pair_offsets, pair_slots = (), ()
     if args.consistency_weights is not None:
-        places = [index_of(pair, shape) for pair in pairs]
+        indices = [index_of(pair, shape) for pair in pairs]
         steps = args.consistency_weights.stride()
-        pair_places = tuple(sum(p * s for p, s in zip(place, steps, strict=True)) for place in places)
-        kept_places = tuple(place[0] if len(shape) == 1 else place[0] * count + place[1] for place in places)
+        pair_offsets = tuple(sum(k * step for k, step in zip(index, steps, strict=True)) for index in indices)
+        pair_slots = tuple(index[0] if len(shape) == 1 else index[0] * count + index[1] for index in indices)
 
-    needed = [[f] for f in args.factors] + [[args.factors[i], args.factors[j]] for i, j in pairs]
-    chains = chains_of(needed)
-    involved = [sorted({e for t in members for e in ([t] if t < count else pairs[t - count])}) for members in chains]
-    shared = {i for i in range(count) if sum(i in horizons for horizons in involved) > 1}
+    factors_of_terms = [[f] for f in args.factors] + [[args.factors[i], args.factors[j]] for i, j in pairs]
+    chains = chains_of(factors_of_terms)
+    horizons_of_chains = [
+        sorted({e for t in members for e in ([t] if t < count else pairs[t - count])}) for members in chains
+    ]
+    shared = {i for i in range(count) if sum(i in horizons for horizons in horizons_of_chains) > 1}
     gradients = [
         torch.empty_like(pred, dtype=torch.float32 if i in shared else stored_dtype(pred)) if want["preds"][i] else None
         for i, pred in enumerate(args.preds)
     ]
     sources = [0] * len(spans)
-    sums, done, met = [], 0, set()
-    for members, horizons in zip(chains, involved, strict=True):
-        added = tuple(i in met for i in horizons)
-        sums.append(_launch_chain(args, members, horizons, pairs, gradients, added, counts, inverses, pair_places))
+    sums, rows_done, horizons_done = [], 0, set()
+    for members, horizons in zip(chains, horizons_of_chains, strict=True):
+        added = tuple(i in horizons_done for i in horizons)
+        sums.append(_launch_chain(args, members, horizons, pairs, gradients, added, counts, inverses, pair_offsets))
         for row, term in enumerate(members):
-            sources[term] = done + row
-        done += len(members)
-        met.update(horizons)
+            sources[term] = rows_done + row
+        rows_done += len(members)
+        horizons_done.update(horizons)
 
     total = torch.empty((), dtype=torch.float32, device=device)
     means = torch.empty(count, dtype=torch.float32, device=device)
@@ -317,7 +320,7 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     launch(
         multi_horizon_loss_finish, 1, device,
         sums[0] if len(sums) == 1 else torch.cat(sums), counts, inverses, tuple(numbers),
-        args.horizon_weights, args.consistency_weights, args.horizon_weights.stride(0), pair_places, kept_places,
+        args.horizon_weights, args.consistency_weights, args.horizon_weights.stride(0), pair_offsets, pair_slots,
         total, means, counts_out, agreement, agreement_counts, agreement.numel(),
         COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(agreement.numel()), num_warps=1,
     )  # fmt: skip
@@ -335,20 +338,22 @@ def _launch_chain(
     added: tuple[bool, ...],
     counts: Tensor | None,
     inverses: tuple[float, ...],
-    pair_places: tuple[int, ...],
+    pair_offsets: tuple[int, ...],
 ) -> Tensor:
-    """The terms `members`, between the predictions of `horizons`, whose factors form a chain; a sum for each term."""
+    """Launch the terms `members` of `horizons`, whose factors form a chain, and return a loss sum for each term."""
     video, count = args.video, len(args.preds)
     batch, frames, channels, height, width = video.shape
     positions = args.preds[0].shape[1]
     preds = [args.preds[i] for i in horizons]
-    outputs = [gradients[i] for i in horizons]
-    tiling = tiling_of(video, [args.factors[i] for i in horizons], channels_innermost(video, args.patch_sizes), TARGET)
-    # Predictions of frames beyond the video only get their zero gradient.
+    chain_gradients = [gradients[i] for i in horizons]
+    tiling = tiling_of(
+        video, [args.factors[i] for i in horizons], channels_innermost(video, args.patch_sizes), TILE_ELEMENTS
+    )
+    # Predictions of frames past the end of the video only receive a zero gradient.
     first = args.offsets[horizons[0]]
     last = positions + args.offsets[horizons[-1]]
-    moments = max(0, (last if any(g is not None for g in outputs) else min(last, frames)) - first)
-    programs = batch * moments * tiling.tiles if positions else 0
+    visited_frames = max(0, (last if any(g is not None for g in chain_gradients) else min(last, frames)) - first)
+    programs = batch * visited_frames * tiling.tiles if positions else 0
     partial = torch.empty(len(members), programs, dtype=torch.float32, device=video.device)
     levels = [tiling.level(args.factors[i]) for i in horizons]
     rows = tuple(row for row, t in enumerate(members) if t >= count)
@@ -356,29 +361,29 @@ def _launch_chain(
     far = tuple(horizons.index(pairs[members[row] - count][1]) for row in rows)
     steps = [(levels[i], levels[j]) for i, j in zip(near, far, strict=True)]
     rank = 5 if args.patch_sizes is None else 4
-    # The pyramids and predictions of five horizons take more registers than eight elements of each leave.
+    # With five horizons, pyramids and predictions of eight elements per thread need too many registers.
     per_thread = 8 if len(horizons) <= 4 else 2
     launch(
         multi_horizon_loss, programs, video.device,
-        tuple(preds), tuple(outputs), video, args.segment_ids, counts, inverses,
+        tuple(preds), tuple(chain_gradients), video, args.segment_ids, counts, inverses,
         args.horizon_weights, args.consistency_weights, partial,
-        programs, moments, first, frames, positions, channels, width,
+        programs, visited_frames, first, frames, positions, channels, width,
         height // tiling.factors[-1], width // tiling.factors[-1],
         tiling.tiles_y, tiling.tiles_x, tiling.channel_blocks, args.scale, args.shift, args.delta, args.eps,
-        tuple(strides(p, rank) for p in preds), tuple(strides(g, rank) for g in outputs),
+        tuple(strides(p, rank) for p in preds), tuple(strides(g, rank) for g in chain_gradients),
         strides(video, 5), strides(args.segment_ids, 2), args.horizon_weights.stride(0),
-        tuple(pair_places[t - count] for t in members if t >= count),
+        tuple(pair_offsets[t - count] for t in members if t >= count),
         OFFSETS=tuple(args.offsets[i] for i in horizons),
         LEVELS=tuple(levels),
         PATCHES=tuple(args.patch_sizes[i] if args.patch_sizes else 0 for i in horizons),
         HORIZONS=tuple(horizons),
-        OWN=tuple(members.index(i) if i in members else -1 for i in horizons),
+        LOSS_ROWS=tuple(members.index(i) if i in members else -1 for i in horizons),
         ADDED=added, TERMS=tuple(members), NEAR=near, FAR=far, PAIR_ROWS=rows,
         PADDED=tuple(tiling.pads[i] // tiling.pads[j] for i, j in steps),
         RATIOS=tuple(tiling.true[i] // tiling.true[j] for i, j in steps),
         KIND=args.kind, DETACH=args.detach, RESIDUAL=args.residual,
         TRUE=tiling.true, PADS=tiling.pads,
         CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
-        LONG=needs_long(video, *preds, *outputs), num_warps=warps_of(tiling.elements, per_thread),
+        LONG=needs_long(video, *preds, *chain_gradients), num_warps=warps_of(tiling.elements, per_thread),
     )  # fmt: skip
     return partial.sum(1)
