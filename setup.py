@@ -1,7 +1,7 @@
-"""Builds the compiled module mfwm_kernels._native with CMake; everything else stands in pyproject.toml.
+"""Builds the compiled module mfwm_kernels._native with CMake; everything else is in pyproject.toml.
 
-Environment: MFWM_CUDA=ON|OFF|AUTO (AUTO: where nvcc is found), CMAKE_ARGS (more arguments for CMake).
-No GPU is looked for, and torch is neither needed nor linked.
+Environment: MFWM_CUDA=ON|OFF|AUTO (AUTO: on if nvcc is found), CMAKE_ARGS (more arguments for CMake).
+The build needs neither a GPU nor torch, and does not link torch.
 """
 
 import os
@@ -22,11 +22,11 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        # The build requirements' own programs, also where their environment is not activated.
+        # Use the programs of the build requirements, even if their environment is not activated.
         path = os.pathsep.join([cmake.CMAKE_BIN_DIR, ninja.BIN_DIR, os.environ.get("PATH", "")])
         configure = [
             "cmake",
-            # An isolated build leaves a cache that names programs of an environment that is gone.
+            # CMake's cache from an isolated build names programs of an environment that no longer exists.
             "--fresh",
             "-S",
             str(Path(__file__).resolve().parent),

@@ -1,8 +1,8 @@
-"""python -m benchmarks: every op against its rivals, how costs grow, the multi-frame tax of a training step, rollouts.
+"""python -m benchmarks: time every op and its rivals, growing inputs, training steps and rollouts.
 
-Results are kept in benchmarks/results/<device>.json after every size, so a run that is cut off loses one; a second run
-replaces the rows that it measures again. Exit status 1 if a contender of ours fails or is wrong.
-`python -m benchmarks.report` makes the tables and the pictures.
+Results are written to benchmarks/results/<device>.json after every size, so an interrupted run loses only one; a second
+run replaces the rows that it measures again. The exit status is 1 if one of our contenders fails or is wrong.
+`python -m benchmarks.report` writes the tables and pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINES = {
     "train": bench_train.line_of,
     "rollout": bench_rollout.line_of,
 }
-# Of ops and of training steps.
+# The contenders of ops and of training steps.
 CONTENDERS = tuple(dict.fromkeys((*bench_ops.CONTENDERS, *bench_train.CONTENDERS)))
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=tuple(LINES))
     parser.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP")
-    parser.add_argument("--size", nargs="+", metavar="SIZE", help="by default all that suit the device")
+    parser.add_argument("--size", nargs="+", metavar="SIZE", help="by default all sizes for the device")
     parser.add_argument("--dtype", nargs="+", choices=list(bench_ops.DTYPES), default=list(bench_ops.DTYPES))
     parser.add_argument(
         "--contender", nargs="+", choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)}"
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--default-allocator",
         action="store_true",
-        help="let glibc give memory back; kept in <device>-default-allocator.json, shown beside the others",
+        help="let glibc return memory; saved in <device>-default-allocator.json, shown next to the others",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="by default benchmarks/results/<device>.json")
     arguments = parser.parse_args()
@@ -78,14 +78,14 @@ def main() -> None:
                 counts["passed" if status == "ok" else "absent" if status.startswith("absent") else "failed"] += 1
                 wrong |= status != "ok" and row["contender"].startswith("mfwm")
         finally:
-            keep(out, table, rows)
+            save(out, table, rows)
         bench_ops.release(device)
-    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
     sys.exit(wrong)
 
 
 def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
-    """(table, function that measures its rows)."""
+    """Yield (table, function that measures rows of it)."""
     chosen = arguments.contender or CONTENDERS
     if arguments.only in (None, "ops"):
         for name in arguments.op:
@@ -116,8 +116,8 @@ def key_of(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("op", "size", "dtype", "contender") if name in row)
 
 
-def keep(file: Path, table: str, rows: list[dict[str, Any]]) -> None:
-    """Put rows in place of those of the same key; the rest of the file stays. Each row names its commit."""
+def save(file: Path, table: str, rows: list[dict[str, Any]]) -> None:
+    """Replace rows of the same key, and leave the rest of the file unchanged. Each row names its commit."""
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"ops": [], "train": []}
     results["environment"] = measure.environment()
     stamp = {"commit": results["environment"]["commit"], "date": results["environment"]["date"]}

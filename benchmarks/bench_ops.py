@@ -1,12 +1,12 @@
-"""Every op, forward and backward, against eager PyTorch, torch.compile and the libraries that do the same work.
+"""Times forward and backward of every op, eager PyTorch, torch.compile and libraries that do the same work.
 
     python -m benchmarks --only ops [--op OP ...] [--size SIZE ...] [--dtype bf16 fp32] [--contender NAME ...]
 
-Each contender is checked before it is timed: at one clip, against the reference in fp64. torch.compile would have to
-compile twice for that, so it is checked at the full size against the first contender that passed, as a rule the eager
-formula that it compiles; its error is the distance from that contender plus that contender's own error.
+Each contender is checked before it is timed, with one clip, against the reference in fp64. To avoid compiling twice,
+torch.compile is checked at the full size against the first contender that passed, normally the eager formula that it
+compiles; its error is the distance from that contender plus that contender's error.
 
-Under pytest, with pytest-benchmark, the CPU sizes run one contender at a time: pytest benchmarks/
+With pytest-benchmark, `pytest benchmarks/` runs the CPU sizes one contender at a time.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from . import rivals
 from .measure import Contender, Timing, copies_for, interleaved, multiplied, rates, roofs
 
 COMPILED = "torch.compile"
-# What --contender takes: "mfwm" is ours on every backend that runs here.
+# The choices of --contender. "mfwm" is our op on every backend that runs here.
 CONTENDERS = ("eager", *rivals.LIBRARIES, "mfwm", COMPILED)
-# Not a rival: the part of the work that is torch's in ours too. Its error is not asked for.
+# Not a rival, but torch's share of our work too. Its error is not measured.
 PRODUCTS = "matrix products"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Formula = Callable[..., tuple[Tensor, ...]]
 
 
 def sizes_of(op: Op, device: torch.device) -> list[str]:
-    """The sizes that suit the device."""
+    """The sizes for this kind of device."""
     return [size for size in op.bench if size.startswith("cpu") == (device.type == "cpu")]
 
 
 def backends_of(op: Op, device: torch.device) -> list[str]:
-    """The backends that run here at full speed; the reference where there is no other."""
+    """The backends that run here at full speed, or the reference if there is none."""
     names = [name for name in op.backends if not ABSENT[name] and device.type in served_devices(name)]
     return [name for name in names if not (name == "triton" and device.type == "cpu")] or ["reference"]
 
@@ -60,7 +60,7 @@ def ours(op: Op, backend: str) -> Formula:
 def contenders_of(
     op: Op, kwargs: dict[str, Any], device: torch.device, chosen: Sequence[str]
 ) -> tuple[dict[str, Formula], dict[str, str]]:
-    """Name -> formula, the compiled one last, and name -> why it is not here."""
+    """Name -> formula, the compiled one last; and name -> why a contender is absent."""
     eager = rivals.FORMULAS[op.name]
     found: dict[str, Formula] = {"eager": eager} if "eager" in chosen else {}
     absent: dict[str, str] = {}
@@ -94,7 +94,7 @@ def leaves_of(op: Op, kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def call_of(op: Op, formula: Formula, kwargs: dict[str, Any], upstream: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Forward and backward: the gradients of all leaves. An op whose inputs take no gradient runs forward only."""
+    """A forward and backward, which returns the gradients of all leaves; only a forward if there are none."""
     leaves = leaves_of(op, kwargs)
     if not leaves:
         return lambda: list(formula(**kwargs))
@@ -102,7 +102,7 @@ def call_of(op: Op, formula: Formula, kwargs: dict[str, Any], upstream: list[Ten
 
 
 def upstream_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients for the outputs: 1 for a loss, random else."""
+    """Gradients of the outputs: 1 for a loss, otherwise random."""
     return [torch.ones_like(o) if o.dim() == 0 else torch.randn_like(o) for o in outputs]
 
 
@@ -134,10 +134,10 @@ def measure(
     budget: float,
     contenders: Sequence[str] = CONTENDERS,
 ) -> Iterator[dict[str, Any]]:
-    """A row per contender at one size."""
+    """Yield a row per contender at one size."""
     dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
-    # One clip: the reference in fp64 keeps everything, dense targets included.
+    # One clip, because the fp64 reference stores everything, including dense targets.
     checked = op.bench[size](dtype, device, 1)
     kwargs = op.bench[size](dtype, device)
     cost = op.cost(kwargs)
@@ -176,10 +176,10 @@ def measure(
                     call()
                 ready.append(Contender(name, calls))
                 passed = passed or name
-        except Exception as raised:  # A rival that fails is a row of the table, not the end of the benchmark.
+        except Exception as raised:  # A rival that fails gets a row; the benchmark continues.
             row["status"] = failure(raised)
         if "status" in row:
-            # At once: a fault on a GPU can end this process.
+            # Yield now, because a GPU fault can end this process.
             yield rows.pop(name)
         release(device)
     if op.name in rivals.PRODUCTS:
@@ -221,7 +221,7 @@ def figures(timing: Timing) -> dict[str, Any]:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory that a call holds above what was there before; on a GPU only."""
+    """The most memory that a call allocates at a time, above what was allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     call()
@@ -250,8 +250,6 @@ def line_of(row: dict[str, Any]) -> str:
         f"{ratio}{error}"
     )
 
-
-# ---- pytest benchmarks/
 
 CPU = torch.device("cpu")
 

@@ -1,9 +1,9 @@
-"""Closed-loop rollouts of the demo's model, 64 steps of one clip: with a cache, and without.
+"""Times closed-loop rollouts of the demo's model, 64 steps of one clip, with and without a cache.
 
     python -m benchmarks --only rollout
 
-"uncached" runs the trunk anew on all the frames that its windows reach, and gives the same rollout. "the last 16 frames
-anew" is cheaper and gives another: it forgets what lies further back than the trained context.
+"uncached" reruns the trunk on all frames within its windows, and gives the same rollout. "the last 16 frames anew" is
+cheaper, but gives another one: it forgets frames before the trained context.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def measure(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     config = DEMO_MODEL
     model = WorldModel(config).to(device).eval()
-    # Heads of changes start at zero: the model would copy its last frame.
+    # The head predicts changes and is initialised to zero, so the model would copy its last frame.
     torch.nn.init.normal_(model.heads.heads[0].weight, std=0.02)  # type: ignore[arg-type]
     of_context = WorldModel(replace(config, window=None)).to(device).eval()
     of_context.load_state_dict(model.state_dict())
@@ -42,24 +42,24 @@ def measure(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     }
     apart = (calls["cached"]() - calls["uncached"]()).abs().max().item()
     times = interleaved([Contender(name, [call]) for name, call in calls.items()], device, budget, graphs=False)
-    half, whole = held_bytes(model, video, actions)
+    half, full = held_bytes(model, video, actions)
     for name in calls:
         row = {"size": "demo", "dtype": "float32", "contender": name, "steps": STEPS, **figures(times[name])}
         row["ms_per_frame"] = row["median_ms"] / STEPS
         row["over_cached"] = times[name].median / times["cached"].median
         if name == "cached":
-            row |= {"apart_from_uncached": apart, f"bytes_at_{STEPS // 2}": half, f"bytes_at_{STEPS}": whole}
+            row |= {"apart_from_uncached": apart, f"bytes_at_{STEPS // 2}": half, f"bytes_at_{STEPS}": full}
         yield row
 
 
 def held_bytes(model: WorldModel, video: Tensor, actions: Tensor) -> tuple[int, int]:
-    """What a rollout holds of its past, half way and at its end."""
-    roller = Rollout(model, video, actions, STEPS)
+    """The bytes that a rollout holds for its past, half way and at its end."""
+    running = Rollout(model, video, actions, STEPS)
     held = []
     for step in range(1, STEPS + 1):
-        roller.step()
+        running.step()
         if step in (STEPS // 2, STEPS):
-            memory = roller.memory
+            memory = running.memory
             tensors = [memory.frames, memory.actions, *memory.states.values()]
             tensors += [x for cache in memory.caches for x in (cache.keys, cache.values)]
             held.append(sum(x.untyped_storage().nbytes() for x in tensors if x is not None))

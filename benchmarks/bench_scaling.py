@@ -1,4 +1,4 @@
-"""How the cost of multi_horizon_loss grows: forward and backward as clips, frames and pixels grow 64-fold.
+"""Times forward and backward of multi_horizon_loss while clips, frames or pixels grow 64-fold.
 
 python -m benchmarks --only scaling
 """
@@ -16,7 +16,7 @@ from .bench_ops import figures
 from .measure import Contender, interleaved
 
 DOUBLINGS = range(7)
-# Axis -> clips, frames, and pixels along a side, at each step.
+# Axis -> (clips, frames, pixels along a side) at each step.
 AXES: dict[str, list[tuple[int, int, int]]] = {
     "clips": [(2**k, 24, 128) for k in DOUBLINGS],
     "frames": [(1, 24 * 2**k, 128) for k in DOUBLINGS],
@@ -25,7 +25,7 @@ AXES: dict[str, list[tuple[int, int, int]]] = {
 
 
 def measure(axis: str, dtype_name: str, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
-    """A row per size, all sizes of the axis interleaved."""
+    """Yield a row per size. All sizes of the axis are interleaved."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     horizons = Horizons.cascade(4)
     contenders, rows = [], {}

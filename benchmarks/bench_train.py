@@ -1,17 +1,17 @@
-"""The multi-frame tax: a training step that predicts four frames, over the same trunk's next-frame step.
+"""Measures the multi-frame tax: a training step that predicts four frames, over the same trunk's next-frame step.
 
     python -m benchmarks --only train
 
 Both steps are forward, backward and AdamW, under bf16 autocast except on a CPU without bf16 products. The multi-frame
-one has K = 4 horizons with actions, cascade, consistency and one block per far horizon on its pooled grid.
-Four ways to run each:
+step has K = 4 horizons with actions, a cascade, consistency and one block per far horizon on its pooled grid.
+Each runs in four ways:
 
     eager                 the ops written out in PyTorch (rivals.py)
     torch.compile         the same, the whole model compiled
     mfwm                  our ops in an eager model
     mfwm + torch.compile  our ops in a compiled model
 
-Peak memory is what the step holds above parameters, gradients' buffers not yet made, and optimiser state.
+Peak memory excludes parameters and optimiser state, and includes gradients, which each step allocates.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _heads(factors: tuple[int, ...], patches: tuple[int, ...]) -> HeadsConfig:
 
 
 CPU_MODEL = WorldModelConfig(width=256, layers=6, heads=_heads((1, 2, 4, 8), (8, 8, 8, 8)))
-# Size -> (clips in a batch, model). "tiny" shows in seconds that the benchmark runs.
+# Size -> (clips in a batch, model). "tiny" tests in seconds that the benchmark runs.
 SIZES: dict[str, tuple[int, WorldModelConfig]] = {
     "tiny": (2, replace(CPU_MODEL, width=32, layers=1, context=10)),
     "cpu": (8, CPU_MODEL),
@@ -76,7 +76,7 @@ SIZES: dict[str, tuple[int, WorldModelConfig]] = {
 
 
 def sizes_of(device: torch.device) -> list[str]:
-    """Those that run unasked."""
+    """The sizes that run by default."""
     return ["cpu"] if device.type == "cpu" else ["genie", "pixels"]
 
 
@@ -85,7 +85,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype:
 
 
 def next_frame(config: WorldModelConfig) -> WorldModelConfig:
-    """The same trunk with the near horizon alone."""
+    """The same trunk with only the near horizon."""
     near = HeadsConfig(
         Horizons.next_frame(), patch_sizes=(config.patch,), conditioning="none", residual=False, detach=None
     )
@@ -94,7 +94,7 @@ def next_frame(config: WorldModelConfig) -> WorldModelConfig:
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """The model's ops as plain PyTorch, with the options that this benchmark uses."""
+    """Replace the model's ops by plain PyTorch with the options that this benchmark uses."""
 
     def fan_out(
         hidden: Tensor,
@@ -191,16 +191,16 @@ def measure(
         dtype = str(autocast_dtype(device)).removeprefix("torch.")
         rows[name] = {"size": size, "batch": batch, "dtype": dtype, "contender": name}
         try:
-            for task, its_config in (("next frame", next_frame(config)), ("multi-frame", config)):
-                step = step_of(name, its_config, batch, device)
+            for task, task_config in (("next frame", next_frame(config)), ("multi-frame", config)):
+                step = step_of(name, task_config, batch, device)
                 step()
                 step()
                 memory[f"{name}, {task}"] = peak_bytes(step, device)
                 ready.append(Contender(f"{name}, {task}", [step]))
-        except Exception as error:  # A contender that fails is a row of the table, not the end of the benchmark.
+        except Exception as error:  # A contender that fails gets a row; the benchmark continues.
             rows[name]["status"] = failure(error)
         release(device)
-    # Each contender as many steps as the others, whatever they cost.
+    # Four budgets per contender, because a step takes much longer than an op.
     times = interleaved(ready, device, 4 * budget, graphs=False)
     nearest = [times[f"{name}, next frame"].median for name in contenders if f"{name}, next frame" in times]
     for name, row in rows.items():
@@ -221,7 +221,7 @@ def measure(
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """The most memory that a step holds above what was there before."""
+    """The most memory that a step allocates at a time, above what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

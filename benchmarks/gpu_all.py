@@ -1,14 +1,14 @@
-"""benchmarks/gpu_all.sh check|bench OUT_DIR: what a GPU machine can tell, in two commands of a few minutes.
+"""benchmarks/gpu_all.sh check|bench OUT_DIR: check and measure the kernels on a GPU, in a few minutes each.
 
     check   builds, runs every sample on the Triton and CUDA kernels, then tests/test_gpu.py: 200 s at most
-    bench   builds, times ours and the rivals, profiles the main kernels, keeps the compiled caches: 420 s at most
+    bench   builds, times our ops and rivals, profiles the main kernels, saves the compiled caches: 420 s at most
 
-DEADLINE=SECONDS in the environment sets another limit. The most telling stages come first. Everything is printed and
-written into OUT_DIR while it happens, so a run that is killed loses nothing that it knew; summary.txt says of every
-stage whether it was ok, failed, was cut off or was skipped, and why. Exit status 1 if a stage failed or was cut off.
+DEADLINE=SECONDS in the environment sets another limit. The most important stages run first. All output is printed and
+written to OUT_DIR immediately, so a killed run loses no result; summary.txt says for every stage whether it was ok,
+failed, was cut off or was skipped, and why. The exit status is 1 if a stage failed or was cut off.
 
 Needs Python with torch, Triton, numpy, pytest and pybind11, and cmake, ninja and a C++ compiler on the PATH; nvcc too
-where there are no prebuilt objects (make prebuild). Builds in build/gpu. Without a GPU it runs what a CPU can.
+if there are no prebuilt objects (make prebuild). Builds in build/gpu. Without a GPU it runs the stages that a CPU can.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ DEADLINES = {"check": 200, "bench": 420}
 OPS = ("multi_horizon_loss", "multi_horizon_linear_cross_entropy", "multi_horizon_linear", "fan_out", "video_pyramid")
 STEP = "training step"
 CACHES = ("triton", "inductor")
-# What comes back from a borrowed machine may be limited to 8 files of 16 MiB: bench writes six besides these.
+# Some GPU services return at most 8 files of 16 MiB, and bench writes six besides these.
 PART, PARTS = 15 << 20, 2
-# A process that does not end on SIGINT is killed so many seconds later.
+# Seconds after SIGINT until a process that still runs is killed.
 GRACE = 10
-# Processes that compile or check side by side.
+# Parallel processes of aot and check.
 JOBS = str(max(1, (os.cpu_count() or 1) - 2))
-# Python, as every stage starts it.
+# How every stage starts Python.
 PYTHON = [sys.executable, "-m"]
-# Triton finds a compiled kernel by the hash of: libtriton.so and Triton's own sources; the source of the kernel and of
-# what it calls; types, constants and divisibility of the arguments; warps, stages and further options; architecture,
-# ptxas and libdevice; and the variables TRITON_* that change code. So what mfwm_kernels.aot compiles on this machine
-# for this architecture is found by the launches of all later processes, and nothing from another Python's Triton is.
-# Each entry lists its files by absolute path: a cache that is carried along works at the same path alone.
+# Triton keys a compiled kernel by a hash of: libtriton.so and Triton's own sources; the source of the kernel and of the
+# functions that it calls; types, constants and divisibility of the arguments; warps, stages and other options;
+# architecture, ptxas and libdevice; and the variables TRITON_* that change code. So launches in later processes find
+# what mfwm_kernels.aot compiles on this machine for this architecture, but nothing that another Python's Triton
+# compiled. Cache entries list their files by absolute path, so a copied cache works only at the same path.
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "PYTHONUNBUFFERED": "1",
@@ -55,14 +55,14 @@ ENVIRONMENT = {
 
 
 class Stage:
-    """A running command, whose output goes line by line into its log, and to the terminal unless it is quiet."""
+    """A running command. Its output goes line by line to its log and, unless it is quiet, to the terminal."""
 
     def __init__(self, run: Run, name: str, log: str, seconds: float, command: Sequence[str], quiet: bool) -> None:
         self.run, self.name, self.log, self.quiet = run, name, run.out / log, quiet
-        self.begun = self.ended = time.monotonic()
+        self.started = self.ended = time.monotonic()
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            # In a process group of its own, which gets the signal.
+            # timeout runs it in its own process group, and signals the group.
             ["timeout", "--signal=INT", f"--kill-after={GRACE}", f"{seconds:.0f}", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -79,7 +79,7 @@ class Stage:
         with self.log.open("a") as log:
             for line in self.process.stdout:
                 self.lines.append(line)
-                # In one write: stages side by side share a log.
+                # One write per line, because parallel stages share a log.
                 log.write(f"{self.name}: {line}")
                 log.flush()
                 if not self.quiet:
@@ -87,25 +87,29 @@ class Stage:
         self.ended = time.monotonic()
 
     def finish(self) -> None:
-        """Wait for its end and say how it went."""
+        """Wait until the command ends, and report how it ended."""
         code = self.process.wait()
-        # A process that outlives the killed one may hold the pipe.
+        # A descendant that outlives the killed process may hold the pipe open.
         self.reader.join(GRACE)
         self.run.stages.remove(self)
-        # timeout's own code, and what it gives after it had to kill.
+        # The exit codes of timeout: after SIGINT, and after it had to kill.
         cut_off = code in (124, 128 + signal.SIGKILL, -signal.SIGKILL)
         how = "ok" if code == 0 else "cut off" if cut_off else f"failed, exit {code},"
-        told = [line.strip() for line in self.lines if re.search(r"\d+ (passed|failed|skipped|compiled)\b", line)][-1:]
-        if not told and how.startswith("failed"):
-            told = [line.strip() for line in self.lines if line.strip()][-1:]
-        self.run.say(f"{self.name}: {how} after {self.ended - self.begun:.0f} s{''.join(f': {t}' for t in told)}")
+        results = [line.strip() for line in self.lines if re.search(r"\d+ (passed|failed|skipped|compiled)\b", line)][
+            -1:
+        ]
+        if not results and how.startswith("failed"):
+            results = [line.strip() for line in self.lines if line.strip()][-1:]
+        self.run.say(
+            f"{self.name}: {how} after {self.ended - self.started:.0f} s{''.join(f': {result}' for result in results)}"
+        )
         self.run.failed |= code != 0
         if code != 0 and self.quiet:
             print("".join(self.lines[-30:]), end="", flush=True)
 
 
 class Run:
-    """The stages of one command within its deadline."""
+    """Runs the stages of one command within its deadline."""
 
     def __init__(self, out: Path, deadline: float) -> None:
         self.out, self.ends = out, time.monotonic() + deadline
@@ -124,7 +128,7 @@ class Run:
     def start(
         self, name: str, log: str, seconds: float, command: Sequence[str], quiet: bool = False
     ) -> Iterator[Stage]:
-        """The started stage, which may take so many seconds within the deadline; nothing where no time is left."""
+        """Start a stage with a limit of `seconds` and the deadline, and yield it; yield nothing if no time is left."""
         seconds = min(seconds, self.ends - time.monotonic() - GRACE)
         if seconds < 5:
             self.say(f"{name}: not run, the time is up")
@@ -138,7 +142,7 @@ class Run:
             stage.finish()
 
     def together(self, log: str, seconds: float, commands: Mapping[str, Sequence[str]], quiet: bool = False) -> None:
-        """Run commands side by side, each in a process of its own: a fault on a GPU ends one of them."""
+        """Run commands in parallel, each in its own process, because a GPU fault ends all work of its process."""
         for stage in [s for name, command in commands.items() for s in self.start(name, log, seconds, command, quiet)]:
             stage.finish()
 
@@ -147,11 +151,11 @@ class Run:
             stage.process.terminate()
         for stage in list(self.stages):
             stage.reader.join(GRACE / 5)
-            self.say(f"{stage.name}: {why} after {time.monotonic() - stage.begun:.0f} s")
+            self.say(f"{stage.name}: {why} after {time.monotonic() - stage.started:.0f} s")
 
 
 def gpu() -> tuple[str, str]:
-    """What the driver says of the first GPU, and its architecture, as in "90"; empty without one."""
+    """The driver's description of the first GPU, and its architecture such as "90"; empty strings without a GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -182,7 +186,7 @@ def build_command(architecture: str, objects: str) -> list[str]:
 
 
 def build(run: Run, found: str, architecture: str) -> None:
-    """Build the module and beside it fill Triton's cache. Where one of them fails, the rest runs all the same."""
+    """Build the module, and fill Triton's cache in parallel. Later stages run even if one of them fails."""
     if not found:
         run.say("no GPU: this run shows that the stages work, not the kernels")
         run.skip("build", "without a GPU the module that is installed is used")
@@ -210,7 +214,8 @@ def check(run: Run) -> None:
     options = ["--backend", "triton", "cuda", "--dtype", "float32", "bfloat16", "--jobs", JOBS]
     run.stage("check", "check.log", 90, [*command, *options])
     pytest = [*PYTHON, "pytest", "tests/test_gpu.py", "--at-once", "-rf", "--tb=short", "-k"]
-    # Ids are <op>-<backend>. Faults of one op must not end the tests of another, and inductor takes its time.
+    # Test ids are <op>-<backend>. One process per op, so that a fault of one op does not end the tests of another.
+    # Compiled tests run last, because inductor is slow.
     named = " or ".join(f"{op}-" for op in OPS)
     choices = {op: f"{op}- and not compiled" for op in OPS} | {"further ops": f"not ({named}) and not compiled"}
     run.together("tests.log", 75, {f"tests of {name}": [*pytest, chosen] for name, chosen in choices.items()})
@@ -229,12 +234,12 @@ def bench(run: Run) -> None:
         return [*PYTHON, "benchmarks", *only, *chosen]
 
     def measured(ops: Sequence[str], size: str, contenders: str, seconds: float = 45) -> None:
-        """A process for each op: a fault on the GPU ends one."""
+        """Run one process per op, because a GPU fault ends all work of its process."""
         for op in ops:
             run.stage(f"{op}, {size}", "bench.log", seconds, command(op, size, contenders))
 
     if not found:
-        # The quickest on a CPU.
+        # The fastest ones on a CPU.
         measured(["multi_horizon_loss", "video_pyramid"], "cpu", "eager mfwm", seconds=150)
         measured([STEP], "tiny", "eager mfwm", seconds=100)
         run.skip("further ops, torch.compile, pixels and rivals", "on a CPU make bench measures them, in more time")
@@ -243,7 +248,7 @@ def bench(run: Run) -> None:
         return
     measured(OPS, "genie", "eager mfwm")
     measured([STEP], "genie", "eager mfwm", seconds=75)
-    # Inductor's cache is filled for all ops side by side; then each is timed alone.
+    # Fill inductor's cache for all ops in parallel, then time each op alone.
     scratch = {op: BUILD / f"{op}.json" for op in OPS}
     compiling = {f"compiling {op}": command(op, "genie", "eager torch.compile", scratch[op]) for op in OPS}
     run.together("compile.log", 100, compiling, quiet=True)
@@ -256,26 +261,26 @@ def bench(run: Run) -> None:
 
 
 def profile(run: Run) -> None:
-    """Times of each kernel in a forward and backward, and with ncu what bounds them."""
+    """Time each kernel of a forward and backward, and let ncu, if there is one, report what limits it."""
     command = [*PYTHON, "benchmarks.kernels", "--op", *OPS[:4], "--size", "genie", "--dtype", "bf16"]
     run.stage("kernels", "kernels.log", 40, command)
     if shutil.which("ncu") is None:
         run.skip("ncu", "it is not on the PATH")
         return
-    # The clocks stay as they are: others use the machine too.
+    # Do not lock the clocks, because others may use the machine too.
     ncu = ["ncu", "--set", "basic", "--clock-control", "none", "--profile-from-start", "off"]
     ncu += ["--kernel-name", "regex:multi_horizon|fan_out|patch_kernel|gather_kernel"]
     run.stage("ncu", "kernels.log", 60, [*ncu, *command, "--for-ncu"])
 
 
 def keep_caches(run: Run) -> None:
-    """The compiled kernels, for the next run on such a machine: in parts, to be put into build/prebuilt."""
-    whole = BUILD / "caches.tar.gz"
-    with tarfile.open(whole, "w:gz", compresslevel=6) as archive:
+    """Save the compiled kernels in parts, which build/prebuilt provides to the next run on such a machine."""
+    archive_file = BUILD / "caches.tar.gz"
+    with tarfile.open(archive_file, "w:gz", compresslevel=6) as archive:
         for name in CACHES:
             if (BUILD / name).exists():
                 archive.add(BUILD / name, arcname=name)
-    packed = whole.read_bytes()
+    packed = archive_file.read_bytes()
     if len(packed) > PART * PARTS:
         run.skip("caches", f"{len(packed) >> 20} MiB do not fit into {PARTS} files of {PART >> 20} MiB")
         return
@@ -289,9 +294,9 @@ def unpack_caches(run: Run) -> None:
     if not parts or any((BUILD / name).exists() for name in CACHES):
         return
     BUILD.mkdir(parents=True, exist_ok=True)
-    whole = BUILD / "caches.tar.gz"
-    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
-    with tarfile.open(whole) as archive:
+    archive_file = BUILD / "caches.tar.gz"
+    archive_file.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with tarfile.open(archive_file) as archive:
         archive.extractall(BUILD, filter="data")
     run.say(f"caches: those of {PREBUILT}")
 

@@ -1,7 +1,7 @@
-"""python -m benchmarks.kernels [--op OP ...] [--size SIZE] [--dtype DTYPE]: the GPU kernels of a forward and backward.
+"""python -m benchmarks.kernels [--op OP ...] [--size SIZE] [--dtype DTYPE]: profile a forward and backward.
 
-A table per op: how often each kernel ran and for how long, as torch.profiler saw it. With --for-ncu there is no table:
-the program marks one forward and backward of each op for `ncu --profile-from-start off`.
+Prints a table per op: how often each GPU kernel ran and for how long, from torch.profiler. With --for-ncu it prints
+none, but marks one forward and backward of each op for `ncu --profile-from-start off`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--for-ncu", action="store_true", help="mark the calls for ncu; no table")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("no CUDA device: torch.profiler and ncu look at a GPU's kernels")
+        parser.error("no CUDA device: torch.profiler and ncu profile GPU kernels")
     device = torch.device("cuda")
     for name in arguments.op:
         op = OPS[name]

@@ -1,11 +1,11 @@
-"""How everything here is timed: contenders interleaved, medians with 20/80 percentiles, roofs of the same run.
+"""Times contenders in turns: medians with 20/80 percentiles, and the roofs in the same run.
 
-A sample is the time of one call. On a CPU the calls go round copies of the inputs that together exceed the last cache;
-on a GPU one sample is a pass over all copies, replayed as a CUDA graph where the contender can be captured (so that
-launches cost nothing), divided by their number.
+A sample is the time of one call. On a CPU, calls cycle through copies of the inputs that together exceed the last-level
+cache. On a GPU, a sample is the time of one call on every copy, divided by their number; it replays a CUDA graph if the
+contender can be captured, so that launches cost nothing.
 
-glibc gives large blocks back to the system, so on a CPU every fresh output costs page faults. `keep_blocks` starts the
-program again with that turned off for every contender.
+glibc returns large blocks to the system, so on a CPU every new output costs page faults. `keep_blocks` restarts the
+program with that turned off, for every contender.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mfwm_kernels import info
 from mfwm_kernels.dtypes import product_dtype
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
-# What the results file of a run without it adds to the device's name.
+# Suffix of the results file of a run without ALLOCATOR.
 DEFAULT_ALLOCATOR = "-default-allocator"
 MOST_COPIES = 16
 
@@ -49,7 +49,7 @@ class Contender(NamedTuple):
 
 
 def keep_blocks() -> None:
-    """Start this program again with an allocator that keeps its blocks, unless it has it."""
+    """Restart this program with ALLOCATOR set, unless it already is."""
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **ALLOCATOR})
 
@@ -62,9 +62,9 @@ def allocator() -> str:
 def interleaved(
     contenders: Sequence[Contender], device: torch.device, budget: float, graphs: bool = True
 ) -> dict[str, Timing]:
-    """Time the contenders in turns until each has had `budget` seconds or 200 samples, at least 7.
+    """Time the contenders in turns, until each has at least 7 samples, and `budget` seconds or 200 samples.
 
-    One whose samples are very slow has fewer: it stops after ten budgets, with 3 at least.
+    A very slow contender gets fewer: it stops after ten budgets, with at least 3 samples.
     """
     samplers = {contender.name: _sampler(contender, device, graphs) for contender in contenders}
     times: dict[str, list[float]] = {name: [] for name in samplers}
@@ -92,7 +92,7 @@ def summary(times: Sequence[float], graph: bool = False) -> Timing:
 
 
 def _sampler(contender: Contender, device: torch.device, graphs: bool) -> tuple[Callable[[], float], bool]:
-    """A function that takes one sample, and whether it replays a graph."""
+    """A function that measures one sample, and whether it replays a graph."""
     calls = contender.calls
     if device.type == "cpu":
         turn = 0
@@ -125,7 +125,7 @@ def _sampler(contender: Contender, device: torch.device, graphs: bool) -> tuple[
 
 
 def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None] | None:
-    """A replay of all calls as one CUDA graph; None where they cannot be captured (they wait for the host)."""
+    """A replay of all calls as one CUDA graph, or None if they cannot be captured because they wait for the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -145,7 +145,7 @@ def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None] | None:
 
 
 def copies_for(bytes_: int, device: torch.device) -> int:
-    """Copies of inputs of that size which together are twice the last cache."""
+    """How many inputs of this size together are twice the last-level cache."""
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
     else:
@@ -162,12 +162,12 @@ def _cpu_caches() -> list[int]:
 
 
 def multiplied(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What matrix products are measured in: `dtype`, or on a CPU that does not multiply that in hardware, fp32."""
+    """The dtype of measured matrix products: `dtype`, or fp32 on a CPU that does not multiply `dtype` in hardware."""
     return product_dtype(dtype) if device.type == "cpu" else dtype
 
 
 def roofs(device: torch.device, dtype: torch.dtype) -> dict[str, Contender]:
-    """A copy and a matrix product, to be timed among the contenders; `rates` makes rates of their times."""
+    """A copy and a matrix product, to time among the contenders; `rates` converts their times."""
     elements = 2**28 if device.type == "cuda" else 2**25
     source, target = (torch.zeros(elements, dtype=torch.uint8, device=device) for _ in range(2))
     side = 8192 if device.type == "cuda" else 1024
@@ -190,7 +190,7 @@ def rates(times: dict[str, Timing], device: torch.device) -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, commit and date, as each results file records them."""
+    """Device, versions, commit and date, for the results file."""
     here = info.environment()
     return {
         **here,

@@ -1,9 +1,9 @@
-"""python -m benchmarks.report: the tables and roofline pictures of every results file.
+"""python -m benchmarks.report: write the tables and pictures of every results file.
 
-Writes benchmarks/README.md and, per device, docs/roofline-<device>.svg and docs/scaling-<device>.svg; and puts five
-rows of the newest results and the multi-frame tax between the `results` markers of README.md. Nothing is typed by hand:
-every figure comes from benchmarks/results/*.json. A device's figures under glibc's default allocator (`python -m
-benchmarks --default-allocator`, kept in <device>-default-allocator.json) are in a column beside the others.
+Writes benchmarks/README.md and, per device, docs/roofline-<device>.svg and docs/scaling-<device>.svg; and replaces the
+text between the `results` markers of README.md by five rows of the newest results and the multi-frame tax. Every figure
+comes from benchmarks/results/*.json. A device's figures under glibc's default allocator (`python -m benchmarks
+--default-allocator`, saved in <device>-default-allocator.json) get a column next to the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .measure import ALLOCATOR, DEFAULT_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
-# README.md shows these, at the first of the sizes and dtypes that were measured. Every CPU multiplies fp32 in hardware.
+# The ops that README.md shows, each at its first measured size: in bf16 on a GPU, and in fp32 on a CPU, because every
+# CPU multiplies fp32 in hardware.
 SHOWN = (
     "multi_horizon_loss",
     "video_pyramid",
@@ -31,14 +32,14 @@ ORDER = (PRODUCTS, "eager", "torch.compile", "F.linear_cross_entropy", "Liger", 
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """File stem -> results of a device."""
+    """The stem of each results file -> the results of a device."""
     files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     read = {file.stem: json.loads(file.read_text()) for file in files}
     return {stem: results for stem, results in read.items() if "ops" in results}
 
 
 def devices(all_results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """What has a section of its own."""
+    """The results that get a section of their own."""
     return [(stem, results) for stem, results in all_results.items() if not stem.endswith(DEFAULT_ALLOCATOR)]
 
 
@@ -53,21 +54,21 @@ def milliseconds(row: dict[str, Any]) -> str:
 
 
 def ops_table(results: dict[str, Any], dtype: str, by_default: dict[str, Any] | None = None) -> str:
-    """Each contender at each size: time, share of the roof, ratio to torch.compile; and `by_default` beside them."""
+    """Each contender at each size: time, share of the roof, ratio to torch.compile; `by_default` in the last column."""
     lines = []
     beside = {
-        (*place(row), row["contender"]): f"{milliseconds(row)}, {row['share_of_roof']:.0%}{to_compile(row, ', ')}"
+        (*sort_key(row), row["contender"]): f"{milliseconds(row)}, {row['share_of_roof']:.0%}{to_compile(row, ', ')}"
         for row in ([] if by_default is None else by_default["ops"])
         if row["dtype"] == dtype and row["status"] == "ok"
     }
-    for row in sorted((row for row in results["ops"] if row["dtype"] == dtype), key=place):
+    for row in sorted((row for row in results["ops"] if row["dtype"] == dtype), key=sort_key):
         head = [f"`{row['op']}`", row["size"], row["contender"]]
         if row["status"] != "ok":
             lines.append([*head, row["status"], "", "", "", ""])
         else:
             error = "" if row["error"] is None else f"{row['error']:.0e}"
             figures = [milliseconds(row), f"{row['share_of_roof']:.0%}", to_compile(row), error]
-            lines.append([*head, *figures, beside.get((*place(row), row["contender"]), "")])
+            lines.append([*head, *figures, beside.get((*sort_key(row), row["contender"]), "")])
     head = ["op", "size", "contender", "ms, median (20 to 80 %)", "of the roof", "to torch.compile", "error"]
     head.append("the same with the default allocator")
     return table(head, lines) if beside else table(head[:-1], (line[:-1] for line in lines))
@@ -77,15 +78,15 @@ def to_compile(row: dict[str, Any], before: str = "") -> str:
     return "" if row["to_compile"] is None else f"{before}{row['to_compile']:.2f}x"
 
 
-def place(row: dict[str, Any]) -> tuple[str, str, int]:
+def sort_key(row: dict[str, Any]) -> tuple[str, str, int]:
     contender = row["contender"]
     return row["op"], row["size"], ORDER.index(contender) if contender in ORDER else len(ORDER)
 
 
 def best(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Per op, size and dtype: the fastest of ours, and the fastest rival."""
+    """Per op, size and dtype: the row of our fastest backend, and of the fastest rival."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in sorted(results["ops"], key=place):
+    for row in sorted(results["ops"], key=sort_key):
         if row["status"] == "ok" and row["contender"] != PRODUCTS:
             groups.setdefault((row["op"], row["size"], row["dtype"]), []).append(row)
     for rows in groups.values():
@@ -152,10 +153,10 @@ def rollout_sentence(results: dict[str, Any]) -> str:
     (row,) = (row for row in results["rollout"] if row["contender"] == "cached")
     steps = row["steps"]
     return (
-        f"One clip, fp32. Cached and uncached pixels, which lie in -1..1, are at most {row['apart_from_uncached']:.0e} "
-        f"apart; of its past a cached rollout holds {row[f'bytes_at_{steps // 2}'] / 2**20:.1f} MiB after {steps // 2} "
-        f"frames and {row[f'bytes_at_{steps}'] / 2**20:.1f} MiB after {steps}. A loop that reads the last 16 frames "
-        "anew forgets what lies further back, and gives other frames."
+        f"One clip, fp32. Cached and uncached pixels, in -1..1, differ by at most {row['apart_from_uncached']:.0e}. "
+        f"For its past a cached rollout holds {row[f'bytes_at_{steps // 2}'] / 2**20:.1f} MiB after {steps // 2} "
+        f"frames and {row[f'bytes_at_{steps}'] / 2**20:.1f} MiB after {steps}. A loop that recomputes the last "
+        "16 frames forgets what is further back, and gives other frames."
     )
 
 
@@ -170,7 +171,7 @@ def title(results: dict[str, Any]) -> str:
 
 
 def scaling(results: dict[str, Any], file: Path) -> None:
-    """Milliseconds of multi_horizon_loss against the pixels of its video, a line per axis and dtype."""
+    """Plot milliseconds of multi_horizon_loss against pixels of its video, one line per axis and dtype."""
     import matplotlib
 
     rows = results.get("scaling", [])
@@ -205,7 +206,7 @@ def scaling_table(results: dict[str, Any]) -> str:
 
 
 def roofline(results: dict[str, Any], file: Path) -> None:
-    """FLOP/s against FLOP per byte of the floor: ours and torch.compile's, under the measured roofs."""
+    """Plot FLOP/s against FLOP per byte that must move: our ops and torch.compile, under the measured roofs."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -244,20 +245,20 @@ def roofline(results: dict[str, Any], file: Path) -> None:
 def page(all_results: dict[str, dict[str, Any]]) -> str:
     parts = [
         "# Benchmarks",
-        "`make bench` (or `python -m benchmarks`) measures this machine: forward and backward of every op at the sizes "
-        "of its record, eager PyTorch, torch.compile and the libraries that do the same work beside it, each checked "
-        "against the fp64 reference before it is timed (torch.compile, which would compile twice, at the full size "
-        "against the eager formula), all of them interleaved; the bare matrix products of "
-        "multi_horizon_linear and of the token loss stand beside them. The roof of a row is the larger of "
-        "the fewest bytes over the copy bandwidth and the FLOPs over the rate of a large matrix product, both measured "
-        "in the same run. Then the multi-frame tax: a training step with four horizons over the same trunk's "
-        "next-frame step. `python -m benchmarks.report` makes this page.",
-        "On a CPU every contender runs with `" + " ".join(f"{k}={v}" for k, v in ALLOCATOR.items()) + "`: glibc else "
-        "gives large blocks back to the system, and every fresh output costs page faults. `python -m benchmarks "
-        "--default-allocator --op OP` measures without; where that was done, the figures stand beside (ms, share of "
-        "the roof, ratio to torch.compile).",
-        "A CPU without bf16 products (AVX2) does them in software, many times slower than in fp32. Ours are then taken "
-        "in fp32, as are the bare products and the roof; the formulas of the rivals stay in bf16.",
+        "`make bench` (or `python -m benchmarks`) measures forward and backward of every op on this machine, at the "
+        "sizes of its record, interleaved with eager PyTorch, torch.compile and libraries that do the same work. Each "
+        "is checked against the fp64 reference before it is timed (torch.compile, to avoid compiling twice, at the "
+        "full size against the eager formula). The bare matrix products of multi_horizon_linear and of the token loss "
+        "have rows of their own. The roof of a row is the larger of the fewest bytes over the copy bandwidth and the "
+        "FLOPs over the rate of a large matrix product, both measured in the same run. The multi-frame tax is the time of a training "
+        "step with four horizons over that of the same trunk's next-frame step. `python -m benchmarks.report` writes "
+        "this page.",
+        "On a CPU every contender runs with `" + " ".join(f"{k}={v}" for k, v in ALLOCATOR.items()) + "`: by "
+        "default glibc returns large blocks to the system, and every new output costs page faults. `python -m "
+        "benchmarks --default-allocator --op OP` measures with the default; its figures, if any, are in the last "
+        "column (ms, share of the roof, ratio to torch.compile).",
+        "A CPU without bf16 products (AVX2) emulates them, many times slower than fp32. Our ops then multiply in fp32, "
+        "and so do the bare products and the roof; the rivals' formulas stay in bf16.",
     ]
     for stem, results in devices(all_results):
         parts.append(f"## {title(results)}")

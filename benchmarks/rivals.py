@@ -1,8 +1,8 @@
-"""The same work as plain PyTorch would do it, for eager and torch.compile, and as other libraries do it.
+"""The rivals: plain PyTorch formulas, for eager and torch.compile, and other libraries.
 
-A formula takes the keyword arguments of an op's benchmark call and returns the tensors that gradients flow from. It is
-written as an experienced user would write it, and computes what the op computes at the benchmark sizes: every clip one
-episode, no options besides those that the sizes use.
+A formula takes the keyword arguments of an op's benchmark call and returns its differentiable outputs. It is written as
+an experienced user would write it, and covers the benchmark sizes: every clip is one episode, and only the options that
+the sizes use exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def action_window_sum(actions: Tensor, offsets: tuple[int, ...]) -> Outputs:
 
 
 def _window(actions: Tensor, offset: int) -> Tensor:
-    """The sum of the actions n + 1 .. n + offset - 1, taken in fp32, for every action n."""
+    """The fp32 sum of the actions n + 1 .. n + offset - 1, for every action n."""
     total = torch.zeros_like(actions, dtype=torch.float32)
     for lag in range(1, min(offset, actions.shape[1])):
         total = total + F.pad(actions[:, lag:], (0, 0, 0, lag)).float()
@@ -114,7 +114,7 @@ def multi_horizon_loss(
 
 
 def _cells(tokens: Tensor, positions: int, offset: int, f: int) -> Tensor:
-    """[B, T, h, w, F, f * f] the ids that the cells of a horizon cover."""
+    """[B, T, h, w, F, f * f]: the ids that each cell of a horizon covers."""
     ids = (tokens if tokens.dim() == 5 else tokens.unsqueeze(-1))[:, offset : offset + positions]
     height, width = ids.shape[2:4]
     blocks = ids.unflatten(3, (width // f, f)).unflatten(2, (height // f, f))
@@ -128,7 +128,7 @@ def multi_horizon_linear_cross_entropy(
     horizons: Any,
     consistency_weights: list[float] | None = None,
 ) -> Outputs:
-    """The mean one-hot target never made dense: logsumexp minus the mean of the gathered logits."""
+    """Logsumexp minus the mean of the gathered logits, without a dense one-hot target."""
     total = torch.zeros((), device=tokens.device)
     all_logits = []
     for state, offset, factor in zip(inputs, horizons.offsets, horizons.factors, strict=True):
@@ -164,33 +164,30 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
 }
 
 
-# ---- the bare matrix products of an op, forward and backward: what its time would be if nothing surrounded them
-
-
 def cross_entropy_products(kwargs: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
-    """Rows of all horizons at once; the logits stand for their gradients."""
+    """The bare matrix products, forward and backward: rows of all horizons at once, with logits as their gradients."""
     rows = torch.cat([state.detach().flatten(0, 3) for state in kwargs["inputs"]]).to(dtype)
     weight = kwargs["weight"].detach().to(dtype)
-    logits, of_rows, of_weight = rows @ weight.t(), torch.empty_like(rows), torch.empty_like(weight)
+    logits, rows_gradient, weight_gradient = rows @ weight.t(), torch.empty_like(rows), torch.empty_like(weight)
 
     def call() -> None:
         torch.mm(rows, weight.t(), out=logits)
-        torch.mm(logits, weight, out=of_rows)
-        torch.mm(logits.t(), rows, out=of_weight)
+        torch.mm(logits, weight, out=rows_gradient)
+        torch.mm(logits.t(), rows, out=weight_gradient)
 
     return call
 
 
 def linear_products(kwargs: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
-    """The heads side by side; the outputs stand for their gradients."""
+    """The bare matrix products, forward and backward: the heads concatenated, with outputs as their gradients."""
     rows = kwargs["hidden"].detach().flatten(0, -2).to(dtype)
     weight = torch.cat([head.detach() for head in kwargs["weights"]]).to(dtype)
-    outputs, of_rows, of_weight = rows @ weight.t(), torch.empty_like(rows), torch.empty_like(weight)
+    outputs, rows_gradient, weight_gradient = rows @ weight.t(), torch.empty_like(rows), torch.empty_like(weight)
 
     def call() -> None:
         torch.mm(rows, weight.t(), out=outputs)
-        torch.mm(outputs, weight, out=of_rows)
-        torch.mm(outputs.t(), rows, out=of_weight)
+        torch.mm(outputs, weight, out=rows_gradient)
+        torch.mm(outputs.t(), rows, out=weight_gradient)
 
     return call
 
@@ -201,10 +198,9 @@ PRODUCTS: dict[str, Callable[[dict[str, Any], torch.dtype], Callable[[], None]]]
 }
 
 
-# ---- other libraries: linear cross-entropy of rows [N, D] of one horizon, with ids [N]; torch's with mixes [N, V] too
-
-
 class Library(NamedTuple):
+    """A linear cross-entropy of rows [N, D] and ids [N], or if `mixes` of class probabilities [N, V] too."""
+
     needs_gpu: bool
     mixes: bool
     load: Callable[[], Callable[..., Tensor]]
@@ -216,7 +212,7 @@ def _torch_linear_cross_entropy() -> Callable[..., Tensor]:
     options = torch.nn.LinearCrossEntropyOptions()
 
     def loss(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        # Its chunks take ids alone.
+        # It supports chunks only for ids.
         return F.linear_cross_entropy(rows, weight, target, options=None if target.is_floating_point() else options)
 
     return loss
@@ -234,7 +230,7 @@ def _liger() -> Callable[..., Tensor]:
 
 def _cce() -> Callable[..., Tensor]:
     module = importlib.import_module("cut_cross_entropy")
-    # Without its filter, which drops small gradients.
+    # filter_eps=None turns off its filter, which drops small gradients.
     return lambda rows, weight, ids: module.linear_cross_entropy(rows, weight, ids, filter_eps=None)
 
 
@@ -252,7 +248,7 @@ LIBRARIES = {
 
 
 def of_library(linear_cross_entropy: Callable[..., Tensor]) -> Callable[..., Outputs]:
-    """The token loss of all horizons by a library that takes one horizon, and one of the F vocabularies, at a time."""
+    """The token loss of all horizons, for a library that takes one horizon and one of the F vocabularies at a time."""
 
     def formula(inputs: list[Tensor], weight: Tensor, tokens: Tensor, horizons: Any) -> Outputs:
         total = torch.zeros((), device=tokens.device)
@@ -268,11 +264,11 @@ def of_library(linear_cross_entropy: Callable[..., Tensor]) -> Callable[..., Out
 
 
 def _mixes(ids: Tensor, head: Tensor) -> Tensor:
-    """[N, V] the means of the one-hot ids [N, f * f]."""
+    """[N, V]: the means of the one-hot ids [N, f * f]."""
     share = head.new_full((), 1 / ids.shape[1]).expand_as(ids)
     return head.new_zeros(ids.shape[0], head.shape[0]).scatter_add_(1, ids, share)
 
 
 def expresses(library: Library, kwargs: dict[str, Any]) -> bool:
-    """Whether a library can state this call at all: pooled targets are mixes, and none knows of consistency."""
+    """Whether a library supports this call: pooled targets are mixes, and no library has a consistency term."""
     return "consistency_weights" not in kwargs and (library.mixes or set(kwargs["horizons"].factors) == {1})
