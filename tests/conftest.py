@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-# Before Triton is imported anywhere: without a GPU its kernels are checked in the interpreter.
+# Set this before anything imports Triton: without a GPU the tests run its kernels in the interpreter.
 import torch
 
 if not torch.cuda.is_available():
@@ -28,12 +28,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend's tensors are: on the GPU if there is one, compiled, except for the cpu backend."""
+    """The device of a backend's tensors: the GPU if there is one, but always the CPU for the cpu backend."""
     return torch.device("cpu") if backend == "cpu" else DEVICE
 
 
 def kernels_of(name: str) -> list[str]:
-    """The backends of an op that are present, the reference not among them."""
+    """The backends of an op that can run here, without the reference."""
     return [b for b in OPS[name].backends if not ABSENT[b] and device_of(b).type in served_devices(b)]
 
 
@@ -42,12 +42,12 @@ def backends_of(name: str) -> list[str]:
 
 
 def interpreted(backend: str) -> bool:
-    """Triton's interpreter takes seconds for a large tensor, and truncates where a GPU rounds to bf16."""
+    """Whether Triton is interpreted, which takes seconds for a large tensor, and truncates instead of rounding to bf16."""
     return backend == "triton" and DEVICE.type == "cpu"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Say which CPU runs the suite and what it multiplies: some bounds and most times depend on it."""
+    """Print the CPU and the dtype of its products, because some bounds and most times depend on them."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         products = str(dtypes.product_dtype(torch.bfloat16)).removeprefix("torch.")
@@ -57,7 +57,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--at-once", action="store_true", help="print a failure when it happens, for a run that may be killed"
+        "--at-once", action="store_true", help="print each failure immediately, for runs that may be killed"
     )
 
 
@@ -149,7 +149,7 @@ def two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(two_threads: None) -> Iterator[None]:
-    """For bounds on memory: a matrix product has a workspace for every thread."""
+    """One thread, for bounds on memory: a matrix product has a workspace per thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -158,14 +158,14 @@ def one_thread(two_threads: None) -> Iterator[None]:
 
 @pytest.fixture(params=["bf16", "fp32"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """What the cpu backend multiplies bf16 states in, both ways on any machine."""
+    """The dtype in which the cpu backend multiplies bf16 states. Both choices are tested on any machine."""
     monkeypatch.setattr(dtypes, "_MULTIPLIES_BF16", request.param == "bf16")
     return dtypes.product_dtype(torch.bfloat16)
 
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its kin give NaN (or the largest integer): what a kernel forgets to write is then seen."""
+    """Fill the results of torch.empty etc. with NaN (or the largest integer), to expose elements that a kernel skips."""
 
     def poison(make: Any) -> Any:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -187,13 +187,13 @@ def fewest_horizons(op: Any, device: torch.device) -> dict[str, Any]:
 
 
 def require_grad(op: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The call with its differentiable tensors as leaves that require grad."""
+    """The same call, with its differentiable tensors copied to leaves that require grad."""
 
     def leaf(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(leaf(entry) for entry in value)
         if isinstance(value, Tensor) and value.is_floating_point():
-            # Of the same strides: a plain clone would be contiguous.
+            # Keep the strides: clone() would make the leaf contiguous.
             strided = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             return strided.copy_(value).requires_grad_()
         return value
@@ -210,7 +210,7 @@ def differentiable_outputs(result: Any) -> list[Tensor]:
 
 
 def gradients(op: Any, kwargs: dict[str, Any], result: Any, upstream: list[Tensor]) -> list[Tensor]:
-    """Gradients of every leaf, zeros where none flows."""
+    """The gradient of every leaf, zeros if it has none."""
     outputs = differentiable_outputs(result)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
     wanted = leaves(op, kwargs)

@@ -1,4 +1,4 @@
-"""Every op, on every backend present, in every dtype: from the op's own record, so a new op is tested by existing."""
+"""Tests every op on every backend present, in every dtype, from the op's record: a new op needs no new test here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mfwm_kernels.op import OPS
 
 @contextlib.contextmanager
 def profiled_backend() -> Iterator[list[str]]:
-    """The backends that calls are given."""
+    """Record the backends that calls choose."""
     used: list[str] = []
     original = autograd.choose
 
@@ -123,13 +123,13 @@ def test_values_and_gradients(op: Any, backend: str, dtype: torch.dtype, poisone
             else:
                 assert torch.equal(got, want), f"{where}, output {place}"
         upstream = upstream_of(result)
-        with use_backend("cpu" if backend == "reference" else "reference"):  # a backward keeps its forward's backend
+        with use_backend("cpu" if backend == "reference" else "reference"):  # a backward must use its forward's backend
             got_gradients = gradients(op, kwargs, result, upstream)
         want_gradients = gradients(op, exact_kwargs, exact, upstream)
         for place, (got, want, leaf) in enumerate(zip(got_gradients, want_gradients, leaves(op, kwargs), strict=True)):
             assert got.dtype == leaf.dtype
             error = relative_error(got, want)
-            # Weights of horizons stay fp32 in a fp64 call.
+            # Horizon weights stay fp32 in an fp64 call.
             assert error <= max(TOLERANCE[dtype], TOLERANCE[leaf.dtype]), (
                 f"{where}, gradient {place} {list(leaf.shape)}: relative error {error:.2e}"
             )
@@ -146,7 +146,7 @@ def test_bf16_states_multiplied_either_way(name: str, products: torch.dtype, poi
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())
 def test_only_the_needed_gradients(op: Any, backend: str) -> None:
-    """Each leaf alone gets the gradient that it gets among all."""
+    """A leaf that alone requires grad gets the same gradient as among all leaves."""
     sample = sample_of(op, backend, 1)
     kwargs = require_grad(op, sample)
     with use_backend(backend):
@@ -163,7 +163,7 @@ def test_only_the_needed_gradients(op: Any, backend: str) -> None:
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())
 def test_one_output_at_a_time(op: Any, backend: str) -> None:
-    """Outputs that nobody uses send no gradient."""
+    """Unused outputs contribute no gradient."""
     sample = sample_of(op, backend, 0)
     with use_backend(backend):
         kwargs = require_grad(op, sample)
@@ -202,11 +202,11 @@ def test_backward_again_and_create_graph(op: Any, backend: str) -> None:
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS.values()])
 def test_gradcheck(op: Any) -> None:
-    """The gradient formulas against finite differences, in fp64: reference, and the CPU kernels where they are."""
+    """The fp64 gradients of the reference and of the CPU kernels agree with finite differences."""
     for backend in [b for b in backends_of(op.name) if b in ("reference", "cpu")]:
         for sample in samples(op, torch.float64, torch.device("cpu"))[:3]:
             if "detach" in op.arguments._fields:
-                # A detached side makes the gradient differ from the derivative, on purpose.
+                # With a detached side the gradient is not the derivative, on purpose.
                 sample = {**sample, "detach": None}
             kwargs = require_grad(op, doubled(sample))
             if not leaves(op, kwargs):
@@ -233,7 +233,7 @@ def test_no_gradient_needed(op: Any, backend: str) -> None:
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(("op", "backend"), [p for p in per_backend() if p.values[1] != "triton"])
 def test_compile_fullgraph(op: Any, backend: str, dynamic: bool) -> None:
-    """Compiled without a graph break: the same values and gradients as in eager mode."""
+    """The compiled op has no graph break, and the values and gradients of eager mode."""
     torch._dynamo.reset()
     sample, compiler = samples(op, torch.float32, device_of(backend))[0], "aot_eager"
     if dynamic and backend == "reference":
@@ -257,7 +257,7 @@ def test_compile_fullgraph(op: Any, backend: str, dynamic: bool) -> None:
     [p for p in per_backend() if p.values[1] in ("cpu", "cuda")] or [pytest.param(None, "", id="none")],
 )
 def test_opcheck(op: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registered op keeps torch's contract (schema, fake, autograd), on the arguments a compiled call passes."""
+    """The registered op passes torch's checks (schema, fake, autograd) on the arguments of compiled calls."""
     if op is None:
         pytest.fail("no compiled backend present: the module mfwm_kernels._native is part of a test installation")
     seen: list[tuple[Any, ...]] = []
@@ -290,7 +290,7 @@ def test_auto_takes_the_first_that_serves(op: Any) -> None:
     seen: list[str] = []
     for sample in samples(op, torch.float32, torch.device("cpu"))[:1]:
         for backend in op.backends:
-            # The interpreter is never chosen by itself.
+            # `auto` never chooses the interpreter.
             if backend != "triton" and not ABSENT[backend] and "cpu" in served_devices(backend):
                 seen.append(backend)
         with profiled_backend() as used:
@@ -312,7 +312,7 @@ def test_use_backend_may_be_entered_twice() -> None:
 
 @pytest.mark.parametrize("backend", [b for b in backends_of("action_window_sum") if b != "triton"])
 def test_zeros_where_nothing_depends_on_an_input(backend: str) -> None:
-    """A window without actions: gradients are zeros on every backend, not None on some."""
+    """With an empty window, every backend returns zero gradients; none returns None."""
     actions = torch.randn(1, 3, 4, requires_grad=True)
     gate = torch.randn(1, 1, 4, requires_grad=True)
     with use_backend(backend):

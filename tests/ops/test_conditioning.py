@@ -1,4 +1,4 @@
-"""How accurate the conditioned states and their heads are, beside plain PyTorch of the same dtype."""
+"""Compares the accuracy of conditioned states and their heads with plain PyTorch in the same dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HORIZONS = Horizons((1, 2, 4), (1, 1, 1))
 
 
 def plain_states(hidden: Tensor, actions: Tensor, norm_weight: Tensor) -> list[Tensor]:
-    """As one writes it: every horizon's sum of actions, added, normed."""
+    """The usual code: add each horizon's sum of actions, and norm."""
     states, positions = [], hidden.shape[1]
     for offset in HORIZONS.offsets:
         window = torch.zeros_like(actions[:, :positions])
@@ -74,8 +74,8 @@ def test_at_most_twice_the_error_of_plain_torch(backend: str, heads: bool, dtype
 
 @pytest.mark.parametrize(("backend", "dtype"), ROUNDED)
 def test_actions_that_nearly_cancel_the_hidden_state(backend: str, dtype: torch.dtype) -> None:
-    """hidden + action is a thousandth of hidden. The state is taken directly; the heads add two products, each rounded:
-    relative error <= 2 eps |hidden| / |hidden + action|, eps being that of the dtype."""
+    """hidden + action is a thousandth of hidden. The state is computed directly. The heads add two products, each
+    rounded, so with the dtype's eps their relative error is at most 2 eps |hidden| / |hidden + action|."""
     leaves, upstream = inputs(1.0, dtype, True)
     hidden, actions = leaves[:2]
     actions[:, 1:4] = (-0.999 * hidden[:, :, 0].double()).to(dtype)
@@ -112,7 +112,7 @@ def test_any_width_grid_and_number_of_horizons(backend: str, depth: int, grid: i
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_more_than_2_to_the_31_elements_apart(backend: str) -> None:
-    """Of memory that is never touched, so that it takes none: torch.zeros would write all 4 GB."""
+    """torch.empty never touches most of the tensor, so it occupies no memory: torch.zeros would write all 4 GB."""
     far = 2**31 + 64
     hidden = torch.empty(far + 64, dtype=torch.bfloat16).as_strided((2, 1, 2, 16), (far, 32, 16, 1))
     hidden.copy_(torch.randn(hidden.shape))

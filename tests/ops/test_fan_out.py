@@ -1,4 +1,4 @@
-"""What is particular to fan_out: independence of the horizons, and the gradient monitor."""
+"""Tests of fan_out alone: independence of the horizons, and the gradient monitor."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ BACKENDS = backends_of("fan_out")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropping_a_horizon_leaves_the_others_bit_equal(backend: str) -> None:
-    """Outputs, and the gradients of weights of a horizon's own: those not in Triton, where a program's block of tokens
-    is as wide as the largest pool, and with it the order of its sums over tokens."""
+    """Outputs, and the gradients of each horizon's own weights. Triton is exempt from the latter: its sums over tokens
+    depend on a program's block, which is as wide as the largest pool."""
     # Triton's interpreter takes a second for one clip on a grid of 8 x 8, as small as the largest pool allows.
     clips, height = (1, 8) if interpreted(backend) else (2, 16)
     hidden, actions = torch.randn(clips, 4, height, 8, 16), torch.randn(clips, 4, 16)
     horizons, norms, gates = (1, 2, 4, 8), torch.randn(4, 16), torch.randn(4, 8, 16)
     upstream = [torch.randn(clips, 4, height // p, 8 // p, 16) for p in horizons]
 
-    def own(*kept: int) -> list[torch.Tensor]:
-        offsets = tuple(horizons[i] for i in kept)
-        norm = norms[list(kept)].requires_grad_()
-        gate = gates[list(kept), : max(offsets)].contiguous().requires_grad_()
+    def results_of(*chosen: int) -> list[torch.Tensor]:
+        offsets = tuple(horizons[i] for i in chosen)
+        norm = norms[list(chosen)].requires_grad_()
+        gate = gates[list(chosen), : max(offsets)].contiguous().requires_grad_()
         states = fan_out(
             hidden, actions, Horizons(offsets, offsets), pool=offsets, norm_weight=norm, lag_weight=gate
         )  # fmt: skip
-        of_norm, of_gate = torch.autograd.grad(states, (norm, gate), [upstream[i] for i in kept])
-        return [*states, *of_norm.unbind(), *of_gate[:, :4].unbind()]
+        norm_gradient, gate_gradient = torch.autograd.grad(states, (norm, gate), [upstream[i] for i in chosen])
+        return [*states, *norm_gradient.unbind(), *gate_gradient[:, :4].unbind()]
 
     with use_backend(backend):
-        every, three, two = own(0, 1, 2, 3), own(0, 1, 2), own(0, 2)
-    for results, kept in ((three, (0, 1, 2)), (two, (0, 2))):
-        same = [every[4 * part + i] for part in range(1 if backend == "triton" else 3) for i in kept]
+        every, three, two = results_of(0, 1, 2, 3), results_of(0, 1, 2), results_of(0, 2)
+    for results, chosen in ((three, (0, 1, 2)), (two, (0, 2))):
+        same = [every[4 * part + i] for part in range(1 if backend == "triton" else 3) for i in chosen]
         assert all(torch.equal(a, b) for a, b in zip(results, same, strict=False))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [None, [0.5, 2.0, -1.0]])
 def test_grad_monitor(backend: str, scale: list[float] | None) -> None:
-    """Norms and cosines of each horizon's own gradient, found one horizon at a time."""
+    """Norms and cosines equal those of gradients that are computed one horizon at a time."""
     horizons, pool = Horizons((1, 2, 4), (1, 2, 4)), (1, 2, 4)
     hidden = torch.randn(2, 5, 4, 8, 16, requires_grad=True)
     actions, norm = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16)
     with use_backend("reference"):
         outputs = fan_out(hidden, actions, horizons, pool=pool, norm_weight=norm)
         upstream = [torch.randn_like(output) for output in outputs]
-        each = [
+        separate = [
             torch.autograd.grad(o, (hidden, actions), g, retain_graph=True, allow_unused=True)
             for o, g in zip(outputs, upstream, strict=True)
         ]
-    rows = torch.stack([gradient[0].flatten() for gradient in each])
+    rows = torch.stack([gradient[0].flatten() for gradient in separate])
     monitor = GradMonitor(3, scale)
     with use_backend(backend):
         outputs = fan_out(hidden, actions, horizons, pool=pool, norm_weight=norm, grad_monitor=monitor)
@@ -64,8 +64,8 @@ def test_grad_monitor(backend: str, scale: list[float] | None) -> None:
     torch.testing.assert_close(monitor.cosines, rows @ rows.T / norms[:, None] / norms, rtol=1e-4, atol=1e-5)
     factors = torch.tensor(scale or [1.0] * 3)
     torch.testing.assert_close(hidden_gradient.flatten(), (factors[:, None] * rows).sum(0), rtol=1e-4, atol=1e-5)
-    # The scale acts on the trunk alone.
-    torch.testing.assert_close(actions_gradient, sum(g[1] for g in each if g[1] is not None), rtol=1e-4, atol=1e-5)
+    # `scale` changes only the gradient of hidden.
+    torch.testing.assert_close(actions_gradient, sum(g[1] for g in separate if g[1] is not None), rtol=1e-4, atol=1e-5)
 
 
 def test_grad_monitor_of_the_linear_heads() -> None:
@@ -75,14 +75,14 @@ def test_grad_monitor_of_the_linear_heads() -> None:
     outputs = multi_horizon_linear(hidden, actions, heads, Horizons((1, 2), (1, 1)), grad_monitor=monitor)
     sum(output.sum() for output in outputs).backward()
     assert monitor.norms[0] > 0 and monitor.norms[1] == 0
-    # A horizon that sends nothing has no direction: 0, not NaN.
+    # The cosine of a zero gradient is 0, not NaN.
     torch.testing.assert_close(monitor.cosines, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("op", [fan_out, multi_horizon_linear], ids=lambda op: op.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_monitor_is_written_by_each_backward(backend: str, op: Any) -> None:
-    """Two calls share one monitor, and one backward comes twice."""
+    """Two calls share a monitor, and the backward runs twice."""
     horizons, monitor = Horizons((1, 2), (1, 1)), GradMonitor(2)
     hidden, actions = torch.randn(1, 3, 2, 2, 8, requires_grad=True), torch.randn(1, 3, 8)
     given: dict[str, Any] = {"pool": (1, 1)} if op is fan_out else {"weights": [torch.randn(4, 8) for _ in range(2)]}
@@ -98,7 +98,7 @@ def test_a_monitor_is_written_by_each_backward(backend: str, op: Any) -> None:
     assert (once > 0).all() and torch.equal(once, monitor.norms)
 
 
-# Not "backend": torch.compile does not trace through the default device that this would set.
+# Not named "backend", for which conftest sets a default device, which torch.compile cannot trace.
 @pytest.mark.parametrize("compiled_backend", [b for b in BACKENDS if not interpreted(b)])
 def test_a_monitor_without_a_hidden_gradient_stays_as_it_was(compiled_backend: str) -> None:
     device = device_of(compiled_backend)
@@ -120,7 +120,7 @@ def test_a_monitor_without_a_hidden_gradient_stays_as_it_was(compiled_backend: s
 def test_actions_of_another_episode_may_be_nan(backend: str) -> None:
     hidden, gate = torch.randn(1, 4, 2, 2, 8, requires_grad=True), torch.randn(1, 3, 8, requires_grad=True)
     actions, segments = torch.randn(1, 4, 8), torch.tensor([[0, 0, 1, 1]])
-    actions[:, 2] = float("nan")  # in no window of its own episode
+    actions[:, 2] = float("nan")  # which is in no window of its own episode
     with use_backend(backend):
         (output,) = fan_out(
             hidden, actions, Horizons((3,), (1,)), pool=(1,), lag_weight=gate, segment_ids=segments
@@ -131,7 +131,7 @@ def test_actions_of_another_episode_may_be_nan(backend: str) -> None:
 
 @pytest.mark.parametrize("bits", [0x7F81, 0x7FC0, 0x7FFF, -1])
 def test_nan_of_any_bits_stays_nan_in_bf16(bits: int) -> None:
-    """In a state, in its neighbour's and in the pooled one; in the gradients too."""
+    """A NaN reaches its state and the pooled one, and the gradients."""
     hidden, actions = torch.randn(1, 1, 2, 2, 32).bfloat16(), torch.randn(1, 1, 32).bfloat16()
     hidden.view(torch.int16)[0, 0, 0, 1, 5] = bits
     hidden.requires_grad_()

@@ -1,4 +1,4 @@
-"""What is particular to mtp_combine: weights of a Megatron checkpoint."""
+"""Tests of mtp_combine alone: the weights of a Megatron checkpoint."""
 
 from __future__ import annotations
 

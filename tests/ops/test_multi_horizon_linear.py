@@ -1,4 +1,4 @@
-"""What is particular to multi_horizon_linear: chunks of rows, the monitor, and no temporary as large as hidden."""
+"""Tests of multi_horizon_linear alone: chunks of rows, the monitor, and no temporary as large as hidden."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def gradients_of(backend: str, kwargs: dict[str, Any], upstream: list[torch.Tens
     with use_backend(backend):
         outputs = multi_horizon_linear(**kwargs)
     pairs = [(output, gradient) for output, gradient in zip(outputs, upstream, strict=True) if gradient is not None]
-    made, given = zip(*pairs, strict=True)
-    gradients = torch.autograd.grad(made, leaves_of(kwargs), given, allow_unused=True)
+    used, given = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(used, leaves_of(kwargs), given, allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves_of(kwargs), gradients, strict=True)]
     return [*(output.detach() for output in outputs), *filled]
 
@@ -91,7 +91,7 @@ def test_an_fp64_scale_is_as_good_as_an_fp32_one(backend: str) -> None:
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of every storage that an op returns a tensor of, by address."""
+    """Records the bytes of every storage of which an op returns a tensor, by address."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("monitored", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_temporary_as_large_as_hidden(dtype: torch.dtype, monitored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The mode is to see what happens within the op.
+    # Let the mode see the ops inside our op, instead of routing the call through the registered op.
     monkeypatch.setattr(autograd, "prepare", lambda args: (args, False))
     kwargs = call_of(dtype, 30, 30, width=64)
     upstream = [torch.randn(2, 3, 30, 30, n).to(dtype) for n in (7, 3, 1)]
@@ -119,7 +119,7 @@ def test_no_temporary_as_large_as_hidden(dtype: torch.dtype, monitored: bool, mo
         outputs = multi_horizon_linear(**kwargs)
         gradients = torch.autograd.grad(outputs, leaves_of(kwargs), upstream)
     hidden = kwargs["hidden"]
-    # Views of hidden and of its gradient are no temporaries.
+    # Views of hidden and of its gradient are not temporaries.
     for tensor in (hidden, *gradients):
         seen.bytes.pop(tensor.untyped_storage().data_ptr(), None)
     assert 0 < max(seen.bytes.values()) <= hidden.numel() * hidden.element_size() // 2

@@ -1,4 +1,4 @@
-"""What is particular to multi_horizon_linear_cross_entropy: dense targets, chunks, what does not count, ids, memory."""
+"""Tests of multi_horizon_linear_cross_entropy alone: dense targets, chunks, what does not count, ids, memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASCADE = Horizons.cascade(3)
 
 
 def call_of(backend: str, horizons: Horizons = CASCADE, batch: int = 2, vocabulary: int = 37, **changes: Any) -> Any:
-    """Random rows for 5 positions of 4 x 8 tokens, of 2 clips."""
+    """The arguments of a call: random states for 5 positions of 4 x 8 tokens in `batch` clips."""
     device = device_of(backend)
     dtype = torch.float32 if backend == "triton" else torch.float64
     return {
@@ -41,7 +41,7 @@ def tolerance(backend: str) -> float:
 
 
 def few_clips(backend: str) -> int:
-    """Triton's interpreter takes seconds for what shows in one clip."""
+    """One clip in Triton's interpreter, which takes seconds per clip."""
     return 1 if interpreted(backend) else 2
 
 
@@ -105,7 +105,7 @@ def test_any_chunk_size(backend: str, options: str) -> None:
 @pytest.mark.parametrize("detach", [None, "near", "far"])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_consistency(backend: str, detach: str | None) -> None:
-    """Factors (1, 2, 4), two episodes in a clip, softcapped; alone, without weight on the cross-entropies."""
+    """Factors (1, 2, 4), two episodes in a clip, a softcap, and weight 0 for the cross-entropies."""
     batch = few_clips(backend)
     segments = torch.tensor([[0, 0, 0, 0, 0, 1], [2, 2, 2, 2, 2, 2]], device=device_of(backend))[:batch]
     kwargs = call_of(backend, batch=batch, detach=detach, segment_ids=segments, softcap=2.0, horizon_weights=[0, 0, 0])
@@ -131,7 +131,7 @@ def test_a_clip_does_not_depend_on_the_others(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_horizon_of_which_nothing_counts(backend: str) -> None:
-    """Tokens of frames 4 and 5 are all that the far horizon is asked for."""
+    """The far horizon predicts only tokens of frames 4 and 5, which are ignored."""
     kwargs = call_of(backend)
     kwargs["tokens"][:, 4:] = -100
     loss, gradients = results(backend, kwargs)
@@ -173,10 +173,10 @@ def test_rows_that_a_mask_or_segments_leave_out_may_be_nan(backend: str, left_ou
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accuracy(backend: str) -> None:
-    """Cells of 2 x 2 ids, logits are the inputs; the smallest of the most frequent ids is asked for, and predicted."""
+    """Cells of 2 x 2 ids, with the inputs as logits. The smallest of equally frequent ids, or of equal logits, wins."""
     device = device_of(backend)
     tokens = torch.tensor([[3, 3, 0, 2], [0, 2, 2, 0], [-100, 1, -100, -100], [-100, -100, -100, -100]], device=device)
-    # The most frequent are 3, then 0 (as often as 2), then 1, and none.
+    # The most frequent ids of the cells are 3; 0, as often as 2; 1; and none.
     logits = torch.zeros(1, 1, 2, 2, 4, device=device)
     logits[0, 0, 0, 0, 3] = 1  # right
     logits[0, 0, 0, 1, 0] = logits[0, 0, 0, 1, 2] = 1  # right: the first of two largest
@@ -202,7 +202,7 @@ def test_an_id_out_of_range_is_named(backend: str, value: int) -> None:
 
 
 def test_a_bad_id_on_a_gpu_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of the device's record that arrive after the error, with no new bad id, raise nothing."""
+    """After the error, copies of the device's record without new bad ids raise nothing."""
     found, pinned = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     monkeypatch.setattr(token_ids, "_reports", {"a GPU": token_ids._Report(Shared(found), pinned)})
 
@@ -238,7 +238,7 @@ def test_rows_too_long_for_registers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_large_logits(backend: str) -> None:
-    """Softmaxes of logits that exp cannot take, and far below the largest."""
+    """Logits for which exp overflows, and logits far below the largest."""
     kwargs = call_of(backend)
     kwargs["weight"] *= 300
     want, got = results("reference", kwargs), results(backend, kwargs)
@@ -247,7 +247,7 @@ def test_large_logits(backend: str) -> None:
 
 
 def peak_memory(kwargs: dict[str, Any]) -> int:
-    """Bytes allocated at once in a forward and a backward, gradients included."""
+    """The most bytes allocated at a time in a forward and a backward, including gradients."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         results("cpu", kwargs)
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
@@ -263,7 +263,7 @@ def peak_memory(kwargs: dict[str, Any]) -> int:
 def test_memory_does_not_grow_with_the_logits(
     products: torch.dtype, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above inputs and gradients, as given and as returned: a chunk, and the weight and its gradient for products."""
+    """Besides inputs and gradients, memory holds a chunk, and for products copies of the weight and its gradient."""
     horizons, vocabulary, depth, budget = Horizons.cascade(4), 4096, 64, 8 * 2**20
     module = importlib.import_module("mfwm_kernels.cpu.multi_horizon_linear_cross_entropy")
     monkeypatch.setattr(module, "PASSES", module.PASSES._replace(chunk_bytes=budget))
@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_the_logits(
         return peak_memory(kwargs) - sum(gradient.nbytes for gradient in gradients)
 
     # fp32 products read a copy of the weight and accumulate its gradient in place; bf16 products need a product and a
-    # sum. A call of one chunk needs no sum, so this is a bound from above.
+    # sum. A call of one chunk needs no sum, so this is an upper bound.
     most = budget + vocabulary * depth * (4 + 4 if products == torch.float32 else 2 + 4)
     short, long = held(1), held(4)
     logits = 4 * 4 * (256 + 64 + 16 + 4) * vocabulary * products.itemsize
@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_logits(
 
 
 class Launches:
-    """The rows of what calls launch while it lives: passes, consistency passes and products that make logits."""
+    """Records how many rows each pass, consistency pass and product of logits has while a test runs."""
 
     def __init__(self, backend: str, monkeypatch: pytest.MonkeyPatch, vocabulary: int = 37, **changes: Any) -> None:
         self.passes: list[int] = []
@@ -305,14 +305,14 @@ class Launches:
             self.pairs.append(near.shape[0] + far.shape[0])
             module.consistency(args, near, far, *rest)
 
-        def seen_mm(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+        def recording_mm(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
             if right.shape[1] == vocabulary:
                 self.products.append(left.shape[0])
             return mm(left, right, out=out)
 
         passes = module.PASSES._replace(cross_entropy=cross_entropy, consistency=consistency, **changes)
         monkeypatch.setattr(module, "PASSES", passes)
-        monkeypatch.setattr(torch, "mm", seen_mm)
+        monkeypatch.setattr(torch, "mm", recording_mm)
 
 
 def evaluated(backend: str, kwargs: dict[str, Any]) -> Any:
@@ -323,19 +323,19 @@ def evaluated(backend: str, kwargs: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_horizons_share_chunks(backend: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """320, 64 and 8 rows in four chunks: a pass for each, and of those that share a weight one product for each.
+    """320, 64 and 8 rows in four chunks: one pass per chunk, and one product per chunk and weight.
 
-    fp16 is copied to fp32 for products everywhere, so none lies ready where it is. Accuracies cost no product.
+    The rows are fp16, which both backends copy to fp32, so none is multiplied in place. Accuracies cost no product.
     """
-    seen = Launches(backend, monkeypatch)
+    recorded = Launches(backend, monkeypatch)
     kwargs = call_of(backend, chunk_size=100)
     kwargs["inputs"] = [states.half() for states in kwargs["inputs"]]
     kwargs["weight"] = kwargs["weight"].half() if shared else [kwargs["weight"].half()] * 3
     evaluated(backend, kwargs)
-    assert seen.passes == [98] * 4
-    assert seen.products == (seen.passes if shared else [98, 98, 98, 26, 64, 8])
+    assert recorded.passes == [98] * 4
+    assert recorded.products == (recorded.passes if shared else [98, 98, 98, 26, 64, 8])
     assert evaluated(backend, {**kwargs, "return_accuracy": True}).accuracy is not None
-    assert seen.products[len(seen.products) // 2 :] == seen.products[: len(seen.products) // 2]
+    assert recorded.products[len(recorded.products) // 2 :] == recorded.products[: len(recorded.products) // 2]
 
 
 @pytest.mark.parametrize("vocabulary", [4, 200])
@@ -343,33 +343,33 @@ def test_horizons_share_chunks(backend: str, shared: bool, monkeypatch: pytest.M
 def test_the_default_chunk_follows_from_its_bytes(
     backend: str, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many rows as the budget has of 4 + 6, or 200 + 6, numbers, whether V is below D or far above it."""
+    """A row needs V + D = 4 + 6 or 200 + 6 numbers of the budget, so V may be below D or far above it."""
     kwargs = call_of(backend, vocabulary=vocabulary)
     budget = 100 * (vocabulary + 6) * kwargs["weight"].itemsize
-    seen = Launches(backend, monkeypatch, vocabulary, chunk_bytes=budget)
+    recorded = Launches(backend, monkeypatch, vocabulary, chunk_bytes=budget)
     evaluated(backend, kwargs)
-    assert seen.passes == [98] * 4
+    assert recorded.passes == [98] * 4
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_logits_of_a_pair_share_the_chunk(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far cells with the 4 or 16 near cells that each covers: at most 40 rows of both at once."""
-    seen = Launches(backend, monkeypatch)
+    """Far cells and the 4 or 16 near cells that each covers share chunks of at most 40 rows."""
+    recorded = Launches(backend, monkeypatch)
     evaluated(backend, call_of(backend, chunk_size=40, consistency_weights=[0, 0.5, 2]))
     cells = {4: 2 * 4 * 8, 16: 2 * 2 * 2}
-    assert seen.pairs == [40] * (cells[4] // 8) + [34] * (cells[16] // 2)
+    assert recorded.pairs == [40] * (cells[4] // 8) + [34] * (cells[16] // 2)
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="needs the compiled module")
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 1000, 5000])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_vocabularies_of_any_size_in_fp32(size: int, softcap: float | None) -> None:
-    """Exponentials and hyperbolic tangents are the kernel's own in fp32."""
+    """In fp32 the kernel has its own exp and tanh."""
     kwargs = call_of("cpu", vocabulary=size, softcap=softcap, return_accuracy=True)
     want = results("reference", kwargs)
     kwargs["inputs"] = [states.float() for states in kwargs["inputs"]]
     kwargs["weight"] = kwargs["weight"].float()
     loss, gradients = results("cpu", kwargs)
     assert relative_error(loss.total, want[0].total) < 1e-6 or size == 1
-    # With one id there is nothing to learn.
+    # With one id, loss and gradients are 0.
     assert all(relative_error(a, b) < 5e-6 or size == 1 for a, b in zip(gradients, want[1], strict=True))

@@ -1,4 +1,4 @@
-"""What is particular to multi_horizon_loss: what does not count, loss scales, and weights that cannot be read."""
+"""Tests of multi_horizon_loss alone: what does not count, loss scales, and weights that cannot be read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKENDS = backends_of("multi_horizon_loss")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber", "charbonnier"])
 def test_what_does_not_count_may_be_nan(backend: str, kind: str) -> None:
-    """Positions whose frame is past the end or in another episode: no trace in loss or gradients."""
+    """Positions whose frame is past the end or in another episode affect neither loss nor gradients."""
     device = device_of(backend)
     horizons = Horizons((1, 2), (1, 2))
     preds = [torch.randn(1, 5, 2, 4 // f, 4 // f, device=device) for f in (1, 2)]
@@ -44,8 +44,8 @@ def loss_and_gradients(preds: list[Tensor], video: Tensor, horizons: Horizons, k
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fp16_gradients_survive_a_loss_scale(backend: str, compiled: bool) -> None:
-    """1 / 786,432 is subnormal in fp16; the scale lifts it before it is stored in fp16. Here 12,288 elements have a
-    weight of 1 / 64: the same, in a sixty-fourth of the time."""
+    """1 / 786,432 is subnormal in fp16, but the scale raises it before it is rounded to fp16. Here 12,288 elements have
+    a weight of 1 / 64: the same, in a sixty-fourth of the time."""
     if backend == "triton" and compiled:
         pytest.skip("Triton's interpreter is not traceable")
     device = device_of(backend)
@@ -87,7 +87,7 @@ def test_lists_of_weights_are_exact_in_fp64() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_pair_that_cannot_be_computed_in_a_tensor_that_cannot_be_read(weight: float) -> None:
-    """Factors (2, 1): the far prediction cannot be compared with a coarser near one."""
+    """Factors (2, 1), where the near prediction is coarser than the far one and cannot be pooled to its size."""
     preds = [torch.randn(1, 4, 1, 4, 4), torch.randn(1, 4, 1, 8, 8)]
     video, weights = torch.randn(1, 4, 1, 8, 8), torch.tensor([0.0, weight])
 

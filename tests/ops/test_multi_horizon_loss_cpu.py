@@ -1,4 +1,4 @@
-"""What is particular to multi_horizon_loss on the CPU: tiles, lanes, rows in place and gradients past the caches."""
+"""Tests of multi_horizon_loss on the CPU alone: tiles, lanes, rows in place and non-temporal stores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs(
 
 
 def gradients(backend: str, preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any) -> list[Tensor]:
-    """The total, the losses, the agreement, then the gradients."""
+    """The total, the losses, the consistency terms, then the gradients."""
     leaves = [pred.detach().requires_grad_() for pred in preds]
     with use_backend(backend):
         loss = multi_horizon_loss(leaves, video, horizons, **{"detach": None, **options})
@@ -48,7 +48,7 @@ def check(preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber", "charbonnier"])
 @pytest.mark.parametrize("size", [(8, 4), (12, 36), (8, 68), (20, 132), (8, 2076)])
 def test_widths_that_no_number_of_lanes_fills(size: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
-    """The widest is cut into tiles that are not."""
+    """The widest frame has several tiles, of widths that no number of lanes fills either."""
     preds, video = inputs(2, 6, 1, *size, CASCADE, dtype)
     check(preds, video, CASCADE, kind=kind, consistency_weights=[0, 0.5, 0.25])
 
@@ -58,9 +58,9 @@ def test_widths_that_no_number_of_lanes_fills(size: tuple[int, int], kind: str, 
 @pytest.mark.parametrize(
     "horizons",
     [
-        CASCADE,  # the second is far to the first and near to the third
-        Horizons((1, 2, 4), (1, 4, 4)),  # two pairs at one level, four times smaller
-        Horizons((1, 2, 4), (2, 2, 4)),  # a pair of one size
+        CASCADE,  # the second horizon is the far side of one pair and the near side of another
+        Horizons((1, 2, 4), (1, 4, 4)),  # two pairs at the same level, a quarter of the size
+        Horizons((1, 2, 4), (2, 2, 4)),  # a pair of equal sizes
         Horizons((0, 1, 1), (1, 3, 6)),
         Horizons((1, 2, 9), (1, 2, 4)),  # longer than the clip
     ],
@@ -79,7 +79,7 @@ def test_strides(dtype: torch.dtype) -> None:
     channels_last = video.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     check(preds, channels_last, CASCADE, **options)
     check([pred.transpose(-1, -2).contiguous().transpose(-1, -2) for pred in preds], video, CASCADE, **options)
-    # Rows in place that neither touch nor start on a cache line.
+    # Rows that are read in place, with gaps between them and not aligned to cache lines.
     check([torch.nn.functional.pad(pred, (3, 2))[..., 3:-2] for pred in preds], video, CASCADE, **options)
     check([pred[:, :1].expand_as(pred) for pred in preds], video, CASCADE, **options)
     check(preds, torch.nn.functional.pad(video, (3, 2, 1, 4))[..., 1:-4, 3:-2], CASCADE, **options)
@@ -89,7 +89,7 @@ def test_strides(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("patches", [(12, 8, 3), (4, 4, 4), (2, 1, 6)])
 @pytest.mark.parametrize("channels", [3, 2, 4, 12])
 def test_tokens_of_pixels(channels: int, patches: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Rows of 12 pixels are one vector and a rest; tiles have fewer rows than the frame and cut tokens."""
+    """A row of 12 pixels is one vector and a remainder; tiles have fewer rows than the frame, and cut tokens."""
     horizons = Horizons((1, 2, 4), (1, 2, 4))
     preds, video = tokens(channels, 144, 96, patches, horizons, dtype)
     options: dict[str, Any] = {"patch_sizes": patches, "consistency_weights": [0, 0.5, 0.25]}
@@ -100,7 +100,7 @@ def test_tokens_of_pixels(channels: int, patches: tuple[int, ...], dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("patches", [(8, 4, 2), (8, 2, 1)])
 def test_tokens_in_frames_wider_than_a_tile(patches: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Two tiles of 532 pixels, of which the second begins within a token."""
+    """Two tiles of 532 pixels, the second of which starts inside a token."""
     horizons = Horizons((1, 2, 4), (1, 2, 4))
     preds, video = tokens(12, 16, 1064, patches, horizons, dtype)
     check(preds, video, horizons, patch_sizes=patches, consistency_weights=[0, 0.5, 0.25])
@@ -126,14 +126,14 @@ def test_latents(patch: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_larger_than_the_caches(dtype: torch.dtype) -> None:
-    """They are written past the caches, but for the smallest: its rows of 33 do not start on multiples of 16 bytes."""
+    """Stores are non-temporal, except for the smallest gradient, whose rows of 33 are not aligned to 16 bytes."""
     horizons = Horizons.cascade(4)
     preds, video = inputs(1, 34, 3, 264, 264, horizons, dtype)
     assert sum(pred.numel() * pred.element_size() for pred in preds) > 16 << 20
     check(preds, video, horizons, consistency_weights=[0, 0.1, 0.1, 0.1], detach=None)
 
 
-def test_only_the_gradients_asked_for() -> None:
+def test_only_the_needed_gradients() -> None:
     preds, video = inputs(2, 6, 3, 16, 24, CASCADE, torch.float32)
     options: dict[str, Any] = {"consistency_weights": ALL_PAIRS, "detach": None}
     every = gradients("cpu", preds, video, CASCADE, **options)
@@ -162,7 +162,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_nan_stays_nan_in_bf16(residual: bool) -> None:
-    """Whatever its bits: rounded as a number, one of ones alone would become zero."""
+    """For any bits of the NaN: rounded like a number, a NaN whose bits are all 1 would become 0."""
     horizons = Horizons.next_frame()
     for bits in (0x7FFFFFFF, -1, 0x7FC00000):
         video = torch.randn(1, 2, 1, 2, 40)
@@ -194,6 +194,6 @@ print(step(batch, frames, side))
 
 
 def test_memory_beside_inputs_and_gradients_is_that_of_a_tile() -> None:
-    """Under 1 MiB a thread, for a video of 100 MB as well: a stored pyramid alone would be 500 MB."""
+    """Under 1 MiB per thread, even for a video of 100 MB, whose stored pyramid alone would need 500 MB."""
     ran = subprocess.run([sys.executable, "-c", MEMORY, "4", "16", "720"], capture_output=True, text=True, check=True)
     assert int(ran.stdout) < 2 * 1024
