@@ -250,9 +250,9 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
         "is checked against the fp64 reference before it is timed (torch.compile, to avoid compiling twice, at the "
         "full size against the eager formula). The bare matrix products of multi_horizon_linear and of the token loss "
         "have rows of their own. The roof of a row is the larger of the fewest bytes over the copy bandwidth and the "
-        "FLOPs over the rate of a large matrix product, both measured in the same run. The multi-frame tax is the time of a training "
-        "step with four horizons over that of the same trunk's next-frame step. `python -m benchmarks.report` writes "
-        "this page.",
+        "FLOPs over the rate of a large matrix product, both measured in the same run. The multi-frame tax is the time "
+        "of a training step with four horizons over that of the same trunk's next-frame step. `python -m "
+        "benchmarks.report` writes this page.",
         "On a CPU every contender runs with `" + " ".join(f"{k}={v}" for k, v in ALLOCATOR.items()) + "`: by "
         "default glibc returns large blocks to the system, and every new output costs page faults. `python -m "
         "benchmarks --default-allocator --op OP` measures with the default; its figures, if any, are in the last "

@@ -42,7 +42,7 @@ def backends_of(name: str) -> list[str]:
 
 
 def interpreted(backend: str) -> bool:
-    """Whether Triton is interpreted, which takes seconds for a large tensor, and truncates instead of rounding to bf16."""
+    """Whether Triton is interpreted: slow for large tensors, and truncates to bf16 where a GPU rounds."""
     return backend == "triton" and DEVICE.type == "cpu"
 
 
@@ -165,7 +165,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill the results of torch.empty etc. with NaN (or the largest integer), to expose elements that a kernel skips."""
+    """Fill results of torch.empty etc. with NaN (or the largest integer), to expose elements that a kernel skips."""
 
     def poison(make: Any) -> Any:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:
