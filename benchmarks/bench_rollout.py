@@ -30,15 +30,15 @@ def measure(device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     model = WorldModel(config).to(device).eval()
     # The head predicts changes and is initialised to zero, so the model would copy its last frame.
     torch.nn.init.normal_(model.heads.heads[0].weight, std=0.02)  # type: ignore[arg-type]
-    of_context = WorldModel(replace(config, window=None)).to(device).eval()
-    of_context.load_state_dict(model.state_dict())
+    windowless = WorldModel(replace(config, window=None)).to(device).eval()
+    windowless.load_state_dict(model.state_dict())
     video = torch.randint(0, 256, (1, SEEN, *config.frame), dtype=torch.uint8, device=device)
     actions = torch.randint(0, config.actions, (1, SEEN + STEPS), device=device)
     anew = f"the last {config.context} frames anew"
     calls = {
         "cached": lambda: rollout(model, video, actions, STEPS),
         "uncached": lambda: rollout(model, video, actions, STEPS, cached=False),
-        anew: lambda: rollout(of_context, video, actions, STEPS, cached=False, keep=config.context),
+        anew: lambda: rollout(windowless, video, actions, STEPS, cached=False, keep=config.context),
     }
     apart = (calls["cached"]() - calls["uncached"]()).abs().max().item()
     times = interleaved([Contender(name, [call]) for name, call in calls.items()], device, budget, graphs=False)

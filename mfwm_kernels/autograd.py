@@ -69,9 +69,9 @@ def flatten(op: Op, args: Any, grad: bool = True) -> tuple[list[Tensor], dict[st
 def flags_of(want: Want) -> list[bool]:
     """`want` as one bool per leaf."""
     flags: list[bool] = []
-    for wanted in want.values():
-        if wanted is not None:
-            flags += wanted if type(wanted) is list else [wanted]
+    for needs in want.values():
+        if needs is not None:
+            flags += needs if type(needs) is list else [needs]
     return flags
 
 
@@ -91,11 +91,11 @@ def nested(op: Op, args: Any, values: Sequence[Any]) -> dict[str, Any]:
 def gradient_of_leaves(want: Want, gradients: Gradients) -> list[Tensor | None]:
     """Gradients by field as one entry per leaf, None where none is needed."""
     flat: list[Tensor | None] = []
-    for name, wanted in want.items():
-        if type(wanted) is list:
-            flat += gradients[name] if True in wanted else [None] * len(wanted)
-        elif wanted is not None:
-            flat.append(gradients[name] if wanted else None)
+    for name, needs in want.items():
+        if type(needs) is list:
+            flat += gradients[name] if True in needs else [None] * len(needs)
+        elif needs is not None:
+            flat.append(gradients[name] if needs else None)
     return flat
 
 

@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(NAMED), default=list(NAMED))
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to FILE")
     parser.add_argument("--no-timing", action="store_true", help="values and gradients only")
-    parser.add_argument("--jobs", type=int, metavar="N", help="each row in a process of its own, N at a time, untimed")
+    parser.add_argument("--jobs", type=int, metavar="N", help="run each row in its own process, N at a time, untimed")
     arguments = parser.parse_args()
     if arguments.jobs is not None and arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")

@@ -213,8 +213,8 @@ def gradients(op: Any, kwargs: dict[str, Any], result: Any, upstream: list[Tenso
     """The gradient of every leaf, zeros if it has none."""
     outputs = differentiable_outputs(result)
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
-    wanted = leaves(op, kwargs)
-    if not pairs or not wanted:
-        return [torch.zeros_like(leaf) for leaf in wanted]
-    got = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(got, wanted, strict=True)]
+    inputs = leaves(op, kwargs)
+    if not pairs or not inputs:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    got = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(got, inputs, strict=True)]

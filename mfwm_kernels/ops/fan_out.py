@@ -2,8 +2,8 @@
 
 out_i = RMSNorm(avg_pool(hidden, pool[i]) + window_sum_i + condition_i)
 
-with window_sum_i from action_window_sum. Both sums are added to every token of their position. There is no norm if
-norm_weight is None.
+with window_sum_i from action_window_sum. It and the condition are added to every token of their position. There is no
+norm if norm_weight is None.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ def results(backend: str, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
 
 
 def assert_same(got: Any, want: Any, least: float) -> None:
-    for place, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
+    for index, (a, b) in enumerate(zip(tree_leaves(got), tree_leaves(want), strict=True)):
         if isinstance(a, Tensor):
-            assert relative_error(a, b) <= least, f"{place}: {relative_error(a, b):.2e}"
+            assert relative_error(a, b) <= least, f"{index}: {relative_error(a, b):.2e}"
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_logits(
         gradients = [*kwargs["inputs"], kwargs["weight"]]
         return peak_memory(kwargs) - sum(gradient.nbytes for gradient in gradients)
 
-    # fp32 products read a copy of the weight and accumulate its gradient in place; bf16 products need a product and a
+    # fp32 products read a copy of the weight and accumulate its gradient in index; bf16 products need a product and a
     # sum. A call of one chunk needs no sum, so this is an upper bound.
     most = budget + vocabulary * depth * (4 + 4 if products == torch.float32 else 2 + 4)
     short, long = held(1), held(4)
@@ -325,7 +325,7 @@ def evaluated(backend: str, kwargs: dict[str, Any]) -> Any:
 def test_horizons_share_chunks(backend: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """320, 64 and 8 rows in four chunks: one pass per chunk, and one product per chunk and weight.
 
-    The rows are fp16, which both backends copy to fp32, so none is multiplied in place. Accuracies cost no product.
+    The rows are fp16, which both backends copy to fp32, so none is multiplied in index. Accuracies cost no product.
     """
     recorded = Launches(backend, monkeypatch)
     kwargs = call_of(backend, chunk_size=100)

@@ -110,8 +110,8 @@ def tokens(
     channels: int, height: int, width: int, patches: tuple[int, ...], horizons: Horizons, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
     video = torch.randint(0, 256, (1, 6, channels, height, width), dtype=torch.uint8)
-    places = zip(horizons.factors, patches, strict=True)
-    sizes = [(height // f // p * (width // f // p), p * p * channels) for f, p in places]
+    sides = zip(horizons.factors, patches, strict=True)
+    sizes = [(height // f // p * (width // f // p), p * p * channels) for f, p in sides]
     return [torch.randn(1, 6, *size).to(dtype) for size in sizes], video
 
 
