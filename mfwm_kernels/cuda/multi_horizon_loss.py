@@ -11,8 +11,7 @@ from ..op import Gradients, Want
 from ..ops.multi_horizon_loss import Arguments, empty_gradients, fake, native_arguments
 from . import launch
 
-# Thread blocks of the loss kernel, each of which writes a row of sums: several waves on any GPU, and few rows to add
-# up.
+# Thread blocks of the loss kernel, each with a row of sums: several waves on any GPU, and few rows to add up.
 BLOCKS = 2048
 
 

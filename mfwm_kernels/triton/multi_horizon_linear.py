@@ -1,9 +1,8 @@
 """multi_horizon_linear in Triton, called by autograd.call: one kernel for row statistics and one matrix product.
 
 forward   A program computes a tile of rows x columns of the concatenated heads. It first reads its rows of hidden to
-sum
-          squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue adds the
-          projected window sums, multiplies by each row's norm factor, adds the bias and stores each horizon's columns.
+          sum squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue adds
+          the projected window sums, multiplies by the rows' norm factors, adds the bias and stores each horizon's part.
           Bytes: hidden once for each block of columns (one block, up to 256 columns), the outputs.
 backward  torch's matrix products and three passes, see gemm/multi_horizon_linear.py. Each program sums over its tokens
           of a position; torch adds up the programs' sums in a fixed order.

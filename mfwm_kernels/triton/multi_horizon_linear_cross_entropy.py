@@ -1,8 +1,7 @@
 """multi_horizon_linear_cross_entropy in Triton, called by autograd.call; torch computes the matrix products.
 
-multi_horizon_linear_cross_entropy   A program computes the losses of a few rows of logits, and overwrites the logits
-with
-                                     their gradients. Rows that fit into registers are read once, longer ones twice.
+multi_horizon_linear_cross_entropy   A program computes the losses of a few rows of logits, and overwrites the
+                                     logits with their gradients. Rows that registers hold are read once, others twice.
 multi_horizon_linear_normalisers     log(sum(exp(logits))) of each row, for the next kernel.
 multi_horizon_linear_consistency     A program has a far row and the near rows that its cell covers. Bytes: the logits
                                      of both once, near ones that learn twice; the gradients.

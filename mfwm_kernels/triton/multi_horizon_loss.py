@@ -1,8 +1,7 @@
 """multi_horizon_loss in Triton, called by autograd.call: one pass over frames computes losses and gradients.
 
 multi_horizon_loss         A program has a tile (see frames.py; about 4096 pixels) of frame m of one clip. It computes
-the
-                           frame's pyramid in registers, compares it with the predictions of frame m made at m - k_i,
+                           the pyramid in registers, compares it with the predictions of frame m made at m - k_i,
                            compares these with each other, and writes their gradients. Bytes: the video, the predictions
                            and the gradients, once each; a column of loss sums per program.
 multi_horizon_loss_counts  With segments only: counts the elements that each term is a mean over.
