@@ -145,7 +145,7 @@ class _Kernel(torch.autograd.Function):
         outputs, gradients = load(op, backend).forward(args, want)
         ctx.op, ctx.backend, ctx.want = op, backend, want
         if op.gradients_in_forward:
-            ctx.gradients = gradients
+            ctx.gradients = gradient_of_leaves(want, gradients)
             ctx.dtypes = [leaf.dtype for leaf in leaves]
             ctx.mark_non_differentiable(*outputs[1:])
         save(ctx, op, args, outputs if op.outputs_in_backward else ())
@@ -156,13 +156,13 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         op, want = ctx.op, ctx.want
         first_order_only(op)
+        if op.gradients_in_forward:
+            return (None, None, None, None, *_scaled(ctx, grads[0]))
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(flags_of(want)))
         grads, watched = prepare(grads)
         if watched or is_batched(grads):
             refuse_transforms(op.name, grads)
-        if op.gradients_in_forward:
-            return (None, None, None, None, *_scaled(ctx, grads[0], watched))
         args, outputs = saved(ctx, op)
         if watched:
             gradients = registered_backward(op, args, list(grads), want, ctx.backend, outputs)
@@ -171,23 +171,28 @@ class _Kernel(torch.autograd.Function):
         return (None, None, None, None, *gradient_of_leaves(want, gradients))
 
 
-def _scaled(ctx: Any, upstream: Tensor | None, watched: bool) -> list[Tensor | None]:
-    """The gradients that the forward computed, times the upstream gradient, one entry per leaf.
+def _scaled(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
+    """The gradients that the forward computed, times that of the first output, one entry per leaf.
 
     The first backward scales the stored gradients in place and releases them; a second one recomputes them.
     """
-    assert upstream is not None
-    kernels = load(ctx.op, ctx.backend)
+    op, dtypes = ctx.op, ctx.dtypes
+    if upstream is None:
+        return [None] * len(dtypes)
+    (upstream,), watched = prepare((upstream,))
+    if watched or is_batched((upstream,)):
+        refuse_transforms(op.name, (upstream,))
+    kernels = load(op, ctx.backend)
     stored, ctx.gradients = ctx.gradients, None
     if stored is None:
-        stored = kernels.forward(saved(ctx, ctx.op)[0], ctx.want)[1]
-    flat = gradient_of_leaves(ctx.want, stored)
-    present = [gradient for gradient in flat if gradient is not None]
-    scaled = iter(multiplied(present, upstream) if watched else kernels.scale(present, upstream))
+        stored = gradient_of_leaves(ctx.want, kernels.forward(saved(ctx, op)[0], ctx.want)[1])
+    needed = [gradient for gradient in stored if gradient is not None]
+    scaled = iter(multiplied(needed, upstream) if watched else kernels.scale(needed, upstream))
     gradients: list[Tensor | None] = []
-    for old, dtype in zip(flat, ctx.dtypes, strict=True):
+    for i, old in enumerate(stored):
         gradient = None if old is None else next(scaled)
-        gradients.append(gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype))
+        # Without a test Tensor.to takes a microsecond to find that there is nothing to convert.
+        gradients.append(gradient if gradient is None or gradient.dtype == dtypes[i] else gradient.to(dtypes[i]))
     return gradients
 
 
@@ -236,7 +241,7 @@ def multiplied(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
 
 def scale_in_place(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
     """gradients *= upstream, skipped on the CPU if upstream is 1. The `scale` of backends without a kernel for it."""
-    if upstream.device.type == "cpu":
+    if upstream.is_cpu:
         factor = upstream.item()
         return gradients if factor == 1 else [gradient.mul_(factor) for gradient in gradients]
     return [gradient.mul_(upstream) for gradient in gradients]
