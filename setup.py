@@ -5,6 +5,7 @@ The build needs neither a GPU nor torch, and does not link torch.
 """
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
+def is_stale(cache: Path) -> bool:
+    """Whether a build tree is of another environment, as pip's isolated builds are, whose programs may be gone."""
+    if not cache.exists():
+        return False
+    cached = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.MULTILINE))
+    here = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
+    programs = [cached.get("CMAKE_MAKE_PROGRAM", ""), cached.get("CMAKE_CXX_COMPILER", "")]
+    return any(cached.get(name) != value for name, value in here.items()) or not all(map(os.path.exists, programs))
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -26,8 +37,7 @@ class CMakeBuild(build_ext):
         path = os.pathsep.join([cmake.CMAKE_BIN_DIR, ninja.BIN_DIR, os.environ.get("PATH", "")])
         configure = [
             "cmake",
-            # CMake's cache from an isolated build names programs of an environment that no longer exists.
-            "--fresh",
+            *(["--fresh"] if is_stale(build / "CMakeCache.txt") else []),
             "-S",
             str(Path(__file__).resolve().parent),
             "-B",

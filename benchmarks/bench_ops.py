@@ -61,7 +61,7 @@ def contenders_of(
     op: Op, kwargs: dict[str, Any], device: torch.device, chosen: Sequence[str]
 ) -> tuple[dict[str, Formula], dict[str, str]]:
     """Name -> formula, the compiled one last; and name -> why a contender is absent."""
-    eager = rivals.FORMULAS[op.name]
+    eager = rivals.formula_of(op.name)
     found: dict[str, Formula] = {"eager": eager} if "eager" in chosen else {}
     absent: dict[str, str] = {}
     for name, library in rivals.LIBRARIES.items() if op.name == "multi_horizon_linear_cross_entropy" else ():
@@ -260,7 +260,7 @@ def test_op_on_the_cpu(benchmark: Any, op: Op, contender: str) -> None:
     benchmark.group = op.name
     torch.manual_seed(0)
     kwargs = with_gradients(op, op.bench["cpu"](torch.float32, CPU))
-    formula = rivals.FORMULAS[op.name] if contender == "eager" else ours(op, backends_of(op, CPU)[0])
+    formula = rivals.formula_of(op.name) if contender == "eager" else ours(op, backends_of(op, CPU)[0])
     assert error_of(op, formula, op.bench["cpu"](torch.float32, CPU, 1)) <= TOLERANCE[torch.float32]
     with torch.no_grad():
         upstream = upstream_of(formula(**kwargs))

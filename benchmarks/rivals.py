@@ -164,6 +164,14 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
 }
 
 
+def formula_of(name: str) -> Callable[..., Outputs]:
+    if name not in FORMULAS:
+        raise ValueError(
+            f"benchmarks/rivals.py must have {name} as eager PyTorch, among FORMULAS: {', '.join(FORMULAS)}"
+        )
+    return FORMULAS[name]
+
+
 def cross_entropy_products(kwargs: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
     """The bare matrix products, forward and backward: rows of all horizons at once, with logits as their gradients."""
     rows = torch.cat([state.detach().flatten(0, 3) for state in kwargs["inputs"]]).to(dtype)

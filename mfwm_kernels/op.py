@@ -29,6 +29,9 @@ class Kernels(Protocol):
     Every module has `forward`. If the record sets `gradients_in_forward`, it also returns the gradients of outputs[0],
     in `dtypes.stored_dtype`, and in the backward `scale` multiplies them by the upstream gradient. Other ops have
     `backward` instead, and their forward returns no gradients.
+
+    Inputs and upstream gradients have any strides. Outputs and gradients are new tensors, contiguous or in the strides
+    that torch.empty_like gives them.
     """
 
     def forward(self, args: Any, want: Want) -> tuple[list[Tensor], Gradients]: ...
@@ -58,17 +61,21 @@ class Backend:
 class Op:
     """Everything that the package knows about one op.
 
-    arguments          NamedTuple type of a checked call: tensors, lists of tensors, numbers and strings, in the order
-                       of the registered op's schema
+    arguments          NamedTuple type of a checked call, in the order of the registered op's schema. Its first field is
+                       a tensor or a list of tensors, whose dtype and device are those of the call; torch_library.py
+                       lists the types that fields may have
     differentiable     its fields that may receive gradients
     reference          (args) -> outputs: the op as plain PyTorch
     fake               (args) -> outputs as empty tensors: shapes and dtypes only
     public             the function users call
-    samples            (dtype, device) -> keyword arguments of `public`, odd shapes and strides included
+    samples            (dtype, device) -> keyword arguments of `public`, odd shapes and strides included. The first
+                       three are not empty: finite differences and opcheck take them, torch.compile takes the first,
+                       partial gradients the second
     variants           (dtype, device) -> keyword arguments of more calls: options that `samples` omit and that need
                        other compiled code. mfwm_kernels.aot compiles them; nothing runs them
     cost               (keyword arguments) -> Cost, forward and backward
-    bench              benchmark size -> (dtype, device[, batch]) -> keyword arguments; sizes named cpu... suit a CPU
+    bench              benchmark size -> (dtype, device[, batch]) -> keyword arguments. Sizes named cpu... suit a CPU;
+                       mfwm_kernels.check times "cpu" or, on a GPU, "genie"
     backends           name -> Backend, fastest first: `auto` takes the first that serves the call
     gradients_in_forward  the forward computes the gradients of outputs[0]; only that output is differentiable
     outputs_in_backward   autograd saves the forward's outputs and passes them to the backward

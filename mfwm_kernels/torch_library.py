@@ -42,11 +42,15 @@ _SCHEMA_TYPES = {
 
 def schema_of(op: Op) -> str:
     """The schema of the op's arguments, derived from their annotations."""
-    kinds = {
-        name: _SCHEMA_TYPES[annotation if isinstance(annotation, str) else annotation.__forward_arg__]
-        for name, annotation in op.arguments.__annotations__.items()
-    }
-    return ", ".join(f"{kind} {name}" for name, kind in kinds.items())
+    parts = []
+    for name, annotation in op.arguments.__annotations__.items():
+        annotation = annotation if isinstance(annotation, str) else annotation.__forward_arg__
+        if annotation not in _SCHEMA_TYPES:
+            raise TypeError(
+                f"{op.name}: Arguments.{name} must be annotated as one of {', '.join(_SCHEMA_TYPES)}; got {annotation}"
+            )
+        parts.append(f"{_SCHEMA_TYPES[annotation]} {name}")
+    return ", ".join(parts)
 
 
 def define(op: Op) -> None:

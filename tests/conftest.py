@@ -193,6 +193,9 @@ def require_grad(op: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, (list, tuple)):
             return type(value)(leaf(entry) for entry in value)
         if isinstance(value, Tensor) and value.is_floating_point():
+            if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+                # An expanded tensor cannot be copied to; nothing writes to the one that is shared here.
+                return value.detach().requires_grad_()
             # Keep the strides: clone() would make the leaf contiguous.
             strided = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             return strided.copy_(value).requires_grad_()

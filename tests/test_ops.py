@@ -99,6 +99,16 @@ def upstream_of(result: Any) -> list[torch.Tensor]:
     return [torch.randn_like(output) for output in differentiable_outputs(result)]
 
 
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS.values()])
+def test_the_first_samples_are_not_empty(op: Any) -> None:
+    """Other tests here take the first, the second or the first three: an empty one would show nothing."""
+    first = samples(op, torch.float64, torch.device("cpu"))[:3]
+    assert len(first) == 3
+    for sample in first:
+        assert all(t.numel() for t in tensors_of(list(sample.values())))
+    assert any(leaves(op, require_grad(op, sample)) for sample in first)
+
+
 @pytest.mark.parametrize(("op", "backend", "dtype"), list(cases()))
 def test_values_and_gradients(op: Any, backend: str, dtype: torch.dtype, poisoned_empty: None) -> None:
     """Of outputs and inputs, neither written to nor marked as written to."""
