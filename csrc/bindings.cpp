@@ -57,17 +57,18 @@ MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, in
 
 // `numbers` is a dict, because the compiler cannot tell four doubles in a row apart: a swap would go unnoticed.
 MultiHorizonLoss loss_of(const py::list& preds, const py::list& gradients, const py::handle& video,
-                         const py::handle& segment_ids, const py::handle& weights, const py::handle& pair_weights,
-                         const Sizes& offsets, const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes,
-                         int kind, int detach, bool residual, const py::dict& numbers, const py::list& outputs) {
+                         const py::handle& segment_ids, const py::handle& horizon_weights,
+                         const py::handle& consistency_weights, const Sizes& offsets, const Sizes& factors,
+                         const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
+                         const py::dict& numbers, const py::list& outputs) {
   const auto number = [&](const char* name) { return numbers[name].cast<double>(); };
   MultiHorizonLoss op;
   op.preds = arrays_of(preds);
   op.gradients = arrays_of(gradients);
   op.video = array_of(video);
   op.segment_ids = array_of(segment_ids);
-  op.weights = array_of(weights);
-  op.pair_weights = array_of(pair_weights);
+  op.horizon_weights = array_of(horizon_weights);
+  op.consistency_weights = array_of(consistency_weights);
   op.offsets = offsets;
   op.factors = factors;
   op.pairs = pairs;
@@ -82,8 +83,8 @@ MultiHorizonLoss loss_of(const py::list& preds, const py::list& gradients, const
   op.total = array_of(outputs[0]);
   op.per_horizon = array_of(outputs[1]);
   op.counts = array_of(outputs[2]);
-  op.agreement = array_of(outputs[3]);
-  op.agreement_counts = array_of(outputs[4]);
+  op.consistency = array_of(outputs[3]);
+  op.consistency_counts = array_of(outputs[4]);
   return op;
 }
 
@@ -155,10 +156,10 @@ PYBIND11_MODULE(_native, module) {
              });
   module.def("multi_horizon_linear_monitor",
              [](py::object hidden, py::object sums, int64_t first, int64_t tokens, bool norm, double norm_eps,
-                int threads, const py::list& states, py::object shares, const Numbers& weights,
+                int threads, const py::list& states, py::object shares, const Numbers& scale,
                 py::object hidden_gradient, py::object sums_gradient, py::object gram) {
                const auto op = heads_of(hidden, sums, first, tokens, norm, norm_eps, threads);
-               const MultiHorizonLinearMonitored to{arrays_of(states), array_of(shares), weights,
+               const MultiHorizonLinearMonitored to{arrays_of(states), array_of(shares), scale,
                                                     array_of(hidden_gradient), array_of(sums_gradient), array_of(gram)};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_monitor(op, to);
@@ -174,10 +175,11 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_cross_entropy(op);
              });
   module.def("multi_horizon_linear_consistency",
-             [](py::object near, py::object far, py::object losses, int64_t groups, double softcap, double scale,
+             [](py::object near, py::object far, py::object losses, int64_t ids_per_token, double softcap, double scale,
                 bool near_gradients, bool far_gradients, int threads) {
-               const MultiHorizonLinearConsistency op{array_of(near), array_of(far),  array_of(losses), groups, softcap,
-                                                      scale,          near_gradients, far_gradients,    threads};
+               const MultiHorizonLinearConsistency op{
+                   array_of(near), array_of(far), array_of(losses), ids_per_token, softcap,
+                   scale,          near_gradients, far_gradients,    threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_consistency(op);
              });
@@ -206,11 +208,11 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
-                py::object weights, py::object pair_weights, const Sizes& offsets, const Sizes& factors,
+                py::object horizon_weights, py::object consistency_weights, const Sizes& offsets, const Sizes& factors,
                 const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
                 const py::dict& numbers, const py::list& outputs, int threads) {
-               const auto op = loss_of(preds, gradients, video, segment_ids, weights, pair_weights, offsets, factors,
-                                       pairs, patch_sizes, kind, detach, residual, numbers, outputs);
+               const auto op = loss_of(preds, gradients, video, segment_ids, horizon_weights, consistency_weights,
+                                       offsets, factors, pairs, patch_sizes, kind, detach, residual, numbers, outputs);
                py::gil_scoped_release release;
                cpu::multi_horizon_loss(op, threads);
              });
@@ -224,12 +226,12 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("cuda_multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
-                py::object weights, py::object pair_weights, const Sizes& offsets, const Sizes& factors,
+                py::object horizon_weights, py::object consistency_weights, const Sizes& offsets, const Sizes& factors,
                 const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
                 const py::dict& numbers, const py::list& outputs, py::object term_counts, py::object partial,
                 uintptr_t stream) {
-               const auto op = loss_of(preds, gradients, video, segment_ids, weights, pair_weights, offsets, factors,
-                                       pairs, patch_sizes, kind, detach, residual, numbers, outputs);
+               const auto op = loss_of(preds, gradients, video, segment_ids, horizon_weights, consistency_weights,
+                                       offsets, factors, pairs, patch_sizes, kind, detach, residual, numbers, outputs);
                const MultiHorizonLossScratch scratch{array_of(term_counts), array_of(partial)};
                py::gil_scoped_release release;
                cuda::multi_horizon_loss(op, scratch, reinterpret_cast<void*>(stream));

@@ -1,5 +1,6 @@
-// The arguments of every kernel: one plain struct per op with pointers, sizes, strides and numbers. bindings.cpp fills
-// the structs and calls the functions at the end. Python has checked everything in them; kernels check nothing.
+// The arguments of every C++ and CUDA kernel: plain structs, one or more per op, with pointers, sizes, strides and
+// numbers. bindings.cpp fills the structs and calls the functions at the end of this file. Python has checked
+// everything in them; kernels check nothing.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 
 namespace mfwm {
 
-// The Python side passes these codes (CODES in mfwm_kernels): change both together.
+// The Python side passes these codes (CODES in mfwm_kernels/native.py): change both together.
 enum class DType : int { uint8 = 0, float32 = 1, bfloat16 = 2, float16 = 3, float64 = 4, int32 = 5, int64 = 6 };
 
 // A tensor; sizes and strides count elements. Rank -1 means None.
@@ -28,7 +29,7 @@ struct ActionWindowSum {
   Array segment_ids;  // [B, A] int32 or int64, or none
   std::vector<int64_t> offsets;
   int64_t window_start;
-  Array sums;  // [B, N, K, D], N <= A: the forward writes it; the backward reads the upstream gradient from it
+  Array sums;  // [B, N, K, D], any N: the forward writes it; the backward reads the upstream gradient from it
   int threads;
 };
 
@@ -93,7 +94,7 @@ struct MultiHorizonLinearCombined {
 struct MultiHorizonLinearMonitored {
   std::vector<Array> states;    // K of [R, D], each may be none: scaled_i W_i
   Array shares;                 // from multi_horizon_linear_scale
-  std::vector<double> weights;  // per horizon: multiplies its gradient at hidden only; empty for ones
+  std::vector<double> scale;  // per horizon: multiplies its gradient at hidden only; empty for ones
   Array hidden;                 // written, [R, D]
   Array sums;                   // [B * T, K, D] or none, contiguous, precision; accumulates the gradients
   Array gram;                   // [K, K], float64; accumulates dot products of the horizons' gradients at hidden
@@ -128,7 +129,7 @@ struct MultiHorizonLinearConsistency {
   Array near;      // [C * S, F * V], of unit stride; the S rows of a cell are adjacent
   Array far;       // [C, F * V], of unit stride
   Array losses;    // [C, F], contiguous, precision
-  int64_t groups;  // F
+  int64_t ids_per_token;  // F
   double softcap, scale;
   bool near_gradients, far_gradients;
   int threads;
@@ -152,8 +153,8 @@ struct MultiHorizonLoss {
   std::vector<Array> gradients;  // written, K; none for predictions that need no gradient
   Array video;                   // [B, T_v, C, H, W]
   Array segment_ids;             // [B, T_v] or none
-  Array weights;                 // [K] float32 or float64
-  Array pair_weights;            // [K], indexed by a pair's far side, or [K, K], or none
+  Array horizon_weights;         // [K] float32 or float64
+  Array consistency_weights;     // [K], indexed by a pair's far side, or [K, K], or none
   std::vector<int64_t> offsets, factors;
   std::vector<int64_t> pairs;        // i0, j0, i1, j1, ...
   std::vector<int64_t> patch_sizes;  // empty: image layout
@@ -162,8 +163,9 @@ struct MultiHorizonLoss {
   bool residual;
   double scale, shift, delta, eps;
   // The outputs, contiguous: float32 or float64, counts int64.
-  Array total, per_horizon, counts;   // [], [K], [K]
-  Array agreement, agreement_counts;  // of pair_weights' shape, or [K] without weights; zero where there is no pair
+  Array total, per_horizon, counts;  // [], [K], [K]
+  // In the shape of consistency_weights, or [K] without weights; zero where there is no pair.
+  Array consistency, consistency_counts;
 };
 
 // Scratch memory for the CUDA kernels of multi_horizon_loss.

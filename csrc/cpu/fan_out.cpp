@@ -1,5 +1,5 @@
-// fan_out on the CPU, forward and backward; bindings.cpp calls the two functions at the end. It processes a tile of
-// tokens at a time (fan_tiles.h), level by level. The forward first sums over coarser cells, then computes the states
+// fan_out on the CPU, forward and backward; bindings.cpp calls the two functions at the end of this file. It processes
+// a tile of tokens at a time (fan_tiles.h), level by level. The forward first sums over coarser cells, then computes the states
 // of each level's cells. The backward runs the other way: the gradients of a coarse cell, then those of the cells it
 // sums over.
 //
@@ -46,7 +46,7 @@ struct Fan : FanTiles {
     int64_t size = 0;
     int64_t copies = 0;  // row copies of a group: 0-3 sources, 4-7 upstream gradients, 8-11 outputs
     int64_t zeros = 0;
-    int64_t window_sums = 0;                // per horizon
+    int64_t window_sums = 0;                // per horizon: the window sum plus the condition
     std::vector<int64_t> sums{};            // level -> sums over its cells; none for level 0
     int64_t group_gradients = 0;            // accumulators for the gradients of a group's tokens
     int64_t window_gradients = 0;           // per horizon: the gradient of its window sum

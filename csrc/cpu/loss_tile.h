@@ -89,11 +89,12 @@ struct Target {
 
 // The loss of one tile and, if `with_gradient`, its gradient.
 //
-// squares: kind == mse has loops of its own. The other kinds share one loop that branches on the kind: specialising
-// each would instantiate it about a hundred times.
+// `squares` selects the loops for mse. The other kinds share one loop that branches on the kind: specialising each
+// would instantiate it about a hundred times.
 //
-// stream: non-temporal stores. P, G: C or bf16. S: C or uint8. A target of C is split into even and odd elements if G
-// is bf16. Float sums stay accurate: a tile adds at most a few thousand elements to a lane.
+// `stream`: write gradients with non-temporal stores. The types P (predictions) and G (gradients) are C or bf16; S
+// (target) is C or uint8. If G is bf16, a target of C is split into even and odd elements. Float sums stay accurate: a
+// tile adds at most a few thousand elements to a lane.
 template <bool squares, bool with_gradient, int ratio, bool is_split, bool stream, class S, class C, class P, class G>
 MFWM_INLINE double loss_tile(Tile<const P> pred, const Target<C> target, Tile<G> gradient, const Addition<C>& addition,
                              const Curve<C> curve, bool prefetch) {

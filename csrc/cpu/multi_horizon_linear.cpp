@@ -242,7 +242,7 @@ struct Heads {
         const C* g = row_of(state, gradient, r * gradient.stride[0], gradient.stride[1], depth);
         const C* add = op.norm ? window_sum(unit.position, i) : token;
         C *own = each + i * row, *into = sums ? sums + i * depth : discarded;
-        const C weight = to.weights.empty() ? C(1) : static_cast<C>(to.weights[i]);
+        const C weight = to.scale.empty() ? C(1) : static_cast<C>(to.scale[i]);
         subtract_share(own, into, total, g, h, add, shares[i], weight, depth);
         for (int64_t j = 0; j <= i; ++j) {
           if (!to.states[j]) continue;

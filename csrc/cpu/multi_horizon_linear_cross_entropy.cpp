@@ -195,7 +195,7 @@ template <class C>
 struct Consistency {
   const MultiHorizonLinearConsistency& op;
   const int64_t cells = op.far.size[0], covered = op.near.size[0] / std::max<int64_t>(cells, 1);
-  const Rowwise<C> rowwise{op.far.size[1] / op.groups, padded<C>(op.far.size[1] / op.groups),
+  const Rowwise<C> rowwise{op.far.size[1] / op.ids_per_token, padded<C>(op.far.size[1] / op.ids_per_token),
                            static_cast<C>(op.softcap)};
 
   MFWM_SIMD void cell(int64_t c, C* scratch) const {
@@ -203,7 +203,7 @@ struct Consistency {
     Softmax<C> far{scratch, scratch + row}, near{scratch + 2 * row, scratch + 3 * row};
     C* __restrict teacher = scratch + 4 * row;
     const C scale = static_cast<C>(op.scale), each = 1 / static_cast<C>(covered);
-    for (int64_t group = 0; group < op.groups; ++group) {
+    for (int64_t group = 0; group < op.ids_per_token; ++group) {
       rowwise.load(far, op.far, c, group);
       std::fill(teacher, teacher + vocabulary, C(0));
       for (int64_t s = 0; s < covered; ++s) {
@@ -216,7 +216,7 @@ struct Consistency {
       const C log_sum = far.normaliser;
       const double loss = long_sum<C>(
           vocabulary, [=](int64_t k) __attribute__((always_inline)) { return teacher[k] * (log_sum - z[k]); });
-      static_cast<C*>(op.losses.data)[c * op.groups + group] = static_cast<C>(loss);
+      static_cast<C*>(op.losses.data)[c * op.ids_per_token + group] = static_cast<C>(loss);
       // The gradient at the teacher is g = -log q, so that at a near logit is p (g - <p, g>) / covered.
       for (int64_t s = 0; op.near_gradients && s < covered; ++s) {
         rowwise.load(near, op.near, c * covered + s, group);

@@ -1,5 +1,5 @@
 // multi_horizon_loss on the CPU, losses and gradients in one frame-major pass; bindings.cpp calls the function at the
-// end. A unit of work loads a tile of frame m and computes everything that concerns it while it is in a core's caches:
+// end of this file. A unit of work loads a tile of frame m and computes everything that concerns it while it is in a core's caches:
 // its pyramid, the losses of the predictions of it (those at positions m - k_i), the consistency between them, and
 // their gradients. So video, predictions and gradients cross memory once each.
 #include <cmath>
@@ -170,7 +170,7 @@ struct Loss {
     return array.rank == 2 ? pair.near * array.stride[0] + pair.far * array.stride[1] : pair.far * array.stride[0];
   }
   double weight_of(size_t term) const {
-    const Array& array = term < preds.size() ? op.weights : op.pair_weights;
+    const Array& array = term < preds.size() ? op.horizon_weights : op.consistency_weights;
     return number_at(array, offset_in(array, term));
   }
 
@@ -434,15 +434,15 @@ struct Loss {
             }
       if (streams) finish_streaming();
     });
-    for (const Array* array : {&op.agreement, &op.agreement_counts})
+    for (const Array* array : {&op.consistency, &op.consistency_counts})
       std::memset(array->data, 0, array->size[0] * array->size[1] * size_of(array->dtype));
     double total = 0;
     for (size_t k = 0; k < terms; ++k) {
       double sum = 0;
       for (int64_t unit = 0; unit < units; ++unit) sum += sums[unit * terms + k];
       const double mean = counts[k] ? sum / static_cast<double>(counts[k]) : 0;
-      const Array &means = k < preds.size() ? op.per_horizon : op.agreement,
-                  &numbers = k < preds.size() ? op.counts : op.agreement_counts;
+      const Array &means = k < preds.size() ? op.per_horizon : op.consistency,
+                  &numbers = k < preds.size() ? op.counts : op.consistency_counts;
       set_number(means, offset_in(means, k), mean);
       static_cast<int64_t*>(numbers.data)[offset_in(numbers, k)] = counts[k];
       total += weight_of(k) * mean;

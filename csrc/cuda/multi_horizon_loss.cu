@@ -252,18 +252,18 @@ __global__ void __launch_bounds__(threads) count_kernel(const __grid_constant__ 
 }
 
 struct Results {
-  float *total, *means, *agreement;
-  int64_t *counts, *agreement_counts;
-  int64_t agreement_size;
-  bool agreement_by_pair;  // true: [K, K]; false: [K]
+  float *total, *means, *consistency;
+  int64_t *counts, *consistency_counts;
+  int64_t consistency_size;
+  bool consistency_by_pair;  // true: [K, K]; false: [K]
 };
 
 __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__ Parameters p, const Results results,
                                                          int64_t blocks) {
   float* weighted = dynamic_shared<float>();
   const int lane = threadIdx.x % 32, terms = p.count + p.pair_count;
-  for (int64_t k = threadIdx.x; k < results.agreement_size; k += threads)
-    results.agreement[k] = 0, results.agreement_counts[k] = 0;
+  for (int64_t k = threadIdx.x; k < results.consistency_size; k += threads)
+    results.consistency[k] = 0, results.consistency_counts[k] = 0;
   __syncthreads();
   for (int term = threadIdx.x / 32; term < terms; term += warps) {
     float sum = 0;
@@ -278,9 +278,9 @@ __global__ void __launch_bounds__(threads) finish_kernel(const __grid_constant__
       results.counts[term] = count_of(p, term);
     } else {
       const Pair pair = p.pairs[term - p.count];
-      const int place = (results.agreement_by_pair ? pair.near * p.count : 0) + pair.far;
-      results.agreement[place] = mean;
-      results.agreement_counts[place] = count_of(p, term);
+      const int place = (results.consistency_by_pair ? pair.near * p.count : 0) + pair.far;
+      results.consistency[place] = mean;
+      results.consistency_counts[place] = count_of(p, term);
     }
   }
   __syncthreads();
@@ -315,9 +315,9 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   p.positions = op.preds[0].size[1];
   p.video = frames_of(op.video, 0, p.channels, p.width, 0);
   p.segment_ids = op.segment_ids;
-  p.weights = numbers_of(op.weights);
-  std::swap(p.weights.step[0], p.weights.step[1]);
-  if (op.pair_weights) p.pair_weights = numbers_of(op.pair_weights);
+  p.horizon_weights = numbers_of(op.horizon_weights);
+  std::swap(p.horizon_weights.step[0], p.horizon_weights.step[1]);
+  if (op.consistency_weights) p.consistency_weights = numbers_of(op.consistency_weights);
   p.residual = op.residual;
   p.kind = op.kind;
   p.scale = static_cast<float>(op.scale);
@@ -392,11 +392,11 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   }
   const Results results{static_cast<float*>(op.total.data),
                         static_cast<float*>(op.per_horizon.data),
-                        static_cast<float*>(op.agreement.data),
+                        static_cast<float*>(op.consistency.data),
                         static_cast<int64_t*>(op.counts.data),
-                        static_cast<int64_t*>(op.agreement_counts.data),
-                        op.agreement.size[0] * op.agreement.size[1],
-                        op.agreement.rank == 2};
+                        static_cast<int64_t*>(op.consistency_counts.data),
+                        op.consistency.size[0] * op.consistency.size[1],
+                        op.consistency.rank == 2};
   launch("multi_horizon_loss: finish", finish_kernel, 1, threads, terms * sizeof(float), stream, p, results, blocks);
 }
 

@@ -38,7 +38,7 @@ struct Parameters {
   int count, pair_count, slots;
   Frames video;
   Array segment_ids;
-  Numbers weights, pair_weights;
+  Numbers horizon_weights, consistency_weights;
   int64_t batch, frames, positions;
   int64_t first_target, targets;  // the frames m to process: first_target .. first_target + targets - 1
   int channels, height, width, cells_y, cells_x, tiles;
@@ -114,9 +114,9 @@ __device__ __forceinline__ float inverse_count(const Parameters& p, int term) {
 }
 
 __device__ __forceinline__ float weight_of(const Parameters& p, int term) {
-  if (term < p.count) return p.weights.at(term, 0);
+  if (term < p.count) return p.horizon_weights.at(term, 0);
   const Pair pair = p.pairs[term - p.count];
-  return p.pair_weights.at(pair.near, pair.far);
+  return p.consistency_weights.at(pair.near, pair.far);
 }
 
 // A block's shared memory: the coefficient of each term in the gradient, and a column per thread with its sums of the

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import precision, product_dtype
-from ..gemm.mtp_combine import Passes, norms_of, ordered
+from ..gemm.mtp_combine import Passes, norm_weights_of, ordered
 from ..gemm.mtp_combine import backward as shared_backward
 from ..gemm.rows import chunks, rows_of
 from ..native import kernels, raw
@@ -19,7 +19,7 @@ from ..ops.mtp_combine import Arguments
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden, (columns, depth) = args.hidden, args.weight.shape
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
-    weight = (args.weight.to(computed) * norms_of(args, computed)).to(dtype)
+    weight = (args.weight.to(computed) * norm_weights_of(args, computed)).to(dtype)
     out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
     row_chunks = list(chunks(hidden, (depth + (0 if dtype == hidden.dtype else columns)) * dtype.itemsize))
     joined_all = torch.empty(row_chunks[0][1] if row_chunks else 0, depth, dtype=dtype, device=hidden.device)

@@ -39,7 +39,7 @@ def ordered(args: Arguments, hidden: Any, embedding: Any) -> list[Any]:
     return [hidden, embedding] if args.order == "hidden_first" else [embedding, hidden]
 
 
-def norms_of(args: Arguments, dtype: torch.dtype) -> Tensor:
+def norm_weights_of(args: Arguments, dtype: torch.dtype) -> Tensor:
     """[2 D]: both norm weights, in the order of the weight's halves."""
     return torch.cat(ordered(args, args.hidden_norm_weight, args.embedding_norm_weight)).to(dtype)
 
@@ -48,8 +48,8 @@ def backward(args: Arguments, want: Want, upstream: Tensor, passes: Passes) -> G
     hidden, (columns, depth) = args.hidden, args.weight.shape
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
-    norms = norms_of(args, computed)
-    weight = (args.weight.to(computed) * norms).to(dtype)
+    norm_weights = norm_weights_of(args, computed)
+    weight = (args.weight.to(computed) * norm_weights).to(dtype)
 
     def empty(*shape: int, dtype: torch.dtype = hidden.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
@@ -80,7 +80,7 @@ def backward(args: Arguments, want: Want, upstream: Tensor, passes: Passes) -> G
     return {
         "hidden": hidden_gradient,
         "embedding": embedding_gradient,
-        "weight": (weight_gradient * norms).to(hidden.dtype) if want["weight"] else None,
+        "weight": (weight_gradient * norm_weights).to(hidden.dtype) if want["weight"] else None,
         "hidden_norm_weight": hidden_norm_gradient,
         "embedding_norm_weight": embedding_norm_gradient,
     }

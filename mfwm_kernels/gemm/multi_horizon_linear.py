@@ -53,7 +53,7 @@ class Passes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A chunk: rows [R, D] of hidden from row number `first`, the tokens per position, and all window sums."""
+    """A chunk: rows [R, D] of hidden from row number `first`, the tokens per position, and all conditioning sums."""
 
     hidden: Tensor
     first: int
@@ -70,7 +70,7 @@ def columns_of(args: Arguments) -> list[int]:
     return [weight.shape[0] for weight in args.weights]
 
 
-def norms_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
+def norm_weights_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
     """The norm weights of the rows of all heads: [D], or [sum N_i, D] if each horizon has its own."""
     if args.norm_weight is None or args.norm_weight.dim() == 1:
         return None if args.norm_weight is None else args.norm_weight.to(dtype)
@@ -80,8 +80,8 @@ def norms_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
 
 def heads_of(args: Arguments, dtype: torch.dtype) -> Tensor:
     """[sum N_i, D]: the concatenated heads, multiplied by their norm weights."""
-    norms, heads = norms_of(args, dtype), torch.cat(args.weights).to(dtype)
-    return heads if norms is None else heads * norms
+    norm_weights, heads = norm_weights_of(args, dtype), torch.cat(args.weights).to(dtype)
+    return heads if norm_weights is None else heads * norm_weights
 
 
 def bias_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
@@ -90,7 +90,7 @@ def bias_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
 
 
 def projected_of(args: Arguments, sums: Tensor, heads: Tensor) -> Tensor:
-    """[B * T, sum N_i]: each horizon's window sums, of [B, T, K, D], times its head, in the sums' dtype."""
+    """[B * T, sum N_i]: each horizon's conditioning sums, of [B, T, K, D], times its head, in the sums' dtype."""
     parts = [
         a.to(heads.dtype) @ head.t()
         for a, head in zip(sums.flatten(0, 1).unbind(1), heads.split(columns_of(args)), strict=True)
@@ -175,8 +175,10 @@ def backward(
     if heads_gradient is not None:
         for head_gradient, (p, _, a) in zip(heads_gradient.split(columns), per_horizon, strict=True):
             head_gradient += p.t() @ a.to(dtype)
-        norms = norms_of(args, computed)
-        weight_gradients = (heads_gradient if norms is None else heads_gradient * norms).to(hidden.dtype).split(columns)
+        norm_weights = norm_weights_of(args, computed)
+        weight_gradients = (
+            (heads_gradient if norm_weights is None else heads_gradient * norm_weights).to(hidden.dtype).split(columns)
+        )
         gradients["weights"] = [
             w if wants else None for w, wants in zip(weight_gradients, want["weights"], strict=True)
         ]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..dtypes import stored_dtype
 from ..horizon_loss import gradients_of_weights
-from ..horizons import counts_at
+from ..horizons import valid_at
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
 from ..ops.token_ids import checked_ids
@@ -149,8 +149,8 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     per_horizon = torch.stack([sum_of(part) for part in losses.split(terms)]) / targets.cells.clamp_min(1)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
-    agreement = torch.zeros(shape, dtype=computed, device=device)
-    agreement_counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    consistency = torch.zeros(shape, dtype=computed, device=device)
+    consistency_counts = torch.zeros(shape, dtype=torch.int64, device=device)
     for i, j in pairs_of(args):
         assert args.consistency_weights is not None
         pair = pair_of(args, i, j, passes.drops)
@@ -172,14 +172,16 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
                 heads.backpropagate(near_products, covered, added=True)
             if learns_far:
                 heads.backpropagate(far_products, counted, added=True)
-        agreement[j], agreement_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
+        consistency[j], consistency_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
     total = (args.horizon_weights.to(computed) * per_horizon).sum()
     gradients = heads.gradients()
     if args.consistency_weights is not None:
-        total = total + torch.where(agreement_counts > 0, args.consistency_weights.to(computed) * agreement, 0).sum()
-    gradients |= gradients_of_weights(args, want, per_horizon, agreement)
-    outputs = [total, per_horizon, targets.cells, agreement, agreement_counts]
+        total = (
+            total + torch.where(consistency_counts > 0, args.consistency_weights.to(computed) * consistency, 0).sum()
+        )
+    gradients |= gradients_of_weights(args, want, per_horizon, consistency)
+    outputs = [total, per_horizon, targets.cells, consistency, consistency_counts]
     if hits is not None:
         right = torch.stack([part.sum() for part in hits.split(terms)])
         outputs.append(right.to(computed) / targets.terms.clamp_min(1))
@@ -429,7 +431,7 @@ def targets_of_horizon(args: Arguments, ids: Tensor, i: int, drops: bool) -> tup
     if offset == 0 and args.token_mask is not None:
         ids = torch.where(args.token_mask[:, :inside, ..., None], ids, -1)
     if args.segment_ids is not None:
-        counts = counts_at(offset, positions, frames, args.segment_ids, batch, ids.device)[:, :inside]
+        counts = valid_at(offset, positions, frames, args.segment_ids, batch, ids.device)[:, :inside]
         ids = torch.where(counts[:, :, None, None, None], ids, -1)
     ids = cells_of(ids, height, width).permute(0, 1, 2, 3, 5, 4).reshape(-1, args.ids_per_token, factor * factor)
     if drops:
@@ -460,10 +462,10 @@ def pair_of(args: Arguments, i: int, j: int, drops: bool) -> Pair:
     batch, positions, height, width = far_states.shape[:4]
     frames, apart = args.tokens.shape[1], args.offsets[j] - args.offsets[i]
     inside = max(0, min(positions - apart, frames - args.offsets[j]))
-    far_counts, near_counts = (
-        counts_at(args.offsets[k], positions, frames, args.segment_ids, batch, args.tokens.device) for k in (j, i)
+    far_counted, near_counted = (
+        valid_at(args.offsets[k], positions, frames, args.segment_ids, batch, args.tokens.device) for k in (j, i)
     )
-    both = far_counts[:, :inside] & near_counts[:, apart : apart + inside]
+    both = far_counted[:, :inside] & near_counted[:, apart : apart + inside]
     counted = both[:, :, None, None].expand(-1, -1, height, width).flatten()
     far = numbered(far_states)[:, :inside].flatten()
     near = cells_of(numbered(near_states)[:, apart : apart + inside, ..., None], height, width).flatten(0, 3).flatten(1)

@@ -12,7 +12,11 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def chunks(like: Tensor, temporary: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of chunks of the rows of `like`, at `temporary` bytes per row and half of `like`'s per chunk."""
+    """Yield (first, last) for chunks of the rows of `like`.
+
+    The temporaries of a chunk, `temporary` bytes a row, take at most CHUNK_BYTES and half the bytes of `like`, but a
+    chunk has at least 256 rows.
+    """
     rows, row = like.shape[:-1].numel(), like.shape[-1] * like.element_size()
     size = max(256, min(rows * row // 2, CHUNK_BYTES) // temporary) if temporary else max(1, rows)
     for first in range(0, rows, size):

@@ -2,8 +2,8 @@
 
 A program has a block of one position's tokens, as wide as the least common multiple of the pools, and processes it in
 tiles of complete rows: [cells of S x S tokens, D], with the tokens of a cell in Z-order. A pool that divides S is a sum
-over neighbouring rows of the tile. Any other pool ("wide") has a separate loop before, which brings the block's tokens
-into cache, so that hidden is read from memory only once.
+over neighbouring rows of the tile. Any other pool ("wide") is handled first, in a loop of its own that brings the
+block's tokens into cache, so that hidden is read from memory only once.
 
 forward   Bytes: hidden once, the K outputs, the window sums.
 backward  Bytes: hidden once, the K gradients once, the gradient of hidden; and per program one row of D for each

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemm.mtp_combine import Passes, norms_of, ordered
+from ..gemm.mtp_combine import Passes, norm_weights_of, ordered
 from ..gemm.mtp_combine import backward as shared_backward
 from ..gemm.rows import chunks, flat, rows_of
 from ..op import Gradients, Want
@@ -119,7 +119,7 @@ def mtp_combine_gradient(
 
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden, (columns, depth) = args.hidden, args.weight.shape
-    weight = (args.weight.float() * norms_of(args, torch.float32)).to(hidden.dtype).contiguous()
+    weight = (args.weight.float() * norm_weights_of(args, torch.float32)).to(hidden.dtype).contiguous()
     out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
     half = hidden.element_size() == 2
     tile_rows, tile_columns = (128, min(128, max(16, power_of_2(columns)))) if half else (32, 64)

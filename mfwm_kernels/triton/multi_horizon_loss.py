@@ -202,13 +202,13 @@ def multi_horizon_loss_counts(
 @triton.jit
 def multi_horizon_loss_finish(
     sums, counts, inverses, numbers, weights, pair_weights, weight_stride, pair_offsets, pair_slots,
-    total_out, means_out, counts_out, agreement_out, agreement_counts_out, agreement_size,
+    total_out, means_out, counts_out, consistency_out, consistency_counts_out, consistency_size,
     COUNT: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     total = 0.0
     slot = tl.arange(0, BLOCK)
-    agreement = tl.zeros([BLOCK], tl.float32)
-    agreement_counts = tl.zeros([BLOCK], tl.int64)
+    consistency = tl.zeros([BLOCK], tl.float32)
+    consistency_counts = tl.zeros([BLOCK], tl.int64)
     for term in tl.static_range(len(SOURCES)):
         mean = tl.load(sums + SOURCES[term]) * inverse_of(counts, inverses, term)
         if counts is not None:
@@ -222,12 +222,12 @@ def multi_horizon_loss_finish(
         else:
             weight = tl.load(pair_weights + pair_offsets[term - COUNT]).to(tl.float32)
             here = slot == pair_slots[term - COUNT]
-            agreement = tl.where(here, mean, agreement)
-            agreement_counts = tl.where(here, number, agreement_counts)
+            consistency = tl.where(here, mean, consistency)
+            consistency_counts = tl.where(here, number, consistency_counts)
         total += weight * mean
     tl.store(total_out, total)
-    tl.store(agreement_out + slot, agreement, slot < agreement_size)
-    tl.store(agreement_counts_out + slot, agreement_counts, slot < agreement_size)
+    tl.store(consistency_out + slot, consistency, slot < consistency_size)
+    tl.store(consistency_counts_out + slot, consistency_counts, slot < consistency_size)
 
 
 @triton.jit
@@ -314,18 +314,18 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     total = torch.empty((), dtype=torch.float32, device=device)
     means = torch.empty(count, dtype=torch.float32, device=device)
     counts_out = torch.empty(count, dtype=torch.int64, device=device)
-    agreement = torch.empty(shape, dtype=torch.float32, device=device)
-    agreement_counts = torch.empty(shape, dtype=torch.int64, device=device)
+    consistency = torch.empty(shape, dtype=torch.float32, device=device)
+    consistency_counts = torch.empty(shape, dtype=torch.int64, device=device)
     launch(
         multi_horizon_loss_finish, 1, device,
         sums[0] if len(sums) == 1 else torch.cat(sums), counts, inverses, tuple(numbers),
         args.horizon_weights, args.consistency_weights, args.horizon_weights.stride(0), pair_offsets, pair_slots,
-        total, means, counts_out, agreement, agreement_counts, agreement.numel(),
-        COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(agreement.numel()), num_warps=1,
+        total, means, counts_out, consistency, consistency_counts, consistency.numel(),
+        COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(consistency.numel()), num_warps=1,
     )  # fmt: skip
     stored = [None if g is None else g.to(stored_dtype(p)) for g, p in zip(gradients, args.preds, strict=True)]
-    outputs = [total, means, counts_out, agreement, agreement_counts]
-    return outputs, {"preds": stored, **gradients_of_weights(args, want, means, agreement)}
+    outputs = [total, means, counts_out, consistency, consistency_counts]
+    return outputs, {"preds": stored, **gradients_of_weights(args, want, means, consistency)}
 
 
 def _launch_chain(
