@@ -50,7 +50,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def milliseconds(row: dict[str, Any]) -> str:
-    return f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})"
+    return f"{three_digits(row['median_ms'])} ({three_digits(row['p20_ms'])} to {three_digits(row['p80_ms'])})"
+
+
+def three_digits(number: float) -> str:
+    """Three significant digits, never with an exponent: 0.694, 22.7, 4,050."""
+    return f"{float(f'{number:.3g}'):,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def ops_table(results: dict[str, Any], dtype: str, by_default: dict[str, Any] | None = None) -> str:
@@ -113,7 +118,7 @@ def short_table(results: dict[str, Any]) -> str:
                 f"`{mine['op']}`",
                 f"{mine['size']}, {mine['dtype']}",
                 mine["contender"].removeprefix("mfwm "),
-                f"{mine['median_ms']:.3g}",
+                three_digits(mine["median_ms"]),
                 f"{mine['share_of_roof']:.0%}",
                 ratio,
             ]
@@ -131,8 +136,8 @@ def train_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 *head,
-                f"{row['next_frame_ms']:.3g}",
-                f"{row['median_ms']:.3g}",
+                three_digits(row["next_frame_ms"]),
+                three_digits(row["median_ms"]),
                 f"**{row['tax']:.2f}x**",
                 f"{row['peak_bytes'] / 2**20:.0f}",
                 f"{row['memory_tax']:.2f}x",
@@ -144,7 +149,8 @@ def train_table(rows: list[dict[str, Any]]) -> str:
 
 def rollout_table(results: dict[str, Any]) -> str:
     lines = [
-        [row["contender"], f"{row['ms_per_frame']:.3g}", f"{row['over_cached']:.1f}x"] for row in results["rollout"]
+        [row["contender"], three_digits(row["ms_per_frame"]), f"{row['over_cached']:.1f}x"]
+        for row in results["rollout"]
     ]
     return table(("64 frames", "ms a frame", "to cached"), lines)
 

@@ -1,4 +1,9 @@
-"""Fused kernels for world models that predict several frames at once."""
+"""Fused kernels for world models that predict several frames at once.
+
+Letters of shapes: B batch, T positions, T_v frames of a video or of tokens, T_a actions, Hp x Wp token grid, S tokens,
+D width of a state, C channels, H x W pixels, K horizons, P side of a patch, V vocabulary, F ids per token, N outputs of
+a head.
+"""
 
 from .backends import BackendError, use_backend
 from .dtypes import multiplies_bf16

@@ -4,8 +4,8 @@ In eager mode `call` goes straight to an autograd.Function, because a registered
 Under torch.compile, and where torch watches or transforms the call (transforms.py), it goes through
 `torch.ops.mfwm.<name>` (torch_library.py). The compiler traces through the `reference` backend, which is plain PyTorch.
 
-autograd.Function and torch.library take flat lists, whose order only this file knows: a *leaf* is a differentiable
-tensor of the arguments, field after field, with lists flattened and None left out.
+autograd.Function and torch.library take flat lists, whose order only this file and torch_library.py know: a *leaf* is a
+differentiable tensor of the arguments, field after field, with lists flattened and None left out.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def check_consistency(
     """The weights as a tensor, the pairs to compute as a flat list i0, j0, i1, j1, ..., and indices for nan_if_invalid.
 
     A pair whose weight is a Python 0 is not computed. A pair whose factors do not divide must have weight 0. A tensor's
-    values are read only on the CPU and outside torch.compile, because reading them elsewhere would wait for the device;
-    elsewhere `nan_if_invalid` tests them.
+    values are read only on the CPU and outside torch.compile, because reading from a GPU waits for the device. In the
+    other cases `nan_if_invalid` tests them.
     """
     if consistency_weights is None:
         return None, [], []
@@ -106,11 +106,11 @@ def nan_if_invalid(loss: HorizonLoss, weights: Tensor | None, undivided: Sequenc
     return HorizonLoss(total, *loss[1:])  # torch 2.11 cannot compile _replace
 
 
-def gradients_of_weights(args: Any, want: Want, means: Tensor, agreement: Tensor) -> Gradients:
+def gradients_of_weights(args: Any, want: Want, means: Tensor, consistency: Tensor) -> Gradients:
     """The gradients of horizon_weights and consistency_weights. The total is linear in both, so they are the mean
     losses themselves."""
     gradients: Gradients = {}
-    for name, mean in (("horizon_weights", means), ("consistency_weights", agreement)):
+    for name, mean in (("horizon_weights", means), ("consistency_weights", consistency)):
         if want[name]:
             gradients[name] = mean.to(getattr(args, name).dtype, copy=True)
     return gradients

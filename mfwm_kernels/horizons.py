@@ -57,7 +57,7 @@ class Horizons:
 
     def valid(self, i: int, positions: int, frames: int, segment_ids: Tensor) -> Tensor:
         """[B, positions] bool: where horizon i counts, in clips of `frames` frames with `segment_ids` [B, frames]."""
-        return counts_at(self.offsets[i], positions, frames, segment_ids, segment_ids.shape[0], segment_ids.device)
+        return valid_at(self.offsets[i], positions, frames, segment_ids, segment_ids.shape[0], segment_ids.device)
 
     @classmethod
     def next_frame(cls) -> Horizons:
@@ -112,7 +112,7 @@ def check_non_decreasing(offsets: Sequence[int]) -> None:
             )
 
 
-def counts_at(offset: int, positions: int, frames: int, segment_ids: Tensor | None, batch: int, device) -> Tensor:
+def valid_at(offset: int, positions: int, frames: int, segment_ids: Tensor | None, batch: int, device) -> Tensor:
     """[batch, positions] bool: position n counts if n + offset < frames and both frames are in one segment.
 
     This is the library's only validity rule; kernels repeat it in registers and are tested against it.

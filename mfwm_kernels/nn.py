@@ -227,7 +227,8 @@ class MultiHorizonLoss(_Weighted):
 
     Args: as in the function. `device` is where the weights are created.
 
-    Shapes: K predictions [B, T, C, H / f_i, W / f_i] and a video [B, T_v, C, H, W] -> HorizonLoss.
+    Shapes: K predictions [B, T, C, H / f_i, W / f_i] (or tokens [B, T, S_i, P_i * P_i * C] with patch_sizes) and a
+    video [B, T_v, C, H, W] -> HorizonLoss.
     """
 
     def __init__(
@@ -268,7 +269,7 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
 
     Args:
         in_features: D, the width of the inputs.
-        vocabulary: V, the number of ids; of factored tokens, of each of the F ids.
+        vocabulary: V, the number of ids; for factored tokens, the number for each of the F ids.
         horizons and the options: as in the function.
         ids_per_token: F, above 1 for factored tokens [B, T_v, Hp, Wp, F]. A head has F * V rows.
         head_per_horizon: K heads instead of one that the horizons share. `weight` is then a ParameterList.

@@ -50,7 +50,10 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of an op: its kernels and dtypes. `refuses(args)` says why it cannot serve a call, or returns ''."""
+    """A backend of an op: the names of the kernels that it may launch (mfwm_kernels.info lists them) and its dtypes.
+
+    `refuses(args)` says why it cannot serve a call, or returns ''.
+    """
 
     kernels: tuple[str, ...]
     refuses: Callable[[Any], str] = lambda args: ""

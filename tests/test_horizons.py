@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mfwm_kernels import Horizons
-from mfwm_kernels.horizons import consistency_pairs, counts_at
+from mfwm_kernels.horizons import consistency_pairs, valid_at
 
 
 def test_presets() -> None:
@@ -30,10 +30,10 @@ def test_frozen_and_hashable() -> None:
 
 def test_what_counts() -> None:
     segments = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    assert counts_at(2, 5, 6, None, 1, "cpu").tolist() == [[True, True, True, True, False]]
-    assert counts_at(2, 5, 6, segments, 1, "cpu").tolist() == [[True, False, False, True, False]]
-    assert counts_at(9, 5, 6, segments, 1, "cpu").tolist() == [[False] * 5]
-    assert counts_at(0, 6, 6, segments, 1, "cpu").all()
+    assert valid_at(2, 5, 6, None, 1, "cpu").tolist() == [[True, True, True, True, False]]
+    assert valid_at(2, 5, 6, segments, 1, "cpu").tolist() == [[True, False, False, True, False]]
+    assert valid_at(9, 5, 6, segments, 1, "cpu").tolist() == [[False] * 5]
+    assert valid_at(0, 6, 6, segments, 1, "cpu").all()
 
 
 def test_pairs() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import arguments as check
 from ..autograd import call
 from ..dtypes import follow
-from ..horizons import check_non_decreasing, counts_at
+from ..horizons import check_non_decreasing, valid_at
 from ..op import Backend, Cost, Op, register
 
 
@@ -103,7 +103,7 @@ def window_sum(args: Arguments, positions: int) -> Tensor:
         # Lags of `columns` or more are past the last action.
         for j in range(args.window_start, min(offset, columns)):
             inside = max(0, min(positions, columns - j))
-            same = counts_at(j, inside, columns, args.segment_ids, batch, actions.device)
+            same = valid_at(j, inside, columns, args.segment_ids, batch, actions.device)
             term = torch.where(same[..., None], computed[:, j : j + inside], 0)
             if args.lag_weight is not None:
                 term = term * args.lag_weight[i, j].to(computed.dtype)

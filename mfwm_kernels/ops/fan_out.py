@@ -1,4 +1,4 @@
-"""fan_out: the K conditioned (pooled, biased, normed) states from one read of the shared hidden state.
+"""fan_out: the K conditioned (pooled, conditioned, normed) states from one read of the shared hidden state.
 
 out_i = RMSNorm(avg_pool(hidden, pool[i]) + window_sum_i + condition_i)
 

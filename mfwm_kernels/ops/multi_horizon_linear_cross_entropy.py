@@ -18,7 +18,7 @@ from .. import arguments as check
 from ..autograd import call
 from ..dtypes import cast
 from ..horizon_loss import DETACH, HorizonLoss, check_consistency, check_horizon_weights, nan_if_invalid
-from ..horizons import Horizons, check_horizons, counts_at
+from ..horizons import Horizons, check_horizons, valid_at
 from ..op import Backend, Cost, Op, register
 from .token_ids import checked_ids, raise_pending
 
@@ -64,10 +64,10 @@ def multi_horizon_linear_cross_entropy(
 ) -> HorizonLoss:
     """Cross-entropy of K horizons' tokens. The target of a far horizon is the mix of ids in each of its larger cells.
 
-    Equivalent, if every token counts, to
-    `sum(horizon_weights[i] * F.cross_entropy(F.linear(inputs[i][:, :T_v - k_i], weight).flatten(0, 3),
-    target_i.flatten(0, 3)))` with `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i:]` as class
-    probabilities. Softmaxes are in fp32 (fp64 for fp64). Under autocast, inputs and weight are cast as F.linear does.
+    Equivalent, if every token counts (T_v >= T + offsets[-1], one segment), to
+    `sum(horizon_weights[i] * F.cross_entropy(F.linear(inputs[i], weight).flatten(0, 3), target_i.flatten(0, 3)))` with
+    `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i : k_i + T]` as class probabilities. Softmaxes are in fp32
+    (fp64 for fp64). Under autocast, inputs and weight are cast as F.linear does.
 
     Args:
         inputs: K tensors [B, T, Hp / f_i, Wp / f_i, D]; fp32, bf16, fp16 or fp64, any strides.
@@ -201,9 +201,9 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         if offset == 0 and args.token_mask is not None:
             counted = counted & args.token_mask[..., None]
         target, any_id = pooled_target(ids, counted, factor, vocabulary, computed)
-        position_counts = counts_at(offset, positions, frames, args.segment_ids, batch, args.tokens.device)[:, :inside]
+        position_counted = valid_at(offset, positions, frames, args.segment_ids, batch, args.tokens.device)[:, :inside]
         # [B, inside, h, w, F]: which cross-entropies count.
-        cell_counted = any_id[:, offset : offset + inside] & position_counts[:, :, None, None, None]
+        cell_counted = any_id[:, offset : offset + inside] & position_counted[:, :, None, None, None]
         target, z = target[:, offset : offset + inside], logits(i, inputs[i][:, :inside], cell_counted.any(-1))
         normaliser = z.logsumexp(-1)
         loss = (1 - args.label_smoothing) * (normaliser - (target * z).sum(-1))
@@ -215,15 +215,15 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         hits.append(hit.sum().to(computed) / cell_counted.sum().clamp_min(1))
 
     shape = (len(inputs),) if args.consistency_weights is None else args.consistency_weights.shape
-    agreement = torch.zeros(shape, dtype=computed, device=args.tokens.device)
-    agreement_counts = torch.zeros(shape, dtype=torch.int64, device=args.tokens.device)
+    consistency = torch.zeros(shape, dtype=computed, device=args.tokens.device)
+    consistency_counts = torch.zeros(shape, dtype=torch.int64, device=args.tokens.device)
     total = (args.horizon_weights.to(computed) * torch.stack(losses)).sum()
     for i, j in zip(args.pairs[::2], args.pairs[1::2], strict=True):
         apart = offsets[j] - offsets[i]
         inside = max(0, positions - apart)
-        far_counts = counts_at(offsets[j], positions, frames, args.segment_ids, batch, args.tokens.device)
-        near_counts = counts_at(offsets[i], positions, frames, args.segment_ids, batch, args.tokens.device)
-        both = (far_counts[:, :inside] & near_counts[:, apart:])[:, :, None, None]
+        far_counted = valid_at(offsets[j], positions, frames, args.segment_ids, batch, args.tokens.device)
+        near_counted = valid_at(offsets[i], positions, frames, args.segment_ids, batch, args.tokens.device)
+        both = (far_counted[:, :inside] & near_counted[:, apart:])[:, :, None, None]
         near, far = logits(i, inputs[i][:, apart:], both), logits(j, inputs[j][:, :inside], both)
         near = near.detach() if args.detach == "near" else near
         far = far.detach() if args.detach == "far" else far
@@ -233,8 +233,8 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         mean = torch.where(both, entropy, 0).sum() / count.clamp_min(1)
         assert args.consistency_weights is not None
         total = total + args.consistency_weights[j].to(computed) * mean
-        agreement[j], agreement_counts[j] = mean.detach(), count
-    outputs = (total, torch.stack(losses), torch.stack(counts), agreement, agreement_counts)
+        consistency[j], consistency_counts[j] = mean.detach(), count
+    outputs = (total, torch.stack(losses), torch.stack(counts), consistency, consistency_counts)
     return (*outputs, torch.stack(hits)) if args.return_accuracy else outputs
 
 

@@ -18,7 +18,7 @@ from .. import arguments as check
 from ..autograd import call
 from ..dtypes import autocasts, follow, stored_dtype
 from ..horizon_loss import DETACH, HorizonLoss, check_consistency, check_horizon_weights, index_of, nan_if_invalid
-from ..horizons import Horizons, check_horizons, counts_at
+from ..horizons import Horizons, check_horizons, valid_at
 from ..native import Array, raw
 from ..op import Backend, Cost, Op, Want, register
 from .video_pyramid import (
@@ -76,10 +76,10 @@ def multi_horizon_loss(
 ) -> HorizonLoss:
     """Losses of K predictions against the frames that they predict, and against each other.
 
-    Equivalent, if every position counts and kind is "mse", to
-    `sum(w * F.mse_loss(pred[:, :T_v - k], avg_pool(scale * video + shift, f)[:, k:]) for w, pred, k, f in
+    Equivalent, if every position counts (T_v >= T + offsets[-1], one segment) and kind is "mse", to
+    `sum(w * F.mse_loss(pred, avg_pool(scale * video + shift, f)[:, k : k + T]) for w, pred, k, f in
     zip(horizon_weights, preds, offsets, factors))` plus, for each pair i < j with a consistency weight c,
-    `c * F.mse_loss(preds[j][:, :-d], avg_pool(preds[i], f_j // f_i)[:, d:])`, d = k_j - k_i. A horizon counts at
+    `c * F.mse_loss(preds[j][:, : T - d], avg_pool(preds[i], f_j // f_i)[:, d:])`, d = k_j - k_i. A horizon counts at
     position n if n + k_i < T_v and, with segment_ids, both frames are in one segment. Each mean is over the positions
     that count; if none does, loss and gradient are 0. Differences and sums are computed in fp32 (fp64 for fp64).
 
@@ -173,7 +173,7 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         if args.residual:
             prediction = prediction + pyramid[:, :positions]
         predictions.append(prediction)
-        valid.append(counts_at(offset, positions, frames, args.segment_ids, batch, device))
+        valid.append(valid_at(offset, positions, frames, args.segment_ids, batch, device))
         inside = max(0, min(positions, frames - offset))
         difference = prediction[:, :inside] - pyramid[:, offset : offset + inside]
         mean, count = mean_loss(difference, valid[i][:, :inside], args)
@@ -181,8 +181,8 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         counts.append(count)
 
     shape = (len(preds),) if args.consistency_weights is None else args.consistency_weights.shape
-    agreement = torch.zeros(shape, dtype=computed, device=device)
-    agreement_counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    consistency = torch.zeros(shape, dtype=computed, device=device)
+    consistency_counts = torch.zeros(shape, dtype=torch.int64, device=device)
     total = (args.horizon_weights.to(computed) * torch.stack(losses)).sum()
     for i, j in zip(args.pairs[::2], args.pairs[1::2], strict=True):
         apart = offsets[j] - offsets[i]
@@ -195,10 +195,10 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         assert args.consistency_weights is not None
         index = index_of((i, j), shape)
         total = total + args.consistency_weights[index].to(computed) * mean
-        agreement[index], agreement_counts[index] = mean.detach(), count
+        consistency[index], consistency_counts[index] = mean.detach(), count
     # An fp64 video is computed in fp64 even with fp32 predictions, whose precision the results have.
     out = torch.promote_types(preds[0].dtype, torch.float32)
-    return total.to(out), torch.stack(losses).to(out), torch.stack(counts), agreement.to(out), agreement_counts
+    return total.to(out), torch.stack(losses).to(out), torch.stack(counts), consistency.to(out), consistency_counts
 
 
 def pointwise_loss(difference: Tensor, args: Arguments) -> Tensor:

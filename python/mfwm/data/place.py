@@ -45,7 +45,7 @@ def location(path: str | Path) -> Path | str:
     if "://" in text:
         return text
     if re.match(r"[a-z][a-z0-9+.-]+:/", text):
-        raise ValueError(f"{text} is a URL that lost a slash, as in a Path: give it as text")
+        raise ValueError(f"{text} is a URL that lost a slash in a Path: pass it as a str")
     return Path(path)
 
 

@@ -5,7 +5,7 @@ On disk: the Zarr replay buffer of the robot-learning field (diffusion-policy's 
     data/img             uint8 [N, H, W, 3], chunks of 64 frames; or, if frames are tokens of F ids each,
     data/tokens          integers [N, rows, columns] or [N, rows, columns, F], each in 0..vocabulary - 1
     data/action          int64 [N] or float32 [N, A]; absent if the attribute action_size is 0 and actions null
-    meta/episode_ends    int64 [E]                 cumulative: episode e is frames ends[e - 1] to ends[e]
+    meta/episode_ends    int64 [E]                 cumulative: episode e is frames ends[e - 1] .. ends[e] - 1
     meta/episode_level   int64 [E]                 level seed if the environment has levels, else the episode index
     attributes           actions (null unless discrete), action_size, vocabulary (of tokens);
                          env, action_names, noop, action_repeat, ticks_per_frame, package, package_version

@@ -60,7 +60,7 @@ class MultiFrameHeads(nn.Module):
         patch_size: side of a token in pixels: frames are H * patch_size by W * patch_size. 1 for tokens.
         config: the options.
         channels: of pixels or latents.
-        ids_per_token: for tokens, whose vocabulary then has that many factors.
+        ids_per_token: for tokens: how many ids make up one token.
         head_width: width of an attention head in the horizons' blocks; it divides width.
         rotary: whether these blocks rotate queries and keys by their position in time. With attend "inputs" they always
             do, because the inputs carry no time.

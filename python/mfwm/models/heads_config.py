@@ -25,9 +25,9 @@ class HeadsConfig:
     mlp_ratios: width of the MLP in each horizon's blocks, as a multiple of the model's width; None: 4.
     attend: what position n of those blocks attends to in time: the conditioned "states" of positions <= n, or the
         trunk's action-conditioned "inputs" of frames <= n followed by the conditioned state of n.
-    conditioning: what a far horizon gets of the time in between. "actions" adds the sum of the actions in between to
-        the hidden state. "frames" joins the real frames and actions in between to it one after another, as in
-        DeepSeek-V3's multi-token prediction: a training signal for the trunk, not a forecast. "none" is for video
+    conditioning: what a far horizon is told about the frames in between. "actions" adds the sum of the actions in
+        between to the hidden state. "frames" joins the real frames and actions in between to it one after another, as
+        in DeepSeek-V3's multi-token prediction: a training signal for the trunk, not a forecast. "none" is for video
         without actions.
     lag_gate: a learned gate per horizon, lag and channel on those actions, because a plain sum loses their order.
     norm: RMSNorm of the conditioned states, with a weight per horizon, and after the blocks.
@@ -46,9 +46,9 @@ class HeadsConfig:
         `weights` are shares of the gradient into the shared hidden state (GradientNorms).
     surgery: if two horizons' gradients into the shared hidden state conflict, each loses its component along the other
         (PCGrad). Costs a second forward and backward of the heads.
-    consistency: weight of the agreement of each far prediction with the later near one (entry 0 is unused); or K rows
-        of K, where [i][j] is for horizon j and a nearer one i.
-    detach: which side of that agreement gets no gradient; None: both learn.
+    consistency: weight of the consistency term between each far prediction and the later near one (entry 0 is
+        unused); or K rows of K, where [i][j] is for horizon j and a nearer one i.
+    detach: which side of that term gets no gradient; None: both learn.
     tap: number of trunk layers, from the input, below the hidden state that the far horizons share; the layers above
         it serve the near horizon only. None: all horizons read the trunk's output.
     """

@@ -16,7 +16,7 @@ from .blocks import TimeCache
 from .maskgit import sample, sample_frame
 from .world_model import WorldModel
 
-# The action at the last of the frames [B, V, ...] so far, [B] or [B, A].
+# Maps the frames so far, [B, V, ...], to the action to take at the last one, [B] or [B, A].
 Policy = Callable[[Tensor], Tensor]
 
 
@@ -48,8 +48,8 @@ def rollout_with_drift(
     """The rollout, and its drift [B, steps, K]: the error of each horizon's earlier prediction against each frame.
 
     Entry [b, s, i] compares frame s with what horizon i predicted for it k_i frames earlier, as in `disagreement`. It
-    needs no ground truth, and grows as a rollout drifts. It is NaN where that prediction would lie before the rollout,
-    where the actions in between were not given, and at offset 0.
+    needs no ground truth, and grows as a rollout drifts. It is NaN where that prediction would have been made before
+    the rollout began, where the actions in between were not given, and at offset 0.
     """
     heads = model.config.heads
     if heads.conditioning == "frames" or heads.token_targets == "tokenised":
@@ -206,14 +206,15 @@ class Memory:
     """The last frames and actions of a rollout, and the trunk's states of them: a new frame costs one position.
 
     With a window, a rollout can continue without end. Without one, the trunk restarts from the last `keep` frames when
-    the context is full. Either way memory stays flat, and the states are those that the trunk computes without a cache.
+    the context is full. Either way memory use stays constant, and the states are those that the trunk computes without
+    a cache.
     """
 
     def __init__(self, model: WorldModel, keep: int, cached: bool):
         self.model, self.keep, self.cached = model, keep, cached
         config, blocks = model.config, max(model.config.heads.blocks or (0,))
-        # States that the heads read: without blocks only the last. And the frames needed to recompute those states,
-        # plus one for the action before the first.
+        # states_read: how many states the heads read, only the last one without blocks. frames_read: how many frames it
+        # takes to recompute them, plus one for the action before the first.
         self.states_read = 1 if not blocks else config.context
         self.frames_read = config.context
         if config.window is not None:

@@ -1,7 +1,7 @@
 """Trainer: trains a module that maps clips to a loss, in a run directory.
 
-A run directory holds config.json, log.jsonl and checkpoints/. A run can be resumed after any end, also a kill: the
-clips and random numbers of a step depend only on (seed, step, process), so the step is the position in both, and a
+A run directory holds config.json, log.jsonl and checkpoints/. A run can be resumed however it ended, even if killed:
+the clips and random numbers of a step depend only on (seed, step, process), so the step is the position in both, and a
 resumed run equals an uninterrupted one.
 
     with Trainer(config, out) as trainer:
@@ -499,8 +499,8 @@ def deferred_signals(*, single: bool) -> Iterator[list[signal.Signals]]:
     """A list that collects SIGTERM and SIGINT instead of handling them. In a thread other than the main one, which may
     not handle signals, it stays empty.
 
-    single: the run has one process, so a second SIGINT raises KeyboardInterrupt at once. With several, torchrun passes
-    the same Ctrl-C that they got from the terminal on to them, so it must not count as a second one.
+    single: the run has one process, so a second SIGINT raises KeyboardInterrupt at once. With several, each
+    receives one Ctrl-C twice, from the terminal and from torchrun, so the second must not count.
     """
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
