@@ -26,7 +26,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from . import native
+from .check import DTYPES, NAMED
 from .launches import Launch, Pointer, calls, recorded
 from .op import OPS, Op
 from .pipelines import races
@@ -65,8 +68,8 @@ class Driver:
         return 0
 
 
-def variants(ops: Sequence[Op]) -> list[Variant]:
-    """The launches of `ops`, one for each key by which Triton specialises."""
+def variants(ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES) -> list[Variant]:
+    """The launches of calls of `ops` in these dtypes, one for each key by which Triton specialises."""
     from triton.runtime import driver
 
     # The key is the same on every architecture.
@@ -74,7 +77,7 @@ def variants(ops: Sequence[Op]) -> list[Variant]:
     found: dict[Any, Variant] = {}
     for op in ops:
         for call in calls(op):
-            for launch in recorded(call):
+            for launch in recorded(call) if call.dtype in dtypes else ():
                 function = launch.kernel.fn
                 name = (function.__module__, function.__name__)
                 variant = Variant(op.name, call.name, name, launch.given, launch.constants)
@@ -127,9 +130,8 @@ def compile_for(architecture: str, variant: Variant) -> Any:
     return compiled
 
 
-def compiled_rows(architectures: Sequence[str], ops: Sequence[Op], jobs: int) -> Iterator[dict[str, Any]]:
-    """A row for each variant of `ops` and architecture, compiled in `jobs` processes."""
-    found = variants(ops)
+def compiled_rows(architectures: Sequence[str], found: Sequence[Variant], jobs: int) -> Iterator[dict[str, Any]]:
+    """A row for each variant and architecture, compiled in `jobs` processes."""
     remaining = [(architecture, variant) for architecture in architectures for variant in found]
     while remaining:
         finished = 0
@@ -235,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.aot", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, metavar="ARCH")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS), metavar="OP")
+    parser.add_argument("--dtype", nargs="+", default=list(NAMED), choices=list(NAMED), metavar="DTYPE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiling processes")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     arguments = parser.parse_args()
@@ -246,7 +249,8 @@ def main() -> None:
         parser.error(f"--jobs must be >= 1, got {arguments.jobs}")
 
     chosen = [op for op in OPS.values() if op.name in arguments.op]
-    compiled = compiled_rows(arguments.arch, [op for op in chosen if "triton" in op.backends], arguments.jobs)
+    found = variants([op for op in chosen if "triton" in op.backends], [NAMED[name] for name in arguments.dtype])
+    compiled = compiled_rows(arguments.arch, found, arguments.jobs)
     built = (row for arch in arguments.arch for row in cuda_rows(arch) if row["op"] in arguments.op)
     rows = []
     print(f"{'kernel':36} {'arch':7} {'call':30} {'dtypes':30} registers     local    shared (bytes)")

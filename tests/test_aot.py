@@ -80,7 +80,9 @@ def test_variants_are_what_triton_would_compile() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_sm_90_without_a_problem(tmp_path: Path) -> None:
-    done = python("-m", "mfwm_kernels.aot", "--arch", "sm_90", "--json", str(tmp_path / "aot.json"))
+    """In bf16 and fp32. The kernels have no branch for fp16, and `python -m mfwm_kernels.aot` compiles those too."""
+    dtypes = ("--dtype", "bfloat16", "float32")
+    done = python("-m", "mfwm_kernels.aot", "--arch", "sm_90", *dtypes, "--json", str(tmp_path / "aot.json"))
     rows = json.loads((tmp_path / "aot.json").read_text())
     assert [row for row in rows if row["problem"]] == []
     assert done.returncode == 0, done.stdout + done.stderr
@@ -91,7 +93,7 @@ def test_kernels_compile_for_sm_90_without_a_problem(tmp_path: Path) -> None:
 def test_a_tile_far_too_large_spills_and_fails() -> None:
     planted = (
         "from mfwm_kernels.triton import video_pyramid as kernels\n"
-        "kernels.TARGET = 262144\n"
+        "kernels.TILE_ELEMENTS = 262144\n"
         "right = aot.calls\n"
         "aot.calls = lambda op: [call for call in right(op) if call.name == 'pixels'][:1]\n"
     )

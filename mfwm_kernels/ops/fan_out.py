@@ -156,15 +156,15 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     }  # fmt: skip
     yield {"hidden": normal(2, 4, 5, 8), "actions": normal(2, 4, 8), "horizons": cascade, "pool": (1, 1, 1, 1)}
     # Conditions with fewer actions than positions; conditions alone; neither.
+    # They compile to the same kernels as the first sample.
     yield {
-        "hidden": normal(2, 5, 4, 8, 24), "actions": normal(2, 3, 24), "horizons": cascade, "pool": (1, 2, 4, 4),
-        "norm_weight": normal(4, 24), "condition": normal(5, 2, 4, 24).transpose(0, 1),
-        "segment_ids": segments[:, 1:4],
+        "hidden": normal(2, 3, 8, 16, 24), "actions": normal(2, 2, 24), "horizons": cascade, "pool": (1, 2, 4, 8),
+        "norm_weight": normal(24), "condition": normal(3, 2, 4, 24).transpose(0, 1), "segment_ids": segments[:, 1:3],
     }  # fmt: skip
-    yield {"hidden": normal(2, 3, 4, 4, 8), "actions": None, "horizons": cascade, "pool": (1, 2, 4, 4),
-           "norm_weight": normal(8), "condition": normal(2, 3, 4, 16)[..., ::2]}  # fmt: skip
-    yield {"hidden": normal(2, 3, 4, 4, 8), "actions": None, "horizons": cascade, "pool": (1, 2, 4, 4),
-           "norm_weight": normal(8)}  # fmt: skip
+    yield {"hidden": normal(1, 2, 8, 16, 24), "actions": None, "horizons": cascade, "pool": (1, 2, 4, 8),
+           "norm_weight": normal(24), "condition": normal(1, 2, 4, 48)[..., ::2]}  # fmt: skip
+    yield {"hidden": normal(1, 2, 8, 16, 24), "actions": None, "horizons": cascade, "pool": (1, 2, 4, 8),
+           "norm_weight": normal(24)}  # fmt: skip
     yield {
         "hidden": normal(1, 3, 4, 2, 132)[..., 4:], "actions": normal(1, 3, 256)[..., ::2],
         "horizons": Horizons((1, 2), (1, 2)), "pool": (2, 2), "norm_weight": normal(128),

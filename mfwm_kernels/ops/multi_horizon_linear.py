@@ -144,13 +144,13 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
            "weights": [normal(6, 8) for _ in range(4)]}  # fmt: skip
     yield {"hidden": normal(0, 4, 3, 8), "actions": normal(0, 4, 8), "horizons": Horizons.next_frame(),
            "weights": [normal(6, 8)]}  # fmt: skip
-    yield {"hidden": normal(2, 5, 6, 16), "actions": normal(2, 3, 16), "horizons": cascade, "norm_weight": normal(16),
-           "weights": [normal(n, 16) for n in (6, 5, 4, 3)],
-           "condition": normal(5, 2, 4, 16).transpose(0, 1)}  # fmt: skip
-    yield {"hidden": normal(2, 3, 6, 16), "actions": None, "horizons": cascade, "condition": normal(2, 3, 4, 16),
-           "weights": [normal(n, 16) for n in (6, 5, 4, 3)]}  # fmt: skip
-    yield {"hidden": normal(2, 3, 6, 16), "actions": None, "horizons": cascade, "norm_weight": normal(4, 16),
-           "weights": [normal(n, 16) for n in (6, 5, 4, 3)]}  # fmt: skip
+    # A condition beside fewer actions than positions; alone; and neither. The last two compile to the kernels above.
+    yield {"hidden": normal(2, 5, 3, 8), "actions": normal(2, 3, 8), "horizons": cascade, "norm_weight": normal(8),
+           "weights": [normal(6, 8) for _ in range(4)], "condition": normal(5, 2, 4, 8).transpose(0, 1)}  # fmt: skip
+    yield {"hidden": normal(2, 4, 3, 8), "actions": None, "horizons": cascade, "condition": normal(2, 4, 4, 8),
+           "weights": [normal(6, 8) for _ in range(4)]}  # fmt: skip
+    yield {"hidden": normal(2, 4, 3, 8), "actions": None, "horizons": cascade,
+           "weights": [normal(6, 8) for _ in range(4)]}  # fmt: skip
     # Wide enough for pipelined loops in the GPU kernels, and sliced in time so that the rows do not flatten.
     yield {
         "hidden": normal(2, 3, 40, 512)[:, :2], "actions": normal(2, 2, 512), "horizons": cascade,
