@@ -21,6 +21,7 @@ from ..horizons import Horizons
 from ..op import Backend, Cost, Op, register
 from .conditioning import DIFFERENTIABLE, bench_states, check_conditioning, reference_sums
 from .conditioning import variants as conditioning_variants
+from .video_pyramid import box_average
 
 
 class Arguments(NamedTuple):
@@ -108,7 +109,7 @@ def conditioned_states(args: Any, pool: Sequence[int]) -> list[Tensor]:
     hidden, sums = args.hidden, reference_sums(args)
     states = []
     for i, branch in enumerate(branches(hidden, len(pool), args.scale, args.norms, args.cosines)):
-        state = average_pool(branch.to(sums.dtype), pool[i])
+        state = box_average(branch.to(sums.dtype), pool[i], axis=2)
         token_axes = (1,) * (hidden.dim() - 3)
         state = state + sums[:, :, i].unflatten(-1, (*token_axes, -1))
         if args.norm_weight is not None:
@@ -116,15 +117,6 @@ def conditioned_states(args: Any, pool: Sequence[int]) -> list[Tensor]:
             state = rms_norm(state, weight.to(state.dtype), args.norm_eps)
         states.append(state)
     return states
-
-
-def average_pool(hidden: Tensor, pool: int) -> Tensor:
-    """Mean over pool x pool tokens of [B, T, Hp, Wp, D]."""
-    if pool == 1:
-        return hidden
-    batch, positions, height, width, depth = hidden.shape
-    blocks = hidden.reshape(batch, positions, height // pool, pool, width // pool, pool, depth)
-    return blocks.mean(dim=(3, 5))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

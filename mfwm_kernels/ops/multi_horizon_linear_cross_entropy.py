@@ -21,6 +21,7 @@ from ..horizon_loss import DETACH, HorizonLoss, check_consistency, check_horizon
 from ..horizons import Horizons, check_horizons, valid_at
 from ..op import Backend, Cost, Op, register
 from .token_ids import checked_ids, raise_pending
+from .video_pyramid import box_average
 
 
 class Arguments(NamedTuple):
@@ -227,7 +228,7 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         near, far = logits(i, inputs[i][:, apart:], both), logits(j, inputs[j][:, :inside], both)
         near = near.detach() if args.detach == "near" else near
         far = far.detach() if args.detach == "far" else far
-        teacher = pool_grid(near.softmax(-1), factors[j] // factors[i])
+        teacher = box_average(near.softmax(-1), factors[j] // factors[i], axis=2)
         entropy = -(teacher * far.log_softmax(-1)).sum((-1, -2))
         count = both.sum() * (entropy.shape[2] * entropy.shape[3])
         mean = torch.where(both, entropy, 0).sum() / count.clamp_min(1)
@@ -243,17 +244,8 @@ def pooled_target(
 ) -> tuple[Tensor, Tensor]:
     """The mean one-hot of the ids of each factor x factor cell where `counted`, [B, T_v, h, w, F, V], and if any is."""
     one_hot = ((ids[..., None] == torch.arange(vocabulary, device=ids.device)) & counted[..., None]).to(dtype)
-    share = pool_grid(counted.to(dtype)[..., None], factor)
-    return pool_grid(one_hot, factor) / share.where(share > 0, 1), share[..., 0] > 0
-
-
-def pool_grid(cells: Tensor, factor: int) -> Tensor:
-    """Mean over factor x factor cells of [B, T, h, w, F, V]."""
-    if factor == 1:
-        return cells
-    height, width = cells.shape[2:4]
-    blocks = cells.unflatten(3, (width // factor, factor)).unflatten(2, (height // factor, factor))
-    return blocks.mean(dim=(3, 5))
+    share = box_average(counted.to(dtype)[..., None], factor, axis=2)
+    return box_average(one_hot, factor, axis=2) / share.where(share > 0, 1), share[..., 0] > 0
 
 
 def fake(args: Arguments) -> list[Tensor]:

@@ -107,12 +107,13 @@ def normalise(video: Tensor, scale: float, shift: float, dtype: torch.dtype) -> 
     return video.to(computed) * scale + shift
 
 
-def box_average(images: Tensor, factor: int) -> Tensor:
-    """Mean over factor x factor pixels of [..., H, W]."""
+def box_average(grid: Tensor, factor: int, axis: int = 3) -> Tensor:
+    """Mean over factor x factor boxes of the axes `axis` and `axis + 1`: by default those of [B, T, C, H, W]."""
     if factor == 1:
-        return images
-    height, width = images.shape[-2:]
-    return images.unflatten(-1, (width // factor, factor)).unflatten(-3, (height // factor, factor)).mean(dim=(-3, -1))
+        return grid
+    height, width = grid.shape[axis : axis + 2]
+    boxes = grid.unflatten(axis + 1, (width // factor, factor)).unflatten(axis, (height // factor, factor))
+    return boxes.mean(dim=(axis + 1, axis + 3))
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
