@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -307,10 +308,18 @@ def test_urls_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_place_that_cannot_be_renamed_is_written_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mount point: said to be one."""
+    """A mount point, patched to be one: the directory itself is neither renamed nor removed."""
     path = tmp_path / "mounted"
     path.mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self == path)
+    remove = os.rmdir
+
+    def busy(place: Any, **options: Any) -> None:
+        if Path(place) == path or Path(place) == Path(path.name):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(place))
+        remove(place, **options)
+
+    monkeypatch.setattr(os, "rmdir", busy)
     with pytest.raises(ZeroDivisionError):
         in_a_block(path, lambda writer: 1 / 0)
     assert path.is_dir() and not list(path.iterdir())

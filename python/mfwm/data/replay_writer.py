@@ -37,7 +37,7 @@ class ReplayWriter:
     height, width: of frames, in pixels; with `vocabulary`, in tokens.
     actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; if that is 0, the set
         is video without actions.
-    vocabulary: of tokens, each of which has `ids_per_token` ids; 0 for pixels.
+    vocabulary: of tokens, each of which has `ids` ids; 0 for pixels.
     overwrite: replace the replay buffer at `path`.
     attributes: stored with the set as JSON; replay.py lists the names that readers use.
 
@@ -57,12 +57,12 @@ class ReplayWriter:
         actions: int | None,
         action_size: int = 0,
         vocabulary: int = 0,
-        ids_per_token: int = 1,
+        ids: int = 1,
         overwrite: bool = False,
         **attributes: Any,
     ) -> None:
-        sizes = (height, width, action_size, vocabulary, ids_per_token)
-        height, width, action_size, vocabulary, ids_per_token = map(operator.index, sizes)
+        sizes = (height, width, action_size, vocabulary, ids)
+        height, width, action_size, vocabulary, ids = map(operator.index, sizes)
         actions = None if actions is None else operator.index(actions)
         if height < 1 or width < 1:
             raise ValueError(f"height and width must be at least 1, got {height} x {width}")
@@ -71,16 +71,16 @@ class ReplayWriter:
                 "give either actions >= 1 (discrete) or actions=None and action_size >= 0 (continuous, or none), "
                 f"got actions={actions}, action_size={action_size}"
             )
-        if not 0 <= vocabulary <= VOCABULARY or ids_per_token < 1 or (ids_per_token > 1 and not vocabulary):
+        if not 0 <= vocabulary <= VOCABULARY or ids < 1 or (ids > 1 and not vocabulary):
             raise ValueError(
-                f"vocabulary must be 0 for pixels or up to {VOCABULARY}, and ids_per_token >= 1, 1 for pixels; "
-                f"got {vocabulary} and {ids_per_token}"
+                f"vocabulary must be 0 for pixels or up to {VOCABULARY}, and ids >= 1, 1 for pixels; "
+                f"got {vocabulary} and {ids}"
             )
         self.attributes = {**attributes, "actions": actions, "action_size": action_size}
         self._frame: tuple[int, ...] = (height, width, 3)
         if vocabulary:
             self.attributes["vocabulary"] = vocabulary
-            self._frame = (height, width) if ids_per_token == 1 else (height, width, ids_per_token)
+            self._frame = (height, width) if ids == 1 else (height, width, ids)
         try:
             json.dumps(self.attributes, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -111,8 +111,9 @@ class ReplayWriter:
     def _create(self) -> None:
         place = self._place.begin()
         try:
+            # "w-", because "w" removes the directory itself, which fails on a mount point after its files are gone.
             # Format 2, because diffusion-policy and its descendants pin zarr 2; zarr 3 reads both formats.
-            root = zarr.open_group(str(place), mode="w", zarr_format=2)
+            root = zarr.open_group(str(place), mode="w-", zarr_format=2)
             root.attrs.update(self.attributes)
             root.create_group("data")
             root.create_group("meta")
