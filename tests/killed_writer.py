@@ -84,7 +84,7 @@ def prepare(place: Path) -> None:
         (videos / "actions.csv").write_text("video,frame,action\n" + "\n".join(rows))
     model = TokenizerConfig(frame=(3, SIDE, SIDE), patch=4, width=32, layers=1, head_width=16)
     tokenizer = TokenizerTraining(
-        str(place / "pixels0"), steps=1, clip=4, warmup=1, dtype="float32", held_out=0.25, validate_every=0,
+        str(place / "pixels0"), steps=1, clip=4, warmup=1, dtype="float32", held_out=0.25, look_every=0,
         tensorboard=False, model=model,
     )  # fmt: skip
     train_tokenizer(tokenizer, place / "tok", progress=False)

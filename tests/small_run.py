@@ -40,5 +40,5 @@ def small_config(data: Path) -> TrainingConfig:
     model = WorldModelConfig((3, 16, 16), 4, 32, 2, 16, context=8, actions=4, heads=heads)
     return TrainingConfig(
         str(data), steps=20, batch=4, clip=12, warmup=5, dtype="float32", held_out=0.2,
-        checkpoint_every=5, validate_every=0, tensorboard=False, model=model,
+        checkpoint_every=5, look_every=0, tensorboard=False, model=model,
     )  # fmt: skip

@@ -203,7 +203,7 @@ def test_ctrl_c_while_collecting(tmp_path: Path) -> None:
 def test_ctrl_c_while_training(tmp_path: Path) -> None:
     moving_squares(tmp_path / "data")
     run = tmp_path / "run"
-    small = "--model.patch 8 --model.width 32 --model.layers 1 --model.context 8 --clip 12 --batch 2 --validate-every 0"
+    small = "--model.patch 8 --model.width 32 --model.layers 1 --model.context 8 --clip 12 --batch 2 --look-every 0"
     command = [sys.executable, "-m", "mfwm.cli", "train", "--data", tmp_path / "data", "--out", run, *small.split()]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         while not ((run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size) and process.poll() is None:

@@ -30,7 +30,7 @@ def write(path: Path | str, lengths: tuple[int, ...] = LENGTHS, kind: str = "pix
     sizes: dict[str, Any] = {
         "pixels": {"actions": 4},
         "continuous": {"actions": None, "action_size": 2},
-        "tokens": {"actions": 4, "vocabulary": 100, "ids_per_token": 2},
+        "tokens": {"actions": 4, "vocabulary": 100, "ids": 2},
         "no actions": {"actions": None},
     }[kind]
     writer = ReplayWriter(path, 16, 16, **sizes, env="synthetic")

@@ -564,10 +564,8 @@ def test_broken_metadata_of_tokens_is_told(tmp_path: Path) -> None:
             import_tokens(folder, tmp_path / "out", progress=False)
     path.write_text(json.dumps(good))
     for ids in (-1, 0, 5, 2**40, 1.5, True, None):
-        with pytest.raises(
-            ValueError, match=r"ids_per_token must satisfy n \*\* ids_per_token = 64, the vocabulary, .*; got"
-        ):
-            import_tokens(folder, tmp_path / "out", ids_per_token=ids, progress=False)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"ids must satisfy n \*\* ids = 64, the vocabulary, .*; got"):
+            import_tokens(folder, tmp_path / "out", ids=ids, progress=False)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 

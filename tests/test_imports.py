@@ -300,13 +300,13 @@ def test_tokens_are_imported(memmaps: Path, tmp_path: Path) -> None:
     assert replay.episode_lengths.tolist() == list(LENGTHS) and replay.vocabulary == 64 and replay.frame == (1, 4, 4)
     assert np.array_equal(replay.video, stored)
     assert np.array_equal(replay.action[:, 2:].ravel(), np.fromfile(memmaps / "actions/joint_pos.bin", np.float32))
-    import_tokens(memmaps, tmp_path / "split", ids_per_token=2, progress=False)
+    import_tokens(memmaps, tmp_path / "split", ids=2, progress=False)
     split = Replay(tmp_path / "split")
     assert split.vocabulary == 8 and np.array_equal(split.video @ np.array([1, 8]), stored)
 
 
 def test_imported_tokens_train(memmaps: Path, tmp_path: Path) -> None:
-    import_tokens(memmaps, tmp_path / "set", ids_per_token=2, progress=False)
+    import_tokens(memmaps, tmp_path / "set", ids=2, progress=False)
     heads = HeadsConfig(Horizons((1, 2), (1, 2)), output="tokens", vocabulary=8)
     model = WorldModelConfig((1, 1, 1), 1, 16, 1, 16, context=4, actions=4, heads=heads)
     small = replace(small_config(tmp_path / "set"), steps=2, clip=6, held_out=0.3, model=model)

@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
         shutil.copytree(folder / run, folder / name)
         shutil.rmtree(folder / name / "checkpoints" / "00000020")
 
-    config = replace(config, checkpoint_every=10, validate_every=20)
+    config = replace(config, checkpoint_every=10, look_every=20)
     train(config, folder / "one", progress=False)
     half("one", "one-then-ddp")
     half("one", "one-then-fsdp")

@@ -48,7 +48,7 @@ TRAINER: dict[str, Any] = {
     "warmup": 10,
     "dtype": "float32",
     "lr": 5e-3,
-    "validate_every": 50,
+    "look_every": 50,
     "tensorboard": False,
 }
 

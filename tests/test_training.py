@@ -184,7 +184,7 @@ def test_memory_is_flat(config: TrainingConfig, tmp_path: Path, monkeypatch: pyt
     heads = replace(config.model.heads, blocks=None, patch_sizes=None)
     model = replace(config.model, layers=1, width=16, heads=heads)
     steps = int(os.environ.get("MFWM_STEPS", "300"))
-    often = {"checkpoint_every": steps // 10, "validate_every": steps // 10, "tensorboard": True, "ema": 0.9}
+    often = {"checkpoint_every": steps // 10, "look_every": steps // 10, "tensorboard": True, "ema": 0.9}
     train(replace(config, steps=steps, batch=1, model=model, **often), tmp_path / "run", progress=False)
     growth = max(seen[steps // 2 :]) - max(seen[: steps // 2])
     assert growth < 3 * 2**20, [size >> 10 for size in seen[:: steps // 20]]
@@ -208,8 +208,8 @@ def test_a_run_keeps_its_config(config: TrainingConfig, tmp_path: Path) -> None:
         train(replace(config, lr=0.5), tmp_path / "run", progress=False)
     path = tmp_path / "run" / "config.json"
     written = path.read_text()
-    path.write_text(json.dumps({**json.loads(written), "look_every": 50}))
-    with pytest.raises(ValueError, match=r"only the run in .* has the option look_every: .* another version; choose"):
+    path.write_text(json.dumps({**json.loads(written), "glance_every": 50}))
+    with pytest.raises(ValueError, match=r"only the run in .* has the option glance_every: .* another version; choose"):
         train(config, tmp_path / "run", progress=False)
     path.write_text(written)
     _, loaded, step = load_model(tmp_path / "run")
@@ -258,7 +258,7 @@ def test_how_a_run_is_run_may_change(config: TrainingConfig, tmp_path: Path) -> 
 
 def test_validates_on_held_out_clips(config: TrainingConfig, tmp_path: Path) -> None:
     plain = train(replace(config, steps=4), tmp_path / "plain", progress=False)
-    validated = replace(config, steps=4, validate_every=2, tensorboard=True)
+    validated = replace(config, steps=4, look_every=2, tensorboard=True)
     train(validated, tmp_path / "run", progress=False, stop_after=3)
     model = train(validated, tmp_path / "run", progress=False)
     for (name, a), b in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
@@ -283,7 +283,7 @@ def test_validates_on_held_out_clips(config: TrainingConfig, tmp_path: Path) -> 
 def test_what_wandb_is_given(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = mock.MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train(replace(config, steps=2, validate_every=2, wandb=True), tmp_path / "run", progress=False)
+    train(replace(config, steps=2, look_every=2, wandb=True), tmp_path / "run", progress=False)
     calls = wandb.init.return_value.log.call_args_list
     assert [call.kwargs["step"] for call in calls] == [0, 1]
     assert {"loss", "per_horizon/4", "held_out/psnr/1", "rollout"} <= set(calls[1].args[0])

@@ -23,7 +23,7 @@ def main() -> None:
     # One group for all runs: a second one would meet the addresses of the first in torchrun's store.
     dist.init_process_group("gloo")
     for mode in ("ddp", "fsdp"):
-        config = replace(small_config(folder / "data"), parallel=mode, checkpoint_every=10, validate_every=20)
+        config = replace(small_config(folder / "data"), parallel=mode, checkpoint_every=10, look_every=20)
         train(config, folder / mode, progress=False)
         train(replace(config, accumulate=2), folder / f"one-then-{mode}", progress=False)
     dist.destroy_process_group()

@@ -113,13 +113,13 @@ class ImportLeRobot(Import):
 class ImportTokens(Import):
     """Write token memmaps, such as those of the 1X World Model Challenge, as a replay buffer of tokens."""
 
-    ids_per_token: int = 1
+    ids: int = 1
     """2 splits each id of a vocabulary of 262,144 into two of 512."""
 
     def run(self) -> None:
         from .data.import_tokens import import_tokens
 
-        self.finish(import_tokens(self.folder, self.out, ids_per_token=self.ids_per_token, **self.options))
+        self.finish(import_tokens(self.folder, self.out, ids=self.ids, **self.options))
 
 
 @dataclass

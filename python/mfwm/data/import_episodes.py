@@ -75,7 +75,7 @@ def write_episodes(
                             actions=actions,
                             action_size=numbers[0] if numbers else 0,
                             vocabulary=vocabulary,
-                            ids_per_token=frame[2] if vocabulary and len(frame) == 3 else 1,
+                            ids=frame[2] if vocabulary and len(frame) == 3 else 1,
                             overwrite=overwrite,
                             **attributes,
                         )

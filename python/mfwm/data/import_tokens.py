@@ -25,14 +25,14 @@ def import_tokens(
     folder: Path,
     out: str | Path,
     *,
-    ids_per_token: int = 1,
+    ids: int = 1,
     skip_damaged: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[str]:
     """Write the token memmaps of `folder` as the replay buffer `out`.
 
-    ids_per_token: split each id of a large vocabulary into this many ids of a smaller one, the lowest digit first. The
+    ids: split each id of a large vocabulary into this many ids of a smaller one, the lowest digit first. The
         small vocabulary is that root of the large one: 262,144 = 512 * 512.
     skip_damaged: leave out an episode with ids outside the vocabulary or actions that are not finite, and return the
         reasons. Without it, ValueError names file, rule and value, and `out` is left as it was.
@@ -41,13 +41,10 @@ def import_tokens(
     sizes = read_metadata(folder / "metadata.json")
     frames, vocabulary = sizes["num_images"], sizes["vocab_size"]
     # Fewer than 64, because each id has a vocabulary of at least 2 and their product fits into 64 bits.
-    valid = type(ids_per_token) is int and 1 <= ids_per_token < 64
-    base = round(vocabulary ** (1 / ids_per_token)) if valid else 0
-    if base == 0 or base**ids_per_token != vocabulary:
-        raise ValueError(
-            f"ids_per_token must satisfy n ** ids_per_token = {vocabulary}, the vocabulary, for an integer n; "
-            f"got {ids_per_token}"
-        )
+    valid = type(ids) is int and 1 <= ids < 64
+    base = round(vocabulary ** (1 / ids)) if valid else 0
+    if base == 0 or base**ids != vocabulary:
+        raise ValueError(f"ids must satisfy n ** ids = {vocabulary}, the vocabulary, for an integer n; got {ids}")
     tokens = mapped(folder / "video.bin", np.dtype(sizes["token_dtype"]), (frames, sizes["h"], sizes["w"]))
     segments = np.asarray(mapped(folder / "segment_ids.bin", np.dtype(np.int32), (frames,)))
     # Hidden files come from the operating system, such as ._joint_pos.bin.
@@ -59,8 +56,8 @@ def import_tokens(
         if not 0 <= video.min() <= video.max() < vocabulary:
             raise ValueError(f"ids must be in 0..{vocabulary - 1}, got {video.min()}..{video.max()}")
         video = video.astype(np.int64)
-        if ids_per_token > 1:
-            video = video[..., None] // base ** np.arange(ids_per_token) % base
+        if ids > 1:
+            video = video[..., None] // base ** np.arange(ids) % base
         return Episode(video, np.concatenate([part[begin:end] for part in parts], axis=1) if parts else None)
 
     borders = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), frames]

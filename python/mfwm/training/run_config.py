@@ -23,7 +23,7 @@ MAY_CHANGE = {
     "compile",
     "checkpoint_every",
     "keep",
-    "validate_every",
+    "look_every",
     "parallel",
     "tensorboard",
     "wandb",

@@ -69,7 +69,7 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints; one is also written at the end.
         keep: number of checkpoints to keep, the newest ones.
         parallel: "ddp" or "fsdp" in the processes that torchrun starts.
-        validate_every: steps between validations on a few held-out clips, which are logged with pictures; 0 for none.
+        look_every: steps between validations on a few held-out clips, which are logged with pictures; 0 for none.
         tensorboard: write event files for TensorBoard into the run.
         wandb: log to Weights & Biases.
     """
@@ -95,7 +95,7 @@ class TrainerConfig:
     checkpoint_every: int = 100
     keep: int = 2
     parallel: Literal["none", "ddp", "fsdp"] = "none"
-    validate_every: int = 100
+    look_every: int = 100
     tensorboard: bool = True
     wandb: bool = False
 
@@ -103,7 +103,7 @@ class TrainerConfig:
         check_choices(self)
         for name in ("steps", "batch", "accumulate", "clip", "workers", "checkpoint_every", "keep"):
             check.integer(name, getattr(self, name), least=1)
-        for name in ("warmup", "seed", "validate_every"):
+        for name in ("warmup", "seed", "look_every"):
             check.integer(name, getattr(self, name), least=0)
         for name in ("lr", "clip_norm"):
             check.number(name, getattr(self, name), above=0)
@@ -302,7 +302,7 @@ class Trainer:
                     "data_wait": waited / seconds,
                 }
                 pictures: dict[str, Tensor] = {}
-                if held_out is not None and config.validate_every and (step + 1) % config.validate_every == 0:
+                if held_out is not None and config.look_every and (step + 1) % config.look_every == 0:
                     row["held_out"], pictures = run.validate(held_out)
                 if log is not None:
                     log.write(row, pictures)
@@ -337,7 +337,7 @@ def train_on_replay(
     """Train the objective of `config` on config.data, with validation on held-out clips; returns it."""
     with Trainer(config, out, progress=progress) as trainer:
         objective = objective_of(config)
-        held_out = trainer.held_out_clips() if config.validate_every else None
+        held_out = trainer.held_out_clips() if config.look_every else None
         trainer.fit(objective, trainer.sampler(), held_out=held_out, stop_after=stop_after)
     return objective
 
