@@ -123,6 +123,14 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def device(name: str, value: Any) -> torch.device | None:
+    """A device, or what torch.device takes; None for torch's default."""
+    try:
+        return None if value is None else torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a device of torch, got {value!r}") from error
+
+
 def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")

@@ -107,25 +107,24 @@ def choose(op: Op, args: Any) -> str:
         if reason:
             raise BackendError(f"backend {_forced!r} cannot serve this call of {op.name}: {reason}")
         return _forced
-    # The same tests as in `refusal`, without its reasons, because every eager call pays for them.
     first = first_tensor(args)
-    device, dtype = first.device.type, first.dtype
-    for backend, record in op.backends.items():
-        if ABSENT[backend] or dtype not in record.dtypes or device not in served_devices(backend):
-            continue
-        # Triton's interpreter is for testing kernels only: its results are right, but it is very slow.
-        if not (backend == "triton" and device == "cpu") and not record.refuses(args):
+    for backend in candidates(op, first.device.type):
+        record = op.backends[backend]
+        if first.dtype in record.dtypes and not record.refuses(args):
             return backend
     return "reference"
 
 
-def automatic(op: Op, device: str) -> str:
-    """The backend that `auto` takes on this kind of device, unless an option makes it refuse the call."""
-    for name in op.backends:
-        serves = device in served_devices(name) and not (name == "triton" and device == "cpu")
-        if serves and not ABSENT[name]:
-            return name
-    return "reference"
+def candidates(op: Op, device: str) -> list[str]:
+    """The backends that `auto` considers on this kind of device, fastest first.
+
+    Triton's interpreter is not among them: it is for testing kernels, right but very slow.
+    """
+    return [
+        name
+        for name in op.backends
+        if not ABSENT[name] and device in served_devices(name) and not (name == "triton" and device == "cpu")
+    ]
 
 
 def first_tensor(args: Any) -> Tensor:

@@ -48,6 +48,8 @@ class GradMonitor:
             self.scale = numbers.detach() if isinstance(scale, Tensor) else numbers.clone()
 
     def __repr__(self) -> str:
+        if self.norms.is_meta:
+            return f"GradMonitor({len(self.norms)}, device='meta')"
         scale = "" if self.scale is None else f", scale={self.scale.tolist()}"
         norms, cosines = (
             [[round(x, 4) for x in row] for row in figures.tolist()] for figures in (self.norms[None], self.cosines)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import LARGEST, integer, integers
+from .arguments import INTEGER_IDS, LARGEST, integer, integers, shape, tensor
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,26 @@ class Horizons:
         pairs = zip(self.offsets, self.factors, strict=True)
         return tuple(str(k) if self.offsets.count(k) == 1 else f"{k}@1/{f}" for k, f in pairs)
 
-    def valid(self, i: int, positions: int, frames: int, segment_ids: Tensor) -> Tensor:
-        """[B, positions] bool: where horizon i counts, in clips of `frames` frames with `segment_ids` [B, frames]."""
+    def valid(
+        self,
+        i: int,
+        positions: int,
+        frames: int,
+        segment_ids: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """[B, positions] bool: where horizon i counts in a clip of `frames` frames.
+
+        segment_ids: [B, frames] int32 or int64. None: all frames are in one segment, and the result is [1, positions]
+            on `device`.
+        """
+        i, positions = integer("i", i, least=0, most=len(self) - 1), integer("positions", positions, least=0)
+        frames = integer("frames", frames, least=0)
+        if segment_ids is None:
+            return valid_at(self.offsets[i], positions, frames, None, 1, device)
+        tensor("segment_ids", segment_ids, 2, INTEGER_IDS)
+        shape("segment_ids", segment_ids, (segment_ids.shape[0], frames), "[B, frames]")
         return valid_at(self.offsets[i], positions, frames, segment_ids, segment_ids.shape[0], segment_ids.device)
 
     @classmethod

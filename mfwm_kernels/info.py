@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, native
 from .arguments import names
-from .backends import ABSENT, INTERPRETED, automatic, forced
+from .backends import ABSENT, INTERPRETED, candidates, forced
 from .dtypes import multiplies_bf16
 from .op import OPS
 
@@ -58,7 +58,7 @@ def ops() -> dict[str, dict[str, Any]]:
                 "dtypes": names(backend.dtypes),
                 "absent": ABSENT[name],
             }
-        auto = {device: automatic(op, device) for device in ("cpu", "cuda")}
+        auto = {device: [*candidates(op, device), "reference"][0] for device in ("cpu", "cuda")}
         table[op.name] = {"backends": backends, "auto": auto}
     return table
 

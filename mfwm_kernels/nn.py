@@ -18,10 +18,13 @@ from .grad_monitor import GradMonitor
 from .horizon_loss import HorizonLoss, check_consistency, check_horizon_weights
 from .horizons import Horizons, check_horizons
 from .ops.fan_out import fan_out
-from .ops.mtp_combine import mtp_combine
+from .ops.mtp_combine import ORDERS, mtp_combine
 from .ops.multi_horizon_linear import multi_horizon_linear
+from .ops.multi_horizon_linear_cross_entropy import check_options as check_token_options
 from .ops.multi_horizon_linear_cross_entropy import multi_horizon_linear_cross_entropy
+from .ops.multi_horizon_loss import check_options as check_loss_options
 from .ops.multi_horizon_loss import multi_horizon_loss
+from .ops.video_pyramid import check_patch_sizes
 
 __all__ = ["FanOut", "MTPCombine", "MultiHorizonLinear", "MultiHorizonLinearCrossEntropy", "MultiHorizonLoss"]
 
@@ -41,10 +44,12 @@ class _Conditioned(nn.Module):
         norm_eps: float,
         lag_gates: bool,
         window_start: int,
-        factory: dict[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         check_horizons(horizons)
+        factory = _factory(device, dtype)
         self.in_features = check.integer("in_features", in_features, least=1)
         self.horizons = horizons
         self.norm = check.choice("norm", norm, ("rms", None))
@@ -98,8 +103,9 @@ class FanOut(_Conditioned):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(in_features, horizons, norm, norm_per_horizon, norm_eps, lag_gates, window_start, factory)
+        super().__init__(
+            in_features, horizons, norm, norm_per_horizon, norm_eps, lag_gates, window_start, device, dtype
+        )
         self.pool = check.integers("pool", pool, least=1, count=len(horizons))
 
     def forward(
@@ -148,11 +154,12 @@ class MultiHorizonLinear(_Conditioned):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(in_features, horizons, norm, norm_per_horizon, norm_eps, lag_gates, window_start, factory)
+        super().__init__(
+            in_features, horizons, norm, norm_per_horizon, norm_eps, lag_gates, window_start, device, dtype
+        )
         columns = check.integers("out_features", out_features, least=1, count=len(horizons))
         check.flag("bias", bias)
-        self.heads = nn.ModuleList(nn.Linear(in_features, n, bias=bias, **factory) for n in columns)
+        self.heads = nn.ModuleList(nn.Linear(in_features, n, bias=bias, device=device, dtype=dtype) for n in columns)
 
     def forward(
         self,
@@ -190,7 +197,7 @@ class _Weighted(nn.Module):
         super().__init__()
         check_horizons(horizons)
         self.horizons = horizons
-        like = torch.empty(0, device=device)
+        like = torch.empty(0, device=check.device("device", device))
         weights = check_horizon_weights(_moved(horizon_weights, like), len(horizons), like)
         consistency, _, _ = check_consistency(_moved(consistency_weights, like), horizons, like, matrix=matrix)
         # Clone, because lists became cached fp64 tensors that other calls share (arguments.constant).
@@ -248,6 +255,11 @@ class MultiHorizonLoss(_Weighted):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(horizons, horizon_weights, consistency_weights, True, device)
+        check_loss_options(kind=kind, detach=detach, residual=residual, delta=delta, eps=eps)
+        check_patch_sizes(patch_sizes, len(horizons))
+        for name, number in (("scale", scale), ("shift", shift)):
+            if number is not None:
+                check.number(name, number)
         self.options: dict[str, Any] = {
             "kind": kind, "detach": detach, "patch_sizes": patch_sizes, "residual": residual, "scale": scale,
             "shift": shift, "delta": delta, "eps": eps,
@@ -306,6 +318,7 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
             "detach": detach, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
             "softcap": softcap, "chunk_size": chunk_size, "return_accuracy": return_accuracy,
         }  # fmt: skip
+        check_token_options(**self.options)
         count = len(horizons) if check.flag("head_per_horizon", head_per_horizon) else 1
         shape = (self.ids_per_token * self.vocabulary, self.in_features)
         heads = [_linear_weight(shape, device, dtype) for _ in range(count)]
@@ -359,10 +372,10 @@ class MTPCombine(nn.Module):
         self.out_features = check.integer(
             "out_features", in_features if out_features is None else out_features, least=1
         )
-        self.norm_eps, self.order = norm_eps, order
+        self.norm_eps, self.order = check.number("norm_eps", norm_eps, least=0), check.choice("order", order, ORDERS)
         self.weight = _linear_weight((self.out_features, 2 * self.in_features), device, dtype)
-        self.hidden_norm_weight = nn.Parameter(torch.ones(self.in_features, device=device, dtype=dtype))
-        self.embedding_norm_weight = nn.Parameter(torch.ones(self.in_features, device=device, dtype=dtype))
+        self.hidden_norm_weight = nn.Parameter(torch.ones(self.in_features, **_factory(device, dtype)))
+        self.embedding_norm_weight = nn.Parameter(torch.ones(self.in_features, **_factory(device, dtype)))
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return mtp_combine(
@@ -374,10 +387,17 @@ class MTPCombine(nn.Module):
         return f"{self.in_features}, {self.out_features}, norm_eps={self.norm_eps}, order={self.order!r}"
 
 
+def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The arguments of a factory of torch, checked."""
+    if dtype is not None and dtype not in check.FLOATING:
+        raise TypeError(f"dtype must be one of {check.names(check.FLOATING)}, got {dtype}")
+    return {"device": check.device("device", device), "dtype": dtype}
+
+
 def _linear_weight(
     shape: tuple[int, int], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Parameter:
     """[N, D], initialised like the weight of an nn.Linear: uniform in +-1 / sqrt(D)."""
-    weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+    weight = nn.Parameter(torch.empty(shape, **_factory(device, dtype)))
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     return weight

@@ -36,6 +36,33 @@ def test_what_counts() -> None:
     assert valid_at(0, 6, 6, segments, 1, "cpu").all()
 
 
+def test_valid() -> None:
+    horizons, segments = Horizons((1, 2), (1, 2)), torch.tensor([[0, 0, 0, 1, 1, 1], [4] * 6], dtype=torch.int32)
+    assert torch.equal(horizons.valid(1, 5, 6, segments), valid_at(2, 5, 6, segments, 2, "cpu"))
+    assert torch.equal(horizons.valid(1, 5, 6, segments.T.contiguous().T), valid_at(2, 5, 6, segments, 2, "cpu"))
+    assert horizons.valid(1, 5, 6).tolist() == [[True, True, True, True, False]]
+    assert horizons.valid(1, 0, 6, segments).shape == (2, 0)
+    assert horizons.valid(0, 5, 6, device="meta").is_meta
+    for given, message in (
+        ((2, 5, 6), "i must be <= 1, got 2"),
+        ((-1, 5, 6), "i must be >= 0, got -1"),
+        (("near", 5, 6), "i must be an integer, got 'near'"),
+        ((0, -1, 6), "positions must be >= 0, got -1"),
+        ((0, 5, 1.5), "frames must be an integer, got 1.5"),
+        ((0, 5, 9, segments), r"segment_ids must have shape \[B, frames\] = \[2, 9\], got \[2, 6\]"),
+        ((0, 5, 6, segments[0]), "segment_ids must have 2 dimensions"),
+        ((0, 5, 6, segments.float()), "segment_ids must have dtype int32, int64, got float32"),
+        ((0, 5, 6, [[0] * 6]), "segment_ids must be a torch.Tensor, got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            horizons.valid(*given)  # type: ignore[arg-type]
+
+
+def test_labels() -> None:
+    assert Horizons.cascade(3).labels == ("1", "2", "4")
+    assert Horizons.multi_resolution().labels == ("1@1/1", "1@1/2", "1@1/4", "2", "4")
+
+
 def test_pairs() -> None:
     assert consistency_pairs(3, (3,)) == [(0, 1), (0, 2)]
     assert consistency_pairs(3, (3, 3)) == [(0, 1), (0, 2), (1, 2)]

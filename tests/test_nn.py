@@ -176,6 +176,11 @@ def test_weights_of_two_modules_are_not_shared() -> None:
     assert second.horizon_weights.tolist() == [1, 0.5, 0.1]
 
 
+def test_modules_without_data_have_a_repr() -> None:
+    assert repr(m.GradMonitor(3, device="meta")) == "GradMonitor(3, device='meta')"
+    assert "horizon_weights=[3]" in repr(mfwm_nn.MultiHorizonLoss(HORIZONS, device="meta"))
+
+
 def test_repr_says_what_a_module_is() -> None:
     shown = repr(
         nn.ModuleList([
@@ -208,6 +213,37 @@ def test_repr_says_what_a_module_is() -> None:
         (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), norm="batch"), "norm must be one of 'rms', None"),
         (lambda: mfwm_nn.MultiHorizonLinear(8, (5, 3), HORIZONS), "out_features must have one entry per horizon, 3"),
         (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, horizon_weights=[1, 2]), r"horizon_weights must have shape \[3\]"),
+        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), norm_eps="small"), "norm_eps must be a number, got str"),
+        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), dtype=torch.int64), "dtype must be one of float32.*int64"),
+        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), device="gpu"), "device must be a device .*, got 'gpu'"),
+        (lambda: mfwm_nn.MultiHorizonLinear(8, (5, 3, 1), HORIZONS, dtype=torch.int64), "dtype must be one of float32"),
+        (lambda: mfwm_nn.MTPCombine(8, norm_eps=-1), "norm_eps must be >= 0, got -1"),
+        (lambda: mfwm_nn.MTPCombine(8, order="first"), "order must be one of 'hidden_first', 'embedding_first'"),
+        (lambda: mfwm_nn.MTPCombine(8, dtype=torch.int64), "dtype must be one of float32"),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, kind="l2"), "kind must be one of 'mse'"),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, detach="both"), "detach must be one of None, 'near', 'far'"),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, residual=1), "residual must be True or False, got 1"),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, scale="255"), "scale must be a number, got str"),
+        (
+            lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, patch_sizes=(2,)),
+            "patch_sizes must have one entry per horizon, 3",
+        ),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, eps=0), "eps must be > 0, got 0"),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, device="gpu"), "device must be a device of torch, got 'gpu'"),
+        (lambda: mfwm_nn.MultiHorizonLinearCrossEntropy(8, 7, HORIZONS, softcap=0), "softcap must be > 0, got 0"),
+        (
+            lambda: mfwm_nn.MultiHorizonLinearCrossEntropy(8, 7, HORIZONS, label_smoothing=2),
+            "label_smoothing must be <= 1",
+        ),
+        (
+            lambda: mfwm_nn.MultiHorizonLinearCrossEntropy(8, 7, HORIZONS, chunk_size=0),
+            "chunk_size must be >= 1, got 0",
+        ),
+        (lambda: mfwm_nn.MultiHorizonLinearCrossEntropy(8, 7, HORIZONS, ids_per_token=0), "ids_per_token must be >= 1"),
+        (
+            lambda: mfwm_nn.MultiHorizonLinearCrossEntropy(8, 7, HORIZONS, dtype=torch.int64),
+            "dtype must be one of float32",
+        ),
         (
             lambda: mfwm_nn.MultiHorizonLoss(Horizons((1, 2), (2, 3)), consistency_weights=[0, 1]),
             r"consistency_weights\[1\] must be 0: factors\[1\] = 3 is not a multiple of factors\[0\] = 2",

@@ -220,9 +220,9 @@ def test_of_the_top_k_tokens_alone_some_are_drawn() -> None:
     torch.testing.assert_close(shares, expected / expected.sum(), atol=0.02, rtol=0)
     for model in (build(**TOKENS), masked_model()):
         video, actions = begin(model)
-        likeliest = rollout(model, video, actions, 3, masked_steps=3)
-        assert torch.equal(rollout(model, video, actions, 3, temperature=5.0, top_k=1, masked_steps=3), likeliest)
-        assert not torch.equal(rollout(model, video, actions, 3, temperature=5.0, top_k=3, masked_steps=3), likeliest)
+        greedy = rollout(model, video, actions, 3, masked_steps=3)
+        assert torch.equal(rollout(model, video, actions, 3, temperature=5.0, top_k=1, masked_steps=3), greedy)
+        assert not torch.equal(rollout(model, video, actions, 3, temperature=5.0, top_k=3, masked_steps=3), greedy)
         with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
             rollout(model, video, actions, 3, temperature=1.0, top_k=0)
 

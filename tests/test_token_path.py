@@ -150,7 +150,7 @@ def token_model(**options: Any) -> WorldModelConfig:
 
 
 def test_bits_are_the_loss() -> None:
-    """And hits those of the likeliest id of each cell."""
+    """The bits per token are the loss, and the hits those of each cell's most likely id."""
     model = WorldModel(token_model())
     ids, actions = torch.randint(0, 60, (3, 12, 4, 4)), torch.randint(0, 4, (3, 12))
     clips = {"video": ids, "actions": actions, "segment_ids": torch.zeros(3, 12, dtype=torch.int64)}
@@ -160,8 +160,8 @@ def test_bits_are_the_loss() -> None:
         torch.from_numpy(measures["bits"] * np.log(2)).mean(0), loss.per_horizon, check_dtype=False
     )
     assert not np.allclose(measures["bits"], measures["bits_shuffled"])
-    likeliest = model.predict(ids, actions)[1].argmax(-1)
-    enlarged = likeliest.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    greedy = model.predict(ids, actions)[1].argmax(-1)
+    enlarged = greedy.repeat_interleave(2, -1).repeat_interleave(2, -2)
     assert measures["hits"][:, 1] == pytest.approx((enlarged == ids[:, 2:10]).float().mean(dim=(1, 2, 3)).numpy())
     assert measures["hits_persistence"][:, 2] == pytest.approx(
         (ids[:, :8] == ids[:, 4:]).float().mean((1, 2, 3)).numpy()
@@ -186,9 +186,9 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
     page = write_report(place / "run").read_text()
     assert page.count("data:image/png;base64,") == 4 and "bits per token" in page
     picture = iio.imread(place / "run" / "rollout.gif")[-1]
-    # Two lines of white, enlarged, lie between the rows.
-    truth, likeliest, drawn = (row[:-6] for row in np.split(np.pad(picture, ((0, 6), (0, 0), (0, 0))), 3))
-    assert (truth != likeliest).any() and (likeliest != drawn).any()
+    # The rows are separated by two white lines, enlarged.
+    truth, greedy, sampled = (row[:-6] for row in np.split(np.pad(picture, ((0, 6), (0, 0), (0, 0))), 3))
+    assert (truth != greedy).any() and (greedy != sampled).any()
     # The same figures when frames and tokenizer are somewhere else, if told where.
     moved = {"pixels": place / "data.moved", "tokenizer": place / "tok.moved"}
     for new in moved.values():
@@ -210,7 +210,7 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
 
 
 def test_masked_models_are_rolled_out(place: Path, tmp_path: Path) -> None:
-    """Their likeliest ids of tokens that they see would say nothing."""
+    """A masked model is rolled out: its most likely ids of tokens that it sees would say nothing."""
     encode(place / "data", tmp_path / "ids", tokenizer=place / "tok", progress=False)
     model = token_model()
     model = replace(model, masked=True, heads=replace(model.heads, horizons=Horizons((0, 1), (1, 2))))

@@ -151,32 +151,51 @@ def multi_horizon_linear_cross_entropy(
         check.shape("token_mask", token_mask, (batch, frames, height, width), "[B, T_v, Hp, Wp]")
         check.same_device("token_mask", token_mask, "tokens", tokens)
     segment_ids = check.segments(segment_ids, batch, frames, "T_v", "tokens", tokens)
-    ignore_index = check.integer("ignore_index", ignore_index, least=-(2**31))
+    options = check_options(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        chunk_size=chunk_size, detach=detach, return_accuracy=return_accuracy,
+    )  # fmt: skip
+    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, tokens, matrix=False)
+    args = Arguments(
+        inputs=inputs,
+        weight=heads,
+        tokens=tokens,
+        horizon_weights=check_horizon_weights(horizon_weights, count, tokens),
+        consistency_weights=consistency,
+        segment_ids=segment_ids,
+        token_mask=token_mask,
+        offsets=list(horizons.offsets),
+        factors=list(horizons.factors),
+        pairs=pairs,
+        ids_per_token=ids_per_token,
+        **options,
+    )
+    return nan_if_invalid(HorizonLoss(*call(OP, args)), consistency, undivided)
+
+
+def check_options(
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    chunk_size: int | None,
+    detach: str | None,
+    return_accuracy: bool,
+) -> dict[str, Any]:
+    """The fields of Arguments that depend on no tensor."""
     label_smoothing = check.number("label_smoothing", label_smoothing, least=0)
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be <= 1, got {label_smoothing}")
-    consistency, pairs, undivided = check_consistency(consistency_weights, horizons, tokens, matrix=False)
-    args = Arguments(
-        inputs,
-        heads,
-        tokens,
-        check_horizon_weights(horizon_weights, count, tokens),
-        consistency,
-        segment_ids,
-        token_mask,
-        list(horizons.offsets),
-        list(horizons.factors),
-        pairs,
-        ids_per_token,
-        ignore_index,
-        label_smoothing,
-        check.number("z_loss", z_loss, least=0),
-        0.0 if softcap is None else check.number("softcap", softcap, above=0),
-        0 if chunk_size is None else check.integer("chunk_size", chunk_size, least=1, most=2**63 - 1),
-        check.choice("detach", detach, DETACH) or "none",
-        check.flag("return_accuracy", return_accuracy),
-    )
-    return nan_if_invalid(HorizonLoss(*call(OP, args)), consistency, undivided)
+    return {
+        "ignore_index": check.integer("ignore_index", ignore_index, least=-(2**31)),
+        "label_smoothing": label_smoothing,
+        "z_loss": check.number("z_loss", z_loss, least=0),
+        "softcap": 0.0 if softcap is None else check.number("softcap", softcap, above=0),
+        "chunk_size": 0 if chunk_size is None else check.integer("chunk_size", chunk_size, least=1, most=2**63 - 1),
+        "detach": check.choice("detach", detach, DETACH) or "none",
+        "return_accuracy": check.flag("return_accuracy", return_accuracy),
+    }
 
 
 def reference(args: Arguments) -> tuple[Tensor, ...]:

@@ -137,24 +137,31 @@ def multi_horizon_loss(
     scale, shift = check_normalisation(video, scale, shift)
     consistency, pairs, undivided = check_consistency(consistency_weights, horizons, video)
     args = Arguments(
-        preds,
-        video,
-        check_horizon_weights(horizon_weights, count, video),
-        consistency,
-        segment_ids,
-        list(horizons.offsets),
-        list(horizons.factors),
-        pairs,
-        patch_sizes,
-        check.choice("kind", kind, KINDS),
-        check.choice("detach", detach, DETACH) or "none",
-        check.flag("residual", residual),
-        scale,
-        shift,
-        check.number("delta", delta, above=0),
-        check.number("eps", eps, above=0),
+        preds=preds,
+        video=video,
+        horizon_weights=check_horizon_weights(horizon_weights, count, video),
+        consistency_weights=consistency,
+        segment_ids=segment_ids,
+        offsets=list(horizons.offsets),
+        factors=list(horizons.factors),
+        pairs=pairs,
+        patch_sizes=patch_sizes,
+        scale=scale,
+        shift=shift,
+        **check_options(kind=kind, detach=detach, residual=residual, delta=delta, eps=eps),
     )
     return nan_if_invalid(HorizonLoss(*call(OP, args)), consistency, undivided)
+
+
+def check_options(*, kind: str, detach: str | None, residual: bool, delta: float, eps: float) -> dict[str, Any]:
+    """The fields of Arguments that depend on no tensor."""
+    return {
+        "kind": check.choice("kind", kind, KINDS),
+        "detach": check.choice("detach", detach, DETACH) or "none",
+        "residual": check.flag("residual", residual),
+        "delta": check.number("delta", delta, above=0),
+        "eps": check.number("eps", eps, above=0),
+    }
 
 
 def reference(args: Arguments) -> tuple[Tensor, ...]:

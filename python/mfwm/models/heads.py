@@ -489,8 +489,8 @@ class MultiFrameHeads(nn.Module):
 
 def later(x_BVHWD: Tensor, lag: int, positions: int, segment_ids: Tensor | None) -> Tensor:
     """[B, T, H, W, D]: x at n + lag for position n; zero past the end of x and where n + lag is in another segment."""
-    B, V = x_BVHWD.shape[:2]
-    segments = x_BVHWD.new_zeros(B, V, dtype=torch.int64) if segment_ids is None else segment_ids[:, :V]
-    valid = Horizons((lag,), (1,)).valid(0, positions, V, segments)
+    V = x_BVHWD.shape[1]
+    segments = None if segment_ids is None else segment_ids[:, :V]
+    valid = Horizons((lag,), (1,)).valid(0, positions, V, segments, device=x_BVHWD.device)
     index = (torch.arange(positions, device=x_BVHWD.device) + lag).clamp_max(V - 1)
     return x_BVHWD[:, index] * valid[:, :, None, None, None]
