@@ -108,23 +108,19 @@ def choose(op: Op, args: Any) -> str:
             raise BackendError(f"backend {_forced!r} cannot serve this call of {op.name}: {reason}")
         return _forced
     first = first_tensor(args)
-    for backend in candidates(op, first.device.type):
-        record = op.backends[backend]
-        if first.dtype in record.dtypes and not record.refuses(args):
+    device = first.device.type
+    for backend, record in op.backends.items():
+        if is_candidate(backend, device) and first.dtype in record.dtypes and not record.refuses(args):
             return backend
     return "reference"
 
 
-def candidates(op: Op, device: str) -> list[str]:
-    """The backends that `auto` considers on this kind of device, fastest first.
+def is_candidate(backend: str, device: str) -> bool:
+    """Whether `auto` considers this backend on this kind of device.
 
-    Triton's interpreter is not among them: it is for testing kernels, right but very slow.
+    It never takes Triton's interpreter, which is for testing kernels: right, but very slow.
     """
-    return [
-        name
-        for name in op.backends
-        if not ABSENT[name] and device in served_devices(name) and not (name == "triton" and device == "cpu")
-    ]
+    return not ABSENT[backend] and device in served_devices(backend) and not (backend == "triton" and device == "cpu")
 
 
 def first_tensor(args: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, native
 from .arguments import names
-from .backends import ABSENT, INTERPRETED, candidates, forced
+from .backends import ABSENT, INTERPRETED, forced, is_candidate
 from .dtypes import multiplies_bf16
 from .op import OPS
 
@@ -58,7 +58,10 @@ def ops() -> dict[str, dict[str, Any]]:
                 "dtypes": names(backend.dtypes),
                 "absent": ABSENT[name],
             }
-        auto = {device: [*candidates(op, device), "reference"][0] for device in ("cpu", "cuda")}
+        auto = {
+            device: next((name for name in op.backends if is_candidate(name, device)), "reference")
+            for device in ("cpu", "cuda")
+        }
         table[op.name] = {"backends": backends, "auto": auto}
     return table
 
