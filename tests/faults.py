@@ -187,7 +187,7 @@ FAULTS = [
     Fault(
         "surgery where gradients agree", "model", "python/mfwm/models/balance.py",
         ".clamp_max(0)", ".clamp_min(0)",
-        "tests/test_model.py -k surgery_scale",
+        "tests/test_balance.py -k surgery_scale",
     ),
     # ---- data: what is read, and that nothing is lost
     Fault(

@@ -16,7 +16,7 @@ from mfwm.data.import_lerobot import import_lerobot
 from mfwm.data.import_tokens import import_tokens
 from mfwm.data.import_videos import import_videos
 from PIL import Image
-from test_data_safety import beside
+from small_set import beside
 from test_imports import write_mp4
 from test_pictures import encoded
 
