@@ -293,7 +293,9 @@ def test_a_place_that_cannot_be_renamed_is_written_where_it_is(tmp_path: Path, m
         in_a_block(path, lambda writer: 1 / 0)
     assert path.is_dir() and not list(path.iterdir())
     inode = path.stat().st_ino
+    (path / ".DS_Store").write_bytes(b"kept")
     write(path)
+    assert (path / ".DS_Store").read_bytes() == b"kept"
     assert value_of(path) == OLD and path.stat().st_ino == inode and beside(path) == []
     with pytest.raises(ValueError, match=r"cannot be overwritten: .*a mount point"):
         write(path, NEW, overwrite=True)

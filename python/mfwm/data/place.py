@@ -117,8 +117,8 @@ class Place:
             )
         if self.in_place:
             raise ValueError(
-                f"{self.path} cannot be overwritten: a URL, a mount point, the working directory or a directory in one "
-                "that is not writable cannot be replaced in one step; delete its contents, or choose another place"
+                f"{self.path} cannot be overwritten: a URL, a mount point, the working directory or a directory whose "
+                "parent is not writable cannot be replaced in one step; delete its contents, or choose another place"
             )
         assert self.target is not None
         if not any((self.target / name).is_file() for name in GROUP):

@@ -111,9 +111,9 @@ class ReplayWriter:
     def _create(self) -> None:
         place = self._place.begin()
         try:
-            # "w-", because "w" removes the directory itself, which fails on a mount point after its files are gone.
+            # "a", because "w" removes the directory itself, which fails on a mount point after its files are gone.
             # Format 2, because diffusion-policy and its descendants pin zarr 2; zarr 3 reads both formats.
-            root = zarr.open_group(str(place), mode="w-", zarr_format=2)
+            root = zarr.open_group(str(place), mode="a", zarr_format=2)
             root.attrs.update(self.attributes)
             root.create_group("data")
             root.create_group("meta")
