@@ -57,25 +57,29 @@ MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, in
 
 // `numbers` is a dict, because the compiler cannot tell four doubles in a row apart: a swap would go unnoticed.
 MultiHorizonLoss loss_of(const py::list& preds, const py::list& gradients, const py::handle& video,
-                         const py::handle& segment_ids, const py::handle& horizon_weights,
-                         const py::handle& consistency_weights, const Sizes& offsets, const Sizes& factors,
-                         const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
-                         const py::dict& numbers, const py::list& outputs) {
+                         const py::handle& segment_ids, const py::handle& position_weights,
+                         const py::handle& horizon_weights, const py::handle& consistency_weights, const Sizes& offsets,
+                         const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes,
+                         const std::vector<int>& kinds, int detach, bool residual, const py::dict& numbers,
+                         const py::list& outputs) {
   const auto number = [&](const char* name) { return numbers[name].cast<double>(); };
   MultiHorizonLoss op;
   op.preds = arrays_of(preds);
   op.gradients = arrays_of(gradients);
   op.video = array_of(video);
   op.segment_ids = array_of(segment_ids);
+  op.position_weights = array_of(position_weights);
   op.horizon_weights = array_of(horizon_weights);
   op.consistency_weights = array_of(consistency_weights);
   op.offsets = offsets;
   op.factors = factors;
   op.pairs = pairs;
   op.patch_sizes = patch_sizes;
-  op.kind = static_cast<LossKind>(kind);
+  for (const int kind : kinds) op.kinds.push_back(static_cast<LossKind>(kind));
   op.detach = static_cast<Detach>(detach);
   op.residual = residual;
+  op.motion_gain = number("motion_gain");
+  op.beta = number("beta");
   op.scale = number("scale");
   op.shift = number("shift");
   op.delta = number("delta");
@@ -208,11 +212,13 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
-                py::object horizon_weights, py::object consistency_weights, const Sizes& offsets, const Sizes& factors,
-                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
-                const py::dict& numbers, const py::list& outputs, int threads) {
-               const auto op = loss_of(preds, gradients, video, segment_ids, horizon_weights, consistency_weights,
-                                       offsets, factors, pairs, patch_sizes, kind, detach, residual, numbers, outputs);
+                py::object position_weights, py::object horizon_weights, py::object consistency_weights,
+                const Sizes& offsets, const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes,
+                const std::vector<int>& kinds, int detach, bool residual, const py::dict& numbers,
+                const py::list& outputs, int threads) {
+               const auto op = loss_of(preds, gradients, video, segment_ids, position_weights, horizon_weights,
+                                       consistency_weights, offsets, factors, pairs, patch_sizes, kinds, detach,
+                                       residual, numbers, outputs);
                py::gil_scoped_release release;
                cpu::multi_horizon_loss(op, threads);
              });
@@ -226,12 +232,13 @@ PYBIND11_MODULE(_native, module) {
   });
   module.def("cuda_multi_horizon_loss",
              [](const py::list& preds, const py::list& gradients, py::object video, py::object segment_ids,
-                py::object horizon_weights, py::object consistency_weights, const Sizes& offsets, const Sizes& factors,
-                const Sizes& pairs, const Sizes& patch_sizes, int kind, int detach, bool residual,
-                const py::dict& numbers, const py::list& outputs, py::object term_counts, py::object partial,
-                uintptr_t stream) {
-               const auto op = loss_of(preds, gradients, video, segment_ids, horizon_weights, consistency_weights,
-                                       offsets, factors, pairs, patch_sizes, kind, detach, residual, numbers, outputs);
+                py::object position_weights, py::object horizon_weights, py::object consistency_weights,
+                const Sizes& offsets, const Sizes& factors, const Sizes& pairs, const Sizes& patch_sizes,
+                const std::vector<int>& kinds, int detach, bool residual, const py::dict& numbers,
+                const py::list& outputs, py::object term_counts, py::object partial, uintptr_t stream) {
+               const auto op = loss_of(preds, gradients, video, segment_ids, position_weights, horizon_weights,
+                                       consistency_weights, offsets, factors, pairs, patch_sizes, kinds, detach,
+                                       residual, numbers, outputs);
                const MultiHorizonLossScratch scratch{array_of(term_counts), array_of(partial)};
                py::gil_scoped_release release;
                cuda::multi_horizon_loss(op, scratch, reinterpret_cast<void*>(stream));

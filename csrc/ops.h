@@ -145,23 +145,26 @@ struct VideoPyramid {
   int threads;
 };
 
-enum class LossKind : int { mse = 0, l1 = 1, huber = 2, charbonnier = 3 };
+enum class LossKind : int { mse = 0, l1 = 1, huber = 2, charbonnier = 3, gaussian = 4, laplace = 5 };
 enum class Detach : int { none = 0, near = 1, far = 2 };
 
 struct MultiHorizonLoss {
-  std::vector<Array> preds;      // K of [B, T, C, H / f, W / f] or [B, T, S, P * P * C]
+  // K of [B, T, C, H / f, W / f] or [B, T, S, P * P * C]; twice the channels for gaussian and laplace: means, then
+  // log-scales.
+  std::vector<Array> preds;
   std::vector<Array> gradients;  // written, K; none for predictions that need no gradient
   Array video;                   // [B, T_v, C, H, W]
   Array segment_ids;             // [B, T_v] or none
+  Array position_weights;        // [B, T, K] float32 or float64, or none
   Array horizon_weights;         // [K] float32 or float64
   Array consistency_weights;     // [K], indexed by a pair's far side, or [K, K], or none
   std::vector<int64_t> offsets, factors;
   std::vector<int64_t> pairs;        // i0, j0, i1, j1, ...
   std::vector<int64_t> patch_sizes;  // empty: image layout
-  LossKind kind;
+  std::vector<LossKind> kinds;       // K
   Detach detach;
   bool residual;
-  double scale, shift, delta, eps;
+  double motion_gain, beta, scale, shift, delta, eps;
   // The outputs, contiguous: float32 or float64, counts int64.
   Array total, per_horizon, counts;  // [], [K], [K]
   // In the shape of consistency_weights, or [K] without weights; zero where there is no pair.

@@ -7,6 +7,8 @@ from typing import TypeAlias, TypedDict
 Array: TypeAlias = tuple[int, int, Sequence[int], Sequence[int]]
 
 class LossNumbers(TypedDict):
+    motion_gain: float
+    beta: float
     scale: float
     shift: float
     delta: float
@@ -179,13 +181,14 @@ def multi_horizon_loss(
     gradients: list[Array | None],
     video: Array,
     segment_ids: Array | None,
+    position_weights: Array | None,
     horizon_weights: Array,
     consistency_weights: Array | None,
     offsets: Sequence[int],
     factors: Sequence[int],
     pairs: Sequence[int],
     patch_sizes: Sequence[int],
-    kind: int,
+    kinds: Sequence[int],
     detach: int,
     residual: bool,
     numbers: LossNumbers,
@@ -210,13 +213,14 @@ def cuda_multi_horizon_loss(
     gradients: list[Array | None],
     video: Array,
     segment_ids: Array | None,
+    position_weights: Array | None,
     horizon_weights: Array,
     consistency_weights: Array | None,
     offsets: Sequence[int],
     factors: Sequence[int],
     pairs: Sequence[int],
     patch_sizes: Sequence[int],
-    kind: int,
+    kinds: Sequence[int],
     detach: int,
     residual: bool,
     numbers: LossNumbers,

@@ -28,13 +28,22 @@ def shape_of(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def tensor(name: str, value: Any, rank: int | tuple[int, ...], dtypes: Sequence[torch.dtype] = FLOATING) -> Tensor:
-    """Check that `value` is a dense tensor of one of these ranks and dtypes."""
+def tensor(
+    name: str, value: Any, rank: int | tuple[int, ...], letters: str, dtypes: Sequence[torch.dtype] = FLOATING
+) -> Tensor:
+    """Check that `value` is a dense tensor of one of these ranks, whose shape `letters` spells, and of these dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not has_data(value) and type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got a DTensor, of which this rank holds a part. Under FSDP2, apply "
+            f"fully_shard to the module whose forward calls the op, not to the one that only owns {name}; or pass "
+            f"{name}.full_tensor()"
+        )
     ranks = (rank,) if isinstance(rank, int) else rank
     if value.dim() not in ranks:
-        raise ValueError(f"{name} must have {' or '.join(map(str, ranks))} dimensions, got shape {shape_of(value)}")
+        dimensions = " or ".join(map(str, ranks))
+        raise ValueError(f"{name} must have {dimensions} dimensions, {letters}; got shape {shape_of(value)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must have dtype {names(dtypes)}, got {names([value.dtype])}")
     if value.layout != torch.strided:
@@ -67,6 +76,28 @@ def non_zero_sizes(name: str, value: Tensor, may_be_zero: Sequence[int] = (0, 1)
     for axis, size in enumerate(value.shape):
         if axis not in may_be_zero and size == 0:
             raise ValueError(f"{name} must not have size 0 in dimension {axis}, got shape {shape_of(value)}")
+
+
+def common_divisors(*sizes: int) -> str:
+    """The integers that divide all sizes, for an error about one that does not."""
+    largest = math.gcd(*sizes)
+    divisors = [str(n) for n in range(1, largest + 1) if largest % n == 0]
+    return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
+
+
+def grid(value: Any, name: str, tokens: Tensor) -> tuple[int, int]:
+    """The rows and columns (Hp, Wp) of tokens [B, T, S, ...] in row order: S = Hp * Wp."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"grid must be a pair of integers (Hp, Wp), got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"grid must be a pair of integers (Hp, Wp), got {value!r}")
+    height, width = integers("grid", value, least=1)
+    if height * width != tokens.shape[2]:
+        raise ValueError(
+            f"grid must have as many cells as {name} has tokens, {tokens.shape[2]} (shape {shape_of(tokens)}); "
+            f"got {height} x {width}"
+        )
+    return height, width
 
 
 def is_integer(value: Any) -> bool:
@@ -137,13 +168,13 @@ def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     return value
 
 
-def tensors(name: str, values: Any, count: int | None, rank: int | tuple[int, ...]) -> list[Tensor]:
+def tensors(name: str, values: Any, count: int | None, rank: int | tuple[int, ...], letters: str) -> list[Tensor]:
     """A list or tuple of floating tensors, one per horizon."""
     if not isinstance(values, (list, tuple)):
         raise TypeError(f"{name} must be a list or tuple of tensors, got {type(values).__name__}")
     if count is not None and len(values) != count:
         raise ValueError(f"{name} must have one entry per horizon, {count}; got {len(values)}")
-    return [tensor(f"{name}[{i}]", value, rank) for i, value in enumerate(values)]
+    return [tensor(f"{name}[{i}]", value, rank, letters) for i, value in enumerate(values)]
 
 
 def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
@@ -153,7 +184,7 @@ def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], li
     """
     meaning = " or ".join(str(list(s)) for s in shapes)
     if isinstance(value, Tensor):
-        tensor(name, value, tuple({len(s) for s in shapes}), (torch.float32, torch.float64))
+        tensor(name, value, tuple({len(s) for s in shapes}), meaning, (torch.float32, torch.float64))
         if tuple(value.shape) not in shapes:
             raise ValueError(f"{name} must have shape {meaning}, got {shape_of(value)}")
         if value.device != like.device:
@@ -245,7 +276,8 @@ def segments(
     """`segment_ids` [B, columns], int32 or int64, or None."""
     if value is None:
         return None
-    tensor("segment_ids", value, 2, INTEGER_IDS)
-    shape("segment_ids", value, (batch, columns), f"[B, {column_meaning}]")
+    letters = f"[B, {column_meaning}]"
+    tensor("segment_ids", value, 2, letters, INTEGER_IDS)
+    shape("segment_ids", value, (batch, columns), letters)
     same_device("segment_ids", value, other_name, other)
     return value

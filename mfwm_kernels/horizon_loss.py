@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ class HorizonLoss(NamedTuple):
     consistency, consistency_counts: the same for pairs of horizons, in the shape of the consistency weights ([K]
         without any); 0 where there is no pair.
     accuracy: [K] shares in 0..1, or None.
+    predictions: K int64 tensors, the most likely ids of every position, or None.
     """
 
     total: Tensor
@@ -34,6 +36,7 @@ class HorizonLoss(NamedTuple):
     consistency: Tensor
     consistency_counts: Tensor
     accuracy: Tensor | None = None
+    predictions: tuple[Tensor, ...] | None = None
 
 
 def check_horizon_weights(horizon_weights: Tensor | Sequence[float] | None, count: int, like: Tensor) -> Tensor:
@@ -41,6 +44,67 @@ def check_horizon_weights(horizon_weights: Tensor | Sequence[float] | None, coun
     if horizon_weights is None:
         return check.constant((1.0,) * count, (count,), like)
     return check.horizon_weights("horizon_weights", horizon_weights, [(count,)], like)
+
+
+def check_position_weights(
+    position_weights: Tensor | None, batch: int, positions: int, count: int, like: Tensor
+) -> tuple[Tensor | None, bool]:
+    """[B, T, K] weights, and whether `nan_if_negative` must test them because they cannot be read up front."""
+    if position_weights is None:
+        return None, False
+    letters = "[B, T] or [B, T, K]"
+    check.tensor("position_weights", position_weights, (2, 3), letters, (torch.float32, torch.float64))
+    if tuple(position_weights.shape) not in ((batch, positions), (batch, positions, count)):
+        raise ValueError(
+            f"position_weights must have shape [B, T] = [{batch}, {positions}] or [B, T, K] = "
+            f"[{batch}, {positions}, {count}], got {list(position_weights.shape)}"
+        )
+    check.same_device("position_weights", position_weights, "the inputs", like)
+    if position_weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError("position_weights must not require grad: they are constants; pass position_weights.detach()")
+    readable = is_readable(position_weights)
+    if readable and not ((position_weights >= 0) & (position_weights < float("inf"))).all():
+        raise ValueError("position_weights must be finite and >= 0, got a weight that is not")
+    if position_weights.dim() == 2:
+        position_weights = position_weights.unsqueeze(-1).expand(-1, -1, count)
+    return position_weights, not readable
+
+
+def nan_if_negative(loss: HorizonLoss, position_weights: Tensor | None) -> HorizonLoss:
+    """Set the total to NaN if a position weight that could not be read up front is negative or not finite."""
+    assert position_weights is not None
+    legal = ((position_weights >= 0) & (position_weights < float("inf"))).all()
+    return HorizonLoss(torch.where(legal, loss.total, float("nan")), *loss[1:])
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the values can be checked: on the CPU, outside torch.compile. Reading from a GPU waits for it."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and check.has_data(tensor)
+
+
+def warn_of_horizons_that_never_count(horizons: Horizons, positions: int, frames: int, name: str) -> None:
+    """Warn, once for each horizon, of those whose offset reaches past every frame: their loss is 0, their heads do not
+    learn, and a log shows them as perfect."""
+    if positions == 0 or frames > horizons.offsets[-1]:
+        return
+    _warn(horizons, tuple(i for i, offset in enumerate(horizons.offsets) if frames <= offset), name)
+
+
+# The compiler calls it once while tracing. Its arguments are constants there: not `frames`, which may be symbolic.
+@torch.compiler.assume_constant_result
+def _warn(horizons: Horizons, never: tuple[int, ...], name: str) -> None:
+    for i in never:
+        if (horizons, i) in _warned:
+            continue
+        _warned.add((horizons, i))
+        warnings.warn(
+            f"horizon {i} of {horizons} never counts, because {name} has no more frames than its offset, "
+            f"{horizons.offsets[i]}: its loss is 0 and its head does not learn",
+            stacklevel=4,
+        )
+
+
+_warned: set[tuple[Horizons, int]] = set()
 
 
 def check_consistency(
@@ -62,8 +126,7 @@ def check_consistency(
     shapes = [(count,), (count, count)] if matrix else [(count,)]
     tensor = check.horizon_weights("consistency_weights", consistency_weights, shapes, like)
     listed = not isinstance(consistency_weights, Tensor)
-    on_cpu = like.device.type == "cpu" and check.has_data(tensor)
-    readable = listed or (on_cpu and not torch.compiler.is_compiling())
+    readable = listed or is_readable(tensor)
     pairs: list[int] = []
     undivided: list[tuple[int, ...]] = []
     shape = tensor.shape

@@ -73,7 +73,7 @@ class Horizons:
         frames = integer("frames", frames, least=0)
         if segment_ids is None:
             return valid_at(self.offsets[i], positions, frames, None, 1, device)
-        tensor("segment_ids", segment_ids, 2, INTEGER_IDS)
+        tensor("segment_ids", segment_ids, 2, "[B, frames]", INTEGER_IDS)
         shape("segment_ids", segment_ids, (segment_ids.shape[0], frames), "[B, frames]")
         return valid_at(self.offsets[i], positions, frames, segment_ids, segment_ids.shape[0], segment_ids.device)
 

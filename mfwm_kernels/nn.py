@@ -1,6 +1,7 @@
 """The ops as modules that own their parameters: norm weights, lag gates and heads.
 
-Arguments are those of the functions. Norm weights and lag gates start at 1, heads as in nn.Linear. Horizon weights and
+Arguments are those of the functions. Norm weights and lag gates start at 1, norm biases at 0, heads as in nn.Linear.
+Horizon weights and
 consistency weights are buffers, which keep their dtype when a module is cast.
 """
 
@@ -17,6 +18,7 @@ from . import arguments as check
 from .grad_monitor import GradMonitor
 from .horizon_loss import HorizonLoss, check_consistency, check_horizon_weights
 from .horizons import Horizons, check_horizons
+from .ops.conditioning import NORMS
 from .ops.fan_out import fan_out
 from .ops.mtp_combine import ORDERS, mtp_combine
 from .ops.multi_horizon_linear import multi_horizon_linear
@@ -30,9 +32,11 @@ __all__ = ["FanOut", "MTPCombine", "MultiHorizonLinear", "MultiHorizonLinearCros
 
 
 class _Conditioned(nn.Module):
-    """The parameters that condition a hidden state: norm weights [D] or [K, D], and lag gates [K, max offset, D]."""
+    """The parameters that condition a hidden state: norm weights and biases [D] or [K, D], and lag gates
+    [K, max offset, D]."""
 
     norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
     lag_weight: nn.Parameter | None
 
     def __init__(
@@ -42,8 +46,10 @@ class _Conditioned(nn.Module):
         norm: str | None,
         norm_per_horizon: bool,
         norm_eps: float,
+        norm_bias: bool,
         lag_gates: bool,
         window_start: int,
+        grid: Sequence[int] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -52,27 +58,33 @@ class _Conditioned(nn.Module):
         factory = _factory(device, dtype)
         self.in_features = check.integer("in_features", in_features, least=1)
         self.horizons = horizons
-        self.norm = check.choice("norm", norm, ("rms", None))
+        self.norm = check.choice("norm", norm, (*NORMS, None))
         self.norm_eps = check.number("norm_eps", norm_eps, least=0)
         self.window_start = check.integer("window_start", window_start, least=0)
         count, lags = len(horizons), max(1, horizons.offsets[-1])
         shape = (count, in_features) if check.flag("norm_per_horizon", norm_per_horizon) else (in_features,)
         self.norm_weight = None if norm is None else nn.Parameter(torch.ones(shape, **factory))
+        biased = check.flag("norm_bias", norm_bias) and norm == "layer"
+        self.norm_bias = nn.Parameter(torch.zeros(shape, **factory)) if biased else None
+        self.grid = None if grid is None else check.integers("grid", grid, least=1)
         gated = check.flag("lag_gates", lag_gates)
         self.lag_weight = nn.Parameter(torch.ones(count, lags, in_features, **factory)) if gated else None
 
     def conditioning(self) -> dict[str, Any]:
         """The keyword arguments of the function that this module supplies."""
         return {
-            "norm_weight": self.norm_weight, "norm_eps": self.norm_eps,
-            "lag_weight": self.lag_weight, "window_start": self.window_start,
+            "norm": self.norm or "rms", "norm_weight": self.norm_weight, "norm_bias": self.norm_bias,
+            "norm_eps": self.norm_eps, "lag_weight": self.lag_weight, "window_start": self.window_start,
+            "grid": self.grid,
         }  # fmt: skip
 
     def conditioning_repr(self) -> str:
         norm = "None" if self.norm_weight is None else f"{self.norm!r}, norm_eps={self.norm_eps}"
         per_horizon = ", norm_per_horizon=True" if self.norm_weight is not None and self.norm_weight.dim() == 2 else ""
+        bias = ", norm_bias=False" if self.norm == "layer" and self.norm_bias is None else ""
         gates = "" if self.lag_weight is None else ", lag_gates=True"
-        return f"norm={norm}{per_horizon}{gates}, window_start={self.window_start}"
+        grid = "" if self.grid is None else f", grid={self.grid}"
+        return f"norm={norm}{per_horizon}{bias}{gates}, window_start={self.window_start}{grid}"
 
 
 class FanOut(_Conditioned):
@@ -80,9 +92,10 @@ class FanOut(_Conditioned):
 
     Args:
         in_features: D, the width of the hidden state.
-        horizons, pool, norm_eps, window_start: as in the function.
-        norm: "rms", or None for no norm.
-        norm_per_horizon: norm weights [K, D] instead of one [D] that the horizons share.
+        horizons, pool, norm_eps, window_start, grid: as in the function.
+        norm: "rms", "layer", or None for no norm.
+        norm_per_horizon: norm weights and biases [K, D] instead of one [D] that the horizons share.
+        norm_bias: whether norm "layer" has a bias.
         lag_gates: a learned gate per horizon and lag of the action window instead of a plain sum.
         device, dtype: of the parameters.
 
@@ -98,14 +111,17 @@ class FanOut(_Conditioned):
         norm: str | None = "rms",
         norm_per_horizon: bool = False,
         norm_eps: float = 1e-6,
+        norm_bias: bool = True,
         lag_gates: bool = False,
         window_start: int = 1,
+        grid: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, horizons, norm, norm_per_horizon, norm_eps, lag_gates, window_start, device, dtype
-        )
+            in_features, horizons, norm, norm_per_horizon, norm_eps, norm_bias, lag_gates, window_start, grid, device,
+            dtype,
+        )  # fmt: skip
         self.pool = check.integers("pool", pool, least=1, count=len(horizons))
 
     def forward(
@@ -132,9 +148,9 @@ class MultiHorizonLinear(_Conditioned):
     Args:
         in_features: D, the width of the hidden state.
         out_features: K integers, the columns of each head. heads.i is an nn.Linear, with an nn.Linear's state keys.
-        horizons, norm_eps, window_start: as in the function.
+        horizons, norm_eps, window_start, grid: as in the function.
         bias: whether the heads have biases.
-        norm, norm_per_horizon, lag_gates, device, dtype: as in FanOut.
+        norm, norm_per_horizon, norm_bias, lag_gates, device, dtype: as in FanOut.
 
     Shapes: hidden [B, T, Hp, Wp, D] and actions [B, T_a, D] (or None) -> K tensors [B, T, Hp, Wp, out_features[i]].
     """
@@ -149,14 +165,17 @@ class MultiHorizonLinear(_Conditioned):
         norm: str | None = "rms",
         norm_per_horizon: bool = False,
         norm_eps: float = 1e-6,
+        norm_bias: bool = True,
         lag_gates: bool = False,
         window_start: int = 1,
+        grid: Sequence[int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            in_features, horizons, norm, norm_per_horizon, norm_eps, lag_gates, window_start, device, dtype
-        )
+            in_features, horizons, norm, norm_per_horizon, norm_eps, norm_bias, lag_gates, window_start, grid, device,
+            dtype,
+        )  # fmt: skip
         columns = check.integers("out_features", out_features, least=1, count=len(horizons))
         check.flag("bias", bias)
         self.heads = nn.ModuleList(nn.Linear(in_features, n, bias=bias, device=device, dtype=dtype) for n in columns)
@@ -235,40 +254,57 @@ class MultiHorizonLoss(_Weighted):
     Args: as in the function. `device` is where the weights are created.
 
     Shapes: K predictions [B, T, C, H / f_i, W / f_i] (or tokens [B, T, S_i, P_i * P_i * C] with patch_sizes) and a
-    video [B, T_v, C, H, W] -> HorizonLoss.
+    video [B, T_v, C, H, W] -> HorizonLoss. With grid: [B, T, S / f_i^2, C] and [B, T_v, S, C].
     """
 
     def __init__(
         self,
         horizons: Horizons,
         *,
-        kind: str = "mse",
+        kind: str | Sequence[str] = "mse",
         horizon_weights: Tensor | Sequence[float] | None = None,
         consistency_weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
         detach: str | None = "near",
         patch_sizes: Sequence[int] | None = None,
         residual: bool = False,
+        motion_gain: float = 0.0,
+        beta: float = 0.0,
         scale: float | None = None,
         shift: float | None = None,
+        grid: Sequence[int] | None = None,
         delta: float = 1.0,
         eps: float = 1e-3,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(horizons, horizon_weights, consistency_weights, True, device)
-        check_loss_options(kind=kind, detach=detach, residual=residual, delta=delta, eps=eps)
+        check_loss_options(
+            len(horizons), kind=kind, detach=detach, residual=residual, motion_gain=motion_gain, beta=beta, delta=delta,
+            eps=eps,
+        )  # fmt: skip
         check_patch_sizes(patch_sizes, len(horizons))
+        if grid is not None:
+            check.integers("grid", grid, least=1)
         for name, number in (("scale", scale), ("shift", shift)):
             if number is not None:
                 check.number(name, number)
         self.options: dict[str, Any] = {
-            "kind": kind, "detach": detach, "patch_sizes": patch_sizes, "residual": residual, "scale": scale,
-            "shift": shift, "delta": delta, "eps": eps,
+            "kind": kind, "detach": detach, "patch_sizes": patch_sizes, "residual": residual,
+            "motion_gain": motion_gain, "beta": beta, "scale": scale, "shift": shift, "grid": grid, "delta": delta,
+            "eps": eps,
         }  # fmt: skip
 
-    def forward(self, preds: Sequence[Tensor], video: Tensor, *, segment_ids: Tensor | None = None) -> HorizonLoss:
+    def forward(
+        self,
+        preds: Sequence[Tensor],
+        video: Tensor,
+        *,
+        segment_ids: Tensor | None = None,
+        position_weights: Tensor | None = None,
+    ) -> HorizonLoss:
         return multi_horizon_loss(
             preds, video, self.horizons, horizon_weights=self.horizon_weights,
-            consistency_weights=self.consistency_weights, segment_ids=segment_ids, **self.options,
+            consistency_weights=self.consistency_weights, segment_ids=segment_ids, position_weights=position_weights,
+            **self.options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -284,10 +320,12 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
         vocabulary: V, the number of ids; for factored tokens, the number for each of the F ids.
         horizons and the options: as in the function.
         ids_per_token: F, above 1 for factored tokens [B, T_v, Hp, Wp, F]. A head has F * V rows.
-        head_per_horizon: K heads instead of one that the horizons share. `weight` is then a ParameterList.
+        head_per_horizon: K heads instead of one that the horizons share. `weight` (and `bias`) is then a ParameterList.
+        bias: whether the heads have biases.
         device, dtype: of the heads.
 
-    Shapes: K inputs [B, T, Hp / f_i, Wp / f_i, D] and tokens [B, T_v, Hp, Wp(, F)] -> HorizonLoss.
+    Shapes: K inputs [B, T, Hp / f_i, Wp / f_i, D] and tokens [B, T_v, Hp, Wp(, F)] -> HorizonLoss. With grid:
+    [B, T, S / f_i^2, D] and [B, T_v, S(, F)].
     """
 
     def __init__(
@@ -298,6 +336,7 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
         *,
         ids_per_token: int = 1,
         head_per_horizon: bool = False,
+        bias: bool = False,
         horizon_weights: Tensor | Sequence[float] | None = None,
         consistency_weights: Tensor | Sequence[float] | None = None,
         detach: str | None = "near",
@@ -306,7 +345,9 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
         z_loss: float = 0.0,
         softcap: float | None = None,
         chunk_size: int | None = None,
+        grid: Sequence[int] | None = None,
         return_accuracy: bool = False,
+        return_predictions: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -317,12 +358,18 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
         self.options: dict[str, Any] = {
             "detach": detach, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
             "softcap": softcap, "chunk_size": chunk_size, "return_accuracy": return_accuracy,
+            "return_predictions": return_predictions,
         }  # fmt: skip
         check_token_options(**self.options)
+        self.options["grid"] = None if grid is None else check.integers("grid", grid, least=1)
         count = len(horizons) if check.flag("head_per_horizon", head_per_horizon) else 1
         shape = (self.ids_per_token * self.vocabulary, self.in_features)
         heads = [_linear_weight(shape, device, dtype) for _ in range(count)]
         self.weight = nn.ParameterList(heads) if head_per_horizon else heads[0]
+        self.bias: nn.ParameterList | nn.Parameter | None = None
+        if check.flag("bias", bias):
+            biases = [_linear_bias(head) for head in heads]
+            self.bias = nn.ParameterList(biases) if head_per_horizon else biases[0]
 
     def forward(
         self,
@@ -331,12 +378,14 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
         *,
         segment_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
+        position_weights: Tensor | None = None,
     ) -> HorizonLoss:
         weight = self.weight if isinstance(self.weight, Tensor) else list(self.weight)
+        biases = list(self.bias) if isinstance(self.bias, nn.ParameterList) else self.bias
         return multi_horizon_linear_cross_entropy(
             inputs, weight, tokens, self.horizons, horizon_weights=self.horizon_weights,
-            consistency_weights=self.consistency_weights, segment_ids=segment_ids, token_mask=token_mask,
-            **self.options,
+            consistency_weights=self.consistency_weights, segment_ids=segment_ids, token_mask=token_mask, biases=biases,
+            position_weights=position_weights, **self.options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -401,3 +450,9 @@ def _linear_weight(
     weight = nn.Parameter(torch.empty(shape, **_factory(device, dtype)))
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     return weight
+
+
+def _linear_bias(weight: nn.Parameter) -> nn.Parameter:
+    """[N], initialised like the bias of an nn.Linear: uniform in +-1 / sqrt(D)."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    return nn.Parameter(torch.empty_like(weight[:, 0]).uniform_(-bound, bound))

@@ -210,7 +210,7 @@ def test_repr_says_what_a_module_is() -> None:
         (lambda: mfwm_nn.FanOut(8, (1, 2), pool=(1, 1)), "horizons must be a Horizons, got tuple"),  # type: ignore[arg-type]
         (lambda: mfwm_nn.FanOut(0, HORIZONS, pool=(1, 2, 2)), "in_features must be >= 1, got 0"),
         (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2)), "pool must have one entry per horizon, 3; got 2"),
-        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), norm="batch"), "norm must be one of 'rms', None"),
+        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), norm="batch"), "norm must be one of 'rms', 'layer', None"),
         (lambda: mfwm_nn.MultiHorizonLinear(8, (5, 3), HORIZONS), "out_features must have one entry per horizon, 3"),
         (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, horizon_weights=[1, 2]), r"horizon_weights must have shape \[3\]"),
         (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), norm_eps="small"), "norm_eps must be a number, got str"),

@@ -202,7 +202,7 @@ struct Loss {
     return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, split};
   }
   MFWM_INLINE Curve<C> curve_of(size_t k) const {
-    return {op.kind, static_cast<C>(coefficient[k] * omitted_factor(op.kind)), static_cast<C>(op.delta),
+    return {op.kinds[0], static_cast<C>(coefficient[k] * omitted_factor(op.kinds[0])), static_cast<C>(op.delta),
             static_cast<C>(op.eps)};
   }
 

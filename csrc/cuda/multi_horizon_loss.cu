@@ -319,7 +319,7 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   std::swap(p.horizon_weights.step[0], p.horizon_weights.step[1]);
   if (op.consistency_weights) p.consistency_weights = numbers_of(op.consistency_weights);
   p.residual = op.residual;
-  p.kind = op.kind;
+  p.kind = op.kinds[0];
   p.scale = static_cast<float>(op.scale);
   p.shift = static_cast<float>(op.shift);
   p.delta = static_cast<float>(op.delta);

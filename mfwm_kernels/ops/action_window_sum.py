@@ -58,7 +58,7 @@ def action_window_sum(
 
     Source: the action bias of "Multi-Frame Prediction for World Models".
     """
-    check.tensor("actions", actions, 3)
+    check.tensor("actions", actions, 3, "[B, T, D]")
     check.non_zero_sizes("actions", actions)
     checked = check_window(actions, "actions", offsets, lag_weight, segment_ids, window_start)
     return call(OP, Arguments(actions, *checked))[0]
@@ -80,7 +80,7 @@ def check_window(
     window_start = check.integer("window_start", window_start, least=0)
     lag_weight = follow(lag_weight, actions)
     if lag_weight is not None:
-        check.tensor("lag_weight", lag_weight, 3)
+        check.tensor("lag_weight", lag_weight, 3, "[K, max(1, max k), D]")
         lags = max(1, offsets[-1])
         check.shape("lag_weight", lag_weight, (len(offsets), lags, actions.shape[2]), "[K, max(1, max offsets), D]")
         check.like("lag_weight", lag_weight, name, actions)

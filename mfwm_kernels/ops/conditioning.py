@@ -5,7 +5,7 @@ x_i = hidden + window_sum_i + condition_i,  with window_sum_i from action_window
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from ..op import Gradients, Want
 from . import action_window_sum
 from .action_window_sum import check_window, window_sum
 
-DIFFERENTIABLE = ("hidden", "actions", "condition", "norm_weight", "lag_weight")
+DIFFERENTIABLE = ("hidden", "actions", "condition", "norm_weight", "norm_bias", "lag_weight")
+NORMS = ("rms", "layer")
+HIDDEN = "[B, T, Hp, Wp, D] or [B, T, S, D]"
 
 
 def check_conditioning(
@@ -27,7 +29,9 @@ def check_conditioning(
     actions: Tensor | None,
     horizons: Horizons,
     condition: Tensor | None,
+    norm: str,
     norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     norm_eps: float,
     lag_weight: Tensor | None,
     segment_ids: Tensor | None,
@@ -35,7 +39,7 @@ def check_conditioning(
     grad_monitor: GradMonitor | None,
 ) -> dict[str, Any]:
     """Check the arguments that both ops share, and return them as fields of their Arguments."""
-    check.tensor("hidden", hidden, (4, 5))
+    check.tensor("hidden", hidden, (4, 5), HIDDEN)
     check.non_zero_sizes("hidden", hidden)
     check_horizons(horizons)
     batch, positions, width, count = hidden.shape[0], hidden.shape[1], hidden.shape[-1], len(horizons)
@@ -45,7 +49,7 @@ def check_conditioning(
                 raise ValueError(f"{name} must be None where actions is None: it acts on the window of actions")
         window_start = check.integer("window_start", window_start, least=0)
     else:
-        check.tensor("actions", actions, 3)
+        check.tensor("actions", actions, 3, "[B, T_a, D]")
         actions, lag_weight = follow(actions, hidden), follow(lag_weight, hidden)
         check.like("actions", actions, "hidden", hidden)
         if actions.shape[0] != batch or actions.shape[2] != width:
@@ -56,26 +60,46 @@ def check_conditioning(
             actions, "actions", horizons.offsets, lag_weight, segment_ids, window_start
         )
     if condition is not None:
-        check.tensor("condition", condition, 4)
+        check.tensor("condition", condition, 4, "[B, T, K, D]")
         condition = follow(condition, hidden)
         check.shape("condition", condition, (batch, positions, count, width), "[B, T, K, D]")
         check.like("condition", condition, "hidden", hidden)
-    if norm_weight is not None:
-        check.tensor("norm_weight", norm_weight, (1, 2))
-        norm_weight = follow(norm_weight, hidden)
-        if tuple(norm_weight.shape) not in ((width,), (count, width)):
-            raise ValueError(
-                f"norm_weight must have shape [D] = [{width}] or [K, D] = [{count}, {width}], "
-                f"got {list(norm_weight.shape)}"
-            )
-        check.like("norm_weight", norm_weight, "hidden", hidden)
+    check.choice("norm", norm, NORMS)
+    if norm == "layer" and norm_weight is None:
+        raise ValueError('norm "layer" needs a norm_weight, got None')
+    if norm_bias is not None and norm != "layer":
+        raise ValueError(f'norm_bias must be None with norm "rms", which has no bias; norm is {norm!r}')
+    norm_weight = norm_parameter("norm_weight", norm_weight, count, hidden)
+    norm_bias = norm_parameter("norm_bias", norm_bias, count, hidden)
     norm_eps = check.number("norm_eps", norm_eps, least=0)
     scale, norms, cosines = monitor_fields(grad_monitor, count, hidden)
     return {
         "hidden": hidden, "actions": actions, "condition": condition, "norm_weight": norm_weight,
-        "lag_weight": lag_weight, "segment_ids": segment_ids, "scale": scale, "norms": norms, "cosines": cosines,
-        "offsets": list(horizons.offsets), "norm_eps": norm_eps, "window_start": window_start,
+        "norm_bias": norm_bias, "lag_weight": lag_weight, "segment_ids": segment_ids, "scale": scale, "norms": norms,
+        "cosines": cosines, "offsets": list(horizons.offsets), "norm": norm, "norm_eps": norm_eps,
+        "window_start": window_start,
     }  # fmt: skip
+
+
+def check_grid(hidden: Tensor, grid: Sequence[int]) -> Tensor:
+    """`hidden` [B, T, S, D] as a view [B, T, Hp, Wp, D]."""
+    check.tensor("hidden", hidden, 4, "[B, T, S, D] with grid")
+    return hidden.unflatten(2, check.grid(grid, "hidden", hidden))
+
+
+def norm_parameter(name: str, value: Tensor | None, count: int, hidden: Tensor) -> Tensor | None:
+    """A weight or bias [D] or [K, D] of the norm."""
+    if value is None:
+        return None
+    check.tensor(name, value, (1, 2), "[D] or [K, D]")
+    value = follow(value, hidden)
+    width = hidden.shape[-1]
+    if tuple(value.shape) not in ((width,), (count, width)):
+        raise ValueError(
+            f"{name} must have shape [D] = [{width}] or [K, D] = [{count}, {width}], got {list(value.shape)}"
+        )
+    check.like(name, value, "hidden", hidden)
+    return value
 
 
 def reference_sums(args: Any) -> Tensor:

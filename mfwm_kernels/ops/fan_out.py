@@ -1,6 +1,6 @@
 """fan_out: the K conditioned (pooled, conditioned, normed) states from one read of the shared hidden state.
 
-out_i = RMSNorm(avg_pool(hidden, pool[i]) + window_sum_i + condition_i)
+out_i = norm(avg_pool(hidden, pool[i]) + window_sum_i + condition_i),  norm is RMSNorm or LayerNorm
 
 with window_sum_i from action_window_sum. It and the condition are added to every token of their position. There is no
 norm if norm_weight is None.
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments as check
@@ -19,7 +20,7 @@ from ..autograd import call
 from ..grad_monitor import GradMonitor, branches
 from ..horizons import Horizons
 from ..op import Backend, Cost, Op, register
-from .conditioning import DIFFERENTIABLE, bench_states, check_conditioning, reference_sums
+from .conditioning import DIFFERENTIABLE, bench_states, check_conditioning, check_grid, reference_sums
 from .conditioning import variants as conditioning_variants
 from .video_pyramid import box_average
 
@@ -29,12 +30,14 @@ class Arguments(NamedTuple):
     actions: Tensor | None
     condition: Tensor | None
     norm_weight: Tensor | None
+    norm_bias: Tensor | None
     lag_weight: Tensor | None
     segment_ids: Tensor | None
     scale: Tensor | None
     norms: Tensor | None
     cosines: Tensor | None
     offsets: list[int]
+    norm: str
     norm_eps: float
     window_start: int
     pool: list[int]
@@ -47,56 +50,73 @@ def fan_out(
     *,
     pool: Sequence[int],
     condition: Tensor | None = None,
+    norm: str = "rms",
     norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     lag_weight: Tensor | None = None,
     segment_ids: Tensor | None = None,
     window_start: int = 1,
+    grid: Sequence[int] | None = None,
     grad_monitor: GradMonitor | None = None,
 ) -> tuple[Tensor, ...]:
     """The K states that the K horizons predict from, in one read of `hidden`.
 
     Equivalent, for horizon i, to `F.rms_norm(avg_pool(hidden, pool[i]) + x[:, :, i, None, None], (D,), norm_weight[i],
-    norm_eps)` with `x = action_window_sum(actions, offsets)[:, :T] + condition`, where `avg_pool` averages
-    pool[i] x pool[i] tokens, in fp32 (fp64 for fp64) throughout and rounded once at the end. The backward reads hidden
-    and the K gradients once, and writes the gradient of hidden once.
+    norm_eps)` (`F.layer_norm(..., norm_weight[i], norm_bias[i], norm_eps)` with norm "layer") with
+    `x = action_window_sum(actions, offsets)[:, :T] + condition`, where `avg_pool` averages pool[i] x pool[i] tokens, in
+    fp32 (fp64 for fp64) throughout and rounded once at the end. The backward reads hidden and the K gradients once, and
+    writes the gradient of hidden once.
 
     Args:
-        hidden: [B, T, Hp, Wp, D], or [B, T, S, D] if no pool is above 1; fp32, bf16, fp16 or fp64, any strides.
+        hidden: [B, T, Hp, Wp, D], or [B, T, S, D] if no pool is above 1 or with `grid`; fp32, bf16, fp16 or fp64, any
+            strides.
         actions: [B, T_a, D], dtype and device of hidden; terms past the last action are omitted. None: no window
             sum.
         horizons: the offsets determine which actions are summed; the factors are ignored.
         pool: K integers >= 1; each divides Hp and Wp.
         condition: [B, T, K, D], dtype and device of hidden, added to every token of its position: a latent or a goal
             for each horizon.
+        norm: "rms" or "layer"; the latter needs a norm_weight.
         norm_weight: [D] or [K, D]; None: no norm.
-        norm_eps: added to the mean square.
+        norm_bias: [D] or [K, D], of norm "layer" only; None: no bias.
+        norm_eps: added to the mean square ("rms") or to the variance ("layer").
         lag_weight, segment_ids ([B, T_a]), window_start: as in action_window_sum; the first two need actions.
+        grid: (Hp, Wp), if hidden is [B, T, S, D] with S = Hp * Wp tokens in row order. The outputs then have that
+            layout too: [B, T, S / pool[i]^2, D].
         grad_monitor: the backward writes it, see GradMonitor.
 
     Returns:
         K tensors [B, T, Hp / pool[i], Wp / pool[i], D] (or [B, T, S, D]), dtype of hidden. Differentiable with respect
-        to hidden, actions, condition, norm_weight and lag_weight.
+        to hidden, actions, condition, norm_weight, norm_bias and lag_weight.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
 
-    Source: "Multi-Frame Prediction for World Models"; RMSNorm: Zhang and Sennrich, arXiv 1910.07467.
+    Source: "Multi-Frame Prediction for World Models"; RMSNorm: Zhang and Sennrich, arXiv 1910.07467;
+    LayerNorm: Ba et al., arXiv 1607.06450.
     """
+    if grid is not None:
+        hidden = check_grid(hidden, grid)
     conditioning = check_conditioning(
-        hidden, actions, horizons, condition, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
-    )
+        hidden, actions, horizons, condition, norm, norm_weight, norm_bias, norm_eps, lag_weight, segment_ids,
+        window_start, grad_monitor,
+    )  # fmt: skip
     pool = check.integers("pool", pool, least=1, count=len(horizons))
     for i, p in enumerate(pool):
         if hidden.dim() == 4:
             if p != 1:
-                raise ValueError(f"pool[{i}] must be 1 where hidden has no grid (shape {list(hidden.shape)}), got {p}")
+                raise ValueError(
+                    f"pool[{i}] must be 1 where hidden has no grid (shape {list(hidden.shape)}; pass grid=(Hp, Wp)), "
+                    f"got {p}"
+                )
         elif hidden.shape[2] % p or hidden.shape[3] % p:
             raise ValueError(
                 f"pool[{i}] = {p} does not divide the token grid {hidden.shape[2]} x {hidden.shape[3]} "
-                f"(hidden has shape {list(hidden.shape)})"
+                f"(hidden has shape {list(hidden.shape)}); {check.common_divisors(*hidden.shape[2:4])} would"
             )
-    return tuple(call(OP, Arguments(**conditioning, pool=list(pool))))
+    outputs = call(OP, Arguments(**conditioning, pool=list(pool)))
+    return tuple(outputs if grid is None else [output.flatten(2, 3) for output in outputs])
 
 
 def reference(args: Arguments) -> tuple[Tensor, ...]:
@@ -113,10 +133,18 @@ def conditioned_states(args: Any, pool: Sequence[int]) -> list[Tensor]:
         token_axes = (1,) * (hidden.dim() - 3)
         state = state + sums[:, :, i].unflatten(-1, (*token_axes, -1))
         if args.norm_weight is not None:
-            weight = args.norm_weight if args.norm_weight.dim() == 1 else args.norm_weight[i]
-            state = rms_norm(state, weight.to(state.dtype), args.norm_eps)
+            weight = norm_parameter_of(args.norm_weight, i).to(state.dtype)
+            if args.norm == "rms":
+                state = rms_norm(state, weight, args.norm_eps)
+            else:
+                bias = None if args.norm_bias is None else norm_parameter_of(args.norm_bias, i).to(state.dtype)
+                state = F.layer_norm(state, weight.shape, weight, bias, args.norm_eps)
         states.append(state)
     return states
+
+
+def norm_parameter_of(parameter: Tensor, i: int) -> Tensor:
+    return parameter if parameter.dim() == 1 else parameter[i]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -182,6 +210,10 @@ def _bench(batch: int, positions: int, side: int, width: int) -> Any:
     return lambda *given: {**make(*given), "pool": (1, 2, 4, 8)}
 
 
+def refused_by_kernels(args: Arguments) -> str:
+    return "LayerNorm" if args.norm_weight is not None and args.norm == "layer" else ""
+
+
 KERNELS = ("action_window_sum_forward", "fan_out_forward", "fan_out_backward", "action_window_sum_backward")
 
 OP = register(
@@ -204,8 +236,8 @@ OP = register(
             "wide": _bench(16, 4, 16, 2048),
         },
         backends={
-            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
-            "triton": Backend((*KERNELS, "action_window_sum_gates")),
+            "cpu": Backend(KERNELS, refused_by_kernels, check.FLOATING),
+            "triton": Backend((*KERNELS, "action_window_sum_gates"), refused_by_kernels),
         },
         mutated_in_backward=("norms", "cosines"),
     )

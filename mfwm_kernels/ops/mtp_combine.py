@@ -64,12 +64,12 @@ def mtp_combine(
 
     Source: DeepSeek-V3 technical report, arXiv 2412.19437, equation 21.
     """
-    check.tensor("hidden", hidden, tuple(range(1, 9)))
+    check.tensor("hidden", hidden, tuple(range(1, 9)), "[..., D]")
     device = hidden.device
-    check.tensor("embedding", embedding, hidden.dim())
-    check.tensor("weight", weight, 2)
-    check.tensor("hidden_norm_weight", hidden_norm_weight, 1)
-    check.tensor("embedding_norm_weight", embedding_norm_weight, 1)
+    check.tensor("embedding", embedding, hidden.dim(), "[..., D]")
+    check.tensor("weight", weight, 2, "[N, 2 * D]")
+    check.tensor("hidden_norm_weight", hidden_norm_weight, 1, "[D]")
+    check.tensor("embedding_norm_weight", embedding_norm_weight, 1, "[D]")
     args = Arguments(
         cast(hidden, device),
         cast(embedding, device),

@@ -18,7 +18,7 @@ from ..dtypes import cast
 from ..grad_monitor import GradMonitor
 from ..horizons import Horizons
 from ..op import Backend, Cost, Op, register
-from .conditioning import DIFFERENTIABLE, bench_states, check_conditioning
+from .conditioning import DIFFERENTIABLE, HIDDEN, bench_states, check_conditioning, check_grid
 from .conditioning import variants as conditioning_variants
 from .fan_out import conditioned_states
 
@@ -28,12 +28,14 @@ class Arguments(NamedTuple):
     actions: Tensor | None
     condition: Tensor | None
     norm_weight: Tensor | None
+    norm_bias: Tensor | None
     lag_weight: Tensor | None
     segment_ids: Tensor | None
     scale: Tensor | None
     norms: Tensor | None
     cosines: Tensor | None
     offsets: list[int]
+    norm: str
     norm_eps: float
     window_start: int
     weights: list[Tensor]
@@ -48,17 +50,21 @@ def multi_horizon_linear(
     *,
     biases: Sequence[Tensor | None] | None = None,
     condition: Tensor | None = None,
+    norm: str = "rms",
     norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     norm_eps: float = 1e-6,
     lag_weight: Tensor | None = None,
     segment_ids: Tensor | None = None,
     window_start: int = 1,
+    grid: Sequence[int] | None = None,
     grad_monitor: GradMonitor | None = None,
 ) -> tuple[Tensor, ...]:
     """K linear heads, each on the hidden state conditioned on its horizon's actions.
 
     Equivalent to `[F.linear(state, weights[i], biases[i]) for i, state in enumerate(fan_out(hidden, actions, horizons,
-    pool=(1,) * K, norm_weight=norm_weight, ...))]`. Under autocast, every floating tensor is cast as F.linear does.
+    pool=(1,) * K, norm=norm, norm_weight=norm_weight, ...))]`. Under autocast, every floating tensor is cast as
+    F.linear does.
 
     Args:
         hidden: [B, T, Hp, Wp, D] or [B, T, S, D]; fp32, bf16, fp16 or fp64, any strides.
@@ -66,11 +72,13 @@ def multi_horizon_linear(
         weights: K tensors [N_i, D].
         horizons: the offsets determine which actions are summed; the factors are ignored.
         biases: K tensors [N_i] (None for a head without one), or None for no biases.
-        condition, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor: as in fan_out.
+        condition, norm, norm_weight, norm_bias, norm_eps, lag_weight, segment_ids, window_start, grad_monitor: as in
+            fan_out.
+        grid: (Hp, Wp), if hidden is [B, T, S, D] with S = Hp * Wp. It changes nothing but checks S.
 
     Returns:
         K tensors [B, T, Hp, Wp, N_i] (or [B, T, S, N_i]), dtype of hidden. Differentiable with respect to hidden,
-        actions, condition, weights, biases, norm_weight and lag_weight.
+        actions, condition, weights, biases, norm_weight, norm_bias and lag_weight.
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
@@ -78,14 +86,17 @@ def multi_horizon_linear(
     Source: "Multi-Frame Prediction for World Models"; the heads of a multi-token predictor (Gloeckle et al.,
     arXiv 2404.19737) with an action window.
     """
-    check.tensor("hidden", hidden, (4, 5))
+    if grid is not None:
+        check_grid(hidden, grid)
+    check.tensor("hidden", hidden, (4, 5), HIDDEN)
     device = hidden.device
     hidden = cast(hidden, device)
     conditioning = check_conditioning(
-        hidden, actions, horizons, condition, norm_weight, norm_eps, lag_weight, segment_ids, window_start, grad_monitor
-    )
+        hidden, actions, horizons, condition, norm, norm_weight, norm_bias, norm_eps, lag_weight, segment_ids,
+        window_start, grad_monitor,
+    )  # fmt: skip
     count, width = len(horizons), hidden.shape[-1]
-    weights = [cast(weight, device) for weight in check.tensors("weights", weights, count, 2)]
+    weights = [cast(weight, device) for weight in check.tensors("weights", weights, count, 2, "[N, D]")]
     for i, weight in enumerate(weights):
         check.shape(f"weights[{i}]", weight, (weight.shape[0], width), "[N, D]")
         check.non_zero_sizes(f"weights[{i}]", weight, may_be_zero=())
@@ -99,7 +110,7 @@ def multi_horizon_linear(
     biases = [cast(bias, device) for bias in biases]
     for i, bias in enumerate(biases):
         if bias is not None:
-            check.tensor(f"biases[{i}]", bias, 1)
+            check.tensor(f"biases[{i}]", bias, 1, "[N]")
             check.shape(f"biases[{i}]", bias, (weights[i].shape[0],), "[N]")
             check.like(f"biases[{i}]", bias, "hidden", hidden)
     if all(bias is None for bias in biases):
@@ -180,6 +191,10 @@ def _bench(batch: int, positions: int, side: int, width: int, columns: tuple[int
     return make
 
 
+def refused_by_kernels(args: Arguments) -> str:
+    return "LayerNorm" if args.norm_weight is not None and args.norm == "layer" else ""
+
+
 KERNELS = (
     "action_window_sum_forward",
     "multi_horizon_linear_forward",
@@ -208,8 +223,8 @@ OP = register(
             "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
         },
         backends={
-            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
-            "triton": Backend((*KERNELS, "action_window_sum_gates")),
+            "cpu": Backend(KERNELS, refused_by_kernels, check.FLOATING),
+            "triton": Backend((*KERNELS, "action_window_sum_gates"), refused_by_kernels),
         },
         outputs_in_backward=True,
         mutated_in_backward=("norms", "cosines"),

@@ -1,8 +1,10 @@
 """multi_horizon_loss: all losses of K predictions in one pass over the video, the predictions and their gradients.
 
-per_horizon_i  = mean over valid (b, n) of l(preds[i][b, n] - avg_pool(video[b, n + k_i], f_i))
-consistency_ij = mean over valid (b, n) of l(preds[j][b, n] - avg_pool(preds[i][b, n + k_j - k_i], f_j / f_i)),  i < j
+per_horizon_i  = mean over valid (b, n) of l_i(preds[i][b, n] - avg_pool(video[b, n + k_i], f_i))
+consistency_ij = mean over valid (b, n) of l_j(preds[j][b, n] - avg_pool(preds[i][b, n + k_j - k_i], f_j / f_i)), i < j
 total          = sum_i horizon_weights[i] * per_horizon_i + sum_ij consistency_weights[i, j] * consistency_ij
+
+l_i is a function of the difference, or the negative log-likelihood of a distribution with predicted mean and scale.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from torch import Tensor
 from .. import arguments as check
 from ..autograd import call
 from ..dtypes import autocasts, follow, stored_dtype
-from ..horizon_loss import DETACH, HorizonLoss, check_consistency, check_horizon_weights, index_of, nan_if_invalid
+from ..horizon_loss import (
+    DETACH,
+    HorizonLoss,
+    check_consistency,
+    check_horizon_weights,
+    check_position_weights,
+    index_of,
+    nan_if_invalid,
+    nan_if_negative,
+    warn_of_horizons_that_never_count,
+)
 from ..horizons import Horizons, check_horizons, valid_at
 from ..native import Array, raw
 from ..op import Backend, Cost, Op, Want, register
@@ -35,7 +47,11 @@ from .video_pyramid import (
 if TYPE_CHECKING:
     from .._native import LossNumbers
 
-KINDS = ("mse", "l1", "huber", "charbonnier")
+KINDS = ("mse", "l1", "huber", "charbonnier", "gaussian", "laplace")
+# Kinds whose predictions have a log-scale beside each mean, and the kind that compares their means in a pair.
+KIND_OF_MEANS = {"gaussian": "mse", "laplace": "l1"}
+# Log-scales are clamped to +-LOG_SCALE_LIMIT.
+LOG_SCALE_LIMIT = 10.0
 
 
 class Arguments(NamedTuple):
@@ -44,13 +60,16 @@ class Arguments(NamedTuple):
     horizon_weights: Tensor
     consistency_weights: Tensor | None
     segment_ids: Tensor | None
+    position_weights: Tensor | None
     offsets: list[int]
     factors: list[int]
     pairs: list[int]
     patch_sizes: list[int] | None
-    kind: str
+    kinds: list[int]
     detach: str
     residual: bool
+    motion_gain: float
+    beta: float
     scale: float
     shift: float
     delta: float
@@ -62,15 +81,19 @@ def multi_horizon_loss(
     video: Tensor,
     horizons: Horizons,
     *,
-    kind: str = "mse",
+    kind: str | Sequence[str] = "mse",
     horizon_weights: Tensor | Sequence[float] | None = None,
     consistency_weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
     detach: str | None = "near",
     patch_sizes: Sequence[int] | None = None,
     residual: bool = False,
+    motion_gain: float = 0.0,
+    beta: float = 0.0,
     scale: float | None = None,
     shift: float | None = None,
     segment_ids: Tensor | None = None,
+    position_weights: Tensor | None = None,
+    grid: Sequence[int] | None = None,
     delta: float = 1.0,
     eps: float = 1e-3,
 ) -> HorizonLoss:
@@ -84,21 +107,38 @@ def multi_horizon_loss(
     that count; if none does, loss and gradient are 0. Differences and sums are computed in fp32 (fp64 for fp64).
 
     Args:
-        preds: K tensors [B, T, C, H / f_i, W / f_i], or tokens [B, T, S_i, P_i * P_i * C] with patch_sizes; fp32, bf16,
-            fp16 or fp64, any strides.
-        video: [B, T_v, C, H, W] with T_v >= T, uint8 or floating, any strides. It must not require grad.
+        preds: K tensors [B, T, C, H / f_i, W / f_i], or tokens [B, T, S_i, P_i * P_i * C] with patch_sizes, or
+            [B, T, S / f_i^2, C] with grid; fp32, bf16, fp16 or fp64, any strides. Where the kind is a distribution they
+            have twice the channels: first all means, then as many log-scales s, which are clamped to [-10, 10] (no
+            gradient beyond). In tokens P_i * P_i * C means come first.
+        video: [B, T_v, C, H, W] with T_v >= T, or [B, T_v, S, C] with grid; uint8 or floating, any strides. It must not
+            require grad.
         horizons: offsets in frames, factors by which the targets are smaller than the video.
-        kind: of the difference d: "mse" d^2, "l1" |d|, "huber" as F.huber_loss with `delta`, "charbonnier"
-            sqrt(d^2 + eps^2).
+        kind: one for all horizons, or K of them. Of the difference d: "mse" d^2, "l1" |d|, "huber" as F.huber_loss
+            with `delta`, "charbonnier" sqrt(d^2 + eps^2). Negative log-likelihoods, up to a constant: "gaussian"
+            (s + d^2 exp(-s)) / 2, s the log-variance, times exp(beta s), which gets no gradient; "laplace"
+            s + |d| exp(-s). A consistency pair uses the kind of its far side, between means: mse for "gaussian", l1 for
+            "laplace".
         horizon_weights: [K] tensor (fp32 or fp64, differentiable) or list; ones by default.
         consistency_weights: [K], for the pairs (0, j) (entry 0 is unused), or [K, K], for any pair [i, j] with i < j.
             f_j must be a multiple of f_i unless the weight is 0. A tensor that cannot be read up front (on a GPU, in
             torch.compile) makes the total NaN if it breaks that rule.
         detach: "near": side i of a consistency pair gets no gradient; "far": side j gets none; None: both learn.
         patch_sizes: K integers; if given, preds are in the token layout of video_pyramid.
-        residual: the prediction is preds[i][:, n] + avg_pool(scale * video[:, n] + shift, f_i), so preds are changes.
+        residual: the prediction (a distribution's mean) is preds[i][:, n] + avg_pool(scale * video[:, n] + shift, f_i),
+            so preds are changes.
+        motion_gain: g: every element of a horizon's loss is weighted by 1 + g |down(frame n + k_i) - down(frame n)|,
+            down(x) = avg_pool(scale * x + shift, f_i). What moves counts for more; the mean is still over the number of
+            elements. Consistency is not weighted.
+        beta: of "gaussian": 0 is the likelihood; 1 weighs the mean's gradient as mse does.
         scale, shift: of the video's normalisation, as in video_pyramid.
         segment_ids: [B, T_v] int32 or int64, the episode of each frame.
+        position_weights: [B, T] or [B, T, K], fp32 or fp64, finite and >= 0, without gradient. It multiplies the losses
+            of the predictions made at n; those of weight 0 do not count, and each mean is over what counts. A
+            consistency pair counts where both of its predictions do, and is not multiplied. Values that cannot be read
+            up front (on a GPU, in torch.compile) make the total NaN if they break that rule.
+        grid: (Hp, Wp), for features or latents in the layout [B, T_v, S, C], S = Hp * Wp in row order. Not with
+            patch_sizes.
         delta, eps: of "huber" and "charbonnier", in units of the normalised video.
 
     Returns:
@@ -108,26 +148,49 @@ def multi_horizon_loss(
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
 
-    Source: "Multi-Frame Prediction for World Models" (cascade targets, consistency); Charbonnier et al., ICIP 1994.
+    Source: "Multi-Frame Prediction for World Models" (cascade targets, consistency); Charbonnier et al., ICIP 1994;
+    beta: Seitzer et al., arXiv 2203.09168.
     """
     check_horizons(horizons)
     count = len(horizons)
-    check.tensor("video", video, 5, VIDEO)
+    options = check_options(
+        count, kind=kind, detach=detach, residual=residual, motion_gain=motion_gain, beta=beta, delta=delta, eps=eps
+    )
+    if grid is None:
+        check.tensor("video", video, 5, "[B, T_v, C, H, W]", VIDEO)
+    else:
+        check.tensor("video", video, 4, "[B, T_v, S, C] with grid", VIDEO)
     check.non_zero_sizes("video", video)
+    if grid is not None:
+        if patch_sizes is not None:
+            raise ValueError(f"patch_sizes must be None with grid, whose tokens are pixels; got {patch_sizes!r}")
+        video = images(video, check.grid(grid, "video", video))
     if video.requires_grad and torch.is_grad_enabled():
         raise ValueError("video must not require grad: targets are constants; pass video.detach()")
     patch_sizes = check_patch_sizes(patch_sizes, count)
     check_divisible(video, horizons.factors, patch_sizes)
-    preds = check.tensors("preds", preds, count, 5 if patch_sizes is None else 4)
+    letters = "[B, T, C, H / f, W / f]" if patch_sizes is None else "[B, T, S, P * P * C]"
+    letters = letters if grid is None else "[B, T, S / f^2, C]"
+    preds = check.tensors("preds", preds, count, letters.count(",") + 1, letters)
     if autocasts(video.device):
         preds = [follow(pred, preds[0]) for pred in preds]
     positions = preds[0].shape[1]
     for i, pred in enumerate(preds):
-        expected = list(output_shape(video, horizons.factors[i], None if patch_sizes is None else patch_sizes[i]))
+        factor, is_distribution = horizons.factors[i], KINDS[options["kinds"][i]] in KIND_OF_MEANS
+        expected = list(output_shape(video, factor, None if patch_sizes is None else patch_sizes[i]))
+        if grid is not None:
+            expected = [*expected[:2], expected[3] * expected[4], expected[2]]
         expected[1] = positions
-        meaning = "[B, T, C, H / f, W / f]" if patch_sizes is None else "[B, T, S, P * P * C]"
+        if is_distribution:
+            expected[2 if len(expected) == 5 else 3] *= 2
+        meaning = letters.replace("C", "2 * C") if is_distribution else letters
         check.shape(f"preds[{i}]", pred, expected, meaning)
         check.like(f"preds[{i}]", pred, "preds[0]", preds[0])
+    if grid is not None:
+        preds = [
+            images(pred, (video.shape[3] // factor, video.shape[4] // factor))
+            for pred, factor in zip(preds, horizons.factors, strict=True)
+        ]
     check.same_device("video", video, "preds[0]", preds[0])
     if video.shape[1] < positions:
         raise ValueError(
@@ -135,6 +198,8 @@ def multi_horizon_loss(
         )
     segment_ids = check.segments(segment_ids, video.shape[0], video.shape[1], "T_v", "video", video)
     scale, shift = check_normalisation(video, scale, shift)
+    position_weights, unread = check_position_weights(position_weights, video.shape[0], positions, count, video)
+    warn_of_horizons_that_never_count(horizons, positions, video.shape[1], "video")
     consistency, pairs, undivided = check_consistency(consistency_weights, horizons, video)
     args = Arguments(
         preds=preds,
@@ -142,26 +207,55 @@ def multi_horizon_loss(
         horizon_weights=check_horizon_weights(horizon_weights, count, video),
         consistency_weights=consistency,
         segment_ids=segment_ids,
+        position_weights=position_weights,
         offsets=list(horizons.offsets),
         factors=list(horizons.factors),
         pairs=pairs,
         patch_sizes=patch_sizes,
         scale=scale,
         shift=shift,
-        **check_options(kind=kind, detach=detach, residual=residual, delta=delta, eps=eps),
+        **options,
     )
-    return nan_if_invalid(HorizonLoss(*call(OP, args)), consistency, undivided)
+    total, means, counts, consistencies, pair_counts = call(OP, args)
+    loss = HorizonLoss(total, means, counts, consistencies, pair_counts)
+    loss = nan_if_invalid(loss, consistency, undivided)
+    return nan_if_negative(loss, position_weights) if unread else loss
 
 
-def check_options(*, kind: str, detach: str | None, residual: bool, delta: float, eps: float) -> dict[str, Any]:
-    """The fields of Arguments that depend on no tensor."""
+def check_options(
+    count: int,
+    *,
+    kind: str | Sequence[str],
+    detach: str | None,
+    residual: bool,
+    motion_gain: float,
+    beta: float,
+    delta: float,
+    eps: float,
+) -> dict[str, Any]:
+    """The fields of Arguments that depend on no tensor, for `count` horizons."""
+    if isinstance(kind, str):
+        kinds = [KINDS.index(check.choice("kind", kind, KINDS))] * count
+    elif isinstance(kind, (list, tuple)):
+        if len(kind) != count:
+            raise ValueError(f"kind must be a string or have one entry per horizon, {count}; got {len(kind)}")
+        kinds = [KINDS.index(check.choice(f"kind[{i}]", entry, KINDS)) for i, entry in enumerate(kind)]
+    else:
+        raise TypeError(f"kind must be a string or a list of strings, got {type(kind).__name__}")
     return {
-        "kind": check.choice("kind", kind, KINDS),
+        "kinds": kinds,
         "detach": check.choice("detach", detach, DETACH) or "none",
         "residual": check.flag("residual", residual),
+        "motion_gain": check.number("motion_gain", motion_gain, least=0),
+        "beta": check.number("beta", beta, least=0),
         "delta": check.number("delta", delta, above=0),
         "eps": check.number("eps", eps, above=0),
     }
+
+
+def images(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, T, S, C] in row order as a view [B, T, C, Hp, Wp]."""
+    return tokens.unflatten(2, grid).permute(0, 1, 4, 2, 3)
 
 
 def reference(args: Arguments) -> tuple[Tensor, ...]:
@@ -173,17 +267,28 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
 
     predictions, valid, losses, counts = [], [], [], []
     for i, (offset, factor) in enumerate(zip(offsets, factors, strict=True)):
-        prediction = preds[i].to(computed)
+        kind = KINDS[args.kinds[i]]
+        parts = preds[i].to(computed).chunk(2 if kind in KIND_OF_MEANS else 1, 2 if args.patch_sizes is None else 3)
         if args.patch_sizes is not None:
-            prediction = unpatchify(prediction, args.patch_sizes[i], channels, height // factor, width // factor)
+            size = (args.patch_sizes[i], channels, height // factor, width // factor)
+            parts = tuple(unpatchify(part, *size) for part in parts)
+        prediction = parts[0]
         pyramid = box_average(target, factor)
         if args.residual:
             prediction = prediction + pyramid[:, :positions]
         predictions.append(prediction)
-        valid.append(valid_at(offset, positions, frames, args.segment_ids, batch, device))
+        counted = valid_at(offset, positions, frames, args.segment_ids, batch, device)
+        if args.position_weights is not None:
+            counted = counted & (args.position_weights[:, :, i] > 0)
+        valid.append(counted)
         inside = max(0, min(positions, frames - offset))
-        difference = prediction[:, :inside] - pyramid[:, offset : offset + inside]
-        mean, count = mean_loss(difference, valid[i][:, :inside], args)
+        later = pyramid[:, offset : offset + inside]
+        weight = 1 + args.motion_gain * (later - pyramid[:, :inside]).abs() if args.motion_gain else None
+        if args.position_weights is not None:
+            of_position = args.position_weights[:, :inside, i, None, None, None].to(computed)
+            weight = of_position if weight is None else weight * of_position
+        log_scale = parts[1][:, :inside] if len(parts) == 2 else None
+        mean, count = mean_loss(kind, prediction[:, :inside] - later, log_scale, weight, counted[:, :inside], args)
         losses.append(mean)
         counts.append(count)
 
@@ -198,7 +303,8 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         far = predictions[j].detach() if args.detach == "far" else predictions[j]
         near = box_average(near[:, apart:], factors[j] // factors[i])
         both = valid[j][:, :inside] & valid[i][:, apart:]
-        mean, count = mean_loss(far[:, :inside] - near, both, args)
+        kind = KINDS[args.kinds[j]]
+        mean, count = mean_loss(KIND_OF_MEANS.get(kind, kind), far[:, :inside] - near, None, None, both, args)
         assert args.consistency_weights is not None
         index = index_of((i, j), shape)
         total = total + args.consistency_weights[index].to(computed) * mean
@@ -208,25 +314,35 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
     return total.to(out), torch.stack(losses).to(out), torch.stack(counts), consistency.to(out), consistency_counts
 
 
-def pointwise_loss(difference: Tensor, args: Arguments) -> Tensor:
-    if args.kind == "mse":
+def pointwise_loss(kind: str, difference: Tensor, log_scale: Tensor | None, args: Arguments) -> Tensor:
+    if log_scale is not None:
+        s = log_scale.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+        if kind == "laplace":
+            return s + difference.abs() * torch.exp(-s)
+        return 0.5 * (s + difference.square() * torch.exp(-s)) * torch.exp(args.beta * s.detach())
+    if kind == "mse":
         return difference.square()
-    if args.kind == "l1":
+    if kind == "l1":
         return difference.abs()
-    if args.kind == "huber":
+    if kind == "huber":
         return F.huber_loss(difference, torch.zeros_like(difference), reduction="none", delta=args.delta)
     return (difference.square() + args.eps**2).sqrt()
 
 
-def mean_loss(difference: Tensor, valid: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-    """The mean loss of [B, N, C, h, w] over the positions that are `valid` [B, N] (0 if none is), and its count.
+def mean_loss(
+    kind: str, difference: Tensor, log_scale: Tensor | None, weight: Tensor | None, valid: Tensor, args: Arguments
+) -> tuple[Tensor, Tensor]:
+    """The mean of weight * loss of [B, N, C, h, w] over the positions that are `valid` [B, N] (0 if none is), and its
+    count.
 
-    The difference is masked before the loss too, or a NaN that does not count would reach the gradient as 0 * NaN.
+    The inputs are masked before the loss too, or a NaN that does not count would reach the gradient as 0 * NaN.
     """
     elements = difference.shape[2] * difference.shape[3] * difference.shape[4]
     mask = valid[:, :, None, None, None]
     count = valid.sum() * elements
-    loss = pointwise_loss(torch.where(mask, difference, 0), args)
+    log_scale = None if log_scale is None else torch.where(mask, log_scale, 0)
+    loss = pointwise_loss(kind, torch.where(mask, difference, 0), log_scale, args)
+    loss = loss if weight is None else loss * weight
     return torch.where(mask, loss, 0).sum() / count.clamp_min(1), count
 
 
@@ -254,8 +370,8 @@ def empty_gradients(args: Arguments, want: Want) -> list[Tensor | None]:
 def native_arguments(
     args: Arguments, gradients: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> tuple[
-    list[Array], list[Array | None], Array, Array | None, Array, Array | None,
-    list[int], list[int], list[int], list[int], int, int, bool, LossNumbers, list[Array],
+    list[Array], list[Array | None], Array, Array | None, Array | None, Array, Array | None,
+    list[int], list[int], list[int], list[int], list[int], int, bool, LossNumbers, list[Array],
 ]:  # fmt: skip
     """The arguments that csrc/bindings.cpp unpacks into a MultiHorizonLoss (csrc/ops.h)."""
     return (
@@ -263,16 +379,24 @@ def native_arguments(
         [raw(gradient) for gradient in gradients],
         raw(args.video),
         raw(args.segment_ids),
+        raw(args.position_weights),
         raw(args.horizon_weights),
         raw(args.consistency_weights),
         args.offsets,
         args.factors,
         args.pairs,
         args.patch_sizes or [],
-        KINDS.index(args.kind),
+        args.kinds,
         0 if args.detach == "none" else DETACH.index(args.detach),
         args.residual,
-        {"scale": args.scale, "shift": args.shift, "delta": args.delta, "eps": args.eps},
+        {
+            "motion_gain": args.motion_gain,
+            "beta": args.beta,
+            "scale": args.scale,
+            "shift": args.shift,
+            "delta": args.delta,
+            "eps": args.eps,
+        },
         [raw(output) for output in outputs],
     )
 
@@ -330,7 +454,7 @@ def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any
         segment_ids = torch.empty(kwargs["video"].shape[:2], dtype=torch.int64, device=device)
         return {**kwargs, "kind": kind, "residual": True, "segment_ids": segment_ids}
 
-    for kind in KINDS:
+    for kind in KINDS[:4]:
         yield with_all("genie", kind)
     yield with_all("latents", "l1")
     tokens = with_all("pixels", "huber")
@@ -348,9 +472,23 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     return Cost(moved, (2 + len(preds)) * video.numel() + 8 * elements)
 
 
+def refused_by_kernels(args: Arguments) -> str:
+    if len(set(args.kinds)) > 1 or KINDS[args.kinds[0]] in KIND_OF_MEANS:
+        return "it serves one kind for all horizons, and no distribution"
+    return (
+        "it serves no motion_gain and no position_weights"
+        if args.motion_gain or args.position_weights is not None
+        else ""
+    )
+
+
+def refused_by_triton(args: Arguments) -> str:
+    return "video is float64" if args.video.dtype == torch.float64 else refused_by_kernels(args)
+
+
 def refused_by_cuda(args: Arguments) -> str:
-    if args.video.dtype == torch.float64:
-        return "video is float64"
+    if refused_by_triton(args):
+        return refused_by_triton(args)
     return f"it serves 16 horizons, these are {len(args.preds)}" if len(args.preds) > 16 else ""
 
 
@@ -389,7 +527,7 @@ OP = register(
             "latents": _bench(16, 32, 16, 32, (1, 2, 2, 2), 2, latents=True),
         },
         backends={
-            "cpu": Backend(kernels=("multi_horizon_loss",), dtypes=check.FLOATING),
+            "cpu": Backend(kernels=("multi_horizon_loss",), refuses=refused_by_kernels, dtypes=check.FLOATING),
             "triton": Backend(
                 kernels=(
                     "multi_horizon_loss",
@@ -397,7 +535,7 @@ OP = register(
                     "multi_horizon_loss_finish",
                     "multi_horizon_loss_scale",
                 ),
-                refuses=lambda args: "video is float64" if args.video.dtype == torch.float64 else "",
+                refuses=refused_by_triton,
             ),
             "cuda": Backend(kernels=("multi_horizon_loss", "multi_horizon_loss_scale"), refuses=refused_by_cuda),
         },

@@ -55,7 +55,7 @@ def video_pyramid(
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value.
     """
-    check.tensor("video", video, 5, VIDEO)
+    check.tensor("video", video, 5, "[B, T, C, H, W]", VIDEO)
     check.non_zero_sizes("video", video)
     factors = check.integers("factors", factors, least=1)
     if not factors:
@@ -80,8 +80,10 @@ def check_divisible(video: Tensor, factors: Sequence[int], patch_sizes: Sequence
         patch = 1 if patch_sizes is None else patch_sizes[i]
         if height % (factor * patch) or width % (factor * patch):
             cells = f"factors[{i}] = {factor}" + ("" if patch == 1 else f" times patch_sizes[{i}] = {patch}")
-            shape = list(video.shape)
-            raise ValueError(f"{cells} does not divide the frame {height} x {width} (video has shape {shape})")
+            raise ValueError(
+                f"{cells} does not divide the frame {height} x {width} (video has shape {list(video.shape)}); "
+                f"{check.common_divisors(height, width)} would"
+            )
 
 
 def check_normalisation(video: Tensor, scale: float | None, shift: float | None) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..dtypes import stored_dtype
 from ..horizon_loss import gradients_of_weights, index_of
 from ..op import Gradients, Want
-from ..ops.multi_horizon_loss import Arguments
+from ..ops.multi_horizon_loss import KINDS, Arguments
 from .frames import (
     average,
     axis,
@@ -380,7 +380,7 @@ def _launch_chain(
         ADDED=added, TERMS=tuple(members), NEAR=near, FAR=far, PAIR_ROWS=rows,
         PADDED=tuple(tiling.pads[i] // tiling.pads[j] for i, j in steps),
         RATIOS=tuple(tiling.true[i] // tiling.true[j] for i, j in steps),
-        KIND=args.kind, DETACH=args.detach, RESIDUAL=args.residual,
+        KIND=KINDS[args.kinds[0]], DETACH=args.detach, RESIDUAL=args.residual,
         TRUE=tiling.true, PADS=tiling.pads,
         CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
         LONG=needs_long(video, *preds, *chain_gradients), num_warps=warps_of(tiling.elements, per_thread),

@@ -298,8 +298,11 @@ class MultiFrameHeads(nn.Module):
             order += chosen
         position = [order.index(i) for i in range(len(order))]
         total = torch.stack([part.total for part in parts]).sum()
-        fields = (torch.cat([part[f] for part in parts])[position] for f in range(1, 6))  # type: ignore[misc]
-        return HorizonLoss(total, *fields)
+        means, counts, consistency, consistency_counts, accuracy = (
+            torch.cat([part[f] for part in parts])[position]  # type: ignore[misc]
+            for f in range(1, 6)
+        )
+        return HorizonLoss(total, means, counts, consistency, consistency_counts, accuracy)
 
     def predict(
         self,

@@ -120,7 +120,7 @@ class LatentActions(nn.Module):
     @torch.no_grad()
     def predict(self, video: Tensor, codes: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """The next frames [B, T, C, height, width] that codes [B, V] lead to from the first T <= context frames."""
-        check.tensor("codes", codes, 2, (torch.int32, torch.int64))
+        check.tensor("codes", codes, 2, "[B, V]", check.INTEGER_IDS)
         check_ids("codes", codes, self.config.codes)
         vectors = self.quantiser.indices_to_codes(codes.flatten()).view(*codes.shape, -1)
         return self.decoder.predict(video, vectors, segment_ids)[0]

@@ -160,7 +160,7 @@ class Tokenizer(nn.Module):
         """Frames [B, T, C, height, width] in [-1, 1], fp32, of ids [B, T, H, W]."""
         if ids.ndim != 4 or tuple(ids.shape[2:]) != self.config.grid:
             raise ValueError(f"ids must be [B, T, {self.config.grid[0]}, {self.config.grid[1]}], got {list(ids.shape)}")
-        check.tensor("ids", ids, 4, (torch.int32, torch.int64))
+        check.tensor("ids", ids, 4, "[B, T, H, W]", check.INTEGER_IDS)
         check_ids("ids", ids, self.config.vocabulary)
         codes = self.quantiser.indices_to_codes(ids.flatten(1)).unflatten(1, (ids.shape[1], -1))
         hidden = self._decoded(codes, segment_ids)

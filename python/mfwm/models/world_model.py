@@ -155,14 +155,16 @@ class WorldModel(nn.Module):
     def check_inputs(self, video: Tensor, actions: Tensor | None) -> None:
         """Raise where frames or actions do not fit this model. Values of ids are not checked."""
         dtypes = (torch.int32, torch.int64) if self.tokens else (torch.uint8, *check.FLOATING)
-        check.tensor("video", video, 2 + len(self.frame_shape), dtypes)
+        letters = "[B, T, ...] with frames of " + repr(self.frame_shape)
+        check.tensor("video", video, 2 + len(self.frame_shape), letters, dtypes)
         if tuple(video.shape[2:]) != self.frame_shape:
             raise ValueError(f"video must have frames of shape {self.frame_shape}, got {tuple(video.shape[2:])}")
         check.non_zero_sizes("video", video, ())
         if actions is None or self.action is None:
             return
         size = self.config.action_size
-        check.tensor("actions", actions, 3 if size else 2, check.FLOATING if size else (torch.int32, torch.int64))
+        letters = "[B, T_a, action_size]" if size else "[B, T_a]"
+        check.tensor("actions", actions, 3 if size else 2, letters, check.FLOATING if size else check.INTEGER_IDS)
         check.same_device("actions", actions, "video", video)
         if actions.shape[0] != video.shape[0]:
             raise ValueError(f"actions must have as many clips as video, {video.shape[0]}, got {list(actions.shape)}")
