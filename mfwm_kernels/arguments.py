@@ -94,7 +94,7 @@ def grid(value: Any, name: str, tokens: Tensor) -> tuple[int, int]:
     height, width = integers("grid", value, least=1)
     if height * width != tokens.shape[2]:
         raise ValueError(
-            f"grid must have as many cells as {name} has tokens, {tokens.shape[2]} (shape {shape_of(tokens)}); "
+            f"grid must have Hp * Wp = {tokens.shape[2]}, the tokens of a frame of {name} (shape {shape_of(tokens)}); "
             f"got {height} x {width}"
         )
     return height, width
