@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_IDS = (torch.int32, torch.int64)
@@ -34,7 +35,8 @@ def tensor(
     """Check that `value` is a dense tensor of one of these ranks, whose shape `letters` spells, and of these dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if not has_data(value) and type(value).__name__ == "DTensor":
+    kind = type(value)
+    if kind is not Tensor and kind is not Parameter and kind.__name__ == "DTensor":
         raise TypeError(
             f"{name} must be a torch.Tensor, got a DTensor, of which this rank holds a part. Under FSDP2, apply "
             f"fully_shard to the module whose forward calls the op, not to the one that only owns {name}; or pass "
@@ -206,7 +208,7 @@ def horizon_weights(name: str, value: Any, shapes: Sequence[tuple[int, ...]], li
 
 def has_data(tensor: Tensor) -> bool:
     """True for plain tensors and parameters. Subclasses such as FakeTensor and DTensor may have no storage to read."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in (Tensor, Parameter)
 
 
 def constant(values: tuple[float, ...], size: tuple[int, ...], like: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 KINDS = ("mse", "l1", "huber", "charbonnier", "gaussian", "laplace")
 # Kinds whose predictions have a log-scale beside each mean, and the kind that compares their means in a pair.
 KIND_OF_MEANS = {"gaussian": "mse", "laplace": "l1"}
+DISTRIBUTIONS = [KINDS.index(kind) for kind in KIND_OF_MEANS]
 # Log-scales are clamped to +-LOG_SCALE_LIMIT.
 LOG_SCALE_LIMIT = 10.0
 
@@ -171,19 +172,19 @@ def multi_horizon_loss(
     check_divisible(video, horizons.factors, patch_sizes)
     letters = "[B, T, C, H / f, W / f]" if patch_sizes is None else "[B, T, S, P * P * C]"
     letters = letters if grid is None else "[B, T, S / f^2, C]"
-    preds = check.tensors("preds", preds, count, letters.count(",") + 1, letters)
+    preds = check.tensors("preds", preds, count, 5 if patch_sizes is None and grid is None else 4, letters)
     if autocasts(video.device):
         preds = [follow(pred, preds[0]) for pred in preds]
     positions = preds[0].shape[1]
     for i, pred in enumerate(preds):
-        factor, is_distribution = horizons.factors[i], KINDS[options["kinds"][i]] in KIND_OF_MEANS
-        expected = list(output_shape(video, factor, None if patch_sizes is None else patch_sizes[i]))
-        if grid is not None:
-            expected = [*expected[:2], expected[3] * expected[4], expected[2]]
+        expected = list(output_shape(video, horizons.factors[i], None if patch_sizes is None else patch_sizes[i]))
         expected[1] = positions
-        if is_distribution:
+        if grid is not None:
+            expected[2:] = [expected[3] * expected[4], expected[2]]
+        meaning = letters
+        if options["kinds"][i] in DISTRIBUTIONS:
             expected[2 if len(expected) == 5 else 3] *= 2
-        meaning = letters.replace("C", "2 * C") if is_distribution else letters
+            meaning = letters.replace("C", "2 * C")
         check.shape(f"preds[{i}]", pred, expected, meaning)
         check.like(f"preds[{i}]", pred, "preds[0]", preds[0])
     if grid is not None:
