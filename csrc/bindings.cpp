@@ -179,11 +179,11 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_cross_entropy(op);
              });
   module.def("multi_horizon_linear_consistency",
-             [](py::object near, py::object far, py::object losses, int64_t ids_per_token, double softcap, double scale,
-                bool near_gradients, bool far_gradients, int threads) {
+             [](py::object near, py::object far, py::object known, py::object losses, int64_t ids_per_token, double softcap,
+                double scale, bool near_gradients, bool far_gradients, int threads) {
                const MultiHorizonLinearConsistency op{
-                   array_of(near), array_of(far), array_of(losses), ids_per_token, softcap,
-                   scale,          near_gradients, far_gradients,    threads};
+                   array_of(near), array_of(far), array_of(known), array_of(losses), ids_per_token,
+                   softcap,        scale,         near_gradients,  far_gradients,    threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_consistency(op);
              });

@@ -128,6 +128,9 @@ struct MultiHorizonLinearCrossEntropy {
 struct MultiHorizonLinearConsistency {
   Array near;      // [C * S, F * V], of unit stride; the S rows of a cell are adjacent
   Array far;       // [C, F * V], of unit stride
+  // [C * S, F, N] int32, contiguous, or none: each id that is not negative teaches its one-hot, in place of a share of
+  // 1 / N of its near distribution.
+  Array known;
   Array losses;    // [C, F], contiguous, precision
   int64_t ids_per_token;  // F
   double softcap, scale;

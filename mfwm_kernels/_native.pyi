@@ -147,6 +147,7 @@ def multi_horizon_linear_cross_entropy(
 def multi_horizon_linear_consistency(
     near: Array,
     far: Array,
+    known: Array | None,
     losses: Array,
     ids_per_token: int,
     softcap: float,

@@ -198,6 +198,20 @@ struct Consistency {
   const Rowwise<C> rowwise{op.far.size[1] / op.ids_per_token, padded<C>(op.far.size[1] / op.ids_per_token),
                            static_cast<C>(op.softcap)};
 
+  const int64_t known_count = op.known ? op.known.size[2] : 0;
+
+  MFWM_INLINE const int32_t* known_of(int64_t near_row, int64_t group) const {
+    return static_cast<const int32_t*>(op.known.data) + (near_row * op.ids_per_token + group) * known_count;
+  }
+
+  // The share of a near distribution that its known ids leave.
+  MFWM_INLINE C unknown_share(int64_t near_row, int64_t group) const {
+    if (!op.known) return 1;
+    const int32_t* ids = known_of(near_row, group);
+    return static_cast<C>(std::count_if(ids, ids + known_count, [](int32_t id) { return id < 0; })) /
+           static_cast<C>(known_count);
+  }
+
   MFWM_SIMD void cell(int64_t c, C* scratch) const {
     const int64_t vocabulary = rowwise.vocabulary, row = rowwise.row;
     Softmax<C> far{scratch, scratch + row}, near{scratch + 2 * row, scratch + 3 * row};
@@ -207,25 +221,32 @@ struct Consistency {
       rowwise.load(far, op.far, c, group);
       std::fill(teacher, teacher + vocabulary, C(0));
       for (int64_t s = 0; s < covered; ++s) {
-        rowwise.load(near, op.near, c * covered + s, group);
-        const C share = each / near.sum;
+        const int64_t near_row = c * covered + s;
+        rowwise.load(near, op.near, near_row, group);
+        const C share = each * unknown_share(near_row, group) / near.sum;
         const C* __restrict e = near.powers;
         for (int64_t k = 0; k < vocabulary; ++k) teacher[k] += e[k] * share;
+        for (int64_t u = 0; u < known_count; ++u) {
+          const int32_t id = known_of(near_row, group)[u];
+          if (id >= 0) teacher[id] += each / static_cast<C>(known_count);
+        }
       }
       const C* __restrict z = far.logits;
       const C log_sum = far.normaliser;
       const double loss = long_sum<C>(
           vocabulary, [=](int64_t k) __attribute__((always_inline)) { return teacher[k] * (log_sum - z[k]); });
       static_cast<C*>(op.losses.data)[c * op.ids_per_token + group] = static_cast<C>(loss);
-      // The gradient at the teacher is g = -log q, so that at a near logit is p (g - <p, g>) / covered.
+      // The gradient at the teacher is g = -log q, so that at a near logit is p (g - <p, g>) / covered, times the
+      // share of the near distribution.
       for (int64_t s = 0; op.near_gradients && s < covered; ++s) {
-        rowwise.load(near, op.near, c * covered + s, group);
+        const int64_t near_row = c * covered + s;
+        rowwise.load(near, op.near, near_row, group);
         C* __restrict e = near.powers;
         const double sum =
             long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return e[k] * (log_sum - z[k]); });
-        const C share = scale * each / near.sum, mean = static_cast<C>(sum) / near.sum;
+        const C share = scale * each * unknown_share(near_row, group) / near.sum, mean = static_cast<C>(sum) / near.sum;
         for (int64_t k = 0; k < vocabulary; ++k) e[k] = share * e[k] * (log_sum - z[k] - mean);
-        rowwise.store(e, near.logits, op.near, c * covered + s, group);
+        rowwise.store(e, near.logits, op.near, near_row, group);
       }
       if (op.far_gradients) {
         C* __restrict e = far.powers;

@@ -50,6 +50,7 @@ def consistency(
     near: Tensor,
     far: Tensor,
     counted: Tensor | None,
+    known: Tensor | None,
     scale: Tensor,
     losses: Tensor,
     learns_near: bool,
@@ -57,7 +58,7 @@ def consistency(
 ) -> None:
     assert counted is None
     kernels.multi_horizon_linear_consistency(
-        raw(near), raw(far), raw(losses), args.ids_per_token, args.softcap,
+        raw(near), raw(far), raw(known), raw(losses), args.ids_per_token, args.softcap,
         scale.item(), learns_near, learns_far, torch.get_num_threads(),
     )  # fmt: skip
 

@@ -45,9 +45,10 @@ class Passes(NamedTuple):
     cross_entropy(args, logits, ids, starts, scales, losses, hits, learns)
         writes losses and hits [R * F] of logits [R * F, V], where row r has the target ids[starts[r] : starts[r + 1]].
         If `learns`, overwrites each row of logits with its gradient times scales[r]
-    consistency(args, near, far, counted, scale, losses, learns_near, learns_far)
+    consistency(args, near, far, counted, known, scale, losses, learns_near, learns_far)
         writes losses [C, F] of far logits [C, F * V] against near ones [C * S, F * V], and overwrites the logits that
-        learn with their gradients times `scale`. Both are 0 where `counted` is False
+        learn with their gradients times `scale`. Both are 0 where `counted` is False. Each id >= 0 in known
+        [C * S, F, f * f] contributes its one-hot in place of a share of 1 / (f * f) of the near distribution
     """
 
     chunk_bytes: int
@@ -128,7 +129,8 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     def empty(*shape: int, dtype: torch.dtype = computed) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    targets = targets_of(args, passes.drops)
+    ids = ids_or_ignored(args)
+    targets = targets_of(args, ids, passes.drops)
     heads.set_rows(targets.rows)
     terms = [size * args.ids_per_token for size in targets.sizes]
     scales = (args.horizon_weights.to(computed) / targets.cells.clamp_min(1)).unbind()
@@ -151,6 +153,7 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
     consistency = torch.zeros(shape, dtype=computed, device=device)
     consistency_counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    known = known_ids(args, ids)
     for i, j in pairs_of(args):
         assert args.consistency_weights is not None
         pair = pair_of(args, i, j, passes.drops)
@@ -166,7 +169,8 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
             near_products = heads.products([Part(i, near_rows, near_rows.shape[0])], far_rows.shape[0])
             far, near = heads.logits(far_products), heads.logits(near_products)
             counted = None if pair.counted is None else pair.counted[chunk]
-            passes.consistency(args, near, far, counted, scale, losses[chunk], learns_near, learns_far)
+            known_here = None if known is None else known[near_rows]
+            passes.consistency(args, near, far, counted, known_here, scale, losses[chunk], learns_near, learns_far)
             if learns_near:
                 covered = None if counted is None else counted[:, None].expand(-1, pair.near.shape[1]).flatten()
                 heads.backpropagate(near_products, covered, added=True)
@@ -396,8 +400,17 @@ def ids_or_ignored(args: Arguments) -> Tensor:
     return ids if ids.dim() == 5 else ids.unsqueeze(-1)
 
 
-def targets_of(args: Arguments, drops: bool) -> Targets:
-    all_ids = ids_or_ignored(args)
+def known_ids(args: Arguments, ids: Tensor) -> Tensor | None:
+    """The ids that teach in place of horizon 0's distributions, because it does not train on them: for each of its rows
+    [F, f * f], -1 for the others. None if there are none. Every pair's near horizon is 0."""
+    if not args.pairs or args.offsets[0] != 0 or args.token_mask is None:
+        return None
+    _, positions, height, width = args.inputs[0].shape[:4]
+    known = torch.where(args.token_mask[..., None], -1, ids)[:, :positions]
+    return cells_of(known, height, width).transpose(4, 5).flatten(0, 3).contiguous()
+
+
+def targets_of(args: Arguments, all_ids: Tensor, drops: bool) -> Targets:
     rows, targets = zip(*(targets_of_horizon(args, all_ids, i, drops) for i in range(len(args.inputs))), strict=True)
     sizes = [ids.shape[0] for ids in targets]
     starts, first = [], 0

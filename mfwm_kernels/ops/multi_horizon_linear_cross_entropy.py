@@ -506,9 +506,8 @@ def _bench(
 
 
 def refused_by_kernels(args: Arguments) -> str:
-    if args.biases or args.position_weights is not None or args.return_predictions:
-        return "it serves no biases, position_weights or return_predictions"
-    return "token_mask with consistency" if args.pairs and args.offsets[0] == 0 and args.token_mask is not None else ""
+    refused = args.biases or args.position_weights is not None or args.return_predictions
+    return "it serves no biases, position_weights or return_predictions" if refused else ""
 
 
 KERNELS = ("multi_horizon_linear_cross_entropy", "multi_horizon_linear_consistency")

@@ -175,9 +175,9 @@ def multi_horizon_linear_normalisers(
 
 @triton.jit
 def multi_horizon_linear_consistency(
-    near, far, near_normalisers, far_normalisers, dots, counted, scale, losses, ids_per_token, covered, vocabulary,
-    softcap,
-    SOFTCAP: tl.constexpr, LEARNS_NEAR: tl.constexpr, LEARNS_FAR: tl.constexpr, BLOCK: tl.constexpr,
+    near, far, near_normalisers, far_normalisers, dots, counted, known, scale, losses, ids_per_token, covered,
+    vocabulary, softcap,
+    KNOWN: tl.constexpr, SOFTCAP: tl.constexpr, LEARNS_NEAR: tl.constexpr, LEARNS_FAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cell, f = program // ids_per_token, program % ids_per_token
@@ -191,7 +191,8 @@ def multi_horizon_linear_consistency(
     near_share = 1.0 / covered
     column = tl.arange(0, BLOCK)
 
-    # The teacher's gradient is g = -log q, so a near logit's gradient is p (g - <p, g>) / covered.
+    # The teacher's gradient is g = -log q, so a near logit's gradient is p (g - <p, g>) / covered, times the share of
+    # the near distribution that known ids leave.
     if LEARNS_NEAR:
         for s in range(0, covered):
             row = near_row + s * ids_per_token
@@ -218,6 +219,13 @@ def multi_horizon_linear_consistency(
             row = near_row + s * ids_per_token
             z = capped(tl.load(near + row * vocabulary + v, mask, 0), softcap, SOFTCAP)
             p = tl.exp(z - tl.load(near_normalisers + row)) * near_share
+            if KNOWN > 0:
+                unknown = 0.0
+                for u in range(0, KNOWN):
+                    known_id = tl.load(known + row * KNOWN + u)
+                    unknown += tl.where(known_id < 0, 1.0 / KNOWN, 0.0)
+                    teacher += tl.where(v == known_id, near_share / KNOWN, 0.0)
+                p *= unknown
             teacher += p
             if LEARNS_NEAR:
                 gradient = p * (tl.load(dots + row) - log_q) * factor
@@ -287,6 +295,7 @@ def consistency(
     near: Tensor,
     far: Tensor,
     counted: Tensor | None,
+    known: Tensor | None,
     scale: Tensor,
     losses: Tensor,
     learns_near: bool,
@@ -296,9 +305,9 @@ def consistency(
     near_sums, far_sums = normalisers_of(args, near), normalisers_of(args, far)
     launch(
         multi_horizon_linear_consistency, cells * args.ids_per_token, far.device,
-        near, far, near_sums, far_sums, torch.empty_like(near_sums) if learns_near else None, counted, scale, losses,
-        args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
-        SOFTCAP=args.softcap > 0, LEARNS_NEAR=learns_near, LEARNS_FAR=learns_far,
+        near, far, near_sums, far_sums, torch.empty_like(near_sums) if learns_near else None, counted, known, scale,
+        losses, args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
+        KNOWN=0 if known is None else known.shape[2], SOFTCAP=args.softcap > 0, LEARNS_NEAR=learns_near, LEARNS_FAR=learns_far,
         BLOCK=min(2048, LOOPED, max(16, power_of_2(vocabulary))), num_warps=4,
     )  # fmt: skip
 
