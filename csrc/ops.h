@@ -38,11 +38,13 @@ struct ActionWindowSumGradients {
   Array lag_weight;  // [K, J, D] or none
 };
 
-// outputs[i] = rms_norm(avg_pool(hidden, pool[i]) + sums[:, :, i])
+// outputs[i] = norm(avg_pool(hidden, pool[i]) + sums[:, :, i]), where norm is RMSNorm or LayerNorm
 struct FanOut {
   Array hidden;       // [B, T, Hp, Wp, D]
   Array sums;         // [B, T, K, D], contiguous, in the compute precision: float64 if hidden is, else float32
-  Array norm_weight;  // [K, D] or none
+  Array norm_weight;  // [K, D], or none: no norm
+  Array norm_bias;    // [K, D] or none; only with `layer`
+  bool layer;         // LayerNorm, else RMSNorm
   std::vector<int64_t> pool;
   double norm_eps;
   std::vector<Array> outputs;  // K of [B, T, Hp / p, Wp / p, D]; the backward's upstream gradients, some may be none
@@ -53,16 +55,19 @@ struct FanOutGradients {
   Array hidden;               // [B, T, Hp, Wp, D] or none
   Array sums;                 // [B, T, K, D] or none, contiguous, of the dtype of FanOut.sums
   Array norm_weight;          // [K, D] or none, float64
+  Array norm_bias;            // [K, D] or none, float64; only with `layer`
   Array gram;                 // [K, K] or none, float64: dot products of the horizons' gradients at hidden
   std::vector<double> scale;  // per horizon: multiplies its gradient at hidden only
 };
 
 // A chunk of rows of multi_horizon_linear. torch computes the matrix products; these kernels compute the rest. With
 // x_i = hidden + sums[position, i]: outputs[i] = r_i x_i W_i^T + bias_i, where r_i = rsqrt(mean(x_i^2) + eps), or 1
-// without a norm. "Precision" below is the compute precision: float64 if hidden is, else float32.
+// without a norm. LayerNorm is the same formula on centred rows: x_i = hidden - means + sums[position, i], where the rows
+// of sums and W have a mean of 0. "Precision" below is the compute precision: float64 if hidden is, else float32.
 struct MultiHorizonLinear {
   Array hidden;           // [R, D]
   Array sums;             // [B * T, K, D], contiguous, precision
+  Array means;            // [R] or none, precision: with LayerNorm, every kernel writes the means of hidden's rows here
   int64_t first, tokens;  // row r is at position (first + r) / tokens
   bool norm;
   double norm_eps;
@@ -72,6 +77,7 @@ struct MultiHorizonLinear {
 struct MultiHorizonLinearOutputs {
   Array product;               // [R, N]: hidden W^T, all heads side by side
   Array projected;             // [B * T, N], contiguous, precision: sums[:, i] W_i^T
+  Array head_sums;             // [N], precision, with LayerNorm: sums over the rows of W, 0 but for W's rounding
   Array bias;                  // [N] or none, precision
   std::vector<Array> outputs;  // K of [R, N_i]
 };

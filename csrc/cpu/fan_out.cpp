@@ -14,7 +14,8 @@
 namespace mfwm::cpu {
 namespace {
 
-template <class C, class S>
+// `layer`: LayerNorm instead of RMSNorm, if there is a norm.
+template <class C, class S, bool layer>
 struct Fan : FanTiles {
   using R = RowSteps<C, S>;
   using Lane = typename R::Lane;
@@ -27,15 +28,27 @@ struct Fan : FanTiles {
   const R access{depth};
   const int64_t row = access.row;
   const bool norms = bool(op.norm_weight);
-  std::vector<C> norm_weight;  // a row per horizon, or one for all of them
+  std::vector<C> norm_weight, norm_bias;  // a row per horizon, or one for all of them
+  std::vector<C> ones;                    // with `layer`: 1 for each feature, 0 in the padding
 
   explicit Fan(const FanOut& op_) : FanTiles(op_), op(op_) {
-    const bool one = !norms || op.norm_weight.stride[0] == 0;
-    norm_weight.assign(one ? row : horizons * row, C(1));
-    for (int64_t i = 0; norms && i < (one ? 1 : horizons); ++i)
-      access.read_into(&norm_weight[i * row], op.norm_weight, i * op.norm_weight.stride[0], op.norm_weight.stride[1]);
+    norm_weight = parameters(op.norm_weight, C(1));
+    if (!layer) return;
+    norm_bias = parameters(op.norm_bias, C(0));
+    ones.assign(row, C(0));
+    std::fill_n(ones.begin(), depth, C(1));
+    if (R::is_split) split_row(ones.data(), ones.data(), row);
   }
-  const C* weight_of(int i) const { return &norm_weight[norm_weight.size() > static_cast<size_t>(row) ? i * row : 0]; }
+  std::vector<C> parameters(const Array& array, C none) const {
+    const bool one = !array || array.stride[0] == 0;
+    std::vector<C> all(one ? row : horizons * row, none);
+    for (int64_t i = 0; array && i < (one ? 1 : horizons); ++i)
+      access.read_into(&all[i * row], array, i * array.stride[0], array.stride[1]);
+    return all;
+  }
+  const C* row_of(const std::vector<C>& all, int i) const {
+    return &all[all.size() > static_cast<size_t>(row) ? i * row : 0];
+  }
   C mean_of(int i) const { return C(1) / static_cast<C>(op.pool[i] * op.pool[i]); }
   C scale_of(const Lane& squares) const {
     return C(1) / std::sqrt(R::total(squares) / static_cast<C>(depth) + static_cast<C>(op.norm_eps));
@@ -51,6 +64,7 @@ struct Fan : FanTiles {
     int64_t group_gradients = 0;            // accumulators for the gradients of a group's tokens
     int64_t window_gradients = 0;           // per horizon: the gradient of its window sum
     int64_t weight_gradients = 0;           // per horizon: the gradient of its norm's weights
+    int64_t bias_gradients = 0;             // per horizon, with `layer`: the gradient of its norm's bias
     std::vector<int64_t> sum_gradients{};   // level -> gradients at the sums over its cells; none for level 0
     std::vector<int64_t> state_gradients{}; // horizon -> gradients at its states, for the Gram matrix
     bool gram = false;
@@ -172,14 +186,35 @@ struct Fan : FanTiles {
     return source;
   }
 
+  // Each state's mean over its features; 0 if the norm subtracts none. It needs a pass of its own: mean(x^2) - mean(x)^2
+  // would cancel where the mean is large.
+  template <int count, class Row>
+  MFWM_INLINE void means_of(const Source<count, Row>& source, const C* add, C mean, C* means) const {
+    std::fill(means, means + count, C(0));
+    if constexpr (layer) {
+      Two totals[count] = {};
+      for (int64_t d = 0; d < row; d += step) {
+        const Two a = R::load(add + d);
+        for (int c = 0; c < count; ++c) totals[c] = totals[c] + (R::load(source.from[c] + d) * mean + a);
+      }
+      for (int c = 0; c < count; ++c) means[c] = R::total(totals[c].even + totals[c].odd) / static_cast<C>(depth);
+    }
+  }
+  // `value` less its row's mean, but 0 in the padding.
+  MFWM_INLINE Two centred(const Two& value, C mean, int64_t d) const {
+    if constexpr (layer) return value - R::load(ones.data() + d) * mean;
+    return value;
+  }
+
   // ---- Forward
 
   // Write horizon i's states at a group of cells.
   template <int count, class Row>
   MFWM_INLINE void states(const Tile& tile, const Group& group, int i, const Source<count, Row> source) const {
-    const C *add = tile.at(tile.plan.window_sums + i), *weight = weight_of(i), mean = mean_of(i);
-    C scale[count];
+    const C *add = tile.at(tile.plan.window_sums + i), *weight = row_of(norm_weight, i), mean = mean_of(i);
+    C scale[count], means[count];
     std::fill(scale, scale + count, C(1));
+    means_of(source, add, mean, means);
     if (norms) {
       Lane squares[count] = {};
       for (int64_t d = 0; d < row; d += line) {
@@ -187,7 +222,7 @@ struct Fan : FanTiles {
         for (int64_t k = d; k < d + line; k += step) {
           const Two a = R::load(add + k);
           for (int c = 0; c < count; ++c) {
-            const Two state = R::load(source.from[c] + k) * mean + a;
+            const Two state = centred(R::load(source.from[c] + k) * mean + a, means[c], k);
             R::add_products(state, state, squares[c]);
           }
         }
@@ -201,8 +236,10 @@ struct Fan : FanTiles {
     for (int64_t d = 0; d < row; d += line)
       for (int c = 0; c < count; ++c)
         for (int64_t k = d; k < d + line; k += step) {
-          const Two state = R::load(source.from[c] + k) * mean + R::load(add + k);
-          R::store(state * scale[c] * R::load(weight + k), to[c] + k, non_temporal);
+          const Two state = centred(R::load(source.from[c] + k) * mean + R::load(add + k), means[c], k);
+          Two normed = state * scale[c] * R::load(weight + k);
+          if constexpr (layer) normed = normed + R::load(row_of(norm_bias, i) + k);
+          R::store(normed, to[c] + k, non_temporal);
         }
     for (int c = 0; c < count; ++c) tile.write_back(output, group, c, to[c]);
   }
@@ -240,6 +277,7 @@ struct Fan : FanTiles {
     layout.group_gradients = layout.reserve(4);
     layout.window_gradients = layout.reserve(horizons);
     layout.weight_gradients = layout.reserve(horizons);
+    layout.bias_gradients = layout.reserve(layer ? horizons : 0);
     for (size_t l = 0; l < chain.size(); ++l) layout.sum_gradients.push_back(layout.reserve(l == 0 ? 0 : cells(l)));
     for (int i = 0; i < horizons; ++i)
       layout.state_gradients.push_back(layout.reserve(layout.gram ? cells(level_of[i]) : 0));
@@ -249,6 +287,7 @@ struct Fan : FanTiles {
   // to = base + share * d state for horizon i's states at a group of cells. Also add d state to the gradient of the
   // horizon's window sum, and d weight to that of its norm's weights:
   //   d state = r (g w) - state r^3 / D <g w, state>,  d weight = g state r
+  // With `layer`, state is centred here, d state less its mean r mean(g w), and d bias = g.
   template <int count, class Row, class Out>
   MFWM_INLINE void add_gradients(const Tile& tile, const Group& group, int i, const Source<count, Row> source,
                                  const C* const* base, C share, Out* const* to, bool non_temporal) const {
@@ -259,9 +298,10 @@ struct Fan : FanTiles {
       upstream[c] = tile.read(g, group, c, tile.copy(4 + c));
       ahead[c] = R::row_in(g, offset(g, next_tile, next_group, c));
     }
-    const C *add = tile.at(tile.plan.window_sums + i), *weight = weight_of(i), mean = mean_of(i);
+    const C *add = tile.at(tile.plan.window_sums + i), *weight = row_of(norm_weight, i), mean = mean_of(i);
     C* window_gradient = tile.at(tile.plan.window_gradients + i);
     C* weight_gradient = tile.at(tile.plan.weight_gradients + i);
+    C* bias_gradient = tile.at(tile.plan.bias_gradients + (layer ? i : 0));
     if (!norms) {  // d state = g, so the states are not needed.
       for (int64_t d = 0; d < row; d += line) {
         Two window[line / step];
@@ -278,35 +318,42 @@ struct Fan : FanTiles {
       }
       return;
     }
-    Lane squares[count] = {}, products[count] = {};
+    C means[count];
+    means_of(source, add, mean, means);
+    Lane squares[count] = {}, products[count] = {}, weighted[count] = {};
     for (int64_t d = 0; d < row; d += line) {
       for (int c = 0; c < count; ++c) __builtin_prefetch(source.ahead[c] + d, 0, 2);
       for (int64_t k = d; k < d + line; k += step) {
         const Two a = R::load(add + k), w = R::load(weight + k);
         for (int c = 0; c < count; ++c) {
-          const Two state = R::load(source.from[c] + k) * mean + a;
+          const Two state = centred(R::load(source.from[c] + k) * mean + a, means[c], k);
+          const Two gradient = R::load(upstream[c] + k) * w;
           R::add_products(state, state, squares[c]);
-          R::add_products(R::load(upstream[c] + k) * w, state, products[c]);
+          R::add_products(gradient, state, products[c]);
+          if constexpr (layer) weighted[c] += gradient.even + gradient.odd;
         }
       }
     }
-    C r[count], projection[count];
+    C r[count], projection[count], shift[count];
     for (int c = 0; c < count; ++c) {
       r[c] = scale_of(squares[c]);
       projection[c] = R::total(products[c]) * r[c] * r[c] * r[c] / static_cast<C>(depth);
+      shift[c] = layer ? R::total(weighted[c]) * r[c] / static_cast<C>(depth) : C(0);
     }
     for (int64_t d = 0; d < row; d += line) {
-      Two window[line / step], weights[line / step];
+      Two window[line / step], weights[line / step], biases[line / step];
       for (int64_t k = 0; k < line; k += step) {
         window[k / step] = R::load(window_gradient + d + k);
         weights[k / step] = R::load(weight_gradient + d + k);
+        if constexpr (layer) biases[k / step] = R::load(bias_gradient + d + k);
       }
       for (int c = 0; c < count; ++c) {
         __builtin_prefetch(ahead[c] + d);
         for (int64_t k = 0; k < line; k += step) {
-          const Two state = R::load(source.from[c] + d + k) * mean + R::load(add + d + k);
+          const Two state = centred(R::load(source.from[c] + d + k) * mean + R::load(add + d + k), means[c], d + k);
           const Two scaled = R::load(upstream[c] + d + k) * r[c];
-          const Two gradient = scaled * R::load(weight + d + k) - state * projection[c];
+          const Two gradient = centred(scaled * R::load(weight + d + k) - state * projection[c], shift[c], d + k);
+          if constexpr (layer) biases[k / step] = biases[k / step] + R::load(upstream[c] + d + k);
           window[k / step] = window[k / step] + gradient;
           weights[k / step] = weights[k / step] + scaled * state;
           R::store(R::load(base[c] + d + k) + gradient * share, to[c] + d + k, non_temporal);
@@ -315,6 +362,7 @@ struct Fan : FanTiles {
       for (int64_t k = 0; k < line; k += step) {
         R::store(window[k / step], window_gradient + d + k);
         R::store(weights[k / step], weight_gradient + d + k);
+        if constexpr (layer) R::store(biases[k / step], bias_gradient + d + k);
       }
     }
   }
@@ -418,23 +466,25 @@ struct Fan : FanTiles {
     Scratch<C> windows(separate ? units * slab : 0);
     C* window_gradients = separate ? windows.data() : static_cast<C*>(gradients.sums.data);
     Scratch<double> weight_gradients(gradients.norm_weight ? slots * slab : 0);
+    Scratch<double> bias_gradients(gradients.norm_bias ? slots * slab : 0);
     std::vector<double> gram(layout.gram ? slots * pairs : 0, 0.0);
     parallel_for<C>(op.threads, slots, layout.size * row, [&](int64_t slot, C* scratch) {
       const int64_t first = slot * units / slots;
-      C *window = scratch + layout.window_gradients * row, *weights = scratch + layout.weight_gradients * row;
+      C *window = scratch + layout.window_gradients * row, *weights = scratch + layout.weight_gradients * row,
+        *biases = scratch + layout.bias_gradients * row;
       for (int64_t unit = first; unit < (slot + 1) * units / slots; ++unit) {
         std::fill_n(window, horizons * row, C(0));
         std::fill_n(weights, horizons * row, C(0));
+        if (layer) std::fill_n(biases, horizons * row, C(0));
         visit(layout, unit, scratch, [&](const Tile& tile) {
           backward_tile(tile, gradients, gram.empty() ? nullptr : &gram[slot * pairs]);
         });
         for (int64_t i = 0; i < horizons; ++i) {
           if (R::is_split) interleave_row(window + i * row, window + i * row, row);
-          if (R::is_split) interleave_row(weights + i * row, weights + i * row, row);
           if (gradients.sums) std::copy_n(window + i * row, depth, window_gradients + unit * slab + i * depth);
-          double* sum = weight_gradients.data() + slot * slab + i * depth;
-          for (int64_t d = 0; gradients.norm_weight && d < depth; ++d)
-            sum[d] = static_cast<double>(weights[i * row + d]) + (unit > first ? sum[d] : 0);
+          const int64_t at = slot * slab + i * depth;
+          if (gradients.norm_weight) add_unit(weights + i * row, unit == first, &weight_gradients.data()[at]);
+          if (gradients.norm_bias) add_unit(biases + i * row, unit == first, &bias_gradients.data()[at]);
         }
       }
       finish_streaming();
@@ -442,7 +492,15 @@ struct Fan : FanTiles {
     if (separate) add_parts(window_gradients, units / groups, groups, slab, static_cast<C*>(gradients.sums.data));
     if (gradients.norm_weight)
       add_parts(weight_gradients.data(), 1, slots, slab, static_cast<double*>(gradients.norm_weight.data));
+    if (gradients.norm_bias)
+      add_parts(bias_gradients.data(), 1, slots, slab, static_cast<double*>(gradients.norm_bias.data));
     if (layout.gram) add_parts(gram.data(), 1, slots, pairs, static_cast<double*>(gradients.gram.data));
+  }
+
+  // sum (+)= a unit's gradient of a parameter of the norm, a row that is left interleaved
+  void add_unit(C* gradient, bool is_first, double* sum) const {
+    if (R::is_split) interleave_row(gradient, gradient, row);
+    for (int64_t d = 0; d < depth; ++d) sum[d] = static_cast<double>(gradient[d]) + (is_first ? 0 : sum[d]);
   }
 
   // to[k] = the sum of `each` parts, parts[k * each] and following; every part and to[k] are rows of `size`.
@@ -455,24 +513,28 @@ struct Fan : FanTiles {
   }
 };
 
-// Call run(C{}, S{}) with the compute and the storage type of a dtype (row_steps.h).
-template <class Run>
-void with_types(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::float64: return run(double{}, double{});
-    case DType::bfloat16: return run(float{}, bfloat16{});
-    default: return run(float{}, float{});
+// Call run(fan) with the Fan of the op's norm, and of its dtype's compute and storage types (row_steps.h).
+template <bool layer, class Run>
+void with_types(const FanOut& op, const Run& run) {
+  switch (op.hidden.dtype) {
+    case DType::float64: return run(Fan<double, double, layer>(op));
+    case DType::bfloat16: return run(Fan<float, bfloat16, layer>(op));
+    default: return run(Fan<float, float, layer>(op));
   }
+}
+template <class Run>
+void with_fan(const FanOut& op, const Run& run) {
+  op.layer && op.norm_weight ? with_types<true>(op, run) : with_types<false>(op, run);
 }
 
 }  // namespace
 
 void fan_out_forward(const FanOut& op) {
-  with_types(op.hidden.dtype, [&](auto c, auto s) { Fan<decltype(c), decltype(s)>(op).forward(); });
+  with_fan(op, [](const auto& fan) { fan.forward(); });
 }
 
 void fan_out_backward(const FanOut& op, const FanOutGradients& gradients) {
-  with_types(op.hidden.dtype, [&](auto c, auto s) { Fan<decltype(c), decltype(s)>(op).backward(gradients); });
+  with_fan(op, [&](const auto& fan) { fan.backward(gradients); });
 }
 
 }  // namespace mfwm::cpu

@@ -42,9 +42,17 @@ struct Heads {
   MFWM_INLINE const C* window_sum(int64_t position, int64_t i) const {
     return static_cast<const C*>(op.sums.data) + (position * horizons + i) * depth;
   }
+  // Row r of hidden, with LayerNorm less its mean. The mean needs a pass of its own: mean(x^2) - mean(x)^2 would cancel
+  // where a row's mean is large.
   MFWM_INLINE const C* hidden(C* scratch, int64_t r) const {
     if (r + 1 < rows) prefetch_row(op.hidden, (r + 1) * op.hidden.stride[0], depth);
-    return row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
+    const C* h = row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
+    if (!op.means) return h;
+    const C mean = sum_of<C>(depth, [=](int64_t d) __attribute__((always_inline)) { return h[d]; }) /
+                   static_cast<C>(depth);
+    for (int64_t d = 0; d < depth; ++d) scratch[d] = h[d] - mean;
+    static_cast<C*>(op.means.data)[r] = mean;
+    return scratch;
   }
 
   // scales[i] = r_i. Four horizons at a time, because four independent sums hide each other's latency.
@@ -100,16 +108,21 @@ struct Heads {
         total[all[u].position * slab + k] += partial[part[u] * slab + k];
   }
 
-  // ---- outputs[i] = r_i (product_i + projected_i) + bias_i
+  // ---- outputs[i] = r_i (product_i - means head_sums_i + projected_i) + bias_i, the means with LayerNorm only
 
   MFWM_SIMD void forward_rows(const MultiHorizonLinearOutputs& to, const Unit& unit, C* scratch) const {
     const int64_t columns = to.product.size[1];
     C *token = scratch, *scales = scratch + row, *__restrict out = scales + padded<C>(horizons);
     const C* __restrict add = static_cast<const C*>(to.projected.data) + unit.position * columns;
     const C* bias = static_cast<const C*>(to.bias.data);
+    const C* __restrict head_sums = static_cast<const C*>(to.head_sums.data);
     for (int64_t r = unit.begin; r < unit.end; ++r) {
       if (op.norm) scales_of(hidden(token, r), unit.position, scales);
       load_row(out, to.product.data, to.product.dtype, r * to.product.stride[0], to.product.stride[1], columns);
+      if (op.means) {
+        const C mean = static_cast<const C*>(op.means.data)[r];
+        for (int64_t n = 0; n < columns; ++n) out[n] -= mean * head_sums[n];
+      }
       int64_t first = 0;
       for (int64_t i = 0; i < horizons; ++i) {
         const Array& output = to.outputs[i];

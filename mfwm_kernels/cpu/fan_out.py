@@ -36,9 +36,10 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     sums = conditioning_sums(args, window_sums, computed)
     hidden_gradient = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if want["hidden"] else None
     sums_gradient = torch.empty_like(sums) if wants_sums(want) else None
-    norm_gradient = (
-        torch.empty(count, depth, dtype=torch.float64, device=hidden.device) if want["norm_weight"] else None
-    )
+    norm_gradients = {
+        name: torch.empty(count, depth, dtype=torch.float64, device=hidden.device) if want[name] else None
+        for name in ("norm_weight", "norm_bias")
+    }
     monitored = want["hidden"] and args.norms is not None
     gram = torch.empty(count, count, dtype=torch.float64, device=hidden.device) if monitored else None
     kernels.fan_out_backward(
@@ -47,7 +48,8 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
         torch.get_num_threads(),
         raw(hidden_gradient),
         raw(sums_gradient),
-        raw(norm_gradient),
+        raw(norm_gradients["norm_weight"]),
+        raw(norm_gradients["norm_bias"]),
         raw(gram),
         [] if args.scale is None else args.scale.tolist(),
     )
@@ -58,10 +60,10 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     gradients: Gradients = {}
     if hidden_gradient is not None:
         gradients["hidden"] = hidden_gradient.view(args.hidden.shape)
-    if norm_gradient is not None:
-        assert args.norm_weight is not None
-        total = norm_gradient.sum(0) if args.norm_weight.dim() == 1 else norm_gradient
-        gradients["norm_weight"] = total.to(args.norm_weight.dtype)
+    for name, gradient in norm_gradients.items():
+        if gradient is not None:
+            total = gradient.sum(0) if getattr(args, name).dim() == 1 else gradient
+            gradients[name] = total.to(hidden.dtype)
     if sums_gradient is not None:
         gradients |= gradients_of_sums(args, want, sums_gradient, gradients_of_window)
     return gradients
@@ -72,7 +74,12 @@ def on_grid(states: Tensor) -> Tensor:
     return states.unsqueeze(2) if states.dim() == 4 else states
 
 
-def leading(args: Arguments, hidden: Tensor, sums: Tensor) -> tuple[Array, Array, Array | None, list[int], float]:
+def leading(
+    args: Arguments, hidden: Tensor, sums: Tensor
+) -> tuple[Array, Array, Array | None, Array | None, bool, list[int], float]:
     """The leading arguments of both kernels."""
-    norm_weight = None if args.norm_weight is None else args.norm_weight.expand(len(args.pool), -1)
-    return raw(hidden), raw(sums), raw(norm_weight), args.pool, args.norm_eps
+    weight, bias = (
+        None if parameter is None else parameter.expand(len(args.pool), -1)
+        for parameter in (args.norm_weight, args.norm_bias)
+    )
+    return raw(hidden), raw(sums), raw(weight), raw(bias), args.norm == "layer", args.pool, args.norm_eps

@@ -13,15 +13,17 @@ from ..gemm.multi_horizon_linear import (
     Rows,
     bias_of,
     columns_of,
+    head_sums_of,
     heads_of,
+    is_layer,
     projected_of,
     shape_of,
+    sums_of,
 )
 from ..gemm.multi_horizon_linear import backward as shared_backward
 from ..gemm.rows import chunks, rows_of
 from ..native import Array, kernels, raw
 from ..op import Gradients, Want
-from ..ops.conditioning import conditioning_sums
 from ..ops.multi_horizon_linear import Arguments
 from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
@@ -32,20 +34,23 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     _, tokens = shape_of(hidden)
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
-    sums = conditioning_sums(args, window_sums, computed)
+    sums = sums_of(args, window_sums, computed)
     heads, bias = heads_of(args, dtype), bias_of(args, computed)
-    projected = projected_of(args, sums, heads)
+    projected, head_sums = projected_of(args, sums, heads), head_sums_of(args, heads, computed)
     copies = 0 if dtype == hidden.dtype else 1
     row_chunks = list(chunks(hidden, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
-    product = torch.empty(row_chunks[0][1] if row_chunks else 0, sum(columns), dtype=dtype, device=hidden.device)
+    size = row_chunks[0][1] if row_chunks else 0
+    product = torch.empty(size, sum(columns), dtype=dtype, device=hidden.device)
+    means = torch.empty(size, dtype=computed, device=hidden.device) if is_layer(args) else None
     for first, last in row_chunks:
-        rows = Rows(rows_of(hidden, first, last), first, tokens, sums)
+        rows = Rows(rows_of(hidden, first, last), first, tokens, sums, None if means is None else means[: last - first])
         torch.mm(rows.hidden.to(dtype), heads.t(), out=product[: last - first])
         targets = [rows_of(output, first, last) for output in outputs]
         kernels.multi_horizon_linear_forward(
             *leading(args, rows),
             raw(product[: last - first]),
             raw(projected),
+            raw(head_sums),
             raw(bias),
             [raw(target) for target in targets],
         )
@@ -56,11 +61,11 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     return shared_backward(args, want, upstream, outputs, PASSES)
 
 
-def leading(args: Arguments, rows: Rows) -> tuple[Array, Array, int, int, bool, float, int]:
+def leading(args: Arguments, rows: Rows) -> tuple[Array, Array, Array | None, int, int, bool, float, int]:
     """The leading arguments of all kernels."""
     norm = args.norm_weight is not None
-    return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), rows.first, rows.tokens, norm, args.norm_eps,
-            torch.get_num_threads())  # fmt: skip
+    return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), raw(rows.means), rows.first, rows.tokens, norm,
+            args.norm_eps, torch.get_num_threads())  # fmt: skip
 
 
 def scale(

@@ -11,6 +11,16 @@ out_i, a row of the backward is
     d W_i' = P_i^T x_i = P_i^T hidden + (P_i summed over tokens)^T sums_i       one matrix product P^T hidden
     d W_i = d W_i' diag(norm_weight_i),  d norm_weight_i = column sums of W_i d W_i'
 
+LayerNorm is the same formula on centred rows: x_i less its mean, which is (hidden less its mean m) plus centred sums.
+
+    out_i = r_i x_i W_i'^T + bias_i + W_i norm_bias_i                           the latter two are one bias from here on
+    W_i' is centred in fp32, so that x_i W_i'^T = hidden W_i'^T + sums_i W_i'^T, in one product as before
+    d W_i' = P_i^T x_i = P_i^T hidden, centred, + ...                           the mean of P_i^T hidden is P_i^T m
+    d norm_bias_i = (dout_i summed over rows) W_i;  d W_i gets their outer product with norm_bias_i too
+
+Rounding W_i' to bf16 leaves row sums s_i, which a mean of 20 deviations turns into an error of 3% of out_i; the forward
+subtracts m s_i. P_i^T hidden is rounded to bf16 too, so the product itself subtracts P_i^T m.
+
 A gradient monitor needs every d x_i separately: K matrix products and a pass instead of the one. Rows are processed in
 chunks, so that no temporary is as large as hidden.
 """
@@ -37,7 +47,7 @@ class Passes(NamedTuple):
     window_sums, gradients_of_window   of the backend's action_window_sum
     product_dtype(dtype)               the dtype of the operands of matrix products
     scale(args, rows, upstream, outputs, bias, scaled, shares, scaled_sums)
-        writes P to scaled and c to shares; adds P, summed over tokens, to scaled_sums
+        writes P to scaled, c to shares and m to rows.means; adds P, summed over tokens, to scaled_sums
     combine(args, rows, product, shares, hidden_gradient, sums_gradient)
         writes product - sum_i c_i x_i to hidden_gradient; subtracts c_i x_i, summed over tokens, from sums_gradient
     monitor(args, rows, states, shares, hidden_gradient, sums_gradient, gram)
@@ -53,12 +63,16 @@ class Passes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A chunk: rows [R, D] of hidden from row number `first`, the tokens per position, and all conditioning sums."""
+    """A chunk: rows [R, D] of hidden from row number `first`, the tokens per position, and all conditioning sums.
+
+    With LayerNorm, means [R] holds the mean of each row of hidden once a kernel has written it; else it is None.
+    """
 
     hidden: Tensor
     first: int
     tokens: int
     sums: Tensor
+    means: Tensor | None
 
 
 def shape_of(hidden: Tensor) -> tuple[int, int]:
@@ -70,23 +84,50 @@ def columns_of(args: Arguments) -> list[int]:
     return [weight.shape[0] for weight in args.weights]
 
 
-def norm_weights_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
-    """The norm weights of the rows of all heads: [D], or [sum N_i, D] if each horizon has its own."""
-    if args.norm_weight is None or args.norm_weight.dim() == 1:
-        return None if args.norm_weight is None else args.norm_weight.to(dtype)
-    pairs = zip(args.norm_weight.to(dtype), columns_of(args), strict=True)
-    return torch.cat([norm.expand(n, -1) for norm, n in pairs])
+def is_layer(args: Arguments) -> bool:
+    return args.norm_weight is not None and args.norm == "layer"
+
+
+def centred(rows: Tensor) -> Tensor:
+    return rows - rows.mean(-1, keepdim=True)
+
+
+def sums_of(args: Arguments, window_sums: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+    """The conditioning sums [B, T, K, D], centred for LayerNorm."""
+    sums = conditioning_sums(args, window_sums, dtype)
+    return centred(sums) if is_layer(args) else sums
+
+
+def of_heads(args: Arguments, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The norm's weight or bias for the rows of all heads: [D], or [sum N_i, D] if each horizon has its own."""
+    if parameter is None or parameter.dim() == 1:
+        return None if parameter is None else parameter.to(dtype)
+    pairs = zip(parameter.to(dtype), columns_of(args), strict=True)
+    return torch.cat([row.expand(n, -1) for row, n in pairs])
 
 
 def heads_of(args: Arguments, dtype: torch.dtype) -> Tensor:
-    """[sum N_i, D]: the concatenated heads, multiplied by their norm weights."""
-    norm_weights, heads = norm_weights_of(args, dtype), torch.cat(args.weights).to(dtype)
-    return heads if norm_weights is None else heads * norm_weights
+    """[sum N_i, D]: the concatenated heads, multiplied by their norm weights, and centred for LayerNorm."""
+    layer = is_layer(args)
+    wide = torch.promote_types(dtype, torch.float32) if layer else dtype
+    heads, norm_weights = torch.cat(args.weights).to(wide), of_heads(args, args.norm_weight, wide)
+    if norm_weights is not None:
+        heads = heads * norm_weights
+    return centred(heads).to(dtype) if layer else heads
+
+
+def head_sums_of(args: Arguments, heads: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """[sum N_i], for LayerNorm: what rounding has left of the sums of the centred heads' rows."""
+    return heads.sum(1, dtype=dtype) if is_layer(args) else None
 
 
 def bias_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
-    """[sum N_i]"""
-    return torch.cat(args.biases).to(dtype) if args.biases else None
+    """[sum N_i]: the heads' biases, and the norm's bias times the heads."""
+    bias, norm_bias = torch.cat(args.biases).to(dtype) if args.biases else None, of_heads(args, args.norm_bias, dtype)
+    if norm_bias is None:
+        return bias
+    projected = (torch.cat(args.weights).to(dtype) * norm_bias).sum(1)
+    return projected if bias is None else projected + bias
 
 
 def projected_of(args: Arguments, sums: Tensor, heads: Tensor) -> Tensor:
@@ -106,6 +147,8 @@ def backward(
     passes: Passes,
 ) -> Gradients:
     needs_heads = any(want["weights"]) or want["norm_weight"]
+    needs_totals = args.norm_bias is not None and (any(want["weights"]) or want["norm_bias"])
+    layer = is_layer(args)
     needs_sums = wants_sums(want)
     monitored = want["hidden"] and args.norms is not None
     hidden, columns = args.hidden, columns_of(args)
@@ -113,7 +156,7 @@ def backward(
     count, depth = len(columns), hidden.shape[-1]
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
-    sums = conditioning_sums(args, passes.window_sums, computed)
+    sums = sums_of(args, passes.window_sums, computed)
     heads, bias = heads_of(args, dtype), bias_of(args, computed)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -133,16 +176,21 @@ def backward(
     row_chunks = list(chunks(hidden, (sum(columns) + copies * depth) * dtype.itemsize)) if needs_any else []
     size = row_chunks[0][1] if row_chunks else 0
     scaled_all, shares_all = empty(size, sum(columns)), empty(size, count, dtype=computed)
+    means_all = empty(size, dtype=computed) if layer else None
     product_all = empty(size, depth) if want["hidden"] and not monitored and dtype != hidden.dtype else None
     states_all = [empty(size, depth) if monitored and grad is not None else None for grad in upstream]
     for first, last in row_chunks:
-        chunk = Rows(rows_of(hidden, first, last), first, tokens, sums)
+        means = None if means_all is None else means_all[: last - first]
+        chunk = Rows(rows_of(hidden, first, last), first, tokens, sums, means)
         output_gradients = [None if grad is None else rows_of(grad, first, last) for grad in upstream]
         scaled, shares = scaled_all[: last - first], shares_all[: last - first]
         chunk_outputs = [rows_of(output, first, last) for output in outputs]
         passes.scale(args, chunk, output_gradients, chunk_outputs, bias, scaled, shares, scaled_sums)
-        if heads_gradient is not None:
+        if heads_gradient is not None and means is None:
             heads_gradient += scaled.t() @ chunk.hidden.to(dtype)
+        elif heads_gradient is not None and means is not None:
+            along = (scaled.t() @ means.to(dtype)).unsqueeze(1)
+            heads_gradient += torch.addmm(along, scaled.t(), chunk.hidden.to(dtype), beta=-1)
         target = None if hidden_gradient is None else rows_of(hidden_gradient, first, last)
         if monitored:
             states = [None if state is None else state[: last - first] for state in states_all]
@@ -164,6 +212,10 @@ def backward(
         scaled_in_all, windows = scaled_sums.to(dtype).split(columns, 1), sums.flatten(0, 1).unbind(1)
         per_horizon = list(zip(scaled_in_all, heads.split(columns), windows, strict=True))
     gradients: Gradients = {"hidden": hidden_gradient}
+    totals = None
+    if needs_totals:
+        pairs = zip(args.weights, upstream, strict=True)
+        totals = torch.cat([totals_of(weight[:, 0], grad, computed) for weight, grad in pairs]).unsqueeze(1)
     if gram is not None:
         assert args.norms is not None and args.cosines is not None
         write_gram(gram, args.norms, args.cosines)
@@ -175,25 +227,38 @@ def backward(
     if heads_gradient is not None:
         for head_gradient, (p, _, a) in zip(heads_gradient.split(columns), per_horizon, strict=True):
             head_gradient += p.t() @ a.to(dtype)
-        norm_weights = norm_weights_of(args, computed)
-        weight_gradients = (
-            (heads_gradient if norm_weights is None else heads_gradient * norm_weights).to(hidden.dtype).split(columns)
-        )
+        if layer:
+            heads_gradient = centred(heads_gradient)
+        norm_weights, norm_bias = (of_heads(args, p, computed) for p in (args.norm_weight, args.norm_bias))
+        weights_gradient = heads_gradient if norm_weights is None else heads_gradient * norm_weights
+        if totals is not None and norm_bias is not None:
+            weights_gradient = weights_gradient + totals * norm_bias
         gradients["weights"] = [
-            w if wants else None for w, wants in zip(weight_gradients, want["weights"], strict=True)
+            w if wants else None
+            for w, wants in zip(weights_gradient.to(hidden.dtype).split(columns), want["weights"], strict=True)
         ]
         if want["norm_weight"]:
             assert args.norm_weight is not None
-            products = torch.cat(args.weights) * heads_gradient
-            parts = [products] if args.norm_weight.dim() == 1 else products.split(columns)
-            norm_gradient = torch.stack([part.sum(0) for part in parts]).view(args.norm_weight.shape)
-            gradients["norm_weight"] = norm_gradient.to(hidden.dtype)
+            gradients["norm_weight"] = norm_gradient_of(args, args.norm_weight, heads_gradient)
+    if want["norm_bias"]:
+        assert args.norm_bias is not None and totals is not None
+        gradients["norm_bias"] = norm_gradient_of(args, args.norm_bias, totals)
     gradients["biases"] = [
-        gradient_of_bias(bias, grad) if wants else None
+        totals_of(bias, grad, hidden.dtype) if wants else None
         for wants, bias, grad in zip(want["biases"], args.biases, upstream, strict=False)
     ]
     return gradients
 
 
-def gradient_of_bias(bias: Tensor, upstream: Tensor | None) -> Tensor:
-    return torch.zeros_like(bias) if upstream is None else upstream.sum(tuple(range(upstream.dim() - 1)))
+def norm_gradient_of(args: Arguments, parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the norm's weight or bias: per horizon, the column sums of `gradient`, [sum N_i, D or 1], times W."""
+    products = torch.cat(args.weights) * gradient
+    parts = [products] if parameter.dim() == 1 else products.split(columns_of(args))
+    return torch.stack([part.sum(0) for part in parts]).view(parameter.shape).to(parameter.dtype)
+
+
+def totals_of(bias: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sums of the columns of a head's upstream gradient: the gradient of its bias."""
+    if upstream is None:
+        return torch.zeros_like(bias, dtype=dtype)
+    return upstream.sum(tuple(range(upstream.dim() - 1)), dtype=dtype)

@@ -210,10 +210,6 @@ def _bench(batch: int, positions: int, side: int, width: int) -> Any:
     return lambda *given: {**make(*given), "pool": (1, 2, 4, 8)}
 
 
-def refused_by_kernels(args: Arguments) -> str:
-    return "LayerNorm" if args.norm_weight is not None and args.norm == "layer" else ""
-
-
 KERNELS = ("action_window_sum_forward", "fan_out_forward", "fan_out_backward", "action_window_sum_backward")
 
 OP = register(
@@ -236,8 +232,8 @@ OP = register(
             "wide": _bench(16, 4, 16, 2048),
         },
         backends={
-            "cpu": Backend(KERNELS, refused_by_kernels, check.FLOATING),
-            "triton": Backend((*KERNELS, "action_window_sum_gates"), refused_by_kernels),
+            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "triton": Backend((*KERNELS, "action_window_sum_gates")),
         },
         mutated_in_backward=("norms", "cosines"),
     )

@@ -191,10 +191,6 @@ def _bench(batch: int, positions: int, side: int, width: int, columns: tuple[int
     return make
 
 
-def refused_by_kernels(args: Arguments) -> str:
-    return "LayerNorm" if args.norm_weight is not None and args.norm == "layer" else ""
-
-
 KERNELS = (
     "action_window_sum_forward",
     "multi_horizon_linear_forward",
@@ -223,8 +219,8 @@ OP = register(
             "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
         },
         backends={
-            "cpu": Backend(KERNELS, refused_by_kernels, check.FLOATING),
-            "triton": Backend((*KERNELS, "action_window_sum_gates"), refused_by_kernels),
+            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "triton": Backend((*KERNELS, "action_window_sum_gates")),
         },
         outputs_in_backward=True,
         mutated_in_backward=("norms", "cosines"),

@@ -7,8 +7,8 @@ block's tokens into cache, so that hidden is read from memory only once.
 
 forward   Bytes: hidden once, the K outputs, the window sums.
 backward  Bytes: hidden once, the K gradients once, the gradient of hidden; and per program one row of D for each
-          horizon's sums and norm weights, which torch adds up in a fixed order. Gradients of wide cells go through a
-          buffer of 1 / pool^2 the size of hidden.
+          horizon's sums, norm weights and norm biases, which torch adds up in a fixed order. Gradients of wide cells go
+          through a buffer of 1 / pool^2 the size of hidden.
 """
 
 from __future__ import annotations
@@ -104,17 +104,32 @@ def store_row(pointer, row, values, d, in_d, depth):
 
 
 @triton.jit
-def normed(state, weight, depth, eps):
-    return state * tl.rsqrt(tl.sum(state * state, 1) / depth + eps)[:, None] * weight
+def centred(rows, in_d, depth):
+    return tl.where(in_d[None, :], rows - (tl.sum(rows, 1) / depth)[:, None], 0)
 
 
 @triton.jit
-def norm_gradient(state, gradient, weight, exists, depth, eps):
+def normed(state, norm_weight, norm_bias, i, d, in_d, depth, eps, weight_strides, bias_strides, LAYER: tl.constexpr):
+    weight = load_vector(norm_weight + i * weight_strides[0], d, in_d, weight_strides[1])
+    if LAYER:
+        state = centred(state, in_d, depth)
+    state = state * tl.rsqrt(tl.sum(state * state, 1) / depth + eps)[:, None] * weight
+    if norm_bias is not None:
+        state += load_vector(norm_bias + i * bias_strides[0], d, in_d, bias_strides[1])
+    return state
+
+
+@triton.jit
+def norm_gradient(state, gradient, weight, exists, in_d, depth, eps, LAYER: tl.constexpr):
     """The gradients of the state before its norm and, per row, of the norm weight."""
+    if LAYER:
+        state = centred(state, in_d, depth)
     r = tl.rsqrt(tl.sum(state * state, 1) / depth + eps)
     weighted = gradient * weight
     along = tl.sum(state * weighted, 1) / depth
     state_gradient = r[:, None] * weighted - state * (r * r * r * along)[:, None]
+    if LAYER:
+        state_gradient = centred(state_gradient, in_d, depth)
     weight_gradient = gradient * state * r[:, None]
     # Rows past the end are all zero, so their norm may be 0 / 0.
     return tl.where(exists[:, None], state_gradient, 0), tl.where(exists[:, None], weight_gradient, 0)
@@ -135,8 +150,8 @@ def overlap(
 
 @triton.jit
 def fan_out_forward(
-    hidden, sums, norm_weight, outputs, positions, height, width, depth, cells, chunk, chunks, eps,
-    hidden_strides, norm_strides,
+    hidden, sums, norm_weight, norm_bias, outputs, positions, height, width, depth, cells, chunk, chunks, eps,
+    hidden_strides, weight_strides, bias_strides, LAYER: tl.constexpr,
     HORIZONS: tl.constexpr, POOLS: tl.constexpr, SIDE: tl.constexpr, S: tl.constexpr,
     CELLS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -157,8 +172,8 @@ def fan_out_forward(
                 y, x = top + cell // (SIDE // POOLS[i]) * POOLS[i], left + cell % (SIDE // POOLS[i]) * POOLS[i]
                 state = wide_mean(base, y, x, d, in_d, hidden_strides, POOLS[i], ROWS, BLOCK_D) + added
                 if norm_weight is not None:
-                    weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
-                    state = normed(state, weight, depth, eps)
+                    state = normed(state, norm_weight, norm_bias, HORIZONS[i], d, in_d, depth, eps, weight_strides,
+                                   bias_strides, LAYER)  # fmt: skip
                 row = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
                 tl.store(outputs[i] + row * depth + d[None, :], state.to(outputs[i].dtype.element_ty), in_d[None, :])
     for start in range(first, last, CELLS):
@@ -172,8 +187,8 @@ def fan_out_forward(
                 state = fold(tokens, POOLS[i] * POOLS[i]) * (1.0 / (POOLS[i] * POOLS[i]))
                 state += load_vector(sums + (position * len(POOLS) + HORIZONS[i]) * depth, d, in_d, 1)
                 if norm_weight is not None:
-                    weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
-                    state = normed(state, weight, depth, eps)
+                    state = normed(state, norm_weight, norm_bias, HORIZONS[i], d, in_d, depth, eps, weight_strides,
+                                   bias_strides, LAYER)  # fmt: skip
                 at = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
                 mask = (start + unit // (S * S) < last)[:, None] & in_d[None, :]
                 tl.store(outputs[i] + (at * depth)[:, None] + d[None, :], state.to(outputs[i].dtype.element_ty), mask)
@@ -181,9 +196,9 @@ def fan_out_forward(
 
 @triton.jit
 def fan_out_backward(
-    hidden, sums, norm_weight, gradients, scale, hidden_gradient, cell_gradients, sums_partial, norm_partial, gram,
-    positions, height, width, depth, cells, chunk, chunks, eps,
-    hidden_strides, norm_strides, gradient_strides,
+    hidden, sums, norm_weight, gradients, scale, hidden_gradient, cell_gradients, sums_partial, norm_partial,
+    bias_partial, gram, positions, height, width, depth, cells, chunk, chunks, eps,
+    hidden_strides, weight_strides, gradient_strides, LAYER: tl.constexpr,
     HORIZONS: tl.constexpr, POOLS: tl.constexpr, UNITS: tl.constexpr, COARSER: tl.constexpr,
     SIDE: tl.constexpr, S: tl.constexpr, CELLS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -203,9 +218,11 @@ def fan_out_backward(
     # Store the gradients of wide cells, for the loop over tokens below.
     sums_totals = ()
     norm_totals = ()
+    bias_totals = ()
     for i in tl.static_range(COUNT):
         sums_total = tl.zeros([BLOCK_D], tl.float32)
         norm_total = tl.zeros([BLOCK_D], tl.float32)
+        bias_total = tl.zeros([BLOCK_D], tl.float32)
         if gradients[i] is not None:
             if S % POOLS[i] != 0:
                 added = load_vector(sums + (position * COUNT + HORIZONS[i]) * depth, d, in_d, 1)
@@ -216,10 +233,14 @@ def fan_out_backward(
                     at = tl.zeros([1], tl.int32)
                     cell_y, cell_x = at + y // POOLS[i], at + x // POOLS[i]
                     state_gradient = load_rows(upstream, cell_y, cell_x, d, one, in_d, gradient_strides[i])
+                    if bias_partial is not None:
+                        bias_total += tl.sum(state_gradient, 0)
                     if norm_weight is not None:
-                        weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
+                        weight = load_vector(norm_weight + HORIZONS[i] * weight_strides[0], d, in_d, weight_strides[1])
                         state = wide_mean(base, y, x, d, in_d, hidden_strides, POOLS[i], ROWS, BLOCK_D) + added
-                        state_gradient, weight_gradient = norm_gradient(state, state_gradient, weight, one, depth, eps)
+                        state_gradient, weight_gradient = norm_gradient(
+                            state, state_gradient, weight, one, in_d, depth, eps, LAYER
+                        )
                         norm_total += tl.sum(weight_gradient, 0)
                     sums_total += tl.sum(state_gradient, 0)
                     row = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
@@ -228,8 +249,10 @@ def fan_out_backward(
             # Store them here, because carrying them through the loop below would cost registers.
             store_row(sums_partial, program * COUNT + HORIZONS[i], sums_total, d, in_d, depth)
             store_row(norm_partial, program * COUNT + HORIZONS[i], norm_total, d, in_d, depth)
+            store_row(bias_partial, program * COUNT + HORIZONS[i], bias_total, d, in_d, depth)
         sums_totals = sums_totals + (tl.zeros([BLOCK_D], tl.float32),)
         norm_totals = norm_totals + (tl.zeros([BLOCK_D], tl.float32),)
+        bias_totals = bias_totals + (tl.zeros([BLOCK_D], tl.float32),)
     # Other threads of the program read the cell gradients below.
     tl.debug_barrier()
 
@@ -245,10 +268,12 @@ def fan_out_backward(
         total = tl.zeros([ROWS // (S * S), BLOCK_D], tl.float32)
         new_sums = ()
         new_norms = ()
+        new_biases = ()
         state_gradients = ()
         for i in tl.static_range(COUNT):
             sums_total = sums_totals[i]
             norm_total = norm_totals[i]
+            bias_total = bias_totals[i]
             state_gradient = tl.zeros([ROWS // (UNITS[i] * UNITS[i]), BLOCK_D], tl.float32)
             if gradients[i] is not None:
                 unit = tl.arange(0, ROWS // (UNITS[i] * UNITS[i])) * (UNITS[i] * UNITS[i])
@@ -259,12 +284,14 @@ def fan_out_backward(
                     state_gradient = load_rows(
                         upstream, unit_y // POOLS[i], unit_x // POOLS[i], d, unit_exists, in_d, gradient_strides[i]
                     )
+                    if bias_partial is not None:
+                        bias_total += tl.sum(state_gradient, 0)
                     if norm_weight is not None:
-                        weight = load_vector(norm_weight + HORIZONS[i] * norm_strides[0], d, in_d, norm_strides[1])
+                        weight = load_vector(norm_weight + HORIZONS[i] * weight_strides[0], d, in_d, weight_strides[1])
                         state = fold(tokens, POOLS[i] * POOLS[i]) * (1.0 / (POOLS[i] * POOLS[i]))
                         state += load_vector(sums + (position * COUNT + HORIZONS[i]) * depth, d, in_d, 1)
                         state_gradient, weight_gradient = norm_gradient(
-                            state, state_gradient, weight, unit_exists, depth, eps
+                            state, state_gradient, weight, unit_exists, in_d, depth, eps, LAYER
                         )
                         if norm_partial is not None:
                             norm_total += tl.sum(weight_gradient, 0)
@@ -284,8 +311,10 @@ def fan_out_backward(
             state_gradients = state_gradients + (state_gradient,)
             new_sums = new_sums + (sums_total,)
             new_norms = new_norms + (norm_total,)
+            new_biases = new_biases + (bias_total,)
         sums_totals = new_sums
         norm_totals = new_norms
+        bias_totals = new_biases
         total = unfold(total, UNITS[COUNT - 1] * UNITS[COUNT - 1])
         if hidden_gradient is not None:
             row = tl.arange(0, ROWS)
@@ -311,6 +340,7 @@ def fan_out_backward(
         if S % POOLS[i] == 0:
             store_row(sums_partial, program * COUNT + HORIZONS[i], sums_totals[i], d, in_d, depth)
             store_row(norm_partial, program * COUNT + HORIZONS[i], norm_totals[i], d, in_d, depth)
+            store_row(bias_partial, program * COUNT + HORIZONS[i], bias_totals[i], d, in_d, depth)
         if gram is not None:
             for j in tl.static_range(i, COUNT):
                 product = tl.sum(products[i * COUNT + j], 0)
@@ -364,13 +394,13 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
         for p in args.pool
     ]
     sums = conditioning_sums(args, window_sums, torch.float32)
-    norm_weight = norm_of(args)
+    norm_weight, norm_bias = by_horizon(args, args.norm_weight), by_horizon(args, args.norm_bias)
     plan = plan_of(hidden, args.pool, *FORWARD)
     launch(
         fan_out_forward, batch * positions * plan.chunks, hidden.device,
-        hidden, sums, norm_weight, tuple(outputs[i] for i in plan.order),
+        hidden, sums, norm_weight, norm_bias, tuple(outputs[i] for i in plan.order),
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
-        strides(hidden, 5), strides(norm_weight, 2),
+        strides(hidden, 5), strides(norm_weight, 2), strides(norm_bias, 2), LAYER=args.norm == "layer",
         HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order),
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
         VECTOR=plan.vector, num_warps=plan.warps,
@@ -383,7 +413,7 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     batch, positions, height, width, depth = hidden.shape
     device, count = hidden.device, len(args.pool)
     sums = conditioning_sums(args, window_sums, torch.float32)
-    norm_weight = norm_of(args)
+    norm_weight = by_horizon(args, args.norm_weight)
     plan = plan_of(hidden, args.pool, *BACKWARD)
     ordered = [None if upstream[i] is None else on_grid(upstream[i]) for i in plan.order]
     programs = batch * positions * plan.chunks
@@ -395,9 +425,10 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
         for p in (args.pool[i] for i in plan.order)
     ]
     sums_partial = torch.empty(programs, count, depth, dtype=torch.float32, device=device) if wants_sums(want) else None
-    norm_partial = (
-        torch.empty(programs, count, depth, dtype=torch.float32, device=device) if want["norm_weight"] else None
-    )
+    norm_partials = {
+        name: torch.empty(programs, count, depth, dtype=torch.float32, device=device) if want[name] else None
+        for name in ("norm_weight", "norm_bias")
+    }
     monitored = want["hidden"] and args.norms is not None
     gram = torch.empty(programs, count, count, dtype=torch.float32, device=device) if monitored else None
     # If a row does not span all threads, its sums need more registers than two programs per SM leave.
@@ -405,9 +436,10 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     launch(
         fan_out_backward, programs, device,
         hidden, sums, norm_weight, tuple(ordered), args.scale,
-        hidden_gradient, tuple(cell_gradients), sums_partial, norm_partial, gram,
+        hidden_gradient, tuple(cell_gradients), sums_partial, *norm_partials.values(), gram,
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
         strides(hidden, 5), strides(norm_weight, 2), tuple(strides(grad, 5) for grad in ordered),
+        LAYER=args.norm == "layer",
         HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order), UNITS=tuple(plan.units),
         COARSER=tuple(high // low for high, low in zip([plan.s, *plan.units], plan.units, strict=False)),
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
@@ -420,10 +452,10 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     gradients: Gradients = {}
     if hidden_gradient is not None:
         gradients["hidden"] = hidden_gradient.view(args.hidden.shape)
-    if norm_partial is not None:
-        assert args.norm_weight is not None
-        axes = (0, 1) if args.norm_weight.dim() == 1 else (0,)
-        gradients["norm_weight"] = norm_partial.sum(axes).to(args.norm_weight.dtype)
+    for name, partial in norm_partials.items():
+        if partial is not None:
+            axes = (0, 1) if getattr(args, name).dim() == 1 else (0,)
+            gradients[name] = partial.sum(axes).to(hidden.dtype)
     if sums_partial is not None:
         sums_gradient = sums_partial.view(batch, positions, plan.chunks, count, depth).sum(2)
         gradients |= gradients_of_sums(args, want, sums_gradient, gradients_of_window)
@@ -435,6 +467,6 @@ def on_grid(states: Tensor) -> Tensor:
     return states.unsqueeze(2) if states.dim() == 4 else states
 
 
-def norm_of(args: Arguments) -> Tensor | None:
-    """The norm weights [K, D]; a [D] weight is expanded without a copy."""
-    return None if args.norm_weight is None else args.norm_weight.expand(len(args.pool), -1)
+def by_horizon(args: Arguments, parameter: Tensor | None) -> Tensor | None:
+    """The norm's weight or bias as [K, D]; [D] is expanded without a copy."""
+    return None if parameter is None else parameter.expand(len(args.pool), -1)

@@ -3,6 +3,7 @@
 forward   A program computes a tile of rows x columns of the concatenated heads. It first reads its rows of hidden to
           sum squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue adds
           the projected window sums, multiplies by the rows' norm factors, adds the bias and stores each horizon's part.
+          LayerNorm reads its rows once more, from L2, for their means.
           Bytes: hidden once for each block of columns (one block, up to 256 columns), the outputs.
 backward  torch's matrix products and three passes, see gemm/multi_horizon_linear.py. Each program sums over its tokens
           of a position; torch adds up the programs' sums in a fixed order.
@@ -25,13 +26,14 @@ from ..gemm.multi_horizon_linear import (
     Rows,
     bias_of,
     columns_of,
+    head_sums_of,
     heads_of,
     projected_of,
     shape_of,
+    sums_of,
 )
 from ..gemm.multi_horizon_linear import backward as shared_backward
 from ..op import Gradients, Want
-from ..ops.conditioning import conditioning_sums
 from ..ops.multi_horizon_linear import Arguments
 from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
@@ -40,7 +42,7 @@ from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, st
 
 @triton.jit
 def multi_horizon_linear_forward(
-    hidden, sums, heads, projected, bias, outputs, firsts, positions, width, tokens, rows, depth, columns,
+    hidden, sums, heads, projected, head_sums, bias, outputs, firsts, positions, width, tokens, rows, depth, columns,
     column_blocks, tiles, eps, hidden_strides,
     COUNT: tl.constexpr, NORM: tl.constexpr, ONE_POSITION: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
@@ -67,6 +69,13 @@ def multi_horizon_linear_forward(
     # The statistics need a separate loop: Triton 3.6 allocates one buffer too few for a tile that wgmma reads and
     # registers load too, so the copy of a later tile overwrites it while wgmma still reads. The second read hits L2.
     inverse_rms = ()
+    if head_sums is not None:
+        totals = tl.zeros([ROWS, STEP], tl.float32)
+        for start in tl.range(0, depth, STEP):
+            d = start + tl.arange(0, STEP)
+            totals += tl.load(hidden + base[:, None] + (d.to(tl.int64) * hidden_strides[4])[None, :],
+                              in_rows[:, None] & (d < depth)[None, :], 0).to(tl.float32)  # fmt: skip
+        mean = tl.sum(totals, 1) / depth
     if NORM:
         squares = ()
         for _ in tl.static_range(COUNT):
@@ -76,6 +85,8 @@ def multi_horizon_linear_forward(
             in_d = d < depth
             state = tl.load(hidden + base[:, None] + (d.to(tl.int64) * hidden_strides[4])[None, :],
                             in_rows[:, None] & in_d[None, :], 0).to(tl.float32)  # fmt: skip
+            if head_sums is not None:
+                state = tl.where(in_d[None, :], state - mean[:, None], 0)
             added_squares = ()
             for i in tl.static_range(COUNT):
                 if ONE_POSITION:
@@ -104,6 +115,8 @@ def multi_horizon_linear_forward(
     else:
         total += tl.load(projected + (position * columns)[:, None] + column[None, :],
                          in_rows[:, None] & in_columns[None, :], 0)  # fmt: skip
+    if head_sums is not None:
+        total -= mean[:, None] * tl.load(head_sums + column, in_columns, 0)[None, :]
     shift = tl.zeros([COLUMNS], tl.float32)
     if bias is not None:
         shift = tl.load(bias + column, in_columns, 0)
@@ -139,13 +152,30 @@ def load_tile(pointer, row, d, in_rows, in_d, steps):
 
 
 @triton.jit
+def load_states(hidden, means, row, d, in_rows, in_d, steps):
+    """Rows of hidden in fp32, less their means unless `means` is None."""
+    state = load_tile(hidden, row, d, in_rows, in_d, steps)
+    if means is not None:
+        mean = tl.load(means + row, in_rows, 0)
+        state = tl.where(in_d[None, :], state - mean[:, None], 0)
+    return state
+
+
+@triton.jit
 def multi_horizon_linear_scale(
-    hidden, sums, gradients, outputs, bias, scaled, shares, partial, counts, firsts, first, last, tokens, tiles,
+    hidden, sums, gradients, outputs, bias, scaled, shares, means, partial, counts, firsts, first, last, tokens, tiles,
     depth, columns, eps, hidden_strides, gradient_strides, output_strides,
     COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     position, row, in_rows = rows_of_program(program, first, last, tokens, tiles, ROWS)
+    if means is not None:
+        total = tl.zeros([ROWS], tl.float32)
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            total += tl.sum(load_tile(hidden, row, d, in_rows, d < depth, hidden_strides), 1)
+        mean = total / depth
+        tl.store(means + row, mean, in_rows)
     squares = ()
     for _ in tl.static_range(COUNT):
         squares = squares + (tl.zeros([ROWS], tl.float32),)
@@ -154,6 +184,8 @@ def multi_horizon_linear_scale(
             d = start + tl.arange(0, BLOCK_D)
             in_d = d < depth
             state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
+            if means is not None:
+                state = tl.where(in_d[None, :], state - mean[:, None], 0)
             added_squares = ()
             for i in tl.static_range(COUNT):
                 biased = state + tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
@@ -187,7 +219,7 @@ def multi_horizon_linear_scale(
 
 @triton.jit
 def multi_horizon_linear_combine(
-    hidden, sums, product, shares, hidden_gradient, partial, first, last, tokens, tiles, blocks_d, depth,
+    hidden, sums, product, shares, means, hidden_gradient, partial, first, last, tokens, tiles, blocks_d, depth,
     hidden_strides, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -197,7 +229,7 @@ def multi_horizon_linear_combine(
     in_d = d < depth
     mask = in_rows[:, None] & in_d[None, :]
     offsets = (row * depth)[:, None] + d[None, :]
-    state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
+    state = load_states(hidden, means, row, d, in_rows, in_d, hidden_strides)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for i in tl.static_range(COUNT):
         share = tl.load(shares + row * COUNT + i, in_rows, 0)
@@ -212,8 +244,8 @@ def multi_horizon_linear_combine(
 
 @triton.jit
 def multi_horizon_linear_monitor(
-    hidden, sums, states, shares, scale, hidden_gradient, partial, gram, first, last, tokens, tiles, blocks_d, depth,
-    hidden_strides, COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden, sums, states, shares, means, scale, hidden_gradient, partial, gram, first, last, tokens, tiles, blocks_d,
+    depth, hidden_strides, COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     tile = program // blocks_d
@@ -223,7 +255,7 @@ def multi_horizon_linear_monitor(
     mask = in_rows[:, None] & in_d[None, :]
     offsets = (row * depth)[:, None] + d[None, :]
     if NORM:
-        state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
+        state = load_states(hidden, means, row, d, in_rows, in_d, hidden_strides)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     gradients = ()
     for i in tl.static_range(COUNT):
@@ -253,9 +285,9 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     positions, tokens = shape_of(args.hidden)
     depth, total, count = hidden.shape[-1], sum(columns), len(columns)
     outputs = [torch.empty(*args.hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
-    sums = conditioning_sums(args, window_sums, torch.float32)
+    sums = sums_of(args, window_sums, torch.float32)
     heads, bias = heads_of(args, hidden.dtype), bias_of(args, torch.float32)
-    projected = projected_of(args, sums, heads)
+    projected, head_sums = projected_of(args, sums, heads), head_sums_of(args, heads, torch.float32)
     half = hidden.element_size() == 2
     # fp32 products use FMA instructions, so the tile must fit into registers.
     tile_rows, tile_columns = (64, min(256, max(16, power_of_2(total)))) if half else (32, 64)
@@ -266,7 +298,7 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     tiles = positions * position_tiles if one_position else ceil_div(positions * tokens, tile_rows)
     launch(
         multi_horizon_linear_forward, tiles * column_blocks, hidden.device,
-        hidden, sums, heads, projected, bias, tuple(outputs), firsts_of(columns),
+        hidden, sums, heads, projected, head_sums, bias, tuple(outputs), firsts_of(columns),
         hidden.shape[1], hidden.shape[3], tokens, positions * tokens, depth, total, column_blocks, position_tiles,
         args.norm_eps, strides(hidden, 5),
         COUNT=count, NORM=args.norm_weight is not None, ONE_POSITION=one_position, PRECISION=dot_precision(),
@@ -326,7 +358,7 @@ def scale(
         partial = torch.empty(split.programs, sum(columns), dtype=torch.float32, device=device)
     launch(
         multi_horizon_linear_scale, split.programs, device,
-        rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, partial,
+        rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, rows.means, partial,
         tuple(columns), firsts_of(columns), rows.first, split.last, rows.tokens, split.tiles,
         depth, sum(columns), args.norm_eps,
         strides(rows.hidden, 2), tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
@@ -354,7 +386,7 @@ def combine(
     blocks = ceil_div(depth, block)
     launch(
         multi_horizon_linear_combine, split.programs * blocks, device,
-        rows.hidden, rows.sums, product, shares, hidden_gradient, partial,
+        rows.hidden, rows.sums, product, shares, rows.means, hidden_gradient, partial,
         rows.first, split.last, rows.tokens, split.tiles, blocks, depth, strides(rows.hidden, 2),
         COUNT=count, ROWS=split.rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
@@ -379,7 +411,7 @@ def monitor(
     grams = torch.empty(split.programs * blocks, count, count, dtype=torch.float32, device=device)
     launch(
         multi_horizon_linear_monitor, split.programs * blocks, device,
-        rows.hidden, rows.sums, tuple(states), shares, args.scale, hidden_gradient, partial, grams,
+        rows.hidden, rows.sums, tuple(states), shares, rows.means, args.scale, hidden_gradient, partial, grams,
         rows.first, split.last, rows.tokens, split.tiles, blocks, depth, strides(rows.hidden, 2),
         COUNT=count, NORM=args.norm_weight is not None, ROWS=split.rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
