@@ -175,21 +175,23 @@ PYBIND11_MODULE(_native, module) {
                cpu::multi_horizon_linear_monitor(op, to);
              });
   module.def("multi_horizon_linear_cross_entropy",
-             [](py::object logits, py::object ids, py::object starts, py::object scales, py::object losses,
-                py::object hits, double label_smoothing, double z_loss, double softcap, bool gradients, int threads) {
+             [](py::object logits, py::object biases, py::object bias_rows, py::object ids, py::object starts,
+                py::object scales, py::object losses, py::object hits, py::object predictions, double label_smoothing,
+                double z_loss, double softcap, bool gradients, int threads) {
                const MultiHorizonLinearCrossEntropy op{
-                   array_of(logits), array_of(ids),   array_of(starts), array_of(scales), array_of(losses),
-                   array_of(hits),   label_smoothing, z_loss,           softcap,          gradients,
-                   threads};
+                   array_of(logits), array_of(biases), array_of(bias_rows), array_of(ids),
+                   array_of(starts), array_of(scales), array_of(losses),    array_of(hits),
+                   array_of(predictions), label_smoothing, z_loss, softcap, gradients, threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_cross_entropy(op);
              });
   module.def("multi_horizon_linear_consistency",
-             [](py::object near, py::object far, py::object known, py::object losses, int64_t ids_per_token, double softcap,
-                double scale, bool near_gradients, bool far_gradients, int threads) {
+             [](py::object near, py::object far, py::object near_bias, py::object far_bias, py::object known,
+                py::object losses, int64_t ids_per_token, double softcap, double scale, bool near_gradients,
+                bool far_gradients, int threads) {
                const MultiHorizonLinearConsistency op{
-                   array_of(near), array_of(far), array_of(known), array_of(losses), ids_per_token,
-                   softcap,        scale,         near_gradients,  far_gradients,    threads};
+                   array_of(near), array_of(far), array_of(near_bias), array_of(far_bias), array_of(known),
+                   array_of(losses), ids_per_token, softcap, scale, near_gradients, far_gradients, threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_consistency(op);
              });

@@ -119,11 +119,14 @@ struct MtpCombine {
 // logits, else float32. All arrays but the logits are contiguous.
 struct MultiHorizonLinearCrossEntropy {
   Array logits;                             // [R, V], of unit stride
+  Array biases;                             // [N, V], contiguous, precision; or none
+  Array bias_rows;                          // [R] int32: the row of `biases` to add to each row of logits
   Array ids;                                // int32: the target ids of each row's cell; negative ids are ignored
   Array starts;                             // [R + 1] int64: row r's ids are ids[starts[r]] to ids[starts[r + 1] - 1]
   Array scales;                             // [R], precision
   Array losses;                             // [R], precision
   Array hits;                               // [R] int32, or none: 1 where the argmax is the cell's most frequent id
+  Array predictions;                        // [R] int32, or none: the argmax before softcap, of every row
   double label_smoothing, z_loss, softcap;  // softcap 0: none
   bool gradients;                           // false: leave the logits alone
   int threads;
@@ -134,6 +137,7 @@ struct MultiHorizonLinearCrossEntropy {
 struct MultiHorizonLinearConsistency {
   Array near;      // [C * S, F * V], of unit stride; the S rows of a cell are adjacent
   Array far;       // [C, F * V], of unit stride
+  Array near_bias, far_bias;  // [F * V], contiguous, precision; or none
   // [C * S, F, N] int32, contiguous, or none: each id that is not negative teaches its one-hot, in place of a share of
   // 1 / N of its near distribution.
   Array known;

@@ -142,11 +142,14 @@ def multi_horizon_linear_monitor(
 ) -> None: ...
 def multi_horizon_linear_cross_entropy(
     logits: Array,
+    biases: Array | None,
+    bias_rows: Array | None,
     ids: Array,
     starts: Array,
     scales: Array,
     losses: Array,
     hits: Array | None,
+    predictions: Array | None,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
@@ -157,6 +160,8 @@ def multi_horizon_linear_cross_entropy(
 def multi_horizon_linear_consistency(
     near: Array,
     far: Array,
+    near_bias: Array | None,
+    far_bias: Array | None,
     known: Array | None,
     losses: Array,
     ids_per_token: int,

@@ -21,7 +21,7 @@ class HorizonLoss(NamedTuple):
 
     total: scalar, sum_i horizon_weights[i] * per_horizon[i] + the weighted consistency terms; the only differentiable
         field.
-    per_horizon: [K] mean losses.
+    per_horizon: [K] mean losses. The perplexity of a token model is exp(per_horizon[0]); total sums over horizons.
     counts: [K] int64, what each mean is over: the number of elements in multi_horizon_loss, of cells in
         multi_horizon_linear_cross_entropy.
     consistency, consistency_counts: the same for pairs of horizons, in the shape of the consistency weights ([K]

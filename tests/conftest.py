@@ -165,11 +165,13 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill results of torch.empty etc. with NaN (or the largest integer), to expose elements that a kernel skips."""
+    """Fill results of torch.empty etc. with NaN (the largest integer, True), to expose elements that a kernel skips."""
 
     def poison(make: Any) -> Any:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:
             out = make(*args, **kwargs)
+            if out.dtype == torch.bool:
+                return out.fill_(True)
             return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
         return poisoned

@@ -54,6 +54,12 @@ def tokens(**changes: Any) -> Any:
     return m.multi_horizon_linear_cross_entropy(**{**call, "tokens": ids, "horizons": CASCADE, **changes})
 
 
+def grid_tokens(**changes: Any) -> Any:
+    inputs = [torch.randn(2, 5, 16 // f**2, 8) for f in (1, 2, 4)]
+    call = {"inputs": inputs, "tokens": torch.randint(0, 11, (2, 5, 16)), "grid": (4, 4), **changes}
+    return tokens(**call)
+
+
 def combine(**changes: Any) -> Any:
     call = {"hidden": torch.randn(2, 8), "embedding": torch.randn(2, 8), "weight": torch.randn(4, 16)}
     norms = {"hidden_norm_weight": torch.ones(8), "embedding_norm_weight": torch.ones(8)}
@@ -156,6 +162,40 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (tokens, {"softcap": 0}, "softcap must be > 0, got 0"),
     (tokens, {"chunk_size": 0}, "chunk_size must be >= 1, got 0"),
     (tokens, {"token_mask": torch.ones(2, 5, 4, 4)}, "token_mask must have dtype bool, got float32"),
+    (tokens, {"biases": torch.zeros(8)}, r"biases must have shape \[V\] = \[11\], got \[8\]"),
+    (tokens, {"biases": torch.zeros(1, 11)}, r"biases must have 1 dimensions, \[V\]; got shape \[1, 11\]"),
+    (tokens, {"biases": torch.zeros(11).double()}, r"biases must have the dtype of inputs\[0\], float32; got float64"),
+    (tokens, {"biases": [torch.zeros(11)] * 2}, "biases must be a tensor or have one entry per horizon, 3; got 2"),
+    (tokens, {"biases": [None, torch.zeros(11), torch.zeros(7)]}, r"biases\[2\] must have shape \[V\]"),
+    (tokens, {"biases": 1.0}, "biases must be a tensor or a list or tuple of tensors, got float"),
+    (tokens, {"position_weights": [1.0]}, "position_weights must be a torch.Tensor, got list"),
+    (tokens, {"position_weights": torch.ones(2, 4)}, r"position_weights must have shape \[B, T\] = \[2, 5\] or"),
+    (tokens, {"position_weights": torch.ones(2, 5, 2)}, r"\[B, T, K\] = \[2, 5, 3\], got \[2, 5, 2\]"),
+    (
+        tokens,
+        {"position_weights": torch.ones(2)},
+        r"position_weights must have 2 or 3 dimensions, \[B, T\] or \[B, T, K\]",
+    ),
+    (
+        tokens,
+        {"position_weights": torch.ones(2, 5).half()},
+        "position_weights must have dtype float32, float64, got float16",
+    ),
+    (tokens, {"position_weights": torch.full((2, 5), -1.0)}, "position_weights must be finite and >= 0"),
+    (tokens, {"position_weights": torch.full((2, 5), NAN)}, "position_weights must be finite and >= 0"),
+    (tokens, {"position_weights": torch.full((2, 5), float("inf"))}, "position_weights must be finite and >= 0"),
+    (tokens, {"position_weights": torch.ones(2, 5, requires_grad=True)}, "position_weights must not require grad"),
+    (tokens, {"grid": (4, 4)}, r"inputs\[0\] must have 4 dimensions, \[B, T, S / f\^2, D\]"),
+    (grid_tokens, {"grid": (4, 8)}, r"grid must have as many cells as tokens has tokens, 16 .*; got 4 x 8"),
+    (grid_tokens, {"grid": (4,)}, r"grid must be a pair of integers \(Hp, Wp\), got \(4,\)"),
+    (grid_tokens, {"grid": (2, 8)}, r"factors\[2\] = 4 does not divide the token grid 2 x 8"),
+    (grid_tokens, {"grid": None}, r"tokens must have 4 or 5 dimensions, .*\[B, T_v, S\] needs grid"),
+    (
+        grid_tokens,
+        {"token_mask": torch.ones(2, 5, 4, 4, dtype=torch.bool)},
+        r"token_mask must have 3 dimensions, \[B, T_v, S\]",
+    ),
+    (tokens, {"return_predictions": 1}, "return_predictions must be"),
     (tokens, {"consistency_weights": [[0, 1, 1]] * 3}, r"consistency_weights must have shape \[3\]"),
     (combine, {"weight": torch.randn(4, 8)}, r"weight must have shape \[N, 2 D\] = \[4, 16\], got \[4, 8\]"),
     (combine, {"order": "action_first"}, "order must be one of 'hidden_first', 'embedding_first'"),

@@ -144,6 +144,29 @@ def test_multi_horizon_linear_cross_entropy(per_horizon: bool) -> None:
     assert set(module.state_dict()) == {*keys, "horizon_weights", "consistency_weights"}
 
 
+@pytest.mark.parametrize("per_horizon", [False, True])
+def test_multi_horizon_linear_cross_entropy_of_tokens_in_a_row(per_horizon: bool) -> None:
+    """With biases, a grid, position weights and predictions."""
+    module: Any = randomised(
+        mfwm_nn.MultiHorizonLinearCrossEntropy(
+            8, 7, HORIZONS, head_per_horizon=per_horizon, bias=True, grid=(4, 4), return_predictions=True
+        )
+    )
+    inputs = [torch.randn(2, 5, 16 // f**2, 8) for f in HORIZONS.factors]
+    tokens, weights = torch.randint(0, 7, (2, 6, 16)), torch.rand(2, 5)
+    loss = module(inputs, tokens, position_weights=weights)
+    weight, bias = (list(entry) if per_horizon else entry for entry in (module.weight, module.bias))
+    expected = m.multi_horizon_linear_cross_entropy(
+        [states.unflatten(2, (4 // f, 4 // f)) for states, f in zip(inputs, HORIZONS.factors, strict=True)], weight,
+        tokens.unflatten(2, (4, 4)), HORIZONS, biases=bias, position_weights=weights, return_predictions=True,
+    )  # fmt: skip
+    for got, want in zip(loss.predictions, expected.predictions, strict=True):
+        assert torch.equal(got, want.flatten(2, 3))
+    check_gradients(module, [loss.total], [expected.total])
+    names = [f"{name}.{i}" for name in ("weight", "bias") for i in range(3)] if per_horizon else ["weight", "bias"]
+    assert set(module.state_dict()) == {*names, "horizon_weights"}
+
+
 def test_mtp_combine() -> None:
     module: Any = randomised(mfwm_nn.MTPCombine(8, 5, order="embedding_first", norm_eps=0.1))
     hidden, embedding = torch.randn(2, 3, 8), torch.randn(2, 3, 8)

@@ -74,6 +74,7 @@ CLIPS = (
     "inputs",
     "tokens",
     "token_mask",
+    "position_weights",
     "condition",
     "hidden",
     "embedding",

@@ -86,22 +86,40 @@ struct Rowwise {
   int64_t vocabulary, row;  // row: `vocabulary` rounded up to whole cache lines
   C softcap;
 
-  MFWM_INLINE void load(Softmax<C>& to, const Array& from, int64_t r, int64_t group) const {
+  // The logits, plus `bias` unless it is null.
+  MFWM_INLINE void read(C* __restrict z, const Array& from, int64_t r, int64_t group, const C* __restrict bias) const {
+    load_row(z, from.data, from.dtype, r * from.stride[0] + group * vocabulary, 1, vocabulary);
+    if (bias)
+      for (int64_t k = 0; k < vocabulary; ++k) z[k] += bias[k];
+    std::fill(z + vocabulary, z + row, std::numeric_limits<C>::lowest());
+  }
+
+  // The first of the largest logits. It is in range even if logits are NaN.
+  MFWM_INLINE int32_t argmax(const C* z) const {
+    const C largest = largest_of<C>(z, row);
+    int64_t k = 0;
+    while (k + 1 < vocabulary && z[k] < largest) ++k;
+    return static_cast<int32_t>(k);
+  }
+
+  MFWM_INLINE void normalise(Softmax<C>& to) const {
     C* __restrict z = to.logits;
     C* __restrict e = to.powers;
-    const int64_t offset = r * from.stride[0] + group * vocabulary;
-    load_row(z, from.data, from.dtype, offset, 1, vocabulary);
     if (softcap > 0) {
       const C cap = softcap, inverse = 1 / softcap;
       for (int64_t k = 0; k < vocabulary; ++k) z[k] = cap * tanh_of(z[k] * inverse);
     }
-    std::fill(z + vocabulary, z + row, std::numeric_limits<C>::lowest());
     const C largest = largest_of<C>(z, row);
     for (int64_t k = 0; k < vocabulary; ++k) e[k] = exp_of(z[k] - largest);
     const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return e[k]; });
     to.largest = largest;
     to.sum = static_cast<C>(sum);
     to.normaliser = largest + static_cast<C>(std::log(sum));
+  }
+
+  MFWM_INLINE void load(Softmax<C>& to, const Array& from, int64_t r, int64_t group, const Array& bias) const {
+    read(to.logits, from, r, group, bias ? static_cast<const C*>(bias.data) + group * vocabulary : nullptr);
+    normalise(to);
   }
 
   // Turn the gradient at softcapped logits z into the gradient at the logits, and write it over the logits.
@@ -146,8 +164,13 @@ struct CrossEntropy {
       const int64_t ids = starts[1] - starts[0];
       C& loss = static_cast<C*>(op.losses.data)[r];
       int32_t* hit = op.hits ? static_cast<int32_t*>(op.hits.data) + r : nullptr;
+      const C* bias = nullptr;
+      if (op.biases)
+        bias = static_cast<const C*>(op.biases.data) + static_cast<const int32_t*>(op.bias_rows.data)[r] * vocabulary;
       int64_t valid = 0;
       for (int64_t j = 0; j < ids; ++j) valid += cell[j] >= 0;
+      if (valid > 0 || op.predictions) rowwise.read(softmax.logits, op.logits, r, 0, bias);
+      if (op.predictions) static_cast<int32_t*>(op.predictions.data)[r] = rowwise.argmax(z);
       if (valid == 0) {
         loss = 0;
         if (hit) *hit = 0;
@@ -155,7 +178,7 @@ struct CrossEntropy {
         if (op.gradients) store_row(e, op.logits.data, op.logits.dtype, r * op.logits.stride[0], 1, vocabulary);
         continue;
       }
-      rowwise.load(softmax, op.logits, r, 0);
+      rowwise.normalise(softmax);
       const C each = 1 / static_cast<C>(valid), log_sum = softmax.normaliser;
       C target_sum = 0;
       for (int64_t j = 0; j < ids; ++j)
@@ -218,11 +241,11 @@ struct Consistency {
     C* __restrict teacher = scratch + 4 * row;
     const C scale = static_cast<C>(op.scale), each = 1 / static_cast<C>(covered);
     for (int64_t group = 0; group < op.ids_per_token; ++group) {
-      rowwise.load(far, op.far, c, group);
+      rowwise.load(far, op.far, c, group, op.far_bias);
       std::fill(teacher, teacher + vocabulary, C(0));
       for (int64_t s = 0; s < covered; ++s) {
         const int64_t near_row = c * covered + s;
-        rowwise.load(near, op.near, near_row, group);
+        rowwise.load(near, op.near, near_row, group, op.near_bias);
         const C share = each * unknown_share(near_row, group) / near.sum;
         const C* __restrict e = near.powers;
         for (int64_t k = 0; k < vocabulary; ++k) teacher[k] += e[k] * share;
@@ -240,7 +263,7 @@ struct Consistency {
       // share of the near distribution.
       for (int64_t s = 0; op.near_gradients && s < covered; ++s) {
         const int64_t near_row = c * covered + s;
-        rowwise.load(near, op.near, near_row, group);
+        rowwise.load(near, op.near, near_row, group, op.near_bias);
         C* __restrict e = near.powers;
         const double sum =
             long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return e[k] * (log_sum - z[k]); });

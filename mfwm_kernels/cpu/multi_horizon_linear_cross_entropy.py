@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..autograd import scale_in_place
 from ..dtypes import product_dtype
-from ..gemm.multi_horizon_linear_cross_entropy import Passes
+from ..gemm.multi_horizon_linear_cross_entropy import Bias, Passes
 from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
 from ..native import kernels, raw
 from ..op import Gradients, Want
@@ -32,16 +32,19 @@ def add(total: Tensor, product: Tensor) -> None:
 def cross_entropy(
     args: Arguments,
     logits: Tensor,
+    bias: Bias | None,
     ids: Tensor,
     starts: Tensor,
     scales: Tensor,
     losses: Tensor,
     hits: Tensor | None,
+    predictions: Tensor | None,
     learns: bool,
 ) -> None:
+    biases, bias_rows = (None, None) if bias is None else bias
     kernels.multi_horizon_linear_cross_entropy(
-        raw(logits), raw(ids), raw(starts), raw(scales), raw(losses), raw(hits),
-        args.label_smoothing, args.z_loss, args.softcap, learns, torch.get_num_threads(),
+        raw(logits), raw(biases), raw(bias_rows), raw(ids), raw(starts), raw(scales), raw(losses), raw(hits),
+        raw(predictions), args.label_smoothing, args.z_loss, args.softcap, learns, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -49,6 +52,8 @@ def consistency(
     args: Arguments,
     near: Tensor,
     far: Tensor,
+    near_bias: Tensor | None,
+    far_bias: Tensor | None,
     counted: Tensor | None,
     known: Tensor | None,
     scale: Tensor,
@@ -58,7 +63,7 @@ def consistency(
 ) -> None:
     assert counted is None
     kernels.multi_horizon_linear_consistency(
-        raw(near), raw(far), raw(known), raw(losses), args.ids_per_token, args.softcap,
+        raw(near), raw(far), raw(near_bias), raw(far_bias), raw(known), raw(losses), args.ids_per_token, args.softcap,
         scale.item(), learns_near, learns_far, torch.get_num_threads(),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 A chunk is a number of rows X of the horizons' concatenated inputs. Their logits Z are in a buffer. One pass over it,
 for rows of any horizons, computes the losses and overwrites Z with d Z:
 
-    Z = X W^T,  d X = d Z W,  d W += d Z^T X
+    Z = X W^T,  d X = d Z W,  d W += d Z^T X,  d bias += column sums of d Z
 
 Rows that share a weight are gathered into one product, so that a horizon of 1/64 the size costs 1/64 of the time. A
 chunk of a consistency pair has far cells and the near cells that they cover, with the logits of both in the buffer.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import stored_dtype
@@ -39,16 +40,18 @@ class Passes(NamedTuple):
     product_dtype(dtype)   the dtype of the operands of matrix products
     drops                  True: products exclude all rows that do not count. False, for devices that would have to wait
                            to find them: products exclude only rows whose frame is past the end, and the weight's
-                           gradient replaces states that a mask or segments exclude by zeros, because they may be NaN
+                           gradient replaces states that a mask, segments or position weights exclude by zeros, because
+                           they may be NaN. A call that returns predictions excludes no row
     batched                rows of several clips become one batched product, because one launch per clip costs too much
     add(total, product)    total += product, for an fp32 total and a bf16 product
-    cross_entropy(args, logits, ids, starts, scales, losses, hits, learns)
-        writes losses and hits [R * F] of logits [R * F, V], where row r has the target ids[starts[r] : starts[r + 1]].
-        If `learns`, overwrites each row of logits with its gradient times scales[r]
-    consistency(args, near, far, counted, known, scale, losses, learns_near, learns_far)
+    cross_entropy(args, logits, bias, ids, starts, scales, losses, hits, predictions, learns)
+        writes losses, hits and predictions [R * F] of logits [R * F, V] plus their Bias, where row r has the target
+        ids[starts[r] : starts[r + 1]]. If `learns`, overwrites each row of logits with its gradient times scales[r]
+    consistency(args, near, far, near_bias, far_bias, counted, known, scale, losses, learns_near, learns_far)
         writes losses [C, F] of far logits [C, F * V] against near ones [C * S, F * V], and overwrites the logits that
-        learn with their gradients times `scale`. Both are 0 where `counted` is False. Each id >= 0 in known
-        [C * S, F, f * f] contributes its one-hot in place of a share of 1 / (f * f) of the near distribution
+        learn with their gradients times `scale`. Both are 0 where `counted` is False. A bias is [F * V] or None. Each
+        id >= 0 in known [C * S, F, f * f] contributes its one-hot in place of a share of 1 / (f * f) of the near
+        distribution
     """
 
     chunk_bytes: int
@@ -67,15 +70,17 @@ class Targets(NamedTuple):
     sizes     per horizon: its number of rows; their sum is R
     ids       the ids of each row's F cells, concatenated, int32; -1 for excluded ids
     starts    [R * F + 1] int64: the start of each cell's ids
+    weights   [R * F]: the position weight of each cell, or None
     cells     [K]: how many rows count
     terms     [K]: how many cross-entropies count, at most F per row
-    counted   [R]: which rows count, if products include rows that a mask or segments exclude; else None
+    counted   [R]: which rows count, if products include rows that do not (other than for their ignored ids); else None
     """
 
     rows: list[int | Tensor]
     sizes: list[int]
     ids: Tensor
     starts: Tensor
+    weights: Tensor | None
     cells: Tensor
     terms: Tensor
     counted: Tensor | None
@@ -113,6 +118,13 @@ class Clips(NamedTuple):
     gradient: Tensor | None
 
 
+class Bias(NamedTuple):
+    """Biases [N, V] in the computed dtype, and which of them each row of logits [R, V] has: [R] int32."""
+
+    values: Tensor
+    rows: Tensor
+
+
 class Pair(NamedTuple):
     """Numbers of the far rows [C] and of the near rows [C, S] that they cover; which count (None: all); how many do."""
 
@@ -130,24 +142,39 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         return torch.empty(shape, dtype=dtype, device=device)
 
     ids = ids_or_ignored(args)
-    targets = targets_of(args, ids, passes.drops)
+    targets = targets_of(args, ids, passes.drops and not args.return_predictions, computed)
     heads.set_rows(targets.rows)
     terms = [size * args.ids_per_token for size in targets.sizes]
     scales = (args.horizon_weights.to(computed) / targets.cells.clamp_min(1)).unbind()
     row_scales = torch.cat([scale.expand(size) for scale, size in zip(scales, terms, strict=True)])
+    if targets.weights is not None:
+        row_scales = row_scales * targets.weights
+    bias_rows = heads.bias_rows(terms)
     losses = empty(sum(terms))
     hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
+    predictions = empty(sum(terms), dtype=torch.int32) if args.return_predictions else None
+    vocabulary = args.weight[0].shape[0] // args.ids_per_token
     for first, last, parts in packed(targets, heads.size):
         products = heads.products(parts)
-        logits = heads.logits(products).view(-1, args.weight[0].shape[0] // args.ids_per_token)
+        rows = heads.logits(products)
         here = slice(first * args.ids_per_token, last * args.ids_per_token)
         starts = targets.starts[here.start : here.stop + 1]
         learns = any(heads.learns(part.horizon) for part in parts)
         hits_here = None if hits is None else hits[here]
-        passes.cross_entropy(args, logits, targets.ids, starts, row_scales[here], losses[here], hits_here, learns)
+        predictions_here = None if predictions is None else predictions[here]
+        bias = None
+        if heads.biases is not None and bias_rows is not None:
+            bias = Bias(heads.biases.view(-1, vocabulary), bias_rows[here])
+        passes.cross_entropy(
+            args, rows.view(-1, vocabulary), bias, targets.ids, starts, row_scales[here], losses[here], hits_here,
+            predictions_here, learns,
+        )  # fmt: skip
         if learns:
+            heads.sum_biases(parts, rows)
             counted = None if targets.counted is None else targets.counted[first:last]
             heads.backpropagate(products, counted, added=False)
+    if targets.weights is not None:
+        losses = losses * targets.weights
     per_horizon = torch.stack([sum_of(part) for part in losses.split(terms)]) / targets.cells.clamp_min(1)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
@@ -165,16 +192,22 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         for first in range(0, losses.shape[0], size):
             chunk = slice(first, first + size)
             far_rows, near_rows = pair.far[chunk], pair.near[chunk].flatten()
-            far_products = heads.products([Part(j, far_rows, far_rows.shape[0])])
-            near_products = heads.products([Part(i, near_rows, near_rows.shape[0])], far_rows.shape[0])
+            far_part, near_part = Part(j, far_rows, far_rows.shape[0]), Part(i, near_rows, near_rows.shape[0])
+            far_products = heads.products([far_part])
+            near_products = heads.products([near_part], far_part.size)
             far, near = heads.logits(far_products), heads.logits(near_products)
             counted = None if pair.counted is None else pair.counted[chunk]
             known_here = None if known is None else known[near_rows]
-            passes.consistency(args, near, far, counted, known_here, scale, losses[chunk], learns_near, learns_far)
+            passes.consistency(
+                args, near, far, heads.bias_of(i), heads.bias_of(j), counted, known_here, scale, losses[chunk],
+                learns_near, learns_far,
+            )  # fmt: skip
             if learns_near:
+                heads.sum_biases([near_part], near)
                 covered = None if counted is None else counted[:, None].expand(-1, pair.near.shape[1]).flatten()
                 heads.backpropagate(near_products, covered, added=True)
             if learns_far:
+                heads.sum_biases([far_part], far)
                 heads.backpropagate(far_products, counted, added=True)
         consistency[j], consistency_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
@@ -189,6 +222,9 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     if hits is not None:
         right = torch.stack([part.sum() for part in hits.split(terms)])
         outputs.append(right.to(computed) / targets.terms.clamp_min(1))
+    if predictions is not None:
+        for states, part in zip(args.inputs, predictions.split(terms), strict=True):
+            outputs.append(part.view(*states.shape[:-1], *args.tokens.shape[4:]).long())
     return outputs, gradients
 
 
@@ -197,7 +233,7 @@ def sum_of(losses: Tensor) -> Tensor:
 
 
 class Heads:
-    """Computes the matrix products of a call. Owns the buffer of logits and the gradients of inputs and weights."""
+    """Computes the matrix products of a call. Owns the buffer of logits and the gradients of inputs and parameters."""
 
     def __init__(self, args: Arguments, want: Want, passes: Passes) -> None:
         self.args, self.want = args, want
@@ -218,10 +254,28 @@ class Heads:
             for states, wants in zip(args.inputs, self.want["inputs"], strict=True)
         ]
         self.weight_gradients: list[Tensor | None] = [None] * len(args.weight)
+        self.biases = torch.stack([bias.to(self.computed) for bias in args.biases]) if args.biases else None
+        self.bias_gradients: list[Tensor | None] = [None] * len(args.biases)
 
     def learns(self, i: int) -> bool:
         """Whether the gradient of horizon i's logits is needed."""
-        return self.want["inputs"][i] or self.want["weight"][self._weight_index(i)]
+        wants_bias = self.biases is not None and self.want["biases"][self._bias_index(i)]
+        return self.want["inputs"][i] or self.want["weight"][self._weight_index(i)] or wants_bias
+
+    def bias_of(self, i: int) -> Tensor | None:
+        """The bias [F * V] of horizon i."""
+        return None if self.biases is None else self.biases[self._bias_index(i)]
+
+    def bias_rows(self, terms: Sequence[int]) -> Tensor | None:
+        """For `terms` rows [V] of logits of each horizon: their row in the biases [N * F, V]."""
+        if self.biases is None:
+            return None
+        count, device = self.args.ids_per_token, self.biases.device
+        rows = []
+        for i, size in enumerate(terms):
+            first = self._bias_index(i) * count
+            rows.append(torch.arange(first, first + count, dtype=torch.int32, device=device).repeat(size // count))
+        return torch.cat(rows)
 
     def set_rows(self, rows: Sequence[int | Tensor]) -> None:
         """Store the rows of Targets, zero the gradients of inputs elsewhere, and create views by clip if possible."""
@@ -293,18 +347,39 @@ class Heads:
                 for part, gradient in zip(product.parts, gradients, strict=True):
                     self._scatter(part, gradient, added)
 
+    def sum_biases(self, parts: Sequence[Part], logits_gradient: Tensor) -> None:
+        """Add the column sums of the gradients [R, F * V] of the parts' logits to the gradients of their biases."""
+        if self.biases is None:
+            return
+        first = 0
+        for index, run in itertools.groupby(parts, lambda part: self._bias_index(part.horizon)):
+            last = first + sum(part.size for part in run)
+            if self.want["biases"][index]:
+                total, summed = self.bias_gradients[index], logits_gradient[first:last].sum(0, dtype=self.computed)
+                self.bias_gradients[index] = summed if total is None else total.add_(summed)
+            first = last
+
     def gradients(self) -> Gradients:
-        """The needed gradients of inputs and weights."""
-        weight_gradients: list[Tensor | None] = []
-        for weight, total, wants in zip(self.args.weight, self.weight_gradients, self.want["weight"], strict=True):
-            stored = stored_dtype(weight)
-            zeros = torch.zeros_like(weight, dtype=stored) if wants and total is None else None
-            weight_gradients.append(total.to(stored) if wants and total is not None else zeros)
-        return {"inputs": self.input_gradients, "weight": weight_gradients}
+        """The needed gradients of inputs, weights and biases."""
+
+        def stored(leaf: Tensor, total: Tensor | None, wants: bool) -> Tensor | None:
+            if total is not None and wants:
+                return total.to(stored_dtype(leaf))
+            return torch.zeros_like(leaf, dtype=stored_dtype(leaf)) if wants else None
+
+        return {
+            "inputs": self.input_gradients,
+            "weight": list(map(stored, self.args.weight, self.weight_gradients, self.want["weight"])),
+            "biases": list(map(stored, self.args.biases, self.bias_gradients, self.want["biases"])),
+        }
 
     def _weight_index(self, horizon: int) -> int:
         """The index of a horizon's weight: 0 if all share one."""
         return horizon % len(self.weights)
+
+    def _bias_index(self, horizon: int) -> int:
+        """The index of a horizon's bias: 0 if all share one."""
+        return horizon % len(self.args.biases)
 
     def _logits_of(self, product: Product) -> Tensor:
         """The logits of a product, or their gradients, in the shape of its states."""
@@ -410,8 +485,9 @@ def known_ids(args: Arguments, ids: Tensor) -> Tensor | None:
     return cells_of(known, height, width).transpose(4, 5).flatten(0, 3).contiguous()
 
 
-def targets_of(args: Arguments, all_ids: Tensor, drops: bool) -> Targets:
-    rows, targets = zip(*(targets_of_horizon(args, all_ids, i, drops) for i in range(len(args.inputs))), strict=True)
+def targets_of(args: Arguments, all_ids: Tensor, drops: bool, computed: torch.dtype) -> Targets:
+    each = (targets_of_horizon(args, all_ids, i, drops) for i in range(len(args.inputs)))
+    rows, targets, row_weights = zip(*each, strict=True)
     sizes = [ids.shape[0] for ids in targets]
     starts, first = [], 0
     for ids in targets:
@@ -427,31 +503,50 @@ def targets_of(args: Arguments, all_ids: Tensor, drops: bool) -> Targets:
         row_counted = [cell.any(-1) for cell in cell_counted]
         cells = torch.stack([row.sum() for row in row_counted])
         terms = torch.stack([cell.sum() for cell in cell_counted])
-        if not drops and (args.segment_ids is not None or args.token_mask is not None):
+        excluded = (args.segment_ids, args.token_mask, args.position_weights)
+        if not drops and (args.return_predictions or any(tensor is not None for tensor in excluded)):
             counted = torch.cat(row_counted)
     ids = torch.cat([ids.flatten() for ids in targets])
-    return Targets(list(rows), sizes, ids, torch.cat(starts), cells, terms, counted)
+    weights = None
+    if args.position_weights is not None:
+        weights = torch.cat(row_weights).to(computed)[:, None].expand(-1, args.ids_per_token).flatten()
+    return Targets(list(rows), sizes, ids, torch.cat(starts), weights, cells, terms, counted)
 
 
-def targets_of_horizon(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | Tensor, Tensor]:
-    """The rows of horizon i, as in Targets, and their target ids [R, F, f * f]."""
+def targets_of_horizon(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | Tensor, Tensor, Tensor | None]:
+    """The rows of horizon i, as in Targets, their target ids [R, F, f * f] and position weights [R]."""
     offset, factor = args.offsets[i], args.factors[i]
     states = args.inputs[i]
-    batch, positions, height, width = states.shape[:4]
+    positions, height, width = states.shape[1:4]
     frames = ids.shape[1]
     inside = max(0, min(positions, frames - offset))
     ids = ids[:, offset : offset + inside]
     if offset == 0 and args.token_mask is not None:
         ids = torch.where(args.token_mask[:, :inside, ..., None], ids, -1)
-    if args.segment_ids is not None:
-        counts = valid_at(offset, positions, frames, args.segment_ids, batch, ids.device)[:, :inside]
+    if args.segment_ids is not None or args.position_weights is not None:
+        counts = counting_positions(args, i)[:, :inside]
         ids = torch.where(counts[:, :, None, None, None], ids, -1)
+    if args.return_predictions:
+        # Positions past the end have no target, but logits.
+        ids, inside = F.pad(ids, (0,) * 7 + (positions - inside,), value=-1), positions
+    weights = None
+    if args.position_weights is not None:
+        weights = args.position_weights[:, :inside, i, None, None].expand(-1, -1, height, width).flatten()
     ids = cells_of(ids, height, width).permute(0, 1, 2, 3, 5, 4).reshape(-1, args.ids_per_token, factor * factor)
     if drops:
         counted = (ids >= 0).any(-1).any(-1)
         if not counted.all():
-            return numbered(states)[:, :inside].flatten()[counted], ids[counted]
-    return inside, ids
+            weights = None if weights is None else weights[counted]
+            return numbered(states)[:, :inside].flatten()[counted], ids[counted], weights
+    return inside, ids, weights
+
+
+def counting_positions(args: Arguments, i: int) -> Tensor:
+    """[B, T]: the positions where horizon i counts."""
+    batch, positions = args.inputs[i].shape[:2]
+    frames, device = args.tokens.shape[1], args.tokens.device
+    counted = valid_at(args.offsets[i], positions, frames, args.segment_ids, batch, device)
+    return counted if args.position_weights is None else counted & (args.position_weights[:, :, i] > 0)
 
 
 def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]:
@@ -472,19 +567,17 @@ def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]
 
 def pair_of(args: Arguments, i: int, j: int, drops: bool) -> Pair:
     far_states, near_states = args.inputs[j], args.inputs[i]
-    batch, positions, height, width = far_states.shape[:4]
+    positions, height, width = far_states.shape[1:4]
     frames, apart = args.tokens.shape[1], args.offsets[j] - args.offsets[i]
     inside = max(0, min(positions - apart, frames - args.offsets[j]))
-    far_counted, near_counted = (
-        valid_at(args.offsets[k], positions, frames, args.segment_ids, batch, args.tokens.device) for k in (j, i)
-    )
-    both = far_counted[:, :inside] & near_counted[:, apart : apart + inside]
+    both = counting_positions(args, j)[:, :inside] & counting_positions(args, i)[:, apart : apart + inside]
     counted = both[:, :, None, None].expand(-1, -1, height, width).flatten()
     far = numbered(far_states)[:, :inside].flatten()
     near = cells_of(numbered(near_states)[:, apart : apart + inside, ..., None], height, width).flatten(0, 3).flatten(1)
     if drops:
         return Pair(far[counted], near[counted], None, counted.sum())
-    return Pair(far, near, None if args.segment_ids is None else counted, counted.sum())
+    excludes = args.segment_ids is not None or args.position_weights is not None
+    return Pair(far, near, counted if excludes else None, counted.sum())
 
 
 def numbered(states: Tensor) -> Tensor:

@@ -447,6 +447,39 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "consistency_weights": [0, 0.5, 0.25],
     }  # fmt: skip
 
+    # Each cell of the next three clearly has a largest logit, so that predictions are the same in every dtype.
+    def sure(*shape: int) -> Tensor:
+        return (4 * F.one_hot(ids(5, *shape), 6) + 0.3 * torch.randn(*shape, 6, device=device)).to(dtype)
+
+    def head(repeats: int = 1) -> Tensor:
+        return (
+            torch.eye(5, 6, device=device).repeat(repeats, 1) + 0.1 * torch.randn(5 * repeats, 6, device=device)
+        ).to(dtype)
+
+    def weights(*shape: int) -> Tensor:
+        drawn = torch.rand(*shape, device=device)
+        return torch.where(drawn < 0.3, 0, drawn)
+
+    pair = Horizons((1, 2), (1, 2))
+    yield {
+        "inputs": [sure(2, 3, 2, 4), sure(2, 3, 1, 2)], "weight": head(2), "tokens": ids(5, 2, 4, 2, 4, 2),
+        "horizons": pair, "biases": [normal(10) / 4, normal(10) / 4], "position_weights": weights(2, 3, 2),
+        "softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1, "consistency_weights": [0, 0.5], "detach": "far",
+        "return_accuracy": True, "return_predictions": True,
+    }  # fmt: skip
+    tokens = ids(5, 2, 3, 4, 4)
+    tokens[0, :, :2, 1:] = -100
+    yield {
+        "inputs": [sure(2, 3, 2, 2), sure(2, 3, 1, 1)], "weight": [head(), head()], "tokens": tokens,
+        "horizons": Horizons((0, 1), (2, 4)), "biases": normal(5) / 4, "position_weights": weights(2, 3),
+        "token_mask": torch.rand(2, 3, 4, 4, device=device) < 0.5, "consistency_weights": [0, 0.5], "detach": None,
+        "return_predictions": True,
+    }  # fmt: skip
+    yield {
+        "inputs": [sure(1, 2, 8), sure(1, 2, 2)], "weight": head(), "tokens": ids(5, 1, 3, 8), "grid": (2, 4),
+        "horizons": pair, "biases": [normal(5) / 4, normal(5) / 4], "return_predictions": True,
+    }  # fmt: skip
+
 
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     kwargs = OP.bench["genie"](dtype, device)
@@ -459,6 +492,20 @@ def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any
     kwargs.update(softcap=30.0, z_loss=1e-4, label_smoothing=0.1, return_accuracy=True, segment_ids=segment_ids)
     for detach in DETACH:
         yield {**kwargs, "consistency_weights": CONSISTENCY, "detach": detach}
+    # One long row a program, and rows longer than registers hold: what biases and predictions add to both.
+    for size in ("genie", "wide"):
+        kwargs = OP.bench[size](dtype, device)
+        shape, states = kwargs["tokens"].shape, kwargs["inputs"][0]
+        new = {
+            "biases": torch.empty(kwargs["weight"].shape[0], dtype=dtype, device=device),
+            "position_weights": torch.empty(states.shape[:2], device=device),
+            "token_mask": torch.empty(shape, dtype=torch.bool, device=device),
+            "horizons": Horizons((0, 2, 4, 8), (1, 2, 4, 8)), "return_predictions": True, "return_accuracy": True,
+        }  # fmt: skip
+        for softcap in (None, 30.0):
+            yield {**kwargs, **new, "softcap": softcap}
+        for detach in DETACH:
+            yield {**kwargs, **new, "consistency_weights": CONSISTENCY, "detach": detach}
 
 
 def cost(kwargs: dict[str, Any]) -> Cost:
@@ -505,11 +552,6 @@ def _bench(
     return make
 
 
-def refused_by_kernels(args: Arguments) -> str:
-    refused = args.biases or args.position_weights is not None or args.return_predictions
-    return "it serves no biases, position_weights or return_predictions" if refused else ""
-
-
 KERNELS = ("multi_horizon_linear_cross_entropy", "multi_horizon_linear_consistency")
 
 OP = register(
@@ -538,10 +580,8 @@ OP = register(
             "wide-near": _bench(16, 4, 16, 262144, 2048, horizons=Horizons.next_frame()),
         },
         backends={
-            "cpu": Backend((*KERNELS, "multi_horizon_linear_add"), refused_by_kernels, check.FLOATING),
-            "triton": Backend(
-                (*KERNELS, "multi_horizon_linear_normalisers", "multi_horizon_loss_scale"), refused_by_kernels
-            ),
+            "cpu": Backend((*KERNELS, "multi_horizon_linear_add"), dtypes=check.FLOATING),
+            "triton": Backend((*KERNELS, "multi_horizon_linear_normalisers", "multi_horizon_loss_scale")),
         },
         gradients_in_forward=True,
     )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemm.multi_horizon_linear_cross_entropy import Passes
+from ..gemm.multi_horizon_linear_cross_entropy import Bias, Passes
 from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
@@ -61,16 +61,35 @@ def through_cap(gradient, z, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_row(logits, start, column, in_rows, vocabulary, softcap, SOFTCAP: tl.constexpr):
+def load_biased(logits, start, biases, bias_start, column, mask):
+    """[ROWS, BLOCK] logits plus biases, in fp32 where there are any."""
+    z = tl.load(logits + start[:, None] + column[None, :], mask, 0)
+    if biases is not None:
+        z = z.to(tl.float32) + tl.load(biases + bias_start[:, None] + column[None, :], mask, 0)
+    return z
+
+
+@triton.jit
+def load_row(logits, start, biases, bias_start, column, in_rows, vocabulary, softcap, SOFTCAP: tl.constexpr):
     """[ROWS, BLOCK] capped logits, -inf past the end."""
     mask = in_rows[:, None] & (column < vocabulary)[None, :]
-    z = tl.load(logits + start[:, None] + column[None, :], mask, 0)
+    z = load_biased(logits, start, biases, bias_start, column, mask)
     return tl.where(mask, capped(z, softcap, SOFTCAP), float("-inf"))
 
 
 @triton.jit
+def first_largest(z, column, mask):
+    """The largest of each row of z [ROWS, BLOCK] where `mask`, and its first column, which is one of `column` even if
+    some of z are NaN."""
+    z = tl.where(mask, z.to(tl.float32), float("-inf"))
+    largest = tl.max(z, 1)
+    return largest, tl.min(tl.where(z < largest[:, None], 2**31 - 1, column[None, :]), 1)
+
+
+@triton.jit
 def multi_horizon_linear_cross_entropy(
-    logits, ids, starts, scales, losses, hits, rows, vocabulary, smoothing, z_loss, softcap,
+    logits, biases, bias_rows, ids, starts, scales, losses, hits, predictions, rows, vocabulary, smoothing, z_loss,
+    softcap,
     SOFTCAP: tl.constexpr, LEARNS: tl.constexpr, ONE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +105,12 @@ def multi_horizon_linear_cross_entropy(
     target_count = tl.sum(tl.where(is_target, 1.0, 0.0), 1)
     counted = target_count > 0
     target_logits = logits + start[:, None] + target
-    target_z = capped(tl.load(target_logits, is_target, 0), softcap, SOFTCAP)
+    target_z = tl.load(target_logits, is_target, 0)
+    bias_start = start
+    if biases is not None:
+        bias_start = tl.load(bias_rows + row, in_rows, 0).to(tl.int64) * vocabulary
+        target_z = target_z.to(tl.float32) + tl.load(biases + bias_start[:, None] + target, is_target, 0)
+    target_z = capped(target_z, softcap, SOFTCAP)
     # How often each target id occurs in its cell.
     times = tl.zeros([ROWS, IDS], tl.float32)
     for j in range(0, tl.max(ids_count, 0)):
@@ -95,8 +119,20 @@ def multi_horizon_linear_cross_entropy(
     times = tl.where(is_target, times, 0.0)
 
     column = tl.arange(0, BLOCK)
+    if predictions is not None:
+        # Of every row, whether it counts or not.
+        predicted_z = tl.full([ROWS], float("-inf"), tl.float32)
+        predicted = tl.zeros([ROWS], tl.int32)
+        for first in range(0, vocabulary, BLOCK):
+            v = first + column
+            mask = in_rows[:, None] & (v < vocabulary)[None, :]
+            z = load_biased(logits, start, biases, bias_start, v, mask)
+            here, predicted_here = first_largest(z, v, mask)
+            predicted = tl.where(here > predicted_z, predicted_here, predicted)
+            predicted_z = tl.maximum(predicted_z, here)
+        tl.store(predictions + row, predicted, in_rows)
     if ONE_BLOCK:
-        z = load_row(logits, start, column, counted, vocabulary, softcap, SOFTCAP)
+        z = load_row(logits, start, biases, bias_start, column, counted, vocabulary, softcap, SOFTCAP)
         # Rows that do not count contain only -inf.
         largest = tl.where(counted, tl.max(z, 1), 0.0)
         powers = tl.exp(z - largest[:, None])
@@ -109,7 +145,7 @@ def multi_horizon_linear_cross_entropy(
         z_sum = tl.zeros([ROWS], tl.float32)
         argmax = tl.zeros([ROWS], tl.int32)
         for first in range(0, vocabulary, BLOCK):
-            z = load_row(logits, start, first + column, counted, vocabulary, softcap, SOFTCAP)
+            z = load_row(logits, start, biases, bias_start, first + column, counted, vocabulary, softcap, SOFTCAP)
             here = tl.where(counted, tl.max(z, 1), 0.0)
             argmax_here = tl.min(tl.where(z == here[:, None], first + column[None, :], vocabulary), 1)
             argmax = tl.where(here > largest, argmax_here, argmax)
@@ -144,7 +180,7 @@ def multi_horizon_linear_cross_entropy(
         else:
             for first in range(0, vocabulary, BLOCK):
                 v = first + column
-                z = load_row(logits, start, v, counted, vocabulary, softcap, SOFTCAP)
+                z = load_row(logits, start, biases, bias_start, v, counted, vocabulary, softcap, SOFTCAP)
                 gradient = tl.exp(z - log_sum[:, None]) * slope[:, None] - shift[:, None]
                 gradient = through_cap(gradient, z, softcap, SOFTCAP)
                 gradient = tl.where(counted[:, None], gradient, 0.0).to(logits.dtype.element_ty)
@@ -159,14 +195,17 @@ def multi_horizon_linear_cross_entropy(
 
 @triton.jit
 def multi_horizon_linear_normalisers(
-    logits, out, rows, vocabulary, softcap, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, bias, out, rows, ids_per_token, vocabulary, softcap,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
     largest = tl.where(in_rows, float("-inf"), 0.0)
     total = tl.zeros([ROWS], tl.float32)
+    start, bias_start = row * vocabulary, row % ids_per_token * vocabulary
     for first in range(0, vocabulary, BLOCK):
-        z = load_row(logits, row * vocabulary, first + tl.arange(0, BLOCK), in_rows, vocabulary, softcap, SOFTCAP)
+        v = first + tl.arange(0, BLOCK)
+        z = load_row(logits, start, bias, bias_start, v, in_rows, vocabulary, softcap, SOFTCAP)
         most = tl.maximum(largest, tl.max(z, 1), propagate_nan=tl.PropagateNan.ALL)
         total = total * tl.exp(largest - most) + tl.sum(tl.exp(z - most[:, None]), 1)
         largest = most
@@ -174,10 +213,20 @@ def multi_horizon_linear_normalisers(
 
 
 @triton.jit
+def capped_at(logits, offset, bias, bias_offset, mask, softcap, SOFTCAP: tl.constexpr):
+    """Capped logits, plus their bias if there is one."""
+    z = tl.load(logits + offset, mask, 0)
+    if bias is not None:
+        z = z.to(tl.float32) + tl.load(bias + bias_offset, mask, 0)
+    return capped(z, softcap, SOFTCAP)
+
+
+@triton.jit
 def multi_horizon_linear_consistency(
-    near, far, near_normalisers, far_normalisers, dots, counted, known, scale, losses, ids_per_token, covered,
-    vocabulary, softcap,
-    KNOWN: tl.constexpr, SOFTCAP: tl.constexpr, LEARNS_NEAR: tl.constexpr, LEARNS_FAR: tl.constexpr, BLOCK: tl.constexpr,
+    near, far, near_bias, far_bias, near_normalisers, far_normalisers, dots, counted, known, scale, losses,
+    ids_per_token, covered, vocabulary, softcap,
+    KNOWN: tl.constexpr, SOFTCAP: tl.constexpr, LEARNS_NEAR: tl.constexpr, LEARNS_FAR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     cell, f = program // ids_per_token, program % ids_per_token
@@ -186,6 +235,7 @@ def multi_horizon_linear_consistency(
         counts = tl.load(counted + cell) != 0
     near_row = cell * covered * ids_per_token + f
     far_start = program * vocabulary
+    bias_start = f * vocabulary
     far_sum = tl.load(far_normalisers + program)
     factor = tl.load(scale).to(tl.float32)
     near_share = 1.0 / covered
@@ -201,8 +251,8 @@ def multi_horizon_linear_consistency(
             for first in range(0, vocabulary, BLOCK):
                 v = first + column
                 mask = (v < vocabulary) & counts
-                z = capped(tl.load(near + row * vocabulary + v, mask, 0), softcap, SOFTCAP)
-                q = capped(tl.load(far + far_start + v, mask, 0), softcap, SOFTCAP) - far_sum
+                z = capped_at(near, row * vocabulary + v, near_bias, bias_start + v, mask, softcap, SOFTCAP)
+                q = capped_at(far, far_start + v, far_bias, bias_start + v, mask, softcap, SOFTCAP) - far_sum
                 dot += tl.where(mask, tl.exp(z - normaliser) * q, 0.0)
             tl.store(dots + row, tl.sum(dot, 0))
         tl.debug_barrier()
@@ -212,12 +262,12 @@ def multi_horizon_linear_consistency(
         v = first + column
         in_row = v < vocabulary
         mask = in_row & counts
-        far_z = capped(tl.load(far + far_start + v, mask, 0), softcap, SOFTCAP)
+        far_z = capped_at(far, far_start + v, far_bias, bias_start + v, mask, softcap, SOFTCAP)
         log_q = far_z - far_sum
         teacher = tl.zeros([BLOCK], tl.float32)
         for s in range(0, covered):
             row = near_row + s * ids_per_token
-            z = capped(tl.load(near + row * vocabulary + v, mask, 0), softcap, SOFTCAP)
+            z = capped_at(near, row * vocabulary + v, near_bias, bias_start + v, mask, softcap, SOFTCAP)
             p = tl.exp(z - tl.load(near_normalisers + row)) * near_share
             if KNOWN > 0:
                 unknown = 0.0
@@ -256,35 +306,38 @@ def tile_of(vocabulary: int, longest: int, ids: int = 1) -> tuple[int, int, int]
 def cross_entropy(
     args: Arguments,
     logits: Tensor,
+    bias: Bias | None,
     ids: Tensor,
     starts: Tensor,
     scales: Tensor,
     losses: Tensor,
     hits: Tensor | None,
+    predictions: Tensor | None,
     learns: bool,
 ) -> None:
     rows, vocabulary = logits.shape
+    biases, bias_rows = (None, None) if bias is None else bias
     one_block = power_of_2(vocabulary) <= LONGEST
     # At least 2: with 1 id, ptxas spills 8 bytes (fp32 rows longer than LONGEST, sm_90 and sm_100).
     most_ids = max(2, power_of_2(max(args.factors) ** 2))
     tile_rows, block, warps = tile_of(vocabulary, LONGEST if one_block else LOOPED, most_ids)
     launch(
         multi_horizon_linear_cross_entropy, ceil_div(rows, tile_rows), logits.device,
-        logits, ids, starts, scales, losses, hits, rows, vocabulary,
+        logits, biases, bias_rows, ids, starts, scales, losses, hits, predictions, rows, vocabulary,
         args.label_smoothing, args.z_loss, args.softcap,
         SOFTCAP=args.softcap > 0, LEARNS=learns, ONE_BLOCK=one_block,
         ROWS=tile_rows, BLOCK=block, IDS=most_ids, num_warps=warps,
     )  # fmt: skip
 
 
-def normalisers_of(args: Arguments, logits: Tensor) -> Tensor:
-    """The normalisers [rows * F] of logits [rows, F * V]."""
+def normalisers_of(args: Arguments, logits: Tensor, bias: Tensor | None) -> Tensor:
+    """The normalisers [rows * F] of logits [rows, F * V] plus their bias [F * V]."""
     rows, vocabulary = logits.shape[0] * args.ids_per_token, logits.shape[1] // args.ids_per_token
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     tile_rows, block, warps = tile_of(vocabulary, LOOPED)
     launch(
         multi_horizon_linear_normalisers, ceil_div(rows, tile_rows), logits.device,
-        logits, out, rows, vocabulary, args.softcap,
+        logits, bias, out, rows, args.ids_per_token, vocabulary, args.softcap,
         SOFTCAP=args.softcap > 0, ROWS=tile_rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
@@ -294,6 +347,8 @@ def consistency(
     args: Arguments,
     near: Tensor,
     far: Tensor,
+    near_bias: Tensor | None,
+    far_bias: Tensor | None,
     counted: Tensor | None,
     known: Tensor | None,
     scale: Tensor,
@@ -302,12 +357,14 @@ def consistency(
     learns_far: bool,
 ) -> None:
     cells, vocabulary = far.shape[0], far.shape[1] // args.ids_per_token
-    near_sums, far_sums = normalisers_of(args, near), normalisers_of(args, far)
+    near_sums, far_sums = normalisers_of(args, near, near_bias), normalisers_of(args, far, far_bias)
+    dots = torch.empty_like(near_sums) if learns_near else None
     launch(
         multi_horizon_linear_consistency, cells * args.ids_per_token, far.device,
-        near, far, near_sums, far_sums, torch.empty_like(near_sums) if learns_near else None, counted, known, scale,
-        losses, args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
-        KNOWN=0 if known is None else known.shape[2], SOFTCAP=args.softcap > 0, LEARNS_NEAR=learns_near, LEARNS_FAR=learns_far,
+        near, far, near_bias, far_bias, near_sums, far_sums, dots, counted, known, scale, losses,
+        args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
+        KNOWN=0 if known is None else known.shape[2], SOFTCAP=args.softcap > 0,
+        LEARNS_NEAR=learns_near, LEARNS_FAR=learns_far,
         BLOCK=min(2048, LOOPED, max(16, power_of_2(vocabulary))), num_warps=4,
     )  # fmt: skip
 

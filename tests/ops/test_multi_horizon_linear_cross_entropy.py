@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import device_of, interpreted, kernels_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backend
 from mfwm_kernels.arguments import Shared
@@ -46,18 +46,25 @@ def few_clips(backend: str) -> int:
 
 
 def results(backend: str, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """(HorizonLoss, gradients of inputs and weights)."""
-    kwargs = {**kwargs, "inputs": [states.detach().requires_grad_() for states in kwargs["inputs"]]}
-    weight = kwargs["weight"]
-    kwargs["weight"] = (
-        weight.detach().requires_grad_()
-        if isinstance(weight, Tensor)
-        else [entry.detach().requires_grad_() for entry in weight]
-    )
+    """(HorizonLoss, gradients of inputs, weights and biases)."""
+    learned = {name: kwargs[name] for name in ("inputs", "weight", "biases") if name in kwargs}
+    learned = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), learned)
     with use_backend(backend):
-        loss = multi_horizon_linear_cross_entropy(**kwargs)
-    leaves = [t for t in tree_leaves((kwargs["inputs"], kwargs["weight"])) if isinstance(t, Tensor)]
+        loss = multi_horizon_linear_cross_entropy(**{**kwargs, **learned})
+    leaves = [t for t in tree_leaves(learned) if isinstance(t, Tensor)]
     return loss, list(torch.autograd.grad(loss.total, leaves))
+
+
+def hosts_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Biases per horizon, position weights of which some are 0, and predictions."""
+    like, batch = kwargs["inputs"][0], kwargs["tokens"].shape[0]
+    weights = torch.rand(batch, 5, len(kwargs["inputs"]), device=like.device) + 0.1
+    weights[0, 1], weights[-1, 0, 1] = 0, 0
+    return {
+        "biases": [torch.randn_like(kwargs["weight"][:, 0]) for _ in kwargs["inputs"]],
+        "position_weights": weights,
+        "return_predictions": True,
+    }
 
 
 def assert_same(got: Any, want: Any, least: float) -> None:
@@ -97,6 +104,7 @@ def test_any_chunk_size(backend: str, options: str) -> None:
         kwargs["tokens"][0, :, :2, 3:] = -100
         near_pair = 0 if few_clips(backend) == 1 else 0.5
         kwargs |= {"consistency_weights": [0, near_pair, 2], "detach": None, "softcap": 3.0, "z_loss": 0.01}
+        kwargs |= hosts_options(kwargs)
     want = results("reference", kwargs)
     for chunk_size in (7, 64) if few_clips(backend) == 1 else (1, 7, 64, 10**6):
         assert_same(results(backend, {**kwargs, "chunk_size": chunk_size}), want, tolerance(backend))
@@ -171,6 +179,148 @@ def test_rows_that_a_mask_or_segments_leave_out_may_be_nan(backend: str, left_ou
         assert_same(gradients, want[1], 1e-6 if backend == "reference" else 0)
 
 
+@pytest.mark.parametrize("predicts", [False, True], ids=["", "predictions"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_weight_0_may_be_nan(backend: str, predicts: bool) -> None:
+    """Position 1 of horizon 0 and positions 0 and 1 of horizon 1, as sides of a pair too."""
+    kwargs = call_of(backend, Horizons((1, 2), (1, 2)), batch=few_clips(backend))
+    kwargs |= {"consistency_weights": [0, 0.5], "detach": None, "return_predictions": predicts, "return_accuracy": True}
+    kwargs["biases"] = torch.randn_like(kwargs["weight"][:, 0])
+    weights = torch.rand(kwargs["tokens"].shape[0], 5, 2, device=device_of(backend)) + 0.1
+    weights[0, 1, 0] = weights[0, 0, 1] = weights[0, 1, 1] = 0
+    kwargs["position_weights"] = weights
+    want = results(backend, kwargs)
+    assert want[0].counts.tolist() == [(weights.shape[0] * 5 - 1) * 32, (weights.shape[0] * 4 - 2) * 8]
+    assert want[0].consistency_counts.tolist() == [0, (weights.shape[0] * 4 - 2) * 8]
+    for value in (float("nan"), float("inf")):
+        spoiled = [states.clone() for states in kwargs["inputs"]]
+        spoiled[0][0, 1] = value
+        spoiled[1][0, :2] = value
+        loss, gradients = results(backend, {**kwargs, "inputs": spoiled})
+        assert_same(loss[:6], want[0][:6], 0)
+        assert_same(gradients, want[1], 1e-6 if backend == "reference" else 0)
+        if predicts:
+            for ids, exact, counts in zip(loss.predictions, want[0].predictions, weights.unbind(-1), strict=True):
+                assert torch.equal(ids[counts > 0], exact[counts > 0])
+                assert ((ids >= 0) & (ids < 37)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_position_weights(backend: str) -> None:
+    """They multiply losses, and neither counts, accuracies nor consistency; [B, T] is [B, T, K] expanded."""
+    kwargs = call_of(backend, batch=few_clips(backend), return_accuracy=True, consistency_weights=[0, 0, 0.5])
+    plain = results(backend, kwargs)[0]
+    weights = torch.full((*kwargs["tokens"].shape[:1], 5), 3.0, device=device_of(backend))
+    loss, gradients = results(backend, {**kwargs, "position_weights": weights})
+    assert_same(loss.per_horizon, 3 * plain.per_horizon, tolerance(backend))
+    assert_same(loss[2:6], plain[2:6], tolerance(backend))
+    each = weights[..., None].double().repeat(1, 1, 3)
+    assert_same(results(backend, {**kwargs, "position_weights": each}), (loss, gradients), 0)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_large_position_weights_of_fp16_states(backend: str) -> None:
+    """Gradients of logits are beyond fp16's largest number, 65,504, until the upstream gradient scales them."""
+    kwargs = call_of(backend, Horizons((1,), (1,)), batch=1)
+    weights = torch.full((1, 5), 1e9, device=device_of(backend))
+
+    def gradients_of(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [states.half().to(dtype).requires_grad_() for states in kwargs["inputs"]]
+        weight = kwargs["weight"].half().to(dtype).requires_grad_()
+        with use_backend(backend):
+            loss = multi_horizon_linear_cross_entropy(
+                inputs, weight, kwargs["tokens"], kwargs["horizons"], position_weights=weights
+            )
+        return list(torch.autograd.grad(loss.total * 1e-6, [*inputs, weight]))
+
+    assert_same(gradients_of(backend, torch.float16), gradients_of("reference", torch.float64), 2e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictions(backend: str, softcap: float | None) -> None:
+    """Of every position, those past the end, in other segments and of weight 0 too, from uncapped logits: softcap 1
+    maps 20 and 30 to the same number. Of equal logits the smallest id wins."""
+    device = device_of(backend)
+    states = torch.zeros(1, 3, 1, 2, 5, device=device)
+    states[0, 0, 0, 0, 3], states[0, 0, 0, 0, 1] = 30, 20
+    states[0, 0, 0, 1, 2] = states[0, 0, 0, 1, 4] = 30
+    states[0, 1, 0, 0, 4] = 30
+    states[0, 2, 0, 0, 1] = 0.5
+    # The bias is for id 4: it decides where all logits are 0, and only there.
+    bias = torch.tensor([0, 0, 0, 0, 0.25], device=device)
+    want = [[[[3, 4]], [[4, 4]], [[1, 4]]]]
+    for changes in (
+        {},
+        {"segment_ids": torch.tensor([[0, 1, 1]], device=device)},
+        {"position_weights": torch.tensor([[0.0, 2.0, 1.0]], device=device)},
+        {"token_mask": torch.zeros(1, 3, 1, 2, dtype=torch.bool, device=device)},
+        {"chunk_size": 1},
+    ):
+        for offset in (0, 2, 7):
+            tokens = torch.zeros(1, 3, 1, 2, dtype=torch.int64, device=device)
+            loss = evaluated(
+                backend,
+                {
+                    "inputs": [states], "weight": torch.eye(5, device=device), "tokens": tokens,
+                    "horizons": Horizons((offset,), (1,)), "biases": bias, "softcap": softcap,
+                    "return_predictions": True, **changes,
+                },
+            )  # fmt: skip
+            (ids,) = loss.predictions
+            assert ids.dtype == torch.int64 and ids.tolist() == want
+    tied = {
+        "inputs": [states],
+        "weight": torch.eye(5, device=device),
+        "tokens": tokens,
+        "horizons": Horizons((1,), (1,)),
+    }
+    (ids,) = evaluated(backend, {**tied, "softcap": softcap, "return_predictions": True}).predictions
+    assert ids.tolist() == [[[[3, 2]], [[4, 0]], [[1, 0]]]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictions_change_nothing_else(backend: str) -> None:
+    kwargs = call_of(backend, batch=few_clips(backend), return_accuracy=True)
+    kwargs["tokens"] = kwargs["tokens"][:, :5].clone()
+    kwargs["tokens"][0, :, :2, 3:] = -100
+    want, got = results(backend, kwargs), results(backend, {**kwargs, "return_predictions": True})
+    assert_same(got[0][:6], want[0][:6], tolerance(backend))
+    assert_same(got[1], want[1], tolerance(backend))
+    assert [ids.shape for ids in got[0].predictions] == [states.shape[:-1] for states in kwargs["inputs"]]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_only_a_bias_learns(backend: str) -> None:
+    """Frozen states and heads: the logits' gradients are still needed, those of the second horizon alone."""
+    kwargs = call_of(backend, Horizons((1, 2), (1, 2)), batch=few_clips(backend), consistency_weights=[0, 0.5])
+    first, second = torch.randn(2, 37, device=device_of(backend), dtype=kwargs["weight"].dtype).unbind()
+
+    def gradient_of(backend: str) -> Tensor:
+        bias = second.clone().requires_grad_()
+        with use_backend(backend):
+            loss = multi_horizon_linear_cross_entropy(**kwargs, biases=[first, bias])
+        return torch.autograd.grad(loss.total, [bias])[0]
+
+    assert_same(gradient_of(backend), gradient_of("reference"), tolerance(backend))
+
+
+@pytest.mark.parametrize("f", [1, 2])
+@pytest.mark.parametrize("detach", [None, "near", "far"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_true_ids_teach_where_the_mask_leaves_them_out(backend: str, detach: str | None, f: int) -> None:
+    """Some cells of one known id, of all ids known, of none, and of ignored ids, which teach nothing."""
+    kwargs = call_of(backend, Horizons((0, 1), (f, 2 * f)), batch=few_clips(backend), softcap=3.0, detach=detach)
+    mask = torch.rand(kwargs["tokens"].shape, device=device_of(backend)) < 0.5
+    mask[:, :, :2, :2], mask[:, :, 2:, :2] = True, False
+    kwargs["tokens"][:, :, 2:, 4] = -100
+    kwargs |= {"token_mask": mask, "consistency_weights": [0, 2.0], "horizon_weights": [0, 0]}
+    kwargs["biases"] = torch.randn_like(kwargs["weight"][:, 0])
+    want = results("reference", kwargs)
+    assert want[0].consistency[1] > 0
+    assert_same(results(backend, kwargs), want, tolerance(backend))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accuracy(backend: str) -> None:
     """Cells of 2 x 2 ids, with the inputs as logits. The smallest of equally frequent ids, or of equal logits, wins."""
@@ -232,6 +382,7 @@ def test_rows_too_long_for_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOPED", 16)
     options = {"softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1, "return_accuracy": True}
     kwargs = call_of("triton", batch=few_clips("triton"), consistency_weights=[0, 0, 2], detach=None, **options)
+    kwargs |= hosts_options(kwargs)
     kwargs["tokens"][0, :, :2, 3:] = -100
     assert_same(results("triton", kwargs), results("reference", kwargs), 1e-5)
 
