@@ -66,6 +66,9 @@ def combine(**changes: Any) -> Any:
     return m.mtp_combine(**{**call, **norms, **changes})
 
 
+LAYER = {"norm": "layer", "norm_weight": torch.ones(8)}
+
+
 def bad_tokens(value: int) -> torch.Tensor:
     ids = torch.zeros(2, 5, 4, 4, dtype=torch.int64)
     ids[1, 2, 3, 0] = value
@@ -125,6 +128,32 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (fan, {"actions": torch.randn(2, 5, 8, device="meta")}, "actions must be on the device of hidden, cpu; got meta"),
     (fan, {"horizons": (1, 2, 4)}, "horizons must be a Horizons, got tuple"),
     (fan, {"norm_weight": torch.ones(2, 8)}, r"norm_weight must have shape \[D\] = \[8\] or \[K, D\] = \[3, 8\]"),
+    (fan, {"norm": "batch"}, "norm must be one of 'rms', 'layer'; got 'batch'"),
+    (fan, {"norm": None}, "norm must be .*got .*None"),
+    (fan, {"norm": "layer"}, 'norm "layer" needs a norm_weight, got None'),
+    (linear, {"norm": "layer", "norm_bias": torch.ones(8)}, 'norm "layer" needs a norm_weight, got None'),
+    (fan, {"norm_weight": torch.ones(8), "norm_bias": torch.ones(8)}, 'norm_bias must be None with norm "rms"'),
+    (linear, {"norm_bias": torch.ones(3, 8)}, 'norm_bias must be None with norm "rms"'),
+    (fan, {**LAYER, "norm_bias": torch.ones(2, 8)}, r"norm_bias must have shape \[D\] = \[8\] or \[K, D\] = \[3, 8\]"),
+    (fan, {**LAYER, "norm_bias": 1.0}, "norm_bias must be a torch.Tensor, got float"),
+    (linear, {**LAYER, "norm_bias": torch.ones(8).half()}, "norm_bias must have the dtype of hidden, float32"),
+    (fan, {"grid": (4, 8)}, r"hidden must have 4 dimensions, \[B, T, S, D\] with grid; got shape \[2, 5, 4, 8, 8\]"),
+    (
+        fan,
+        {"hidden": torch.randn(2, 5, 32, 8), "grid": (4, 4)},
+        r"grid must have as many cells as hidden has tokens, 32",
+    ),
+    (fan, {"hidden": torch.randn(2, 5, 32, 8), "grid": 32}, r"grid must be a pair of integers \(Hp, Wp\), got int"),
+    (fan, {"hidden": torch.randn(2, 5, 32, 8), "grid": (2, 4, 4)}, "grid must be a pair of integers"),
+    (fan, {"hidden": torch.randn(2, 5, 32, 8), "grid": (4, 8.0)}, r"grid\[1\] must be an integer, got 8.0"),
+    (fan, {"hidden": torch.randn(2, 5, 32, 8), "grid": (-4, -8)}, r"grid\[0\] must be >= 1, got -4"),
+    (
+        fan,
+        {"hidden": torch.randn(2, 5, 32, 8), "grid": (2, 16)},
+        r"pool\[2\] = 4 does not divide the token grid 2 x 16",
+    ),
+    (linear, {"grid": (2, 4)}, "grid must have as many cells as hidden has tokens, 6"),
+    (linear, {"hidden": torch.randn(2, 5, 2, 3, 8), "grid": (2, 3)}, r"hidden must have 4 dimensions, .* with grid"),
     (fan, {"norm_eps": NAN}, "norm_eps must be finite, got nan"),
     (fan, {"norm_eps": "small"}, "norm_eps must be a number, got str"),
     (fan, {"grad_monitor": GradMonitor(2)}, "grad_monitor must have K = 3"),

@@ -56,6 +56,37 @@ def test_fan_out(per_horizon: bool) -> None:
     check_gradients(module, module(hidden, actions, **options), expected)
 
 
+@pytest.mark.parametrize("per_horizon", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", [False, True], ids=["FanOut", "MultiHorizonLinear"])
+def test_layer_norm_on_a_grid(heads: bool, bias: bool, per_horizon: bool) -> None:
+    options: dict[str, Any] = {"norm": "layer", "norm_eps": 0.1, "grid": (4, 4)}
+    kwargs = {**options, "norm_bias": bias, "norm_per_horizon": per_horizon}
+    if heads:
+        module: Any = mfwm_nn.MultiHorizonLinear(8, (5, 3, 1), HORIZONS, **kwargs)
+    else:
+        module = mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), **kwargs)
+    shape = (3, 8) if per_horizon else (8,)
+    norms = {name: p for name, p in module.named_parameters() if name.startswith("norm")}
+    assert {name: tuple(p.shape) for name, p in norms.items()} == (
+        {"norm_weight": shape, "norm_bias": shape} if bias else {"norm_weight": shape}
+    )
+    assert (module.norm_weight == 1).all() and (not bias or (module.norm_bias == 0).all())
+    randomised(module)
+    hidden, actions, given = states()
+    hidden = hidden.detach().flatten(2, 3).requires_grad_()
+    given.update(options, norm_weight=module.norm_weight, norm_bias=module.norm_bias)
+    if heads:
+        weights, biases = zip(*((head.weight, head.bias) for head in module.heads), strict=True)
+        expected = m.multi_horizon_linear(hidden, actions, weights, HORIZONS, biases=biases, **given)
+    else:
+        expected = m.fan_out(hidden, actions, HORIZONS, pool=(1, 2, 2), **given)
+    call = {name: given[name] for name in ("condition", "segment_ids")}
+    check_gradients(module, module(hidden, actions, **call), expected)
+    assert ("norm_bias=False" in repr(module)) == (not bias) and "norm='layer'" in repr(module)
+    assert "grid=(4, 4)" in repr(module)
+
+
 def test_fan_out_without_parameters() -> None:
     module = mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), norm=None)
     hidden, actions, _ = states()

@@ -251,7 +251,7 @@ def backward(
 
 
 def norm_gradient_of(args: Arguments, parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the norm's weight or bias: per horizon, the column sums of `gradient`, [sum N_i, D or 1], times W."""
+    """The gradient of the norm's weight or bias: column sums of W times `gradient`, which is [sum N_i, D or 1]."""
     products = torch.cat(args.weights) * gradient
     parts = [products] if parameter.dim() == 1 else products.split(columns_of(args))
     return torch.stack([part.sum(0) for part in parts]).view(parameter.shape).to(parameter.dtype)

@@ -146,7 +146,7 @@ def gradients_of_sums(
 
 
 def variants(make: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Both ops' variants at size genie: monitors, lag gates, segments."""
+    """Both ops' variants at size genie: monitors, lag gates, segments, LayerNorm."""
     kwargs = make(dtype, device)
     batch, positions, width = kwargs["actions"].shape
     count, offsets = len(kwargs["horizons"]), kwargs["horizons"].offsets
@@ -156,6 +156,11 @@ def variants(make: Any, dtype: torch.dtype, device: torch.device) -> Iterator[di
     yield {**kwargs, "norm_weight": None, "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}
     yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids}
     yield {**kwargs, "lag_weight": lag_weight, "segment_ids": segment_ids.int(), "norm_weight": None}
+    layer = {**kwargs, "norm": "layer"}
+    yield layer
+    yield {**layer, "norm_bias": kwargs["norm_weight"]}
+    yield {**layer, "norm_bias": kwargs["norm_weight"],
+           "grad_monitor": GradMonitor(count, [1.0] * count, device=device)}  # fmt: skip
 
 
 def bench_states(batch: int, positions: int, side: int, width: int) -> Any:

@@ -192,6 +192,18 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield {"hidden": normal(0, 3, 4, 4, 8), "actions": normal(0, 3, 8), "horizons": cascade, "pool": (1, 2, 4, 4)}
     yield {"hidden": normal(2, 0, 4, 4, 8), "actions": normal(2, 3, 8), "horizons": cascade, "pool": (1, 2, 4, 4),
            "norm_weight": normal(8)}  # fmt: skip
+    # LayerNorm, with a bias per horizon, one for all of them, and none.
+    yield {
+        "hidden": normal(2, 2, 6, 6, 17), "actions": normal(2, 4, 17), "horizons": Horizons((0, 1, 3), (1, 1, 3)),
+        "pool": (1, 2, 3), "norm": "layer", "norm_weight": normal(3, 17), "norm_bias": normal(17, 3).T,
+        "lag_weight": normal(3, 3, 17), "condition": normal(2, 2, 3, 17),
+    }  # fmt: skip
+    yield {
+        "hidden": normal(2, 2, 32, 32), "actions": normal(2, 3, 32), "horizons": cascade, "pool": (1, 2, 4, 4),
+        "grid": (4, 8), "norm": "layer", "norm_weight": normal(32), "norm_bias": normal(32),
+    }  # fmt: skip
+    yield {"hidden": normal(1, 2, 5, 24), "actions": None, "horizons": cascade, "pool": (1, 1, 1, 1),
+           "norm": "layer", "norm_weight": normal(24)}  # fmt: skip
 
 
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -167,6 +167,20 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "hidden": normal(2, 3, 40, 512)[:, :2], "actions": normal(2, 2, 512), "horizons": cascade,
         "weights": [normal(n, 512) / 512**0.5 for n in (48, 12, 3, 3)], "norm_weight": normal(512),
     }  # fmt: skip
+    # LayerNorm, with a bias per horizon, one for all of them, and none.
+    yield {
+        "hidden": normal(3, 2, 7, 17).transpose(0, 1), "actions": normal(2, 4, 17),
+        "horizons": Horizons((0, 1, 3), (1, 1, 3)), "weights": [normal(17, n).T for n in (5, 9, 2)],
+        "norm": "layer", "norm_weight": normal(3, 17), "norm_bias": normal(17, 3).T, "lag_weight": normal(3, 3, 17),
+        "condition": normal(2, 3, 3, 17),
+    }  # fmt: skip
+    yield {
+        "hidden": normal(2, 3, 20, 24), "actions": normal(2, 5, 24), "horizons": cascade, "grid": (4, 5),
+        "weights": [normal(n, 24) for n in (48, 12, 3, 1)], "biases": [normal(48), None, normal(3), normal(1)],
+        "norm": "layer", "norm_weight": normal(24), "norm_bias": normal(24), "segment_ids": segments,
+    }  # fmt: skip
+    yield {"hidden": normal(2, 4, 3, 8), "actions": None, "horizons": cascade, "norm": "layer",
+           "norm_weight": normal(8), "weights": [normal(6, 8) for _ in range(4)]}  # fmt: skip
 
 
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -91,6 +91,75 @@ def test_actions_that_nearly_cancel_the_hidden_state(backend: str, dtype: torch.
     assert relative_error(heads[1].detach(), plain_heads(*doubled)[1]) <= 2 * eps * growth
 
 
+@pytest.mark.parametrize("deviations", [0.0, 20.0, 100.0])
+@pytest.mark.parametrize("heads", [False, True], ids=["fan_out", "multi_horizon_linear"])
+@pytest.mark.parametrize(("backend", "dtype"), ROUNDED)
+def test_layer_norm_of_rows_with_a_large_mean(backend: str, heads: bool, dtype: torch.dtype, deviations: float) -> None:
+    """Hidden and condition have a mean of many deviations, each row of hidden its own. Against the formula in fp64, at
+    most twice the error of the reference in the same dtype, plus what fp32 sums of such rows lose."""
+    columns, width = (24, 12, 5), 132
+    mean = deviations * torch.randn(2, 3, 8, 1).sign() + deviations * torch.rand(2, 3, 8, 1)
+    leaves = [torch.randn(2, 3, 8, width) + mean, torch.randn(2, 7, width), torch.randn(2, 3, 3, width) + deviations]
+    leaves += [torch.randn(3, width), torch.randn(3, width)]
+    leaves += [torch.randn(n, width) / width**0.5 for n in columns] if heads else []
+    leaves = [leaf.to(dtype) for leaf in leaves]
+    # Gradients whose sums over rows are large too.
+    upstream = [(torch.randn(2, 3, 8, n if heads else width) + 1).to(dtype) for n in columns]
+
+    def ours(
+        hidden: Tensor, actions: Tensor, condition: Tensor, weight: Tensor, bias: Tensor, *weights: Tensor
+    ) -> Sequence[Tensor]:
+        given: dict[str, Any] = {"condition": condition, "norm": "layer", "norm_weight": weight, "norm_bias": bias}
+        if heads:
+            return multi_horizon_linear(hidden, actions, list(weights), HORIZONS, **given)
+        return fan_out(hidden, actions, HORIZONS, pool=(1, 1, 1), **given)
+
+    def formula(
+        hidden: Tensor, actions: Tensor, condition: Tensor, weight: Tensor, bias: Tensor, *weights: Tensor
+    ) -> list[Tensor]:
+        states = []
+        for i, offset in enumerate(HORIZONS.offsets):
+            state = hidden + condition[:, :, None, i]
+            for lag in range(1, offset):
+                state = state + actions[:, lag : lag + hidden.shape[1], None]
+            states.append(F.layer_norm(state, (width,), weight[i], bias[i], 1e-6))
+        return [F.linear(s, w) for s, w in zip(states, weights, strict=True)] if heads else states
+
+    exact = results(formula, [leaf.double() for leaf in leaves], upstream)
+    with use_backend("reference"):
+        reference = results(ours, leaves, upstream)
+    with use_backend(backend):
+        found = results(ours, leaves, upstream)
+    for k, (got, other, right) in enumerate(zip(found, reference, exact, strict=True)):
+        error, allowed = relative_error(got, right), relative_error(other, right)
+        allowed = 2 * allowed + 4 * torch.finfo(FLOAT32).eps * (1 + deviations)
+        assert error <= allowed, f"result {k}: relative error {error:.1e}, allowed {allowed:.1e}"
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["fan_out", "multi_horizon_linear"])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_grid_is_a_view(backend: str, heads: bool) -> None:
+    """Tokens in row order with a grid give what the grid itself gives, in their own layout, gradients included."""
+    states, actions = torch.randn(2, 3, 4, 6, 8), torch.randn(2, 4, 8)
+    # As a model without a class token slices it.
+    tokens = torch.cat([torch.randn(2, 3, 1, 8), states.flatten(2, 3)], 2)[:, :, 1:]
+    upstream = [torch.randn(2, 3, 24 if heads else 24 // p**2, 8) for p in (1, 1, 2)]
+    given: dict[str, Any] = {"norm": "layer", "norm_weight": torch.randn(8), "norm_bias": torch.randn(3, 8)}
+    if heads:
+        op, given = multi_horizon_linear, {**given, "weights": [torch.randn(8, 8) for _ in range(3)]}
+    else:
+        op, given = fan_out, {**given, "pool": (1, 1, 2)}
+    found = []
+    with use_backend(backend):
+        for hidden, grid in ((states, None), (tokens, (4, 6))):
+            hidden.requires_grad_()
+            outputs = op(hidden, actions, horizons=HORIZONS, grid=grid, **given)
+            outputs = [output.flatten(2, -2) for output in outputs] if grid is None else outputs
+            found.append([*outputs, torch.autograd.grad(outputs, hidden, upstream)[0].flatten(2, -2)])
+    assert [tuple(output.shape) for output in found[1][:3]] == [tuple(g.shape) for g in upstream]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(("depth", "grid", "horizons"), [(8, 64, 2), (24, 1, 8), (1000, 2, 3), (8192, 1, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_width_grid_and_number_of_horizons(backend: str, depth: int, grid: int, horizons: int) -> None:

@@ -41,14 +41,15 @@ def test_dropping_a_horizon_leaves_the_others_bit_equal(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scale", [None, [0.5, 2.0, -1.0]])
-def test_grad_monitor(backend: str, scale: list[float] | None) -> None:
+@pytest.mark.parametrize(("norm", "scale"), [("rms", None), ("rms", [0.5, 2.0, -1.0]), ("layer", [0.5, 2.0, -1.0])])
+def test_grad_monitor(backend: str, norm: str, scale: list[float] | None) -> None:
     """Norms and cosines equal those of gradients that are computed one horizon at a time."""
     horizons, pool = Horizons((1, 2, 4), (1, 2, 4)), (1, 2, 4)
     hidden = torch.randn(2, 5, 4, 8, 16, requires_grad=True)
-    actions, norm = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16)
+    actions = torch.randn(2, 5, 16, requires_grad=True)
+    given = {"norm": norm, "norm_weight": torch.randn(16), "norm_bias": torch.randn(16) if norm == "layer" else None}
     with use_backend("reference"):
-        outputs = fan_out(hidden, actions, horizons, pool=pool, norm_weight=norm)
+        outputs = fan_out(hidden, actions, horizons, pool=pool, **given)
         upstream = [torch.randn_like(output) for output in outputs]
         separate = [
             torch.autograd.grad(o, (hidden, actions), g, retain_graph=True, allow_unused=True)
@@ -57,7 +58,7 @@ def test_grad_monitor(backend: str, scale: list[float] | None) -> None:
     rows = torch.stack([gradient[0].flatten() for gradient in separate])
     monitor = GradMonitor(3, scale)
     with use_backend(backend):
-        outputs = fan_out(hidden, actions, horizons, pool=pool, norm_weight=norm, grad_monitor=monitor)
+        outputs = fan_out(hidden, actions, horizons, pool=pool, **given, grad_monitor=monitor)
         hidden_gradient, actions_gradient = torch.autograd.grad(outputs, (hidden, actions), upstream)
     norms = rows.norm(dim=1)
     torch.testing.assert_close(monitor.norms, norms, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import kernels_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +19,7 @@ KERNELS = kernels_of("multi_horizon_linear")
 HORIZONS = Horizons((1, 2, 4), (1, 1, 1))
 
 
-def call_of(dtype: torch.dtype, *tokens: int, width: int = 16) -> dict[str, Any]:
+def call_of(dtype: torch.dtype, *tokens: int, width: int = 16, norm: str = "rms") -> dict[str, Any]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).to(dtype).requires_grad_()
 
@@ -28,7 +29,9 @@ def call_of(dtype: torch.dtype, *tokens: int, width: int = 16) -> dict[str, Any]
         "weights": [normal(n, width) for n in (7, 3, 1)],
         "horizons": HORIZONS,
         "biases": [normal(n) for n in (7, 3, 1)],
+        "norm": norm,
         "norm_weight": normal(width),
+        "norm_bias": normal(3, width) if norm == "layer" else None,
     }
 
 
@@ -47,11 +50,12 @@ def gradients_of(backend: str, kwargs: dict[str, Any], upstream: list[torch.Tens
 
 
 @pytest.mark.parametrize("monitored", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_chunks_that_cut_positions(backend: str, monitored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_that_cut_positions(backend: str, norm: str, monitored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks have 256 rows at least: 256, 256 and 16 of 6 positions of 88."""
     monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
-    kwargs = call_of(torch.float32, 8, 11)
+    kwargs = call_of(torch.float32, 8, 11, norm=norm)
     upstream = [torch.randn(2, 3, 8, 11, n) for n in (7, 3, 1)]
     want = gradients_of("reference", kwargs, upstream)
     if monitored:
@@ -61,12 +65,12 @@ def test_chunks_that_cut_positions(backend: str, monitored: bool, monkeypatch: p
 
 
 @pytest.mark.parametrize("absent", [None, 1])
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("norm", ["rms", "layer", None])
 @pytest.mark.parametrize("scale", [None, [0.5, 2.0, -1.0]])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_grad_monitor(backend: str, scale: list[float] | None, norm: bool, absent: int | None) -> None:
-    kwargs = call_of(torch.float32, 5)
-    if not norm:
+def test_grad_monitor(backend: str, scale: list[float] | None, norm: str | None, absent: int | None) -> None:
+    kwargs = call_of(torch.float32, 5, norm=norm or "rms")
+    if norm is None:
         kwargs["norm_weight"] = None
     upstream = [None if i == absent else torch.randn(2, 3, 5, n) for i, n in enumerate((7, 3, 1))]
     monitors = [GradMonitor(3, scale), GradMonitor(3, scale)]
@@ -77,6 +81,25 @@ def test_grad_monitor(backend: str, scale: list[float] | None, norm: bool, absen
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(results[1], results[0], strict=True))
     torch.testing.assert_close(monitors[1].norms, monitors[0].norms, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(monitors[1].cosines, monitors[0].cosines, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_monitor_of_layer_norm_against_autograd(backend: str) -> None:
+    """Norms and cosines equal those of gradients that autograd computes one horizon at a time, without our ops."""
+    kwargs, upstream = call_of(torch.float32, 5, norm="layer"), [torch.randn(2, 3, 5, n) for n in (7, 3, 1)]
+    hidden, actions, gradients = kwargs["hidden"], kwargs["actions"], []
+    for i, offset in enumerate(HORIZONS.offsets):
+        window = torch.stack([actions[:, n + 1 : n + offset].sum(1) for n in range(3)], 1)
+        state = F.layer_norm(hidden + window[:, :, None], (16,), kwargs["norm_weight"], kwargs["norm_bias"][i], 1e-6)
+        output = F.linear(state, kwargs["weights"][i], kwargs["biases"][i])
+        gradients.append(torch.autograd.grad(output, hidden, upstream[i])[0].flatten())
+    separate = torch.stack(gradients)
+    norms, scale = separate.norm(dim=1), [0.5, 2.0, -1.0]
+    kwargs["grad_monitor"] = monitor = GradMonitor(3, scale)
+    found = gradients_of(backend, kwargs, upstream)[3]
+    torch.testing.assert_close(monitor.norms, norms, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(monitor.cosines, separate @ separate.T / norms[:, None] / norms, rtol=1e-4, atol=1e-5)
+    assert relative_error(found.flatten(), torch.tensor(scale) @ separate) < 1e-5
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -106,12 +129,14 @@ class Storages(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("monitored", [False, True])
+@pytest.mark.parametrize(("norm", "monitored"), [("rms", False), ("rms", True), ("layer", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_temporary_as_large_as_hidden(dtype: torch.dtype, monitored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_temporary_as_large_as_hidden(
+    dtype: torch.dtype, norm: str, monitored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Let the mode see the ops inside our op, instead of routing the call through the registered op.
     monkeypatch.setattr(autograd, "prepare", lambda args: (args, False))
-    kwargs = call_of(dtype, 30, 30, width=64)
+    kwargs = call_of(dtype, 30, 30, width=64, norm=norm)
     upstream = [torch.randn(2, 3, 30, 30, n).to(dtype) for n in (7, 3, 1)]
     if monitored:
         kwargs["grad_monitor"] = GradMonitor(3)
