@@ -80,6 +80,7 @@ CLIPS = (
     "embedding",
     "actions",
     "segment_ids",
+    "position_weights",
 )
 
 

@@ -409,14 +409,22 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     def bytes_(*shape: int) -> Tensor:
         return torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
 
-    def inputs(video: Tensor, horizons: Horizons, positions: int, patch_sizes: tuple[int, ...] | None = None) -> Any:
+    def inputs(
+        video: Tensor,
+        horizons: Horizons,
+        positions: int,
+        patch_sizes: tuple[int, ...] | None = None,
+        kinds: tuple[str, ...] | None = None,
+    ) -> Any:
         preds = []
         for i, factor in enumerate(horizons.factors):
             shape = list(output_shape(video, factor, None if patch_sizes is None else patch_sizes[i]))
             shape[1] = positions
+            if kinds is not None and kinds[i] in KIND_OF_MEANS:
+                shape[2 if patch_sizes is None else 3] *= 2
             preds.append(normal(*shape))
         tokens = {} if patch_sizes is None else {"patch_sizes": patch_sizes}
-        return {"preds": preds, "video": video, "horizons": horizons, **tokens}
+        return {"preds": preds, "video": video, "horizons": horizons, **tokens, **({"kind": kinds} if kinds else {})}
 
     cascade = Horizons.cascade(4)
     segments = torch.tensor([[0] * 4 + [1] * 8, [5] * 12], device=device)
@@ -443,6 +451,22 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     yield {**thwc, "preds": [p.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for p in thwc["preds"]],
            "consistency_weights": torch.tensor([[0.0, 0.5], [0.0, 0.0]], device=device).T.contiguous().T,
            "detach": None}  # fmt: skip
+    yield {
+        "preds": [normal(1, 5, 24, 10), normal(1, 5, 6, 10)], "video": normal(1, 6, 24, 5),
+        "horizons": Horizons((1, 2), (1, 2)),
+        "kind": "laplace", "grid": (4, 6), "segment_ids": segments[:1, 2:8], "consistency_weights": [0, 0.5],
+        "motion_gain": 2.0,
+    }  # fmt: skip
+    mixed = inputs(bytes_(2, 6, 3, 8, 12), Horizons((1, 2, 4), (1, 2, 2)), 5, kinds=("laplace", "huber", "gaussian"))
+    weights = torch.arange(30, device=device).remainder(4).div(2).view(2, 5, 3)
+    yield {
+        **mixed, "residual": True, "motion_gain": 0.7, "position_weights": weights, "beta": 0.25, "detach": None,
+        "horizon_weights": torch.tensor([1.0, 0.5, 0.25], device=device),
+        "consistency_weights": torch.tensor([[0, 0.5, 0.25], [0, 0, 1.5], [0, 0, 0]], device=device),
+    }  # fmt: skip
+    gaussians = inputs(normal(1, 5, 2, 8, 4), Horizons((0, 1, 2), (1, 2, 2)), 4, (2, 1, 2), ("gaussian",) * 3)
+    yield {**gaussians, "beta": 0.5, "consistency_weights": [0, 1, 0.5], "detach": "far",
+           "position_weights": weights[0, :4, :1].T.double()}  # fmt: skip
     # Shorter than the longest offset, so the last horizon counts nowhere.
     yield {**inputs(bytes_(1, 5, 3, 8, 8), cascade, 5), "consistency_weights": [0.0, 1.0, 1.0, 1.0]}
     yield inputs(bytes_(0, 4, 3, 8, 8), cascade, 4)
@@ -450,7 +474,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
 
 
 def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
-    def with_all(size: str, kind: str) -> dict[str, Any]:
+    def with_all(size: str, kind: str | Sequence[str]) -> dict[str, Any]:
         kwargs = OP.bench[size](dtype, device)
         segment_ids = torch.empty(kwargs["video"].shape[:2], dtype=torch.int64, device=device)
         return {**kwargs, "kind": kind, "residual": True, "segment_ids": segment_ids}
@@ -463,6 +487,19 @@ def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any
     shapes = [output_shape(tokens["video"], factor, None) for factor in tokens["horizons"].factors]
     images = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     yield {**tokens, "preds": images, "patch_sizes": None}
+
+    def with_distributions(size: str, *kinds: str) -> dict[str, Any]:
+        kwargs = {**with_all(size, kinds), "motion_gain": 0.5, "beta": 0.5}
+        batch, time = kwargs["video"].shape[:2]
+        preds = [
+            torch.cat([pred, pred], 2 if pred.dim() == 5 else 3) if kind in KIND_OF_MEANS else pred
+            for kind, pred in zip(kinds, kwargs["preds"], strict=True)
+        ]
+        return {**kwargs, "preds": preds, "position_weights": torch.ones(batch, time, len(kinds), device=device)}
+
+    yield with_distributions("genie", "gaussian", "laplace", "gaussian", "laplace")
+    yield with_distributions("genie", "l1", "mse", "laplace", "gaussian")
+    yield with_distributions("latents", "huber", "charbonnier", "gaussian", "laplace")
 
 
 def cost(kwargs: dict[str, Any]) -> Cost:
