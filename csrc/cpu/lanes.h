@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -211,6 +213,37 @@ struct Lanes {
     return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
   }
 
+  // e^x, with relative errors up to 2e-7 in fp32 and 4e-14 in fp64; 0 where it would be subnormal.
+  static MFWM_INLINE type exponential(const type& x) {
+    constexpr bool is_double = std::is_same_v<C, double>;
+    const type zero{}, t = x * C(1.44269504088896340736), half = zero + C(0.5);
+    // x = n log(2) + r. n * upper is exact, because upper ends in enough zero bits. lower is applied to e^r and not to
+    // r, because the compiler may add the two constants (-fassociative-math).
+    const type to_round = t + (t < zero ? -half : half);
+    const Whole n = __builtin_convertvector(to_round, Whole);
+    const type whole = __builtin_convertvector(n, type);
+    constexpr C upper = is_double ? C(6.93147180369123816490e-01) : C(0.693145751953125);
+    constexpr C lower = is_double ? C(1.90821492927058770002e-10) : C(1.42860682030941723212e-6);
+    const type r = x - whole * upper;
+    // Taylor's polynomial: |r| <= log(2) / 2, so the next term is below 1e-8, or 2e-16.
+    constexpr C coefficients[] = {C(1.0 / 479001600), C(1.0 / 39916800), C(1.0 / 3628800), C(1.0 / 362880),
+                                  C(1.0 / 40320),     C(1.0 / 5040),     C(1.0 / 720),     C(1.0 / 120),
+                                  C(1.0 / 24),        C(1.0 / 6),        C(0.5),           C(1),
+                                  C(1)};
+    constexpr int first = is_double ? 0 : 5;
+    type power = zero + coefficients[first];
+    for (int k = first + 1; k < 13; ++k) power = power * r + coefficients[k];
+    power -= power * (whole * lower);
+    // Multiply by 2^n.
+    constexpr int mantissa = std::numeric_limits<C>::digits - 1;
+    const Exponents exponents = __builtin_convertvector(n, Exponents) * (Word(1) << mantissa);
+    power = reinterpret_cast<type>(reinterpret_cast<Exponents>(power) + exponents);
+    constexpr C largest = is_double ? C(709.782712893384) : C(88.72283);
+    constexpr C smallest = is_double ? C(-708.396418532264) : C(-87.33654);
+    power = x > zero + largest ? zero + std::numeric_limits<C>::infinity() : x < zero + smallest ? zero : power;
+    return x == x ? power : x;
+  }
+
  private:
   // Lanes 0, 3, 6 of a; 1, 4, 7 of b; 2, 5 of c.
   static MFWM_INLINE type blended(const type& a, const type& b, const type& c) {
@@ -223,6 +256,9 @@ struct Lanes {
   typedef C StoredHalf __attribute__((vector_size(16), aligned(sizeof(C)), may_alias));
   typedef uint64_t Quarters __attribute__((vector_size(16)));
   typedef uint64_t StoredQuarter __attribute__((aligned(2), may_alias));
+  typedef std::conditional_t<std::is_same_v<C, double>, int64_t, int32_t> Word;
+  typedef Word Exponents __attribute__((vector_size(32)));
+  typedef int32_t Whole __attribute__((vector_size(4 * count)));
   typedef uint32_t Bits __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
   typedef long long Words __attribute__((vector_size(32)));

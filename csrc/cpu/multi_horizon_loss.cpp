@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "loss_tile.h"
+#include "weighted_loss.h"
 
 namespace mfwm::cpu {
 namespace {
@@ -16,11 +16,19 @@ struct Pair {
   bool exclusive;  // no other pair adds to the far horizon's gradient or to that level's
 };
 
+// Predictions of one horizon, or their gradients: means, or log-scales. Without an array there are none.
+struct Part {
+  Frames frames;
+  bool in_place = false;  // read or written in the tensor; otherwise a tile of C is copied
+  int64_t copy_at = 0;    // the offset of that tile in a thread's scratch
+};
+
 // A thread's state for the tile that it is processing: an entry per horizon, or per horizon and level of its near
 // chain.
 template <class C>
 struct TileState {
   std::vector<char> counted;
+  std::vector<double> weight;  // of the position at which the prediction was computed
   std::vector<AnyTile<C>> pred, gradient;
   std::vector<Addition<C>> addition;            // the pairs' contribution to the gradient
   std::vector<Tile<const C>> average_of;        // the levels of the near chain being compared
@@ -28,6 +36,7 @@ struct TileState {
 
   explicit TileState(const std::vector<std::vector<Level>>& near_chain)
       : counted(near_chain.size()),
+        weight(counted.size()),
         pred(counted.size()),
         gradient(counted.size()),
         addition(counted.size()),
@@ -47,7 +56,7 @@ struct Loss {
   // Horizon i predicts frames offset .. positions - 1 + offset; predictions beyond the video get a zero gradient.
   const int64_t target_frames = std::max(frames, positions + op.offsets.back());
   Frames video{op.video, 0, channels, op.video.size[3], op.video.size[4]};
-  std::vector<Frames> preds, gradients;
+  std::vector<Part> preds, gradients, log_scales, log_scale_gradients;
   std::vector<Level> chain;                    // the video's, base 1
   std::vector<int> level_of;                   // horizon -> level of that chain
   std::vector<std::vector<Level>> near_chain;  // horizon i -> the chain of its predictions, base f_i
@@ -64,7 +73,7 @@ struct Loss {
   bool from_bytes;
   // Offsets into a thread's scratch, in elements.
   int64_t scratch_size = 0, row_scratch, base, difference_at;
-  std::vector<int64_t> level_at, other_level_at, pred_at, gradient_at, addition_at;
+  std::vector<int64_t> level_at, other_level_at, addition_at, motion_at;
   std::vector<std::vector<int64_t>> near_at, near_gradient_at;
 
   Loss(const MultiHorizonLoss& op_, int threads_)
@@ -73,15 +82,21 @@ struct Loss {
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
         tiling(video.height, video.width, op_.factors, batch * frames,
-               target_pixels<C>(op_.factors, channels_at_once(), 2, 1)) {
+               target_pixels<C>(op_.factors, channels_at_once(), has_distributions() ? 4 : 2, 1)) {
     for (int i = 0; i < count; ++i) {
-      Frames pred{op.preds[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels, video.height / op.factors[i],
-                  video.width / op.factors[i]};
-      preds.push_back(pred);
-      is_split = is_split && pred.array.dtype == DType::bfloat16;
-      pred.array = op.gradients[i];
-      is_split = is_split && (!pred.array || pred.is_plain_image());
-      gradients.push_back(pred);
+      preds.push_back({frames_of(op.preds[i], i, false)});
+      gradients.push_back({frames_of(op.gradients[i], i, false)});
+      log_scales.push_back({frames_of(op.preds[i], i, true)});
+      log_scale_gradients.push_back({frames_of(op.gradients[i], i, true)});
+      is_split = is_split && op.preds[i].dtype == DType::bfloat16 && !is_weighted(i) &&
+                 (!op.gradients[i] || gradients[i].frames.is_plain_image());
+    }
+    for (int i = 0; i < count; ++i) {
+      const bool converts_bf16 = std::is_same_v<C, float> && !is_weighted(i);
+      preds[i].in_place = !op.residual && can_be_in_place(preds[i], converts_bf16);
+      log_scales[i].in_place = can_be_in_place(log_scales[i], false);
+      gradients[i].in_place = is_split || can_be_in_place(gradients[i], false);
+      log_scale_gradients[i].in_place = can_be_in_place(log_scale_gradients[i], false);
       level_of.push_back(index_of(chain, op.factors[i]));
       std::vector<int64_t> far;
       for (size_t k = 0; k < op.pairs.size(); k += 2)
@@ -89,7 +104,7 @@ struct Loss {
       near_chain[i] = chain_of(op.factors[i], far);
     }
     from_bytes = is_split && op.video.dtype == DType::uint8 && video.is_plain_image();
-    for (int i = 0; i < count; ++i) from_bytes = from_bytes && (op.factors[i] > 1 || reads_in_place(i));
+    for (int i = 0; i < count; ++i) from_bytes = from_bytes && (op.factors[i] > 1 || preds[i].in_place);
     for (const Level& level : chain)
       from_bytes = from_bytes && (level.factor == 1 || level.ratio == 2 || !is_from_frame(level));
     for (size_t k = 0; k < op.pairs.size(); k += 2) {
@@ -102,12 +117,35 @@ struct Loss {
                                 (other.near == pair.near && other.level == pair.level)))
           pair.exclusive = false;
     int64_t bytes = 0;
-    for (const Frames& gradient : gradients)
-      if (gradient.array)
-        bytes += batch * positions * channels * gradient.height * gradient.width * size_of(gradient.array.dtype);
+    for (const Part& gradient : gradients) {
+      const Frames& frames = gradient.frames;
+      if (frames.array) bytes += batch * positions * channels * frames.height * frames.width * size_of(frames.array.dtype);
+    }
     streams = bytes > int64_t(16) << 20;
     lay_out_scratch();
     count_elements();
+  }
+
+  bool has_distributions() const { return std::any_of(op.kinds.begin(), op.kinds.end(), is_distribution); }
+  // Whether the horizon's loss is that of weighted_loss.h.
+  bool is_weighted(int i) const { return op.motion_gain > 0 || is_distribution(op.kinds[i]); }
+  bool needs_current_frame() const { return op.residual || op.motion_gain > 0; }
+
+  // The means in an array of horizon i, or the log-scales that follow them; none if it has none.
+  Frames frames_of(Array array, int i, bool log_scale) const {
+    const int64_t factor = op.factors[i], patch = op.patch_sizes.empty() ? 0 : op.patch_sizes[i];
+    if (log_scale && !is_distribution(op.kinds[i])) array = {};
+    if (log_scale && array) {
+      const int64_t first = patch == 0 ? channels * array.stride[2] : patch * patch * channels * array.stride[3];
+      array.data = static_cast<char*>(array.data) + first * size_of(array.dtype);
+    }
+    return {array, patch, channels, video.height / factor, video.width / factor};
+  }
+
+  // Contiguous elements of C, or of bf16 where that is converted on the way.
+  static bool can_be_in_place(const Part& part, bool converts_bf16) {
+    const DType dtype = part.frames.array.dtype;
+    return part.frames.is_plain_image() && (dtype == dtype_of<C> || (converts_bf16 && dtype == DType::bfloat16));
   }
 
   // The channels of a token share its cache lines, so read and write all channels of a tile of tokens together.
@@ -124,16 +162,17 @@ struct Loss {
     scratch_size += 2 * padded<C>(tiling.columns);
     base = reserve(1);
     for (const Level& level : chain) level_at.push_back(level.factor == 1 ? base : reserve(level.factor));
-    // With `residual`, a second pyramid: of the frame that the prediction is added to.
-    if (op.residual)
+    // A second pyramid: of the frame at which the predictions were computed.
+    if (needs_current_frame())
       for (const Level& level : chain) other_level_at.push_back(reserve(level.factor));
     near_at.resize(count);
     near_gradient_at.resize(count);
     addition_at.resize(count);
     int64_t finest = 0;  // the smallest far factor
     for (int i = 0; i < count; ++i) {
-      pred_at.push_back(reads_in_place(i) ? 0 : reserve(op.factors[i], channels_at_once()));
-      gradient_at.push_back(writes_in_place(i) ? 0 : reserve(op.factors[i], channels_at_once()));
+      for (Part* part : {&preds[i], &gradients[i], &log_scales[i], &log_scale_gradients[i]})
+        if (part->frames.array && !part->in_place) part->copy_at = reserve(op.factors[i], channels_at_once());
+      if (op.motion_gain > 0) motion_at.push_back(reserve(op.factors[i]));
       for (const Level& level : near_chain[i]) {
         near_at[i].push_back(reserve(level.factor));
         near_gradient_at[i].push_back(reserve(level.factor));
@@ -147,20 +186,17 @@ struct Loss {
     if (finest > 0) difference_at = reserve(finest);
   }
 
-  // In place requires contiguous elements of C or, if C is float, of bf16.
-  bool reads_in_place(int i) const {
-    const DType dtype = preds[i].array.dtype;
-    return !op.residual && preds[i].is_plain_image() &&
-           (dtype == dtype_of<C> || (dtype == DType::bfloat16 && std::is_same_v<C, float>));
-  }
-  bool writes_in_place(int i) const {
-    return is_split || (gradients[i].is_plain_image() && gradients[i].array.dtype == dtype_of<C>);
-  }
-
   // Whether horizon i has a position that predicts frame m, and whether that prediction counts.
   bool active(int i, int64_t m) const { return m >= op.offsets[i] && m - op.offsets[i] < positions; }
   bool counted(int i, int64_t b, int64_t m) const {
-    return m < frames && active(i, m) && same_segment(op.segment_ids, b, m - op.offsets[i], m);
+    return m < frames && active(i, m) && same_segment(op.segment_ids, b, m - op.offsets[i], m) &&
+           position_weight(i, b, m) > 0;
+  }
+  // The weight of the position at which horizon i predicts frame m.
+  double position_weight(int i, int64_t b, int64_t m) const {
+    const Array& weights = op.position_weights;
+    if (!weights) return 1;
+    return number_at(weights, b * weights.stride[0] + (m - op.offsets[i]) * weights.stride[1] + i * weights.stride[2]);
   }
 
   // The offset of a term in an array indexed by horizon, or in one indexed by pair.
@@ -184,7 +220,7 @@ struct Loss {
       }
     for (size_t k = 0; k < counts.size(); ++k) {
       const int i = k < preds.size() ? static_cast<int>(k) : pairs[k - count].far;
-      counts[k] *= channels * preds[i].height * preds[i].width;
+      counts[k] *= channels * preds[i].frames.height * preds[i].frames.width;
       const double mean = weight_of(k) / static_cast<double>(counts[k]);
       coefficient.push_back(counts[k] == 0 ? 0 : std::isnan(mean) ? std::numeric_limits<double>::quiet_NaN() : mean);
     }
@@ -201,8 +237,10 @@ struct Loss {
   MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor, bool split = false) const {
     return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, split};
   }
-  MFWM_INLINE Curve<C> curve_of(size_t k) const {
-    return {op.kinds[0], static_cast<C>(coefficient[k] * omitted_factor(op.kinds[0])), static_cast<C>(op.delta),
+  // The curve of a term. `weight` is that of the position.
+  MFWM_INLINE Curve<C> curve_of(size_t k, double weight = 1) const {
+    const LossKind kind = k < preds.size() ? op.kinds[k] : kind_of_means(op.kinds[pairs[k - count].far]);
+    return {kind, static_cast<C>(weight * coefficient[k] * omitted_factor(kind)), static_cast<C>(op.delta),
             static_cast<C>(op.eps)};
   }
 
@@ -242,49 +280,68 @@ struct Loss {
     }
   }
 
-  // Horizon i's prediction of the frame: in place if possible, else a copy in scratch.
-  MFWM_SIMD AnyTile<C> prediction(int i, const Place& place, C* scratch) const {
-    const Frames& pred = preds[i];
+  // The tile of horizon i's predictions of the frame, or of their gradients: in place, or in scratch.
+  MFWM_INLINE AnyTile<C> tile_of(const Part& part, int i, const Place& place, C* scratch) const {
+    if (!part.frames.array) return {};
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
-    const Tile<C> copy = tile_at(scratch, pred_at[i] + plane_at(place, factor), place, factor);
-    if (reads_in_place(i)) return {pred.array, pred.image_offset(place.b, n, place.c, y, x), copy};
-    if (channels_at_once() == 1)
-      pred.load(copy.data, place.b, n, place.c, y, x, copy.rows, copy.columns);
-    else if (place.c == 0)
-      pred.load_channels(copy.data, plane_of(factor), place.b, n, y, x, copy.rows, copy.columns);
-    if (op.residual) {
-      build_pyramid(n, place, scratch, other_level_at, level_of[i], false);
-      const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, factor);
-      for (int64_t r = 0; r < copy.rows; ++r) {
-        C *__restrict to = copy.row(r), *__restrict add = current.row(r);
-        for (int64_t k = 0; k < copy.columns; ++k) {
-          const C sum = to[k] + add[k];
-          // Make every NaN quiet: its lower 16 bits must be zero (see Split in lanes.h).
-          to[k] = sum == sum ? sum : std::numeric_limits<C>::quiet_NaN();
-        }
-      }
-    }
-    return copy;
-  }
-
-  // The tile to compute horizon i's gradient in: in place if possible, else in scratch; empty if it needs no gradient.
-  MFWM_INLINE AnyTile<C> gradient_tile(int i, const Place& place, C* scratch) const {
-    const Frames& gradient = gradients[i];
-    if (!gradient.array) return {};
-    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
-    const Tile<C> tile = tile_at(scratch, gradient_at[i] + plane_at(place, factor), place, factor);
-    if (writes_in_place(i)) return {gradient.array, gradient.image_offset(place.b, n, place.c, y, x), tile};
+    const Tile<C> tile = tile_at(scratch, part.copy_at + plane_at(place, factor), place, factor);
+    if (part.in_place) return {part.frames.array, part.frames.image_offset(place.b, n, place.c, y, x), tile};
     return tile;
   }
 
-  MFWM_INLINE void store_gradient(int i, const Place& place, const AnyTile<C>& tile) const {
+  // Fill the tile if it is a copy.
+  MFWM_INLINE void load(const Part& part, int i, const Place& place, const AnyTile<C>& tile) const {
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
-    if (!tile.data || writes_in_place(i)) return;
+    if (!tile.data || part.in_place) return;
+    C* to = static_cast<C*>(tile.data);
+    if (channels_at_once() == 1)
+      part.frames.load(to, place.b, n, place.c, y, x, tile.rows, tile.columns);
+    else if (place.c == 0)
+      part.frames.load_channels(to, plane_of(factor), place.b, n, y, x, tile.rows, tile.columns);
+  }
+
+  // Write the tile to its tensor if it is a copy.
+  MFWM_INLINE void store(const Part& part, int i, const Place& place, const AnyTile<C>& tile) const {
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
+    if (!tile.data || part.in_place) return;
     const C* from = static_cast<const C*>(tile.data) - plane_at(place, factor);
     if (channels_at_once() == 1)
-      gradients[i].store(from, place.b, n, place.c, y, x, tile.rows, tile.columns);
+      part.frames.store(from, place.b, n, place.c, y, x, tile.rows, tile.columns);
     else if (place.c == channels - 1)
-      gradients[i].store_channels(from, plane_of(factor), place.b, n, y, x, tile.rows, tile.columns);
+      part.frames.store_channels(from, plane_of(factor), place.b, n, y, x, tile.rows, tile.columns);
+  }
+
+  static void set_zero(const AnyTile<C>& any) {
+    if (!any.data) return;
+    any.visit([&](const auto& tile) {
+      for (int64_t r = 0; r < tile.rows; ++r)
+        std::memset(static_cast<void*>(tile.row(r)), 0, tile.columns * sizeof(*tile.data));
+    });
+  }
+
+  // Horizon i's means. Computes the weights of motion too.
+  MFWM_SIMD AnyTile<C> prediction(int i, const Place& place, C* scratch) const {
+    const AnyTile<C> means = tile_of(preds[i], i, place, scratch);
+    load(preds[i], i, place, means);
+    if (!needs_current_frame()) return means;
+    build_pyramid(place.m - op.offsets[i], place, scratch, other_level_at, level_of[i], false);
+    const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, op.factors[i]);
+    if (op.motion_gain > 0) {
+      const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
+      motion_weight(read_only(target), read_only(current), static_cast<C>(op.motion_gain),
+                    tile_at(scratch, motion_at[i], place, op.factors[i]));
+    }
+    if (!op.residual) return means;
+    const Tile<C> copy = means.template as<C>();
+    for (int64_t r = 0; r < copy.rows; ++r) {
+      C *__restrict to = copy.row(r), *__restrict add = current.row(r);
+      for (int64_t k = 0; k < copy.columns; ++k) {
+        const C sum = to[k] + add[k];
+        // Make every NaN quiet: its lower 16 bits must be zero (see Split in lanes.h).
+        to[k] = sum == sum ? sum : std::numeric_limits<C>::quiet_NaN();
+      }
+    }
+    return means;
   }
 
   // The pairs' contribution to horizon i's gradient, converted to a full-size tile that more can be added to.
@@ -377,6 +434,31 @@ struct Loss {
     }
   }
 
+  // The losses of horizon i at one place, times the weight of the position. Also writes the gradients.
+  MFWM_INLINE double compare(int i, const Place& place, TileState<C>& state, C* scratch) const {
+    Target<C> target{read_only(tile_at(scratch, level_at[level_of[i]], place, op.factors[i], is_split))};
+    const AnyTile<C>& gradient = state.gradient[i];
+    const Curve<C> curve = curve_of(i, state.weight[i]);
+    if (is_weighted(i)) {
+      const AnyTile<C> log_scale = tile_of(log_scales[i], i, place, scratch);
+      const AnyTile<C> slope = tile_of(log_scale_gradients[i], i, place, scratch);
+      load(log_scales[i], i, place, log_scale);
+      WeightedTiles<C> tiles{state.pred[i].template as<const C>(), log_scale.template as<const C>(), target.tile};
+      if (op.motion_gain > 0) tiles.weight = read_only(tile_at(scratch, motion_at[i], place, op.factors[i]));
+      if (state.addition[i].ratio == 2) addition_tile(i, place, state, scratch);
+      tiles.addition = state.addition[i].tile;
+      tiles.gradient = gradient.template as<C>(), tiles.log_scale_gradient = slope.template as<C>();
+      const double sum = weighted_loss(tiles, curve, static_cast<C>(op.beta));
+      store(log_scale_gradients[i], i, place, slope);
+      return sum * state.weight[i];
+    }
+    if (from_bytes && op.factors[i] == 1)
+      target = {target.tile, bytes_at(place.m, place), static_cast<C>(op.scale), static_cast<C>(op.shift)};
+    const bool stream = streams && gradients[i].in_place && gradient.is_aligned();
+    return state.weight[i] *
+           loss_and_gradient<C>(state.pred[i], target, gradient, state.addition[i], curve, preds[i].in_place, stream);
+  }
+
   // Compute all losses and gradients at one place.
   void process(const Place& place, TileState<C>& state, double* sums, C* scratch) const {
     int coarsest = -1;
@@ -384,7 +466,7 @@ struct Loss {
       if (state.counted[i]) coarsest = std::max(coarsest, level_of[i]);
     if (coarsest >= 0) build_pyramid(place.m, place, scratch, level_at, coarsest, is_split);
     for (int i = 0; i < count; ++i) {
-      if (active(i, place.m)) state.gradient[i] = gradient_tile(i, place, scratch);
+      if (active(i, place.m)) state.gradient[i] = tile_of(gradients[i], i, place, scratch);
       if (state.counted[i]) state.pred[i] = prediction(i, place, scratch);
       state.addition[i] = {};
     }
@@ -393,22 +475,15 @@ struct Loss {
     // Last horizon first, because a far gradient must be computed before that of its near horizon.
     for (int i = count - 1; i >= 0; --i) {
       if (!active(i, place.m)) continue;
-      const AnyTile<C>& gradient = state.gradient[i];
       if (state.counted[i]) {
         if (!near_chain[i].empty()) backpropagate_levels(i, place, state, scratch);
-        Target<C> target{read_only(tile_at(scratch, level_at[level_of[i]], place, op.factors[i], is_split))};
-        if (from_bytes && op.factors[i] == 1)
-          target = {target.tile, bytes_at(place.m, place), static_cast<C>(op.scale), static_cast<C>(op.shift)};
-        const bool stream = streams && writes_in_place(i) && gradient.is_aligned();
-        sums[i] += loss_and_gradient<C>(state.pred[i], target, gradient, state.addition[i], curve_of(i),
-                                        reads_in_place(i), stream);
-      } else if (gradient.data) {
-        gradient.visit([&](const auto& tile) {
-          for (int64_t r = 0; r < tile.rows; ++r)
-            std::memset(static_cast<void*>(tile.row(r)), 0, tile.columns * sizeof(*tile.data));
-        });
+        sums[i] += compare(i, place, state, scratch);
+      } else {
+        const AnyTile<C> slope = tile_of(log_scale_gradients[i], i, place, scratch);
+        set_zero(state.gradient[i]), set_zero(slope);
+        store(log_scale_gradients[i], i, place, slope);
       }
-      store_gradient(i, place, gradient);
+      store(gradients[i], i, place, state.gradient[i]);
     }
   }
 
@@ -423,7 +498,10 @@ struct Loss {
       const int64_t m = frame % target_frames, b = frame / target_frames;
       const int64_t top = chunk * tiling.chunk_rows, bottom = std::min(tiling.height, top + tiling.chunk_rows);
       TileState<C>& state = states[omp_get_thread_num()];
-      for (int i = 0; i < count; ++i) state.counted[i] = counted(i, b, m);
+      for (int i = 0; i < count; ++i) {
+        state.counted[i] = counted(i, b, m);
+        state.weight[i] = state.counted[i] ? position_weight(i, b, m) : 0;
+      }
       for (int64_t first = 0; first < channels; first += channels_at_once())
         for (int64_t y = top; y < bottom; y += tiling.rows)
           for (int64_t x = 0; x < tiling.width; x += tiling.columns)

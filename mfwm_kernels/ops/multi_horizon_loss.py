@@ -565,7 +565,7 @@ OP = register(
             "latents": _bench(16, 32, 16, 32, (1, 2, 2, 2), 2, latents=True),
         },
         backends={
-            "cpu": Backend(kernels=("multi_horizon_loss",), refuses=refused_by_kernels, dtypes=check.FLOATING),
+            "cpu": Backend(kernels=("multi_horizon_loss",), dtypes=check.FLOATING),
             "triton": Backend(
                 kernels=(
                     "multi_horizon_loss",
