@@ -521,12 +521,13 @@ def refused_by_kernels(args: Arguments) -> str:
 
 
 def refused_by_triton(args: Arguments) -> str:
-    return "video is float64" if args.video.dtype == torch.float64 else refused_by_kernels(args)
+    return "video is float64" if args.video.dtype == torch.float64 else ""
 
 
 def refused_by_cuda(args: Arguments) -> str:
-    if refused_by_triton(args):
-        return refused_by_triton(args)
+    refused = refused_by_triton(args) or refused_by_kernels(args)
+    if refused:
+        return refused
     return f"it serves 16 horizons, these are {len(args.preds)}" if len(args.preds) > 16 else ""
 
 
