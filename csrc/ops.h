@@ -186,7 +186,8 @@ struct MultiHorizonLoss {
 
 // Scratch memory for the CUDA kernels of multi_horizon_loss.
 struct MultiHorizonLossScratch {
-  Array term_counts;  // [terms] int64 with segments, else none. The terms are the horizons, then the pairs.
+  // [terms] int64 with segments or position weights, else none. The terms are the horizons, then the pairs.
+  Array term_counts;
   Array partial;      // [terms, blocks] float32; caps the number of blocks launched
 };
 

@@ -19,7 +19,7 @@ from mfwm_kernels import Horizons, multi_horizon_loss
 from mfwm_kernels.backends import BackendError, use_backend
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
 from mfwm_kernels.op import OPS
-from mfwm_kernels.ops.multi_horizon_loss import KINDS
+from mfwm_kernels.ops.multi_horizon_loss import KIND_OF_MEANS, KINDS
 from mfwm_kernels.ops.video_pyramid import output_shape
 
 if shutil.which("g++") is None:
@@ -27,6 +27,7 @@ if shutil.which("g++") is None:
 
 CUDA_OPS = [op for op in OPS.values() if "cuda" in op.backends]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHTS = (torch.float32, torch.float64)
 CASES = [
     pytest.param(op, dtype, id=f"{op.name}-{str(dtype)[6:]}")
     for op in CUDA_OPS
@@ -84,7 +85,8 @@ def random_loss(seed: int) -> tuple[dict[str, Any], torch.dtype]:
     factors = draw.choice([(1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 3, 6), (1, 3), (2, 4, 16)])
     places = sorted({(draw.choice([0, 1, 2, 3, 4, 6]), draw.choice(factors)) for _ in range(count)})
     horizons, count = Horizons(*map(tuple, zip(*places, strict=True))), len(places)
-    patches = [draw.randint(1, 3) for _ in places] if draw.random() < 0.4 else None
+    layout = draw.choice(["images", "images", "tokens", "tokens", "grid"])
+    patches = [draw.randint(1, 3) for _ in places] if layout == "tokens" else None
     step = math.lcm(*(f * (1 if patches is None else patches[i]) for i, f in enumerate(horizons.factors)))
     height, width = step * draw.randint(1, max(1, 32 // step)), step * draw.randint(1, max(1, 32 // step))
     frames = draw.choice([2, 5, 9])
@@ -93,17 +95,36 @@ def random_loss(seed: int) -> tuple[dict[str, Any], torch.dtype]:
     dtype, video_dtype = draw.choice(dtypes), draw.choice([torch.uint8, torch.uint8, *dtypes])
     video = (torch.randint(0, 256, shape) if video_dtype == torch.uint8 else torch.randn(shape)).to(video_dtype)
     positions = draw.choice([frames, max(1, frames - 2)])
+    kinds = [draw.choice(KINDS) for _ in places] if draw.random() < 0.4 else [draw.choice(KINDS)] * count
+    # Clamped log-scales outweigh all others, so only some calls have them.
+    spread = draw.choice([1, 1, 6])
+    weights = None
+    if draw.random() < 0.5:
+        weights = torch.rand(shape[0], positions, *draw.choice([(), (count,)]), dtype=draw.choice(WEIGHTS))
+        weights = (weights * (torch.rand(weights.shape) > 0.3)).to(weights.dtype)
+        weights = draw.choice([weights, weights.mT.contiguous().mT, weights[:, :1].expand_as(weights)])
     preds = []
     for i, factor in enumerate(horizons.factors):
         batch, _, *rest = output_shape(video, factor, None if patches is None else patches[i])
-        preds.append(strided(torch.randn(batch, positions, *rest).to(dtype)))
+        channels = -1 if layout == "tokens" else 2
+        pred = torch.randn(batch, positions, *rest)
+        if kinds[i] in KIND_OF_MEANS:
+            pred = torch.cat([pred, spread * torch.randn_like(pred)], channels)
+        if weights is not None:
+            # What does not count must not leak.
+            pred[(weights if weights.dim() == 2 else weights[:, :, i]) == 0] = float("inf")
+        preds.append(strided((pred.flatten(3).mT if layout == "grid" else pred).to(dtype)))
     kwargs: dict[str, Any] = {
-        "preds": preds, "video": strided(video), "horizons": horizons, "residual": draw.random() < 0.3,
-        "kind": draw.choice(KINDS), "detach": draw.choice([None, "near", "far"]), "delta": 0.6, "eps": 0.05,
-        "horizon_weights": torch.rand(count, dtype=draw.choice([torch.float32, torch.float64])),
+        "preds": preds, "video": strided(video.flatten(3).mT if layout == "grid" else video), "horizons": horizons,
+        "kind": kinds if len(set(kinds)) > 1 else kinds[0], "residual": draw.random() < 0.3,
+        "motion_gain": draw.choice([0, 0, 0.7]), "beta": draw.choice([0, 0.5, 1]), "position_weights": weights,
+        "detach": draw.choice([None, "near", "far"]), "delta": 0.6, "eps": 0.05,
+        "horizon_weights": torch.rand(count, dtype=draw.choice(WEIGHTS)),
     }  # fmt: skip
-    if patches is not None:
+    if layout == "tokens":
         kwargs["patch_sizes"] = patches
+    if layout == "grid":
+        kwargs["grid"] = (height, width)
     if draw.random() < 0.5:
         kwargs["segment_ids"] = torch.randint(0, 2, shape[:2], dtype=draw.choice([torch.int32, torch.int64]))
     pairs = [
@@ -115,7 +136,7 @@ def random_loss(seed: int) -> tuple[dict[str, Any], torch.dtype]:
     return kwargs, dtype
 
 
-@pytest.mark.parametrize("first", range(0, 60, 10))
+@pytest.mark.parametrize("first", range(0, 100, 10))
 def test_random_calls_of_the_loss(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(first, first + 10):
         # Few blocks go over several tiles each.

@@ -64,6 +64,8 @@ struct Frames {
   __device__ int64_t offset(int64_t b, int64_t t, int c, int y, int x) const {
     return b * batch + t * time + c * channel + row_offset(y) + column_offset(x);
   }
+  // From a mean to its log-scale, in the predictions of a distribution.
+  __device__ int64_t log_scale_offset(int channels) const { return patch ? patch * row : channels * channel; }
 };
 
 inline Frames frames_of(const Array& array, int64_t patch, int64_t channels, int64_t width, int level) {
@@ -162,6 +164,20 @@ __device__ __forceinline__ void load_region(float (&v)[lane_pixels], const Frame
   }
 }
 
+// In place of an element type: the dtype of the frames, known at run time.
+struct AnyType {};
+
+template <>
+__device__ __forceinline__ void load_region<AnyType>(float (&v)[lane_pixels], const Frames& frames, int64_t start,
+                                                     const Region& region) {
+  switch (frames.dtype) {
+    case DType::uint8: return load_region<uint8_t>(v, frames, start, region);
+    case DType::float32: return load_region<float>(v, frames, start, region);
+    case DType::bfloat16: return load_region<__nv_bfloat16>(v, frames, start, region);
+    default: return load_region<__half>(v, frames, start, region);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void store_region(const float (&v)[lane_pixels], const Frames& frames, int64_t start,
                                              const Region& region) {
@@ -188,6 +204,14 @@ __device__ __forceinline__ void store_region(const float (&v)[lane_pixels], cons
       });
     }
   }
+}
+
+// The dtypes of gradients are float32 and bfloat16.
+template <>
+__device__ __forceinline__ void store_region<AnyType>(const float (&v)[lane_pixels], const Frames& frames,
+                                                      int64_t start, const Region& region) {
+  if (frames.dtype == DType::bfloat16) return store_region<__nv_bfloat16>(v, frames, start, region);
+  store_region<float>(v, frames, start, region);
 }
 
 }  // namespace mfwm::cuda

@@ -1,7 +1,8 @@
 // multi_horizon_loss in CUDA C++: losses and gradients in one frame-major pass, in the forward. bindings.cpp calls the
 // function at the end, which launches these kernels:
 //
-// count_kernel    Counts the elements of each term (a horizon's loss or a pair's). Only with segments.
+// count_kernel    Counts the elements of each term (a horizon's loss or a pair's). Only with segments or position
+//                 weights.
 // patch_kernel    A block processes a tile of frame m of one clip. It computes the frame's pyramid in registers,
 //                 compares the predictions of frame m (those at positions m - k_i) with it, and writes their gradients,
 //                 including the pairs' part.
@@ -52,29 +53,32 @@ __device__ __forceinline__ void load_video(float (&v)[lane_pixels], const Parame
                                            int64_t t, int level) {
   const Frames& video = p.video;
   const Region region = place.at(0, p.height, p.width);
-  const int64_t start = b * video.batch + t * video.time + place.c * video.channel;
-  switch (video.dtype) {
-    case DType::uint8: load_region<uint8_t>(v, video, start, region); break;
-    case DType::float32: load_region<float>(v, video, start, region); break;
-    case DType::bfloat16: load_region<__nv_bfloat16>(v, video, start, region); break;
-    default: load_region<__half>(v, video, start, region);
-  }
+  load_region<AnyType>(v, video, b * video.batch + t * video.time + place.c * video.channel, region);
 #pragma unroll
   for (int k = 0; k < lane_pixels; ++k) v[k] = v[k] * p.scale + p.shift;
   average(v, 0, level);
 }
 
+// Load the thread's part of the prediction of frame m, and of the frame at its position if that is needed.
 template <class T>
-__device__ __forceinline__ void load_prediction(float (&v)[lane_pixels], const Parameters& p, const Horizon& h,
-                                                const Place& place, const Work& work) {
+__device__ __forceinline__ void load_prediction(float (&v)[lane_pixels], float (&current)[lane_pixels],
+                                                const Parameters& p, const Horizon& h, const Place& place,
+                                                const Work& work, bool needs_current) {
   const int64_t n = work.m - h.offset;
   load_region<T>(v, h.pred, work.b * h.pred.batch + n * h.pred.time + place.c * h.pred.channel, place.at(h));
+  if (p.residual || needs_current) load_video(current, p, place, work.b, n, h.level);
   if (p.residual) {
-    float current[lane_pixels];
-    load_video(current, p, place, work.b, n, h.level);
 #pragma unroll
     for (int k = 0; k < lane_pixels; ++k) v[k] += current[k];
   }
+}
+
+template <class T>
+__device__ __forceinline__ void load_log_scale(float (&v)[lane_pixels], const Parameters& p, const Horizon& h,
+                                               const Place& place, const Work& work) {
+  const Frames& pred = h.pred;
+  const int64_t start = work.b * pred.batch + (work.m - h.offset) * pred.time + place.c * pred.channel;
+  load_region<T>(v, pred, start + pred.log_scale_offset(p.channels), place.at(h));
 }
 
 // The type that a gradient is stored in until the upstream gradient is known. fp16 gradients are stored in fp32,
@@ -88,14 +92,17 @@ struct Stored<__half> {
   using type = float;
 };
 
+// T is the dtype of the predictions. The general kernel has AnyType, because one kernel compiles faster than three.
+//
 // Four blocks per multiprocessor leave a thread 128 registers, which is enough; without the 4 the compiler uses fewer
 // and spills.
-template <class T>
+template <class T, bool general>
 __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant__ Parameters p) {
   BlockSums block(p);
   const int terms = p.count + p.pair_count;
   for (unsigned unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
-    const Work work(p, unit);
+    Work work(p, unit);
+    if constexpr (general) work.drop_weightless(p);
     const Place place(p, work.tile);
     float target[lane_pixels];
     int target_level = 0;
@@ -105,14 +112,16 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
       const Horizon& h = p.horizons[i];
       if (!work.is_active(i)) continue;
       float gradient[lane_pixels] = {}, prediction[lane_pixels];
+      [[maybe_unused]] float log_scale[lane_pixels] = {};  // then its gradient
       int level = h.level;
       // Compare horizon i with the frame (q = -1), then the far sides of its pairs with horizon i.
       for (int q = -1; q < p.pair_count && work.is_counted(i); ++q) {
         if (q >= 0 && (p.pairs[q].near != i || !work.is_counted(p.pairs[q].far))) continue;
         const Horizon& far = p.horizons[q < 0 ? i : p.pairs[q].far];
         const int term = q < 0 ? i : p.count + q, elements = elements_at(far.level);
-        float difference[lane_pixels];
-        load_prediction<T>(difference, p, far, place, work);
+        float difference[lane_pixels], element_weight[lane_pixels];  // first the frame at the prediction's position
+        const bool weighs_motion = general && q < 0 && p.motion_gain > 0;
+        load_prediction<T>(difference, element_weight, p, far, place, work, weighs_motion);
         if (q < 0) {
           average(target, target_level, h.level);
           target_level = h.level;
@@ -122,16 +131,36 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
           level = far.level;
           for_elements(elements, [&](int k) { difference[k] -= prediction[k]; });
         }
+        float weight = block.coefficients[term], position_weight = 1;
+        if constexpr (general) {
+          if (q < 0 && is_distribution(h.kind)) load_log_scale<T>(log_scale, p, h, place, work);
+          if (q < 0 && p.position_weights.rank >= 0)
+            position_weight = position_weight_at<float>(p.position_weights, work.b, work.m - h.offset, i);
+          weight *= position_weight;
+          for_elements(elements, [&](int k) {
+            element_weight[k] = weighs_motion ? 1 + p.motion_gain * fabsf(target[k] - element_weight[k]) : 1.f;
+          });
+        }
+        const LossKind kind = !general ? p.horizons[0].kind : q < 0 ? h.kind : kind_of_means(far.kind);
         const unsigned owned = place.is_owner(far.level) ? place.at(far).exists : 0;
-        block.sum(term) += with_kind(p.kind, [&](auto kind) {
+        block.sum(term) += position_weight * with_kind<general>(kind, [&](auto known) {
+          constexpr LossKind kind = decltype(known)::value;
           float sum = 0;
           for_elements(elements, [&](int k) {
-            const float loss = loss_of<decltype(kind)::value>(difference[k], p.delta, p.eps);
+            float loss;
+            if constexpr (is_distribution(kind))
+              loss = loss_of_distribution<kind>(difference[k], log_scale[k], p.beta);
+            else
+              loss = loss_of<kind>(difference[k], p.delta, p.eps);
+            if constexpr (general) {
+              loss *= element_weight[k];
+              difference[k] *= element_weight[k];
+              if constexpr (is_distribution(kind)) log_scale[k] *= weight * element_weight[k];
+            }
             if (owned >> k & 1) sum += loss;
           });
           return sum;
         });
-        const float weight = block.coefficients[term];
         if (far.slot >= 0)
           for_elements(elements, [&](int k) {
             float& slot = block.sum(terms + far.slot + k);
@@ -147,9 +176,14 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
         }
       }
       const Frames& to = h.gradient;
-      if (to.data && place.is_owner(h.level))
-        store_region<typename Stored<T>::type>(
-            gradient, to, work.b * to.batch + (work.m - h.offset) * to.time + place.c * to.channel, place.at(h));
+      if (to.data && place.is_owner(h.level)) {
+        const int64_t start = work.b * to.batch + (work.m - h.offset) * to.time + place.c * to.channel;
+        store_region<typename Stored<T>::type>(gradient, to, start, place.at(h));
+        if constexpr (general) {
+          if (is_distribution(h.kind))
+            store_region<typename Stored<T>::type>(log_scale, to, start + to.log_scale_offset(p.channels), place.at(h));
+        }
+      }
     }
   }
   block.write_sums(p);
@@ -182,10 +216,12 @@ __device__ __forceinline__ float prediction_at(const Parameters& p, const Horizo
   return p.residual ? pred + frame_at(p, work.b, n, c, y, x, h.factor) : pred;
 }
 
+template <bool general>
 __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constant__ Parameters p) {
   BlockSums block(p);
   for (unsigned unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
-    const Work work(p, unit);
+    Work work(p, unit);
+    if constexpr (general) work.drop_weightless(p);
     for (int i = 0; i < p.count; ++i) {
       const Horizon& h = p.horizons[i];
       if (!work.is_active(i)) continue;
@@ -195,15 +231,29 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
       const unsigned first = min(elements, work.tile * share), end = min(elements, first + share);
       for (unsigned e = first + threadIdx.x; e < end; e += threads) {
         const int row = e / h.width, x = e - row * h.width, c = row / h.height, y = row - c * h.height;
-        float gradient = 0;
+        const int64_t n = work.m - h.offset, to_log_scale = h.pred.log_scale_offset(p.channels);
+        float gradient = 0, log_scale = 0;  // then the gradient of log_scale
         if (work.is_counted(i)) {
           const float prediction = prediction_at(p, h, work, c, y, x);
-          float d = prediction - frame_at(p, work.b, work.m, c, y, x, h.factor);
-          const auto loss_of_d = [&] {
-            return with_kind(p.kind, [&](auto kind) { return loss_of<decltype(kind)::value>(d, p.delta, p.eps); });
+          const float target = frame_at(p, work.b, work.m, c, y, x, h.factor);
+          float d = prediction - target, weight = 1;
+          const auto loss_of_d = [&](LossKind kind) {
+            return with_kind<general>(general ? kind : p.horizons[0].kind, [&](auto known) {
+              constexpr LossKind kind = decltype(known)::value;
+              if constexpr (is_distribution(kind)) return loss_of_distribution<kind>(d, log_scale, p.beta);
+              else return loss_of<kind>(d, p.delta, p.eps);
+            });
           };
-          block.sum(i) += loss_of_d();
-          gradient = block.coefficients[i] * d;
+          if constexpr (general) {
+            if (is_distribution(h.kind))
+              log_scale = load<float>(h.pred.data, h.pred.dtype, h.pred.offset(work.b, n, c, y, x) + to_log_scale);
+            if (p.position_weights.rank >= 0) weight = position_weight_at<float>(p.position_weights, work.b, n, i);
+            if (p.motion_gain > 0)
+              weight *= 1 + p.motion_gain * fabsf(target - frame_at(p, work.b, n, c, y, x, h.factor));
+          }
+          block.sum(i) += weight * loss_of_d(h.kind);
+          gradient = block.coefficients[i] * weight * d;
+          log_scale *= block.coefficients[i] * weight;
           for (int q = 0; q < p.pair_count; ++q) {
             const Pair pair = p.pairs[q];
             const bool is_far = pair.far == i, learns = is_far ? p.far_learns : p.near_learns;
@@ -215,14 +265,19 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
             d -= mean_of_box(far_y, far_x, ratio, [&](int row, int column) {
               return prediction_at(p, near, work, c, row, column);
             });
-            const float loss = loss_of_d(), weight = block.coefficients[p.count + q];
+            const float loss = loss_of_d(kind_of_means(far.kind)), share = block.coefficients[p.count + q];
             if (is_far) block.sum(p.count + q) += loss;
-            if (learns) gradient += is_far ? weight * d : -weight * d / (static_cast<float>(ratio) * ratio);
+            if (learns) gradient += is_far ? share * d : -share * d / (static_cast<float>(ratio) * ratio);
           }
         }
-        if (h.gradient.data)
-          store<float>(h.gradient.data, h.gradient.dtype,
-                       h.gradient.offset(work.b, work.m - h.offset, c, y, x), gradient);
+        const Frames& to = h.gradient;
+        if (!to.data) continue;
+        const int64_t place = to.offset(work.b, work.m - h.offset, c, y, x);
+        store<float>(to.data, to.dtype, place, gradient);
+        if constexpr (general) {
+          if (is_distribution(h.kind))
+            store<float>(to.data, to.dtype, place + to.log_scale_offset(p.channels), log_scale);
+        }
       }
     }
   }
@@ -231,6 +286,7 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
 
 // ---- count_kernel and finish_kernel
 
+template <bool general>
 __global__ void __launch_bounds__(threads) count_kernel(const __grid_constant__ Parameters p, int64_t* counts) {
   int64_t* sums = dynamic_shared<int64_t>();
   const int term = static_cast<int>(blockIdx.x);
@@ -240,6 +296,14 @@ __global__ void __launch_bounds__(threads) count_kernel(const __grid_constant__ 
   for (int64_t row = threadIdx.x; row < p.batch * p.positions; row += threads) {
     const int64_t b = row / p.positions, n = row % p.positions;
     if (n + span.distance >= p.positions || n + ahead >= p.frames) continue;
+    if constexpr (general) {
+      if (!has_weight(p.position_weights, b, n, span.far)) continue;
+      if (!has_weight(p.position_weights, b, n + span.distance, span.near)) continue;
+      if (p.segment_ids.rank < 0) {
+        ++count;
+        continue;
+      }
+    }
     const int64_t target = segment_at(p.segment_ids, b, n + ahead);
     count += segment_at(p.segment_ids, b, n) == target && segment_at(p.segment_ids, b, n + span.distance) == target;
   }
@@ -315,16 +379,18 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   p.positions = op.preds[0].size[1];
   p.video = frames_of(op.video, 0, p.channels, p.width, 0);
   p.segment_ids = op.segment_ids;
+  p.position_weights = op.position_weights;
   p.horizon_weights = numbers_of(op.horizon_weights);
   std::swap(p.horizon_weights.step[0], p.horizon_weights.step[1]);
   if (op.consistency_weights) p.consistency_weights = numbers_of(op.consistency_weights);
   p.residual = op.residual;
-  p.kind = op.kinds[0];
   p.scale = static_cast<float>(op.scale);
   p.shift = static_cast<float>(op.shift);
   p.delta = static_cast<float>(op.delta);
   p.eps = static_cast<float>(op.eps);
-  bool by_patches = true, any_gradient = false;
+  p.motion_gain = static_cast<float>(op.motion_gain);
+  p.beta = static_cast<float>(op.beta);
+  bool by_patches = true, any_gradient = false, general = p.motion_gain > 0 || p.position_weights.rank >= 0;
   for (const Array& gradient : op.gradients) any_gradient = any_gradient || gradient;
   p.near_learns = any_gradient && op.detach != Detach::near;
   p.far_learns = any_gradient && op.detach != Detach::far;
@@ -337,6 +403,8 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
     while (h.level < 3 && 1 << h.level < h.factor) ++h.level;
     by_patches = by_patches && 1 << h.level == h.factor;
     h.offset = op.offsets[i];
+    h.kind = op.kinds[i];
+    general = general || h.kind != op.kinds[0] || is_distribution(h.kind);
     h.height = p.height / h.factor;
     h.width = p.width / h.factor;
     const int64_t patch = op.patch_sizes.empty() ? 0 : op.patch_sizes[i];
@@ -357,7 +425,7 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   std::stable_sort(p.pairs, p.pairs + p.pair_count, [&](Pair a, Pair b) { return finer(a.far, b.far); });
 
   if (scratch.term_counts)
-    launch("multi_horizon_loss: counts", count_kernel, terms, threads, warps * sizeof(int64_t), stream, p,
+    launch("multi_horizon_loss: counts", general ? count_kernel<true> : count_kernel<false>, terms, threads, warps * sizeof(int64_t), stream, p,
            static_cast<int64_t*>(scratch.term_counts.data));
 
   // Frames beyond the video are processed only to write zero gradients for their predictions.
@@ -385,10 +453,13 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   p.units = static_cast<unsigned>(units);
   const int64_t blocks = std::min(units, scratch.partial.size[1]);
   if (blocks > 0) {
-    const auto by_dtype = op.preds[0].dtype == DType::float32    ? patch_kernel<float>
-                          : op.preds[0].dtype == DType::bfloat16 ? patch_kernel<__nv_bfloat16>
-                                                                 : patch_kernel<__half>;
-    launch("multi_horizon_loss", by_patches ? by_dtype : gather_kernel, blocks, threads, shared_bytes(), stream, p);
+    const DType dtype = op.preds[0].dtype;
+    const auto by_patch = general                      ? patch_kernel<AnyType, true>
+                          : dtype == DType::float32    ? patch_kernel<float, false>
+                          : dtype == DType::bfloat16   ? patch_kernel<__nv_bfloat16, false>
+                                                       : patch_kernel<__half, false>;
+    const auto gather = general ? gather_kernel<true> : gather_kernel<false>;
+    launch("multi_horizon_loss", by_patches ? by_patch : gather, blocks, threads, shared_bytes(), stream, p);
   }
   const Results results{static_cast<float*>(op.total.data),
                         static_cast<float*>(op.per_horizon.data),

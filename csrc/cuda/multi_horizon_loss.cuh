@@ -1,5 +1,8 @@
 // Shared by the kernels of multi_horizon_loss.cu: their parameters, losses, counts and sums, and the unit of work of a
 // block.
+//
+// Kernels with the template flag `general` serve every call. Without it they serve those whose horizons share one kind
+// that is no distribution and that weigh neither motion nor positions, with fewer instructions.
 #pragma once
 
 #include <type_traits>
@@ -17,6 +20,7 @@ struct Horizon {
   int factor, height, width;
   int level;  // factor = 2^level in patch_kernel
   int slot;   // the slot that accumulates the gradients of the pairs whose far side it is; -1: none
+  LossKind kind;
 };
 
 struct Pair {
@@ -37,16 +41,16 @@ struct Parameters {
   uint8_t order[max_horizons];  // sorted by level, stably, so that a pair's near side comes before its far side
   int count, pair_count, slots;
   Frames video;
-  Array segment_ids;
+  Array segment_ids, position_weights;
   Numbers horizon_weights, consistency_weights;
   int64_t batch, frames, positions;
   int64_t first_target, targets;  // the frames m to process: first_target .. first_target + targets - 1
   int channels, height, width, cells_y, cells_x, tiles;
   unsigned units;
   bool channels_fastest, residual, near_learns, far_learns;
-  LossKind kind;
-  float scale, shift, delta, eps;
-  const int64_t* term_counts;  // null without segments: every position whose target frame exists counts
+  float scale, shift, delta, eps, motion_gain, beta;
+  // Null without segments and position weights: every position whose target frame exists counts.
+  const int64_t* term_counts;
   float* partial;              // [terms, blocks]
 };
 static_assert(sizeof(Parameters) <= 4096, "CUDA limits kernel parameters to 4,096 bytes");
@@ -71,9 +75,43 @@ __device__ __forceinline__ float loss_of(float& d, float delta, float eps) {
   }
 }
 
+__host__ __device__ constexpr bool is_distribution(LossKind kind) {
+  return kind == LossKind::gaussian || kind == LossKind::laplace;
+}
+
+// The kind that compares the means of two predictions.
+__device__ __forceinline__ LossKind kind_of_means(LossKind kind) {
+  return kind == LossKind::gaussian ? LossKind::mse : kind == LossKind::laplace ? LossKind::l1 : kind;
+}
+
+// The negative log-likelihood of a difference `d` from the mean under a distribution of log-scale `s`; replaces both by
+// the derivatives. The comparisons let a NaN through.
+template <LossKind kind>
+__device__ __forceinline__ float loss_of_distribution(float& d, float& s, float beta) {
+  constexpr float limit = 10;
+  const float difference = d, log_scale = s > limit ? limit : s < -limit ? -limit : s;
+  const bool is_inside = s >= -limit && s <= limit;
+  const float inverse = expf(-log_scale);
+  if constexpr (kind == LossKind::gaussian) {
+    const float weight = beta == 0 ? 1.f : expf(beta * log_scale), square = difference * difference * inverse;
+    d = weight * difference * inverse;
+    s = is_inside ? 0.5f * weight * (1 - square) : 0.f;
+    return 0.5f * weight * (log_scale + square);
+  } else {
+    const float size = fabsf(difference) * inverse;
+    d = difference > 0 ? inverse : difference < 0 ? -inverse : difference * inverse;
+    s = is_inside ? 1 - size : 0.f;
+    return log_scale + size;
+  }
+}
+
 // Call body(kind) with the kind as a compile-time constant.
-template <class Body>
+template <bool general, class Body>
 __device__ __forceinline__ float with_kind(LossKind kind, const Body& body) {
+  if constexpr (general) {
+    if (kind == LossKind::gaussian) return body(std::integral_constant<LossKind, LossKind::gaussian>{});
+    if (kind == LossKind::laplace) return body(std::integral_constant<LossKind, LossKind::laplace>{});
+  }
   switch (kind) {
     case LossKind::mse: return body(std::integral_constant<LossKind, LossKind::mse>{});
     case LossKind::l1: return body(std::integral_constant<LossKind, LossKind::l1>{});
@@ -88,9 +126,20 @@ __device__ __forceinline__ int64_t segment_at(const Array& segments, int64_t b, 
                                         : static_cast<const int64_t*>(segments.data)[at];
 }
 
+// The weight of the prediction of horizon i at position n. Compare an fp64 weight with 0 in fp64, because a small one is
+// 0 in fp32.
+template <class C>
+__device__ __forceinline__ C position_weight_at(const Array& weights, int64_t b, int64_t n, int i) {
+  return load<C>(weights.data, weights.dtype, b * weights.stride[0] + n * weights.stride[1] + i * weights.stride[2]);
+}
+
+__device__ __forceinline__ bool has_weight(const Array& weights, int64_t b, int64_t n, int i) {
+  return weights.rank < 0 || position_weight_at<double>(weights, b, n, i) > 0;
+}
+
 // The far side of a term is at position n, its near side at n + distance. A horizon is treated as a pair with itself.
 struct Span {
-  int far;
+  int near, far;
   int64_t distance, elements;  // elements: of one frame of the far side
 };
 
@@ -98,7 +147,7 @@ __device__ __forceinline__ Span span_of(const Parameters& p, int term) {
   const auto itself = static_cast<uint8_t>(term);
   const Pair pair = term < p.count ? Pair{itself, itself} : p.pairs[term - p.count];
   const Horizon& far = p.horizons[pair.far];
-  return {pair.far, far.offset - p.horizons[pair.near].offset, int64_t(p.channels) * far.height * far.width};
+  return {pair.near, pair.far, far.offset - p.horizons[pair.near].offset, int64_t(p.channels) * far.height * far.width};
 }
 
 __device__ __forceinline__ int64_t count_of(const Parameters& p, int term) {
@@ -167,6 +216,11 @@ struct Work {
       if (p.segment_ids.rank < 0 || segment_at(p.segment_ids, b, n) == segment_at(p.segment_ids, b, m))
         counted |= 1u << i;
     }
+  }
+  // Predictions without weight do not count.
+  __device__ void drop_weightless(const Parameters& p) {
+    for (int i = 0; i < p.count; ++i)
+      if (is_counted(i) && !has_weight(p.position_weights, b, m - p.horizons[i].offset, i)) counted &= ~(1u << i);
   }
   __device__ bool is_active(int i) const { return active >> i & 1; }
   __device__ bool is_counted(int i) const { return counted >> i & 1; }

@@ -19,7 +19,8 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     device = args.video.device
     pred_gradients = empty_gradients(args, want)
     terms = len(args.preds) + len(args.pairs) // 2
-    term_counts = None if args.segment_ids is None else torch.empty(terms, dtype=torch.int64, device=device)
+    counted_on_device = args.segment_ids is not None or args.position_weights is not None
+    term_counts = torch.empty(terms, dtype=torch.int64, device=device) if counted_on_device else None
     outputs = fake(args)
     scratch = torch.empty(terms, BLOCKS, dtype=torch.float32, device=device)
     arguments = native_arguments(args, pred_gradients, outputs)

@@ -510,25 +510,13 @@ def cost(kwargs: dict[str, Any]) -> Cost:
     return Cost(moved, (2 + len(preds)) * video.numel() + 8 * elements)
 
 
-def refused_by_kernels(args: Arguments) -> str:
-    if len(set(args.kinds)) > 1 or KINDS[args.kinds[0]] in KIND_OF_MEANS:
-        return "it serves one kind for all horizons, and no distribution"
-    return (
-        "it serves no motion_gain and no position_weights"
-        if args.motion_gain or args.position_weights is not None
-        else ""
-    )
-
-
 def refused_by_triton(args: Arguments) -> str:
     return "video is float64" if args.video.dtype == torch.float64 else ""
 
 
 def refused_by_cuda(args: Arguments) -> str:
-    refused = refused_by_triton(args) or refused_by_kernels(args)
-    if refused:
-        return refused
-    return f"it serves 16 horizons, these are {len(args.preds)}" if len(args.preds) > 16 else ""
+    refused = f"it serves 16 horizons, these are {len(args.preds)}" if len(args.preds) > 16 else ""
+    return refused_by_triton(args) or refused
 
 
 def _bench(

@@ -133,7 +133,11 @@ class Fences:
         """A copy of `value` with its tensors between fences, with the same strides; also inside lists."""
         if isinstance(value, (list, tuple)) and any(isinstance(entry, Tensor) for entry in value):
             return [self.copy(entry) for entry in value]
-        return self.empty_like(value).copy_(value) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        # copy_ refuses to write an element of stride 0 more than once.
+        once = value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
+        return self.empty_like(once).copy_(once).expand(value.shape)
 
     def check(self) -> None:
         for memory, first, used, room in self.allocated:
