@@ -131,17 +131,16 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
           level = far.level;
           for_elements(elements, [&](int k) { difference[k] -= prediction[k]; });
         }
-        float weight = block.coefficients[term], position_weight = 1;
+        float position_weight = 1;
         if constexpr (general) {
           if (q < 0 && is_distribution(h.kind)) load_log_scale<T>(log_scale, p, h, place, work);
           if (q < 0 && p.position_weights.rank >= 0)
             position_weight = position_weight_at<float>(p.position_weights, work.b, work.m - h.offset, i);
-          weight *= position_weight;
           for_elements(elements, [&](int k) {
             element_weight[k] = weighs_motion ? 1 + p.motion_gain * fabsf(target[k] - element_weight[k]) : 1.f;
           });
         }
-        const LossKind kind = !general ? p.horizons[0].kind : q < 0 ? h.kind : kind_of_means(far.kind);
+        const LossKind kind = !general ? p.kind : q < 0 ? h.kind : kind_of_means(far.kind);
         const unsigned owned = place.is_owner(far.level) ? place.at(far).exists : 0;
         block.sum(term) += position_weight * with_kind<general>(kind, [&](auto known) {
           constexpr LossKind kind = decltype(known)::value;
@@ -155,12 +154,13 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
             if constexpr (general) {
               loss *= element_weight[k];
               difference[k] *= element_weight[k];
-              if constexpr (is_distribution(kind)) log_scale[k] *= weight * element_weight[k];
+              if constexpr (is_distribution(kind)) log_scale[k] *= element_weight[k];
             }
             if (owned >> k & 1) sum += loss;
           });
           return sum;
         });
+        const float weight = position_weight * block.coefficients[term];
         if (far.slot >= 0)
           for_elements(elements, [&](int k) {
             float& slot = block.sum(terms + far.slot + k);
@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
           });
         if (q < 0) {
           for_elements(elements, [&](int k) { gradient[k] += weight * difference[k]; });
+          if constexpr (general) for_elements(elements, [&](int k) { log_scale[k] *= weight; });
         } else if (p.near_learns) {
           repeat(difference, far.level, h.level);
           const float share = weight / static_cast<float>(1 << 2 * (far.level - h.level));
@@ -216,6 +217,12 @@ __device__ __forceinline__ float prediction_at(const Parameters& p, const Horizo
   return p.residual ? pred + frame_at(p, work.b, n, c, y, x, h.factor) : pred;
 }
 
+__device__ __forceinline__ float log_scale_at(const Parameters& p, const Horizon& h, const Work& work, int c, int y,
+                                              int x) {
+  const int64_t mean = h.pred.offset(work.b, work.m - h.offset, c, y, x);
+  return load<float>(h.pred.data, h.pred.dtype, mean + h.pred.log_scale_offset(p.channels));
+}
+
 template <bool general>
 __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constant__ Parameters p) {
   BlockSums block(p);
@@ -231,14 +238,14 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
       const unsigned first = min(elements, work.tile * share), end = min(elements, first + share);
       for (unsigned e = first + threadIdx.x; e < end; e += threads) {
         const int row = e / h.width, x = e - row * h.width, c = row / h.height, y = row - c * h.height;
-        const int64_t n = work.m - h.offset, to_log_scale = h.pred.log_scale_offset(p.channels);
+        [[maybe_unused]] const int64_t n = work.m - h.offset;
         float gradient = 0, log_scale = 0;  // then the gradient of log_scale
         if (work.is_counted(i)) {
           const float prediction = prediction_at(p, h, work, c, y, x);
           const float target = frame_at(p, work.b, work.m, c, y, x, h.factor);
           float d = prediction - target, weight = 1;
           const auto loss_of_d = [&](LossKind kind) {
-            return with_kind<general>(general ? kind : p.horizons[0].kind, [&](auto known) {
+            return with_kind<general>(general ? kind : p.kind, [&](auto known) {
               constexpr LossKind kind = decltype(known)::value;
               if constexpr (is_distribution(kind)) return loss_of_distribution<kind>(d, log_scale, p.beta);
               else return loss_of<kind>(d, p.delta, p.eps);
@@ -246,7 +253,7 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
           };
           if constexpr (general) {
             if (is_distribution(h.kind))
-              log_scale = load<float>(h.pred.data, h.pred.dtype, h.pred.offset(work.b, n, c, y, x) + to_log_scale);
+              log_scale = log_scale_at(p, h, work, c, y, x);
             if (p.position_weights.rank >= 0) weight = position_weight_at<float>(p.position_weights, work.b, n, i);
             if (p.motion_gain > 0)
               weight *= 1 + p.motion_gain * fabsf(target - frame_at(p, work.b, n, c, y, x, h.factor));
@@ -270,13 +277,13 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
             if (learns) gradient += is_far ? share * d : -share * d / (static_cast<float>(ratio) * ratio);
           }
         }
-        const Frames& to = h.gradient;
-        if (!to.data) continue;
-        const int64_t place = to.offset(work.b, work.m - h.offset, c, y, x);
-        store<float>(to.data, to.dtype, place, gradient);
+        if (h.gradient.data)
+          store<float>(h.gradient.data, h.gradient.dtype,
+                       h.gradient.offset(work.b, work.m - h.offset, c, y, x), gradient);
         if constexpr (general) {
-          if (is_distribution(h.kind))
-            store<float>(to.data, to.dtype, place + to.log_scale_offset(p.channels), log_scale);
+          const Frames& to = h.gradient;
+          if (to.data && is_distribution(h.kind))
+            store<float>(to.data, to.dtype, to.offset(work.b, n, c, y, x) + to.log_scale_offset(p.channels), log_scale);
         }
       }
     }
@@ -384,6 +391,7 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   std::swap(p.horizon_weights.step[0], p.horizon_weights.step[1]);
   if (op.consistency_weights) p.consistency_weights = numbers_of(op.consistency_weights);
   p.residual = op.residual;
+  p.kind = op.kinds[0];
   p.scale = static_cast<float>(op.scale);
   p.shift = static_cast<float>(op.shift);
   p.delta = static_cast<float>(op.delta);
@@ -404,7 +412,7 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
     by_patches = by_patches && 1 << h.level == h.factor;
     h.offset = op.offsets[i];
     h.kind = op.kinds[i];
-    general = general || h.kind != op.kinds[0] || is_distribution(h.kind);
+    general = general || h.kind != p.kind || is_distribution(h.kind);
     h.height = p.height / h.factor;
     h.width = p.width / h.factor;
     const int64_t patch = op.patch_sizes.empty() ? 0 : op.patch_sizes[i];

@@ -57,6 +57,8 @@ T shuffle(unsigned mask, T value, unsigned from) {
 
 }  // namespace emulator
 
+inline float __expf(float x) { return std::exp(x); }
+
 inline void __syncthreads() { emulator::sync_threads(); }
 inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, 0); }
 
@@ -84,6 +86,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
+using std::isnan;
 using std::max;
 using std::min;
 
