@@ -98,15 +98,18 @@ def written_out() -> Iterator[None]:
 
     def fan_out(
         hidden: Tensor,
-        actions: Tensor,
+        actions: Tensor | None,
         horizons: Horizons,
         *,
         pool: Any,
         norm_weight: Tensor,
+        norm: str = "rms",
         window_start: int = 1,
         **rest: Any,
     ) -> tuple[Tensor, ...]:
-        assert window_start == 1 and all(value is None for value in rest.values())
+        assert norm == "rms" and window_start == 1 and all(value is None for value in rest.values())
+        if actions is None:
+            actions = hidden.new_zeros(hidden.shape[0], hidden.shape[1], hidden.shape[-1])
         return tuple(
             rivals.fan_out(hidden, actions, Horizons((offset,), (1,)), norm_weight[i], (pool[i],))[0]
             for i, offset in enumerate(horizons.offsets)
@@ -114,16 +117,17 @@ def written_out() -> Iterator[None]:
 
     def multi_horizon_linear(
         hidden: Tensor,
-        actions: Tensor,
+        actions: Tensor | None,
         weights: Sequence[Tensor],
         horizons: Horizons,
         *,
         biases: Sequence[Tensor],
         norm_weight: Tensor,
+        norm: str,
         window_start: int,
         **rest: Any,
     ) -> tuple[Tensor, ...]:
-        assert window_start == 1 and all(value is None for value in rest.values())
+        assert norm == "rms" and window_start == 1 and all(value is None for value in rest.values())
         states = fan_out(hidden, actions, horizons, pool=(1,) * len(weights), norm_weight=norm_weight)
         return tuple(torch.nn.functional.linear(s, w, b) for s, w, b in zip(states, weights, biases, strict=True))
 
@@ -135,9 +139,15 @@ def written_out() -> Iterator[None]:
         consistency_weights: Any,
         patch_sizes: Any,
         residual: bool,
+        kind: str,
+        beta: float,
+        motion_gain: float,
+        delta: float,
+        eps: float,
         **rest: Any,
     ) -> HorizonLoss:
-        assert not residual and all(value is None for value in rest.values())
+        assert kind == "mse" and not residual and not beta and not motion_gain
+        assert all(value is None for value in rest.values())
         weights = consistency_weights or [0.0] * len(preds)
         (total,) = rivals.multi_horizon_loss(list(preds), video, horizons, weights, patch_sizes)
         return HorizonLoss(total, *(torch.empty(0),) * 4)

@@ -69,7 +69,7 @@ def test_surgery_scale_is_pcgrad() -> None:
 def test_surgery_changes_the_gradient_of_the_trunk_alone() -> None:
     """By the scale of the horizons' gradients; two horizons that ask for opposite things show it."""
     torch.manual_seed(0)
-    config = HeadsConfig(Horizons((1, 2), (1, 1)), conditioning="none", residual=False, norm=False, output="latents")
+    config = HeadsConfig(Horizons((1, 2), (1, 1)), conditioning="none", residual=False, norm=None, output="latents")
     heads = MultiFrameHeads(32, 4, config)
     operated = MultiFrameHeads(32, 4, replace(config, surgery=True))
     with torch.no_grad():

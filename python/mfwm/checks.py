@@ -11,11 +11,19 @@ from mfwm_kernels import arguments as check
 
 
 def check_choices(config: Any) -> None:
-    """ValueError unless each Literal field of a dataclass has one of its values, which Python does not check."""
+    """ValueError unless each Literal field of a dataclass has one of its values, which Python does not check.
+
+    A field that may also be a tuple of Literals has one of their values in every entry.
+    """
     for name, hint in get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), (hint, *get_args(hint))
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        if choices and not (value is None and type(None) in kinds):
+        if not choices or (value is None and type(None) in kinds):
+            continue
+        if isinstance(value, tuple) and any(get_origin(kind) is tuple for kind in kinds):
+            for i, entry in enumerate(value):
+                check.choice(f"{name}[{i}]", entry, choices)
+        else:
             check.choice(name, value, choices)
 
 

@@ -94,3 +94,13 @@ def surgery_scale(gram: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
                 conflict = (mix[i] @ gram[:, j]).clamp_max(0)
                 mix[i, j] -= torch.where(length > 0, conflict / length, 0)
     return mix.sum(0)
+
+
+def set_surgery_scale(monitor: GradMonitor, measured: GradMonitor, *, balanced: bool) -> None:
+    """Set the monitor's scale to surgery, in random order, on the `measured` gradients, as its scale balances them if
+    they are `balanced`."""
+    scale = monitor.scale if balanced and monitor.scale is not None else torch.ones_like(measured.norms)
+    lengths = measured.norms * scale
+    gram = measured.cosines * lengths[:, None] * lengths
+    orders = [torch.randperm(len(lengths)).tolist() for _ in lengths]
+    monitor.scale = scale * surgery_scale(gram, orders)

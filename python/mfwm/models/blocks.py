@@ -34,6 +34,19 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight_D, eps)
 
 
+class LayerNorm(nn.Module):
+    """F.layer_norm over the last dimension with weight and bias, in the dtype of x."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Projections of multi-head self-attention.
 

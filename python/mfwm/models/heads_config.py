@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mfwm_kernels import Horizons
+from mfwm_kernels import arguments as check
 
 from ..checks import check_choices
+from .distributions import DISTRIBUTIONS, Kind
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,17 @@ class HeadsConfig:
         in DeepSeek-V3's multi-token prediction: a training signal for the trunk, not a forecast. "none" is for video
         without actions.
     lag_gate: a learned gate per horizon, lag and channel on those actions, because a plain sum loses their order.
-    norm: RMSNorm of the conditioned states, with a weight per horizon, and after the blocks.
+    norm: of the conditioned states, with weights per horizon, and after the blocks: "rms" (RMSNorm), "layer" (LayerNorm
+        with a bias) or None.
     residual: predict the change from the last frame seen, with heads that start at zero, so that the untrained model
         copies that frame. Not for tokens.
+    kind: of the loss of pixels and latents, one for all horizons or one for each: a function of the difference, "mse",
+        "l1", "huber" or "charbonnier", or the likelihood of a distribution, "gaussian" or "laplace", whose scale the
+        head predicts beside the mean: for far frames that cannot be known. multi_horizon_loss has the formulas.
+    beta: of "gaussian": from 0, the likelihood, to 1, which weighs the mean's gradient as "mse" does.
+    motion_gain: every element of a horizon's loss is weighted by 1 + motion_gain * |change from frame n|.
+    delta: of "huber".
+    eps: of "charbonnier".
     upsampler: channels of a convolutional upsampler that computes horizon 0, at full size, from the prediction of
         horizon 1, the same frame at a lower size. The hidden state then learns from small targets only.
     output: "pixels" in [-1, 1], "latents", which are unbounded, or "tokens".
@@ -40,6 +50,7 @@ class HeadsConfig:
     token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the smaller
         frame, tokenised on its own.
     shared_head: one matrix from states to tokens for all horizons.
+    bias: whether heads of tokens have biases; those of pixels and latents always do.
     weights: of the horizons in the loss. None: equal weights, with which far losses, which are larger, dominate the
         near one early in training.
     weighting: "fixed": `weights` as given. "uncertainty": times exp(-s_i), s_i learned (Uncertainty). "gradients":
@@ -60,13 +71,19 @@ class HeadsConfig:
     attend: Literal["states", "inputs"] = "states"
     conditioning: Literal["actions", "frames", "none"] = "actions"
     lag_gate: bool = False
-    norm: bool = True
+    norm: Literal["rms", "layer"] | None = "rms"
     residual: bool = True
+    kind: Kind | tuple[Kind, ...] = "mse"
+    beta: float = 0.0
+    motion_gain: float = 0.0
+    delta: float = 1.0
+    eps: float = 1e-3
     upsampler: int | None = None
     output: Literal["pixels", "latents", "tokens"] = "pixels"
     vocabulary: int = 0
     token_targets: Literal["pooled", "tokenised"] = "pooled"
     shared_head: bool = False
+    bias: bool = False
     weights: tuple[float, ...] | None = None
     weighting: Literal["fixed", "uncertainty", "gradients"] = "fixed"
     surgery: bool = False
@@ -75,6 +92,8 @@ class HeadsConfig:
     tap: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.kind, list):
+            object.__setattr__(self, "kind", tuple(self.kind))
         check_choices(self)
         if self.consistency is not None:
             rows = tuple(tuple(row) if isinstance(row, list | tuple) else row for row in self.consistency)
@@ -88,6 +107,7 @@ class HeadsConfig:
             if value is not None and min(value) < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         self._check_output()
+        self._check_kinds()
         if self.attend == "inputs" and not any(self.blocks or ()):
             raise ValueError('blocks must be given with attend "inputs", which says what they attend to')
         if self.lag_gate and self.conditioning != "actions":
@@ -110,6 +130,39 @@ class HeadsConfig:
         """The number of horizons that branch from the shared hidden state: the last ones."""
         return len(self.horizons) - (self.upsampler is not None) - (self.tap is not None)
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each horizon's loss."""
+        return self.kind if isinstance(self.kind, tuple) else (self.kind,) * len(self.horizons)
+
+    def _check_kinds(self) -> None:
+        if len(self.kinds) != len(self.horizons):
+            raise ValueError(f"kind must be one or have one entry per horizon, {len(self.horizons)}; got {self.kind}")
+        for name in ("beta", "motion_gain"):
+            check.number(name, getattr(self, name), least=0)
+        for name in ("delta", "eps"):
+            check.number(name, getattr(self, name), above=0)
+        if self.output == "tokens":
+            for name, default in (("kind", "mse"), ("beta", 0), ("motion_gain", 0)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is of the loss of pixels and latents, and the output is tokens; got "
+                        f"{getattr(self, name)!r}"
+                    )
+        if self.beta and "gaussian" not in self.kinds:
+            raise ValueError(f'beta needs a horizon of kind "gaussian", got {self.beta} with {self.kind!r}')
+        if set(self.kinds) & set(DISTRIBUTIONS):
+            if self.weighting == "uncertainty":
+                raise ValueError(
+                    'weighting "uncertainty" must not go with "gaussian" or "laplace", which predict their own '
+                    f"uncertainty: its total has no lower bound where a loss is negative; got kind {self.kind!r}"
+                )
+            if self.upsampler is not None and self.kinds[0] in DISTRIBUTIONS:
+                raise ValueError(
+                    f"kind[0] must be a function of the difference if the upsampler, which predicts no scale, "
+                    f"computes horizon 0; got {self.kinds[0]!r}"
+                )
+
     def _check_output(self) -> None:
         if (self.output == "tokens") != (self.vocabulary > 0):
             raise ValueError(
@@ -125,8 +178,8 @@ class HeadsConfig:
                     "consistency of tokens must be [K], with pooled targets: cells tokenised on their own are not "
                     f"those of the near horizon; got {self.consistency}"
                 )
-        elif self.shared_head or self.token_targets != "pooled":
-            raise ValueError(f'shared_head and token_targets need output "tokens", got {self.output!r}')
+        elif self.shared_head or self.bias or self.token_targets != "pooled":
+            raise ValueError(f'shared_head, bias and token_targets need output "tokens", got {self.output!r}')
         if self.upsampler is not None:
             offsets, factors = self.horizons.offsets[:2], self.horizons.factors[:2]
             if self.output == "tokens" or len(offsets) < 2 or offsets[0] != offsets[1] or factors[0] != 1:

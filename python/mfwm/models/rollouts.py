@@ -92,10 +92,11 @@ class Rollout:
         keep: how many frames to restart from when the context is full; half of it by default. With as many as fit, each
             later step runs the trunk on a whole context. A model with a window needs no restart.
         cached: whether the trunk's keys and values of past positions are cached; the results are the same.
-        temperature: of token sampling; 0 is greedy, which can freeze a rollout.
+        temperature: of token sampling; 0 is greedy, which can freeze a rollout. Of a near horizon that predicts a
+            distribution of frames: 0 takes its mean, 1 a sample, in which every element is drawn on its own.
         top_k: sample only from that many most likely tokens; None: from all.
         masked_steps: steps of MaskGIT sampling.
-        generator: for token sampling.
+        generator: for sampling.
     """
 
     def __init__(
@@ -120,6 +121,11 @@ class Rollout:
         check.integer("masked_steps", masked_steps, least=1)
         if top_k is not None:
             check.integer("top_k", top_k, least=1)
+        if temperature and not (model.tokens or model.heads.draws(near_only=True)):
+            raise ValueError(
+                "temperature must be 0 if the near horizon predicts neither tokens nor a distribution, got "
+                f"{temperature}"
+            )
         context = model.config.context
         most = context - model.config.masked
         if keep is not None and model.config.window is not None:
@@ -160,13 +166,15 @@ class Rollout:
         return self.policy(self.last if past is None else torch.cat([past, self.last], dim=1))[:, None]
 
     def near(self, states: dict[str, Tensor]) -> Tensor:
-        """The near horizon's prediction at the last position. It needs no actions in between."""
+        """The near horizon's prediction at the last position, or a sample of it. It needs no actions in between."""
         heads = self.model.heads
         if not (heads.config.blocks and heads.config.blocks[heads.first]):
             states = {name: x[:, -1:] for name, x in states.items()}
         hidden = states["hidden"]
         no_actions = None if self.model.window_action is None else torch.zeros_like(hidden[:, :, 0, 0])
-        return self._predict(states, no_actions, near_only=True)[0]
+        temperature, _, generator = self.sampling
+        drawn: dict[str, Any] = {} if self.model.tokens else {"temperature": temperature, "generator": generator}
+        return self._predict(states, no_actions, near_only=True, **drawn)[0]
 
     @torch.no_grad()
     def all_horizons(self) -> tuple[Tensor, ...]:
@@ -179,10 +187,10 @@ class Rollout:
             window = self.model.window_action(torch.cat([taken, to_come], dim=1))
         return self._predict(states, window, near_only=False)
 
-    def _predict(self, states: dict[str, Tensor], window: Tensor | None, near_only: bool) -> tuple[Tensor, ...]:
+    def _predict(self, states: dict[str, Tensor], window: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         assert self.memory.frames is not None
         video = self.memory.frames[:, -states["hidden"].shape[1] :]
-        predicted = self.model.heads.predict(video=video, actions=window, near_only=near_only, **states)  # type: ignore[arg-type]
+        predicted = self.model.heads.predict(video=video, actions=window, **options, **states)  # type: ignore[arg-type]
         return tuple(x[:, -1:] for x in predicted)
 
     def _near_frame(self) -> Tensor:

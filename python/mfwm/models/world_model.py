@@ -16,6 +16,7 @@ from mfwm_kernels import arguments as check
 
 from ..checks import check_choices, check_frame, options_repr
 from .blocks import SpaceTimeBlock, TimeCache, compute_dtype, initialise, time_mask
+from .distributions import Distribution
 from .heads import HeadInputs, MultiFrameHeads
 from .heads_config import HeadsConfig
 from .maskgit import training_mask
@@ -134,7 +135,8 @@ class WorldModel(nn.Module):
             config.width,
             config.patch,
             config.heads,
-            **({"ids_per_token": channels} if self.tokens else {"channels": channels}),
+            channels=3 if self.tokens else channels,
+            ids_per_token=channels if self.tokens else 1,
             head_width=config.head_width,
             rotary=rotary,
             window=config.window,
@@ -284,12 +286,24 @@ class WorldModel(nn.Module):
         segment_ids: Tensor | None = None,
         *,
         near_only: bool = False,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, ...]:
         """The prediction of every horizon at the first `context` positions.
 
         Frames [B, T, C, height / f_i, width / f_i], or logits [B, T, H / f_i, W / f_i, (ids_per_token,) vocabulary].
+        temperature, generator: of horizons that predict distributions, as in MultiFrameHeads.predict.
         """
-        return self.heads.predict(video=video, near_only=near_only, **self.states(video, actions, segment_ids))
+        states = self.states(video, actions, segment_ids)
+        options = {"near_only": near_only, "temperature": temperature, "generator": generator}
+        return self.heads.predict(video=video, **options, **states)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def distributions(
+        self, video: Tensor, actions: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> tuple[Distribution, ...]:
+        """Mean and log-scale of every horizon's frames at the first `context` positions; for pixels and latents."""
+        return self.heads.distributions(video=video, **self.states(video, actions, segment_ids))
 
     def states(
         self,
