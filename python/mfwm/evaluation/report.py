@@ -18,6 +18,7 @@ from torch import Tensor
 from mfwm_kernels import arguments as check
 from mfwm_kernels import video_pyramid
 
+from ..models.distributions import DISTRIBUTIONS
 from ..models.rollouts import rollout
 from ..models.world_model import WorldModel
 from ..training.run_config import parsed, read
@@ -100,9 +101,11 @@ def write_report(
     else:
         sections = [
             ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
-            ("Loss", picture(loss_curves(log, horizons.labels, "mean squared error")), ""),
+            ("Loss", picture(loss_curves(log, horizons.labels, "loss", config.model.heads.kinds)), ""),
             ("One position, all horizons", picture(strip(model, clips)), "Held-out level; far targets are smaller."),
         ]
+        if "nll" in metrics:
+            sections.insert(1, ("Predicted distributions", likelihood_table(metrics), LIKELIHOOD_NOTE))
     if "rollout_psnr" in metrics:
         seen, actions, steps = clips["video"][:, :CONTEXT], clips["actions"], rollout_steps(clips["video"])
         (truth,) = video_pyramid(
@@ -200,6 +203,29 @@ def token_table(metrics: dict[str, Any]) -> str:
     return as_table(["frames ahead", *(label for label, _ in labels.values())], rows) + controlled_sentence(metrics)
 
 
+LIKELIHOOD_NOTE = (
+    "Held-out levels. Negative log-likelihood of the true values, in nats per element of a frame; lower is better. One "
+    "scale: the same means with one scale for all elements of a horizon, fitted to the other half of the held-out "
+    "levels. Coverage: the share of true values inside the central interval of 50% and of 90%."
+)
+
+
+def likelihood_table(metrics: dict[str, Any]) -> str:
+    header = ["frames ahead", "nats per element", "95% interval", "one scale", "gain, 95% interval"]
+    header += ["coverage of 50%", "95% interval", "coverage of 90%", "95% interval"]
+    rows = []
+    for k in metrics["nll"]:
+        row = [k, f"{metrics['nll'][k]:+.3f}", between(metrics["nll_95"][k], "+.3f")]
+        if metrics["nll_one_scale"][k] is None:
+            row += ["undefined", ""]
+        else:
+            row += [f"{metrics['nll_one_scale'][k]:+.3f}", between(metrics["nll_gain_95"][k], "+.3f")]
+        for name in ("coverage_50", "coverage_90"):
+            row += [f"{metrics[name][k]:.1%}", between(metrics[f"{name}_95"][k], ".1%")]
+        rows.append(row)
+    return as_table(header, rows)
+
+
 def controlled_sentence(metrics: dict[str, Any]) -> str:
     if "delta_psnr" not in metrics:
         return ""
@@ -242,15 +268,24 @@ def rollout_table(metrics: dict[str, Any]) -> str:
     return as_table([*header, *gains.values()], rows)
 
 
-def loss_curves(log: list[dict[str, Any]], names: Sequence[str], label: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+def loss_curves(log: list[dict[str, Any]], names: Sequence[str], label: str, kinds: Sequence[str] = ()) -> Figure:
+    """Losses that are positive, on a logarithmic axis, and beside them likelihoods, which need not be."""
+    kinds = kinds or ("",) * len(names)
+    panels = [
+        (title, scale, chosen)
+        for title, scale, drawn in ((label, "log", False), ("negative log-likelihood, nats", "linear", True))
+        if (chosen := [i for i, kind in enumerate(kinds) if (kind in DISTRIBUTIONS) == drawn])
+    ]
+    figure, axes_of = plt.subplots(1, len(panels), figsize=(max(8, 5 * len(panels)), 3.2), squeeze=False)
     steps = [row["step"] for row in log]
     # A loss that is not finite is null in the log.
     losses = np.array([row["per_horizon"] for row in log], float)
-    for i, name in enumerate(names):
-        axes.plot(steps, smooth(losses[:, i]), label=f"n + {name}")
-    axes.set(xlabel="step", ylabel=label, yscale="log")
-    axes.legend(frameon=False)
+    for axes, (title, scale, chosen) in zip(axes_of[0], panels, strict=True):
+        for i in chosen:
+            axes.plot(steps, smooth(losses[:, i]), label=f"n + {names[i]}" + (f", {kinds[i]}" if kinds[i] else ""))
+        axes.set(xlabel="step", ylabel=title, yscale=scale)
+        axes.legend(frameon=False)
+    figure.tight_layout()
     return figure
 
 

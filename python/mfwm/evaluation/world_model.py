@@ -3,6 +3,7 @@
 PSNR = 10 log10(2^2 / MSE), with pixels in -1..1 and the MSE over all clips. Everything is compared with persistence,
 which repeats the last frame seen. Rollouts are also compared with those of another run, such as one trained on the next
 frame only, and rollouts of tokens with the tokenizer's reconstruction of the true frames, their upper bound.
+Horizons that predict distributions are measured by the means, and by likelihood and coverage (distributions.py).
 Intervals are 95% bootstrap intervals over clips; for a difference, both sides are resampled alike.
 """
 
@@ -17,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfwm_kernels import Horizons, __version__, video_pyramid
+from mfwm_kernels import __version__, video_pyramid
 from mfwm_kernels.info import cpu_name
 
 from ..metrics.intervals import check_draw, drift_signal, interval
 from ..metrics.lpips import LPIPS
 from ..metrics.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from ..metrics.quality import check_size, psnr, similarity, squared_error
+from ..models.distributions import DISTRIBUTIONS
+from ..models.heads_config import HeadsConfig
 from ..models.rollouts import rollout, rollout_with_drift
 from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
 from ..progress import Progress
@@ -32,6 +35,7 @@ from ..training.data_identity import resolved
 from ..training.run_config import read
 from ..training.run_log import column, read_log
 from ..training.world_model import TrainingConfig, load_model
+from .distributions import likelihood_measures, likelihood_summary
 from .held_out import HeldOut, device_for_evaluation, write_metrics
 from .tokens import Decoder, check_tokens, decoder_of, token_measures, token_summary
 
@@ -40,7 +44,7 @@ DELTA_STEP = 4
 CONTEXT = 4
 ROLLOUT_STEPS = 12
 
-# Measurements of every clip, by name: [clips, K] or [clips, steps].
+# Measurements of every clip, by name: [clips, K], [clips, steps], or [clips] its level.
 Measures = dict[str, np.ndarray]
 
 
@@ -68,7 +72,6 @@ def evaluate(
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
     config, digest = read(TrainingConfig, run)
-    horizons = config.model.heads.horizons
     if config.model.heads.output == "pixels" and can_roll_out(config.model):
         check_size(config.model.frame)
     check_tokens(config.model, pixels=pixels, tokenizer=tokenizer)
@@ -101,11 +104,11 @@ def evaluate(
     bar = Progress("evaluate", len(held_out.chosen), "clip", shown=progress)
     for indices in bar.over(held_out.batches(batch), len):
         held = held_out.read(indices, device)
-        part: Measures = {}
+        part: Measures = {"level": replay.episode_level[held["segment_ids"][:, 0].cpu().numpy()]}
         if not model.tokens:
-            part = open_loop(model, held)
+            part |= open_loop(model, held)
         elif not config.model.masked:
-            part = token_measures(model, held, shuffle(held["actions"]))
+            part |= token_measures(model, held, shuffle(held["actions"]))
         if decoder is not None:
             held["pixels"] = decoder.pixels(indices).to(device)
         if pictured:
@@ -120,7 +123,7 @@ def evaluate(
     write_atomically(run / "clips.npz", compressed.getvalue())
 
     metrics = {
-        **summary(measures, horizons, seed, controlled=model.action is not None),
+        **summary(measures, config.model.heads, seed, controlled=model.action is not None),
         "steps": step,
         "parameters": parameters_of(model),
         "frames_per_second": float(np.median(rates)),
@@ -173,20 +176,29 @@ def check_comparable(run: Path, config: TrainingConfig, digest: str | None) -> N
 
 
 def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
-    """Mean squared errors [clips, K] of every horizon, at its own resolution, over the positions that count."""
+    """Mean squared errors [clips, K] of every horizon, at its own resolution, over the positions that count.
+
+    And where some predict distributions, likelihood_measures of them.
+    """
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
     shuffled = shuffle(clips["actions"])
     predictions = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
     predicted_shuffled = model.predict(clips["video"], shuffled, clips["segment_ids"])
     errors: dict[str, list[Tensor]] = {"horizon": [], "horizon_persistence": [], "horizon_shuffled": []}
+    truths = []
     for i, offset in enumerate(horizons.offsets):
         end = min(predictions[i].shape[1], pyramid[i].shape[1] - offset)
         truth = pyramid[i][:, offset : offset + end]
+        truths.append(truth)
         errors["horizon"].append(squared_error(predictions[i][:, :end], truth))
         errors["horizon_persistence"].append(squared_error(pyramid[i][:, :end], truth))
         errors["horizon_shuffled"].append(squared_error(predicted_shuffled[i][:, :end], truth))
-    return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in errors.items()}
+    measures = {name: torch.stack(columns, 1).cpu().numpy() for name, columns in errors.items()}
+    if model.heads.draws():
+        found = model.distributions(clips["video"], clips["actions"], clips["segment_ids"])
+        measures |= likelihood_measures(found, truths)
+    return measures
 
 
 def closed_loop(
@@ -256,9 +268,9 @@ def shuffle(actions: Tensor) -> Tensor:
     return actions.flip(1) if len(actions) == 1 else actions.roll(1, dims=0)
 
 
-def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bool) -> dict[str, Any]:
+def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bool) -> dict[str, Any]:
     """The metrics: those of rollouts only if the model can be rolled out, of actions only if it has some."""
-    names = horizons.labels
+    names = heads.horizons.labels
 
     def by_horizon(values: Any) -> dict[str, Any]:
         return dict(zip(names, np.asarray(values).tolist(), strict=True))
@@ -278,6 +290,9 @@ def summary(measures: Measures, horizons: Horizons, seed: int, *, controlled: bo
         }
         if controlled:
             metrics["delta_psnr_by_horizon"] = by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"]))
+    if "nll" in measures:
+        drawn = [(kind, name) for kind, name in zip(heads.kinds, names, strict=True) if kind in DISTRIBUTIONS]
+        metrics |= likelihood_summary(measures, [kind for kind, _ in drawn], [name for _, name in drawn], seed)
     if "rollout_mse" not in measures:
         return metrics
     metrics["rollout_context"] = CONTEXT

@@ -330,6 +330,7 @@ class MultiFrameHeads(nn.Module):
         cost = self.uncertainty.cost(loss.counts > 0 if shares is None else shares.diagonal())
         return HorizonLoss(loss.total + cost, *loss[1:])
 
+    @torch.no_grad()
     def squared_errors(self, outputs: Sequence[Tensor], video: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """[K] mean squared errors of the means, over what counts; arguments as in loss. For pixels and latents."""
         means = [patches.chunk(parts, -1)[0] for patches, parts in zip(outputs, self.parts, strict=True)]

@@ -71,6 +71,7 @@ def variants(size: Size) -> dict[str, WorldModelConfig]:
         "one offset at many sizes": HeadsConfig(Horizons.multi_resolution({1: (1, 2, 4), 2: (2,), 4: (4,), 8: (4,)})),
         "small, upsampled": HeadsConfig(Horizons((1, 1, 2, 4, 8), (1, 4, 4, 4, 4)), upsampler=64),
         "cascade, blocks": blocks,
+        "cascade, far distributions": replace(blocks, kind=("mse", "gaussian", "gaussian", "gaussian")),
         "cascade, narrow blocks": replace(blocks, mlp_ratios=(4, 2, 1, 1)),
         "cascade, blocks on inputs": replace(blocks, attend="inputs"),
         "cascade, tapped half way": replace(blocks, tap=pixels.layers // 2),

@@ -17,8 +17,8 @@ CONTEXT = 4
 
 
 def validation_figures(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of the horizons [K], accuracies of tokens, and, where several horizons share a hidden state, the norms and
-    cosines of their gradients into it.
+    """Losses of the horizons [K], accuracies of tokens, squared errors where losses are of another kind, and, where
+    several horizons share a hidden state, the norms and cosines of their gradients into it.
 
     Costs a forward of the model and a backward of the heads, and leaves no gradient in either.
     """
@@ -36,6 +36,8 @@ def validation_figures(model: WorldModel, clips: dict[str, Tensor]) -> dict[str,
         figures = {"per_horizon": loss.per_horizon}
         if loss.accuracy is not None:
             figures["accuracy"] = loss.accuracy
+        if not model.tokens and (config.motion_gain or set(config.kinds) != {"mse"}):
+            figures["squared_error"] = model.heads.squared_errors(outputs, video, segments)
         if monitor is not None:
             torch.autograd.grad(loss.total, states["hidden"])
             figures |= {"gradient_norms": monitor.norms, "gradient_cosines": monitor.cosines}

@@ -49,7 +49,10 @@ class WorldModelLoss(Objective):
     def __init__(self, model: WorldModel) -> None:
         super().__init__()
         self.model = model
-        self.names = model.config.heads.horizons.labels
+        heads = model.config.heads
+        # Losses of different kinds are in different units: viewers show "2_gaussian" beside "1".
+        labels = zip(heads.horizons.labels, heads.kinds, strict=True)
+        self.names = [label if kind == "mse" else f"{label}_{kind}" for label, kind in labels]
 
     def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.model.config.masked:
@@ -89,7 +92,7 @@ class WorldModelLoss(Objective):
         pictures = prediction_strips(self.model, clips)
         found: dict[str, Any] = {name: value.tolist() for name, value in validation_figures(self.model, clips).items()}
         if self.model.config.heads.output == "pixels":
-            found["psnr"] = [psnr(error) for error in found["per_horizon"]]
+            found["psnr"] = [psnr(error) for error in found.get("squared_error", found["per_horizon"])]
         return found, pictures
 
 
