@@ -67,11 +67,10 @@ class MultiFrameHeads(nn.Module):
 
     A host that has a trained head for the near horizon keeps it, with its weights and its state_dict keys under
     `near_head.`: near_head(hidden), with the hidden state as it was given, neither normed nor conditioned, takes the
-    place of linear_0(blocks_0(state_0)). For pixels and latents it is any module that returns patches in hidden's
-    layout, [B, T, H, W, P * P * C] or [B, T, S, P * P * C], or frames [B, T, C, height, width] (patches, where the two
-    have the same shape), at 1/f_0 and with twice the features (channels) for a distribution. With config.residual that
-    is the change from frame n: a head that predicts the frame itself needs residual False. For tokens it is an
-    nn.Linear, whose weight and bias the fused loss reads.
+    place of linear_0(blocks_0(state_0)). For pixels and latents it is any module that returns patches,
+    [B, T, H, W, P * P * C] or [B, T, S, P * P * C], or frames [B, T, C, height, width], at 1/f_0 and with twice the
+    features (channels) for a distribution. With config.residual that is the change from frame n: a head that predicts
+    the frame itself needs residual False. For tokens it is an nn.Linear, whose weight and bias the fused loss reads.
 
     Args:
         width: D, the width of the hidden state and of the action embeddings.

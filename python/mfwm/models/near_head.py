@@ -44,17 +44,24 @@ def near_patches(
 
     grid: rows and columns of its patches; patch: P; channels: C; parts: 2 for a distribution, else 1.
     """
-    layout = (grid[0] * grid[1],) if hidden.dim() == 4 else grid
-    tokens = (*hidden.shape[:2], *layout, parts * patch * patch * channels)
+    features, cells = parts * patch * patch * channels, grid[0] * grid[1]
+    rows = (*hidden.shape[:2], cells, features)
+    tokens = (*hidden.shape[:2], *grid, features)
     images = (*hidden.shape[:2], parts * channels, grid[0] * patch, grid[1] * patch)
-    if not isinstance(output, Tensor) or tuple(output.shape) not in (tokens, images):
+    if not isinstance(output, Tensor) or tuple(output.shape) not in (rows, tokens, images):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        letters = "[B, T, S, N]" if hidden.dim() == 4 else "[B, T, H, W, N]"
         raise ValueError(
-            f"near_head must return patches {letters} = {list(tokens)} or frames [B, T, C, h, w] = {list(images)} for "
-            f"a hidden state {list(hidden.shape)}; got {got}"
+            f"near_head must return patches [B, T, H, W, N] = {list(tokens)} or [B, T, S, N] = {list(rows)}, or frames "
+            f"[B, T, C, h, w] = {list(images)}, for a hidden state {list(hidden.shape)}; got {got}"
+        )
+    if tuple(output.shape) == rows:
+        return output
+    if tokens == images:
+        raise ValueError(
+            f"near_head must return patches as [B, T, S, N] = {list(rows)} where [B, T, H, W, N] and frames "
+            f"[B, T, C, h, w] have the same shape, {list(images)}"
         )
     if tuple(output.shape) == tokens:
-        return output if hidden.dim() == 4 else output.flatten(2, 3)
+        return output.flatten(2, 3)
     frames = output.chunk(parts, dim=2)
     return torch.cat([video_pyramid(frame, (1,), patch_sizes=(patch,))[0] for frame in frames], dim=-1)
