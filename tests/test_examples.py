@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import runpy
 from pathlib import Path
 
@@ -27,26 +25,6 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("sys.argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["host_trainer", "host_trainer_multi_frame"])
-def test_hosts_learn(
-    name: str, squares: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = run(name, str(squares), "--steps", "12", monkeypatch=monkeypatch, capsys=capsys).splitlines()
-    # A loss, or one per horizon.
-    losses = [ast.literal_eval(line.split(" ", 3)[3]) for line in lines if line.startswith("step ")]
-    first, last = (loss if isinstance(loss, list) else [loss] for loss in (losses[0], losses[-1]))
-    assert all(new < old for old, new in zip(first, last, strict=True)), lines
-
-
-def test_heads_come_into_the_host_in_under_20_changed_lines() -> None:
-    texts = []
-    for name in ("host_trainer", "host_trainer_multi_frame"):
-        text = (EXAMPLES / f"{name}.py").read_text()
-        texts.append(text.split('"""', 2)[2].splitlines())
-    changes = [line for line in difflib.ndiff(*texts) if line[:2] in ("+ ", "- ") and line[2:].strip()]
-    assert 0 < len(changes) < 20, changes
 
 
 def test_rollout_of_a_run(
