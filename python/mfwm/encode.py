@@ -75,6 +75,9 @@ def encode(
         attributes = {name: value for name, value in attributes.items() if name not in ABOUT_ACTIONS}
         attributes["latent_actions"] = str(absolute(latent_actions))
 
+    # The state is that of the frames, whatever stands for them: positions stay in pixels of `data`.
+    if has_state := bool(replay.state_names):
+        attributes |= {name: replay.attributes[name] for name in ("state_names", "state_units")}
     writer = ReplayWriter(out, **frame, **actions, overwrite=overwrite, **attributes)
     episodes = zip(replay.episode_starts, replay.episode_ends, replay.episode_level, strict=True)
     bar = Progress("encode", replay.frames, "frame", shown=progress)
@@ -87,7 +90,8 @@ def encode(
                 images = in_pieces(tokens.encode, video, before=tokens.reach)[0].cpu().numpy()
             if codes is not None:
                 action = in_pieces(codes.infer, video, before=codes.reach, after=1)[0].cpu().numpy()
-            writer.append(images, action, int(level))
+            state = replay.state[begin:end] if has_state else None
+            writer.append(images, action, int(level), state=state)
             bar.update(len(images))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, Stored, missing_and_damaged, open_stored, read_rows
+from .stored import ACTION, ENDS, IMG, LEVELS, STATE, TOKENS, Stored, missing_and_damaged, open_stored, read_rows
 
 # What the arrays of frames must hold.
 FRAMES = {
@@ -54,8 +54,9 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
     for name, reason in stored.unreadable.items():
         yield Problem(f"array {name} is missing or unreadable: {reason}")
     found = [*arrays, *stored.unreadable]
-    for name in [ACTION, ENDS] if has_actions(attributes) else [ENDS]:
-        if name not in found:
+    stated = attributes.get("state_names") is not None
+    for name, needed in ((ACTION, has_actions(attributes)), (STATE, stated), (ENDS, True)):
+        if needed and name not in found:
             yield Problem(f"array {name} is missing or unreadable")
     frames = [name for name in FRAMES if name in found]
     if len(frames) != 1:
@@ -69,6 +70,7 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
             yield Problem(f"{name} must be {FRAMES[name]}, got {array.dtype} {list(array.shape)}")
     for name, kinds, what in (
         (ACTION, (("i", 1), ("u", 1), ("f", 2)), "integers [N] or floats [N, A]"),
+        (STATE, (("f", 2),), "floats [N, S]"),
         (ENDS, (("i", 1), ("u", 1)), "integers [E]"),
         (LEVELS, (("i", 1), ("u", 1)), "integers [E]"),
     ):
@@ -83,6 +85,28 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
         yield Problem(
             f"{ACTION} must be integers [N], since attribute actions is {attributes['actions']!r}, "
             f"got {arrays[ACTION].dtype} {list(arrays[ACTION].shape)}"
+        )
+    if stated:
+        names = attributes["state_names"]
+        broken = list(state_name_problems(names, attributes.get("state_units")))
+        yield from broken
+        if STATE in arrays and not broken and arrays[STATE].shape[1:] != (len(names),):
+            yield Problem(
+                f"{STATE} must have {len(names)} columns, one per name in attribute state_names, "
+                f"got shape {list(arrays[STATE].shape)}"
+            )
+
+
+def state_name_problems(names: Any, units: Any) -> Iterator[Problem]:
+    """Problems of the names and units of a state's columns."""
+    for what, values in (("state_names", names), ("state_units", units)):
+        if not isinstance(values, list) or not all(type(value) is str for value in values):
+            yield Problem(f"attribute {what} must be a list of strings, one per column of {STATE}, got {values!r}")
+            return
+    if not names or len(set(names)) < len(names) or len(units) != len(names):
+        yield Problem(
+            f"attribute state_names must have at least one name, each once, and state_units as many units, "
+            f"got {names} and {units}"
         )
 
 
@@ -148,6 +172,18 @@ def action_problems(name: str, action: np.ndarray, attributes: dict[str, Any]) -
         yield Problem(
             f"{name} must be in 0..{count - 1}, got {action.min()}..{action.max()}, "
             f"first at frame {broken[0]}, {len(broken)} in all"
+        )
+
+
+def state_problems(name: str, state: np.ndarray) -> Iterator[Problem]:
+    """Infinite numbers; NaN is allowed, and says that the thing is not there or not visible."""
+    with np.errstate(over="ignore"):
+        broken = np.argwhere(np.isinf(state.astype(np.float32)))
+    if len(broken):
+        frame, column = broken[0].tolist()
+        yield Problem(
+            f"{name} must be finite, or NaN for what is not visible, got {state[frame, column]} at frame {frame}, "
+            f"column {column}, and {len(broken) - 1} more (as float32, up to 3.4e38)"
         )
 
 
@@ -228,6 +264,9 @@ def value_problems(arrays: dict[str, Any], attributes: dict[str, Any], clip: int
         yield from length_problems(ACTION, arrays[ACTION], frames, "frame")
         if frames and arrays[ACTION].shape[0]:
             yield from action_problems(ACTION, rows(ACTION, 0, frames), attributes)
+    if STATE in arrays:
+        yield from length_problems(STATE, arrays[STATE], frames, "frame")
+        yield from state_problems(STATE, rows(STATE, 0, frames))
     if LEVELS in arrays:
         yield from length_problems(LEVELS, arrays[LEVELS], len(ends), "episode")
         yield from integer_problems(LEVELS, rows(LEVELS, 0, len(ends)))

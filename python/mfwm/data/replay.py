@@ -5,9 +5,11 @@ On disk: the Zarr replay buffer of the robot-learning field (diffusion-policy's 
     data/img             uint8 [N, H, W, 3], chunks of 64 frames; or, if frames are tokens of F ids each,
     data/tokens          integers [N, rows, columns] or [N, rows, columns, F], each in 0..vocabulary - 1
     data/action          int64 [N] or float32 [N, A]; absent if the attribute action_size is 0 and actions null
+    data/state           float32 [N, S]            optional: what the world's state was at each frame
     meta/episode_ends    int64 [E]                 cumulative: episode e is frames ends[e - 1] .. ends[e] - 1
     meta/episode_level   int64 [E]                 level seed if the environment has levels, else the episode index
     attributes           actions (null unless discrete), action_size, vocabulary (of tokens);
+                         state_names, state_units (of the columns of data/state);
                          env, action_names, noop, action_repeat, ticks_per_frame, package, package_version
 
 The action convention, the field's own: `action[t]` is the action taken at frame t, and leads to frame t + 1. So a
@@ -22,6 +24,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +42,12 @@ from .check import (
     length_problems,
     pixel_problems,
     raise_invalid,
+    state_problems,
     token_problems,
     written_ends,
 )
 from .place import absolute, identity, location
-from .stored import ACTION, ENDS, IMG, LEVELS, TOKENS, open_stored, read_rows
+from .stored import ACTION, ENDS, IMG, LEVELS, STATE, TOKENS, open_stored, read_rows
 
 MEMORY_LIMIT = 4 << 30  # bytes of frames; sets up to this size are read into memory when they are opened
 
@@ -92,6 +96,10 @@ class Replay:
             self.action = values.astype(np.float32 if values.ndim == 2 else np.int64)
             if values.ndim == 1:
                 self.actions = int(self.attributes.get("actions") or self.action.max() + 1)
+        self.state_names: list[str] = self.attributes.get("state_names") or []
+        self._state = arrays.get(STATE)
+        if self._state is not None:
+            self._check_rows(STATE, self._state, self.frames, "frame")
         # diffusion-policy's own sets have float32 frames that are integers in 0..255.
         self._dtype = np.dtype(np.uint8) if self._name == IMG else video.dtype.newbyteorder("=")
         self.in_memory = self.frames * self._dtype.itemsize * int(np.prod(video.shape[1:])) <= memory_limit
@@ -125,6 +133,18 @@ class Replay:
         elif frames.dtype.kind == "f":
             raise_invalid(self.path, pixel_problems(self._name, frames, begin))
         return frames.astype(self._dtype, copy=False)
+
+    @cached_property
+    def state(self) -> np.ndarray:
+        """The state at each frame, float32 [N, S], with the columns `state_names`; S is 0 in a set without state.
+
+        NaN stands for what is not there or not visible. It is read when it is first asked for.
+        """
+        if self._state is None:
+            return np.empty((self.frames, 0), np.float32)
+        values = self._read(STATE, self._state, 0, self.frames)
+        raise_invalid(self.path, state_problems(STATE, values))
+        return values.astype(np.float32, copy=False)
 
     @property
     def episodes(self) -> int:
@@ -190,7 +210,7 @@ class Clips(Dataset[dict[str, Tensor]]):
 
     An item is {"video": uint8 [T, 3, H, W], a permuted view of [T, H, W, 3] memory, or ids int64 [T, rows, columns] or
     [T, rows, columns, F]; "actions": int64 [T] or float32 [T, A], where actions[t] was taken at frame t; "segment_ids":
-    int64 [T], the episode's number in the replay buffer}.
+    int64 [T], the episode's number in the replay buffer}; with `state`, also "state": float32 [T, S].
 
     `too_short` is the number of chosen episodes that are shorter than a clip.
     """
@@ -202,14 +222,19 @@ class Clips(Dataset[dict[str, Tensor]]):
         *,
         episodes: Sequence[int] | np.ndarray | None = None,
         within_episode: bool = False,
+        state: bool = False,
     ) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1 frame, got {length}")
+        if state and not replay.state_names:
+            raise ValueError(f"{replay.path}: state = True needs a set with {STATE}, and this one has none")
         chosen = np.arange(replay.episodes) if episodes is None else np.unique(np.asarray(episodes, np.int64))
         if len(chosen) == 0 or chosen[0] < 0 or chosen[-1] >= replay.episodes:
             raise ValueError(f"episodes must be numbers in 0..{replay.episodes - 1}, at least one, got {episodes}")
         self.replay = replay
         self.length = length
+        # Read here, and not by the first of several threads.
+        self.state = replay.state if state else None
         lengths = replay.episode_lengths[chosen]
         # By position in the concatenated episodes: the episode number, and the frame number.
         self.segment_ids = np.repeat(chosen, lengths)
@@ -232,22 +257,26 @@ class Clips(Dataset[dict[str, Tensor]]):
         return {name: value[0] for name, value in self.batch(np.array([index])).items()}
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """The clips with these B numbers, stacked: video uint8 [B, T, 3, H, W] or ids, actions, segment_ids [B, T]."""
+        """The clips with these B numbers, stacked: video uint8 [B, T, 3, H, W] or ids, actions, segment_ids [B, T];
+        with `state`, also state [B, T, S]."""
         positions_BT = self.starts[indices][:, None] + np.arange(self.length)
         frames_BT = self.frames[positions_BT]
         video = torch.from_numpy(self.replay.read(frames_BT))
-        return {
+        clips = {
             "video": video.long() if self.replay.vocabulary else video.permute(0, 1, 4, 2, 3),
             "actions": torch.from_numpy(self.replay.action[frames_BT]),
             "segment_ids": torch.from_numpy(self.segment_ids[positions_BT]),
         }
+        if self.state is not None:
+            clips["state"] = torch.from_numpy(self.state[frames_BT])
+        return clips
 
 
 class ClipSampler:
     """Random batches of clips. `batch(step)` depends only on (seed, step), so that a run can be resumed exactly.
 
-    Clips are drawn uniformly with replacement. `episodes` and `within_episode` as in `Clips`. With `part=(i, n)`,
-    `batch` returns the i-th of n equal parts of the batch, for the i-th of n processes.
+    Clips are drawn uniformly with replacement. `episodes`, `within_episode` and `state` as in `Clips`. With
+    `part=(i, n)`, `batch` returns the i-th of n equal parts of the batch, for the i-th of n processes.
     """
 
     def __init__(
@@ -260,12 +289,13 @@ class ClipSampler:
         episodes: Sequence[int] | np.ndarray | None = None,
         within_episode: bool = False,
         part: tuple[int, int] = (0, 1),
+        state: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self.clips = Clips(replay, clip_length, episodes=episodes, within_episode=within_episode)
+        self.clips = Clips(replay, clip_length, episodes=episodes, within_episode=within_episode, state=state)
         self.batch_size = batch_size
         rank, count = part
         if not 0 <= rank < count or batch_size % count:
@@ -274,7 +304,8 @@ class ClipSampler:
         self.rows = slice(rank * batch_size // count, (rank + 1) * batch_size // count)
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """{"video": uint8 [B, T, 3, H, W] or ids, "actions": [B, T] or [B, T, A], "segment_ids": int64 [B, T]}."""
+        """{"video": uint8 [B, T, 3, H, W] or ids, "actions": [B, T] or [B, T, A], "segment_ids": int64 [B, T]}; with
+        `state`, also "state": float32 [B, T, S]."""
         return self.clips.batch(self._indices(step)[self.rows])
 
     def _indices(self, step: int) -> np.ndarray:

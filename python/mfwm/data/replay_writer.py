@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,10 +20,13 @@ from .check import (
     IMG,
     INT64,
     LEVELS,
+    STATE,
     TOKENS,
     VOCABULARY,
     action_problems,
     raise_invalid,
+    state_name_problems,
+    state_problems,
     token_problems,
 )
 from .place import Place, location
@@ -38,6 +42,7 @@ class ReplayWriter:
     actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; if that is 0, the set
         is video without actions.
     vocabulary: of tokens, each of which has `ids` ids; 0 for pixels.
+    state_names, state_units: of the columns of a state that each episode has; None for a set without state.
     overwrite: replace the replay buffer at `path`.
     attributes: stored with the set as JSON; replay.py lists the names that readers use.
 
@@ -58,6 +63,8 @@ class ReplayWriter:
         action_size: int = 0,
         vocabulary: int = 0,
         ids: int = 1,
+        state_names: Sequence[str] | None = None,
+        state_units: Sequence[str] | None = None,
         overwrite: bool = False,
         **attributes: Any,
     ) -> None:
@@ -77,6 +84,10 @@ class ReplayWriter:
                 f"got {vocabulary} and {ids}"
             )
         self.attributes = {**attributes, "actions": actions, "action_size": action_size}
+        if state_names is not None or state_units is not None:
+            state = {"state_names": listed(state_names), "state_units": listed(state_units)}
+            raise_invalid("", state_name_problems(*state.values()))
+            self.attributes |= state
         self._frame: tuple[int, ...] = (height, width, 3)
         if vocabulary:
             self.attributes["vocabulary"] = vocabulary
@@ -125,6 +136,8 @@ class ReplayWriter:
             }
             if actions or size:
                 layout[ACTION] = (() if actions else (size,), 4096, "int64" if actions else "float32")
+            if "state_names" in self.attributes:
+                layout[STATE] = ((len(self.attributes["state_names"]),), 4096, "float32")
             for name, (shape, chunk, dtype) in layout.items():
                 # The checksum detects flipped bits that still decompress.
                 root.create_array(
@@ -148,12 +161,20 @@ class ReplayWriter:
         # Write empty chunks too, so that a missing chunk always means damage.
         with zarr.config.set({"array.write_empty_chunks": True}):
             root = zarr.open_group(str(place), mode="r+", zarr_format=2)
-            found = {name: root.get(name) for name in (self._video, ACTION, LEVELS, ENDS)}
+            found = {name: root.get(name) for name in (self._video, ACTION, STATE, LEVELS, ENDS)}
         self._arrays = {name: array for name, array in found.items() if array is not None}
 
-    def append(self, video: np.ndarray, action: np.ndarray | None, level: int | None = None) -> None:
+    def append(
+        self,
+        video: np.ndarray,
+        action: np.ndarray | None,
+        level: int | None = None,
+        *,
+        state: np.ndarray | None = None,
+    ) -> None:
         """Add one episode: `video` uint8 [T, H, W, 3], or ids [T, rows, columns(, F)]; `action` integers [T] or floats
-        [T, A], with `action[t]` taken at `video[t]`, or None in a set without actions.
+        [T, A], with `action[t]` taken at `video[t]`, or None in a set without actions; `state` floats [T, S], with
+        `state[t]` that of `video[t]` and NaN for what is not visible, or None in a set without state.
 
         Two calls add two episodes, even if both are fragments of one. `level=None`: the episode's index.
         """
@@ -177,6 +198,18 @@ class ReplayWriter:
             raise ValueError(f"action must be {'given' if has_actions else 'None'} for this set")
         if action is not None:
             rows[ACTION] = self._checked(np.asarray(action), len(video))
+        names = self.attributes.get("state_names")
+        if (state is not None) != (names is not None):
+            raise ValueError(f"state must be {'given' if names else 'None'} for this set")
+        if state is not None and names is not None:
+            state = np.asarray(state)
+            if state.shape != (len(video), len(names)) or state.dtype.kind != "f":
+                raise ValueError(
+                    f"state must be floats {[len(video), len(names)]} for this set, "
+                    f"got {state.dtype} {list(state.shape)}"
+                )
+            raise_invalid("", state_problems("state", state))
+            rows[STATE] = state
 
         first = not self._arrays
         if first:
@@ -212,3 +245,8 @@ class ReplayWriter:
             )
         raise_invalid("", action_problems("action", action, self.attributes))
         return action
+
+
+def listed(values: Any) -> Any:
+    """A list, as JSON has it, of a sequence of names; anything else, such as one name, as it is."""
+    return list(values) if isinstance(values, (list, tuple)) else values

@@ -22,7 +22,7 @@ from zarr.storage import WrapperStore
 
 from .place import METADATA, absolute, identity, location, restore
 
-IMG, TOKENS, ACTION = "data/img", "data/tokens", "data/action"
+IMG, TOKENS, ACTION, STATE = "data/img", "data/tokens", "data/action", "data/state"
 ENDS, LEVELS = "meta/episode_ends", "meta/episode_level"
 
 # Codecs that do nothing but decode. imagecodecs_* are picture codecs, such as JPEG XL, of the package imagecodecs.
@@ -81,7 +81,9 @@ def open_stored(path: str | Path) -> Stored:
     except Exception as error:  # Zarr, fsspec and their stores raise almost anything on bad or missing files.
         raise ValueError(f"{place} is not a Zarr group: {error}") from error
     arrays, unreadable = {}, {}
-    for name in (IMG, TOKENS, ACTION, ENDS, LEVELS):
+    # Other projects' sets have an array of this name with a meaning of their own, and without names of its columns.
+    state = (STATE,) if attributes.get("state_names") is not None else ()
+    for name in (IMG, TOKENS, ACTION, *state, ENDS, LEVELS):
         try:
             metadata = metadata_of(root, name)
             if unknown := [codec for codec in codecs_of(metadata) if not CODECS.fullmatch(codec)]:
