@@ -26,6 +26,7 @@ import numpy as np
 from mfwm.data import Replay, collect
 from mfwm.data.check import check
 from mfwm.data.import_videos import import_videos
+from mfwm.data.recording import Recording
 from mfwm.encode import encode
 from mfwm.models.tokenizer import TokenizerConfig
 from mfwm.training.tokenizer import TokenizerTraining, train_tokenizer
@@ -42,10 +43,10 @@ def noise(version: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield rng.integers(256, size=(FRAMES, SIDE, SIDE, 3)).astype(np.uint8), rng.integers(4, size=FRAMES)
 
 
-def stub(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
+def stub(env: str, recording: Recording) -> Iterator[Any]:
     """A source of `collect`, in place of a game."""
     yield {"action_names": list("nesw"), "noop": 0}
-    for level, (img, action) in enumerate(noise(seed)):
+    for level, (img, action) in enumerate(noise(recording.seed)):
         yield collect.Episode(img, action, level)
 
 

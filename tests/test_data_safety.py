@@ -19,6 +19,7 @@ from mfwm.data import collect as collect_module
 from mfwm.data.collect import collect
 from mfwm.data.import_tokens import import_tokens
 from mfwm.data.place import Place, location, locked
+from mfwm.data.recording import Recording
 from mfwm.encode import encode
 from small_set import NEW, OLD, beside, value_of, write
 
@@ -34,7 +35,7 @@ def broken_tokens(folder: Path) -> Path:
     return folder
 
 
-def interrupted(env: str, frames: int, seed: int, action_repeat: int, num_levels: int) -> Iterator[Any]:
+def interrupted(env: str, recording: Recording) -> Iterator[Any]:
     yield {"action_names": ["a", "b"], "noop": 0}
     yield collect_module.Episode(np.zeros((3, 8, 8, 3), np.uint8), np.zeros(3, np.int64), None)
     raise KeyboardInterrupt

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from .data.balls import Balls
 from .demo import Demo
 from .describe import Describe
 from .presets import PRESETS
@@ -16,26 +17,45 @@ from .training.latent_actions import LatentActionsTraining
 from .training.tokenizer import TokenizerTraining
 from .training.world_model import TrainingConfig
 
+BALLS = Balls()
+
 
 @dataclass
 class Collect:
     """Record action-labelled video of a game into a Zarr replay buffer."""
 
     env: tyro.conf.Positional[str]
-    """coinrun (or another procgen game), atari:<Game>, doom or doom:<scenario>."""
+    """coinrun (or another procgen game), atari:<Game>, doom, doom:<scenario> or balls."""
     frames: int
     out: str
     """A directory, or a URL that fsspec supports."""
     seed: int = 0
     size: int = 64
     """Frames are size x size pixels."""
+    frame_skip: int = 1
+    """Each action is repeated for this many frames of the game, of which the last one is recorded."""
+    field: bool = False
+    """Crop to the playing field, in atari:Freeway, atari:Pong and atari:Breakout."""
+    balls: Balls = BALLS
     overwrite: bool = False
     """Replace the replay buffer in `out` once the new one is complete."""
 
     def run(self) -> None:
         from .data.collect import collect
 
-        collect(self.env, self.frames, self.out, seed=self.seed, size=self.size, overwrite=self.overwrite)
+        # Options of balls are refused for other environments, but their defaults are not.
+        balls = None if self.balls == BALLS else self.balls
+        collect(
+            self.env,
+            self.frames,
+            self.out,
+            seed=self.seed,
+            size=self.size,
+            frame_skip=self.frame_skip,
+            field=self.field,
+            balls=balls,
+            overwrite=self.overwrite,
+        )
 
 
 @dataclass

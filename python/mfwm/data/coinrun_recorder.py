@@ -4,17 +4,21 @@ procgen pins numpy < 2, which the rest of mfwm does not support, so this file ru
 has procgen and numpy but not mfwm.
 
 The stream is one JSON line that describes the source, then messages: a little-endian header `MESSAGE` (T, H, W, level),
-uint8 frames [T, H, W, 3] and int64 actions [T], action t taken at frame t. A header with T = 0 marks the end of the
+uint8 frames [T, H, W, 3], int64 actions [T], action t taken at frame t, and float32 states [T, S] with S the number of
+the description's state_names, if it has any. A header with T = 0 marks the end of the
 stream, so that a stream that was cut off is recognised.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import struct
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -52,17 +56,29 @@ class HeldActions:
         return self.action.copy()
 
 
-def send(stream: BinaryIO, frames: list[np.ndarray], actions: list[int], level: int) -> None:
+def send(stream: BinaryIO, frames: list[np.ndarray], actions: list[int], states: list[np.ndarray], level: int) -> None:
     img = np.stack(frames)
     stream.write(MESSAGE.pack(*img.shape[:3], level))
     stream.write(np.ascontiguousarray(img).data)
     stream.write(np.asarray(actions, np.int64).tobytes())
+    stream.write(np.asarray(states, np.float32).tobytes())
 
 
 def record(
-    stream: BinaryIO, game: str, frames: int, seed: int, action_repeat: int, num_levels: int, start_level: int
+    stream: BinaryIO,
+    game: str,
+    frames: int,
+    seed: int,
+    action_repeat: int,
+    num_levels: int,
+    start_level: int,
+    frame_skip: int,
 ) -> None:
     from procgen import ProcgenGym3Env
+
+    # This file's folder comes last, so that its other modules hide none of Python's.
+    sys.path.append(str(Path(__file__).parent))
+    from procgen_state import WORLDS, Tracker
 
     # Fewer games at once for a short recording, because each of them ends with a fragment of an episode.
     environments = max(1, min(16, frames // 500))
@@ -78,32 +94,50 @@ def record(
     weights = [COINRUN_WEIGHTS.get(name, 0.0) if game == "coinrun" else 1.0 for name in names]
     policy = HeldActions(np.array(weights), action_repeat, environments, np.random.default_rng(seed))
     package = REQUIREMENT.split("==")[0]
-    description = {"action_names": names, "noop": NOOP, "package": package, "package_version": version(package)}
+    description = {
+        "action_names": names, "noop": NOOP, "ticks_per_frame": frame_skip, "package": package,
+        "package_version": version(package),
+    }  # fmt: skip
+    trackers = [Tracker(game, frame_skip) for _ in range(environments)] if game in WORLDS else []
+    if trackers:
+        description |= {"state_names": trackers[0].names, "state_units": trackers[0].units}
     stream.write(json.dumps(description).encode() + b"\n")
 
     img: list[list[np.ndarray]] = [[] for _ in range(environments)]
     action: list[list[int]] = [[] for _ in range(environments)]
+    state: list[list[np.ndarray]] = [[] for _ in range(environments)]
     level = [0] * environments
     sent = waiting = 0
-    while sent + waiting < frames:
+    for tick in itertools.count():
         # `first` marks the first observation of an episode; procgen never returns the last one of the episode before.
         _, observation, first = env.observe()
         info = env.get_info()
-        taken = policy.next()
+        saved = env.callmethod("get_state") if trackers else []
+        kept = tick % frame_skip == 0
+        if kept:
+            taken = policy.next()
         for e in range(environments):
             if first[e]:
                 if img[e]:
-                    send(stream, img[e], action[e], level[e])
+                    send(stream, img[e], action[e], state[e], level[e])
                     sent, waiting = sent + len(img[e]), waiting - len(img[e])
-                img[e], action[e], level[e] = [], [], int(info[e]["level_seed"])
-            if sent + waiting < frames:
+                img[e], action[e], state[e], level[e] = [], [], [], int(info[e]["level_seed"])
+            if trackers:
+                if first[e]:
+                    trackers[e].reset()
+                trackers[e].see(saved[e])
+            if kept and sent + waiting < frames:
                 img[e].append(observation["rgb"][e].copy())
                 action[e].append(int(taken[e]))
+                if trackers:
+                    state[e].append(trackers[e].state())
                 waiting += 1
+        if sent + waiting >= frames:
+            break
         env.act(taken)
     for e in range(environments):
         if img[e]:
-            send(stream, img[e], action[e], level[e])
+            send(stream, img[e], action[e], state[e], level[e])
     stream.write(MESSAGE.pack(0, 0, 0, 0))
     stream.flush()
 
@@ -111,7 +145,7 @@ def record(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record a procgen game to standard output.")
     parser.add_argument("game", choices=GAMES)
-    for name in ("frames", "seed", "action-repeat", "num-levels", "start-level"):
+    for name in ("frames", "seed", "action-repeat", "num-levels", "start-level", "frame-skip"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args()
     # The stream has standard output to itself: what the game and its libraries print goes to standard error.
