@@ -33,7 +33,8 @@ MFWM_INLINE void subtract_share(C* __restrict own, C* __restrict into, C* __rest
   }
 }
 
-template <class C>
+// `layer`: the norm is LayerNorm.
+template <class C, bool layer>
 struct Heads {
   const MultiHorizonLinear& op;
   const int64_t rows = op.hidden.size[0], depth = op.hidden.size[1], horizons = op.sums.size[1];
@@ -47,7 +48,7 @@ struct Heads {
   MFWM_INLINE const C* hidden(C* scratch, int64_t r) const {
     if (r + 1 < rows) prefetch_row(op.hidden, (r + 1) * op.hidden.stride[0], depth);
     const C* h = row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
-    if (!op.means) return h;
+    if constexpr (!layer) return h;
     const C mean = sum_of<C>(depth, [=](int64_t d) __attribute__((always_inline)) { return h[d]; }) /
                    static_cast<C>(depth);
     for (int64_t d = 0; d < depth; ++d) scratch[d] = h[d] - mean;
@@ -119,7 +120,7 @@ struct Heads {
     for (int64_t r = unit.begin; r < unit.end; ++r) {
       if (op.norm) scales_of(hidden(token, r), unit.position, scales);
       load_row(out, to.product.data, to.product.dtype, r * to.product.stride[0], to.product.stride[1], columns);
-      if (op.means) {
+      if constexpr (layer) {
         const C mean = static_cast<const C*>(op.means.data)[r];
         for (int64_t n = 0; n < columns; ++n) out[n] -= mean * head_sums[n];
       }
@@ -285,22 +286,30 @@ struct Heads {
   }
 };
 
+// Call run(heads) with the Heads of the op's precision and norm.
+template <class Run>
+void with_heads(const MultiHorizonLinear& op, const Run& run) {
+  in_precision(op.sums.dtype == DType::float64, [&](auto zero) {
+    op.means ? run(Heads<decltype(zero), true>{op}) : run(Heads<decltype(zero), false>{op});
+  });
+}
+
 }  // namespace
 
 void multi_horizon_linear_forward(const MultiHorizonLinear& op, const MultiHorizonLinearOutputs& to) {
-  in_precision(op.sums.dtype == DType::float64, [&](auto zero) { Heads<decltype(zero)>{op}.forward(to); });
+  with_heads(op, [&](const auto& heads) { heads.forward(to); });
 }
 
 void multi_horizon_linear_scale(const MultiHorizonLinear& op, const MultiHorizonLinearScaled& to) {
-  in_precision(op.sums.dtype == DType::float64, [&](auto zero) { Heads<decltype(zero)>{op}.scale(to); });
+  with_heads(op, [&](const auto& heads) { heads.scale(to); });
 }
 
 void multi_horizon_linear_combine(const MultiHorizonLinear& op, const MultiHorizonLinearCombined& to) {
-  in_precision(op.sums.dtype == DType::float64, [&](auto zero) { Heads<decltype(zero)>{op}.combine(to); });
+  with_heads(op, [&](const auto& heads) { heads.combine(to); });
 }
 
 void multi_horizon_linear_monitor(const MultiHorizonLinear& op, const MultiHorizonLinearMonitored& to) {
-  in_precision(op.sums.dtype == DType::float64, [&](auto zero) { Heads<decltype(zero)>{op}.monitor(to); });
+  with_heads(op, [&](const auto& heads) { heads.monitor(to); });
 }
 
 }  // namespace mfwm::cpu
