@@ -109,13 +109,13 @@ def centred(rows, in_d, depth):
 
 
 @triton.jit
-def normed(state, norm_weight, norm_bias, i, d, in_d, depth, eps, weight_strides, bias_strides, LAYER: tl.constexpr):
+def normed(state, norm_weight, norm_bias, i, d, in_d, depth, eps, weight_strides, LAYER: tl.constexpr):
     weight = load_vector(norm_weight + i * weight_strides[0], d, in_d, weight_strides[1])
     if LAYER:
         state = centred(state, in_d, depth)
     state = state * tl.rsqrt(tl.sum(state * state, 1) / depth + eps)[:, None] * weight
     if norm_bias is not None:
-        state += load_vector(norm_bias + i * bias_strides[0], d, in_d, bias_strides[1])
+        state += load_vector(norm_bias + i * depth, d, in_d, 1)
     return state
 
 
@@ -151,7 +151,7 @@ def overlap(
 @triton.jit
 def fan_out_forward(
     hidden, sums, norm_weight, norm_bias, outputs, positions, height, width, depth, cells, chunk, chunks, eps,
-    hidden_strides, weight_strides, bias_strides, LAYER: tl.constexpr,
+    hidden_strides, weight_strides, LAYER: tl.constexpr,
     HORIZONS: tl.constexpr, POOLS: tl.constexpr, SIDE: tl.constexpr, S: tl.constexpr,
     CELLS: tl.constexpr, BLOCK_D: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def fan_out_forward(
                 state = wide_mean(base, y, x, d, in_d, hidden_strides, POOLS[i], ROWS, BLOCK_D) + added
                 if norm_weight is not None:
                     state = normed(state, norm_weight, norm_bias, HORIZONS[i], d, in_d, depth, eps, weight_strides,
-                                   bias_strides, LAYER)  # fmt: skip
+                                   LAYER)  # fmt: skip
                 row = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
                 tl.store(outputs[i] + row * depth + d[None, :], state.to(outputs[i].dtype.element_ty), in_d[None, :])
     for start in range(first, last, CELLS):
@@ -188,7 +188,7 @@ def fan_out_forward(
                 state += load_vector(sums + (position * len(POOLS) + HORIZONS[i]) * depth, d, in_d, 1)
                 if norm_weight is not None:
                     state = normed(state, norm_weight, norm_bias, HORIZONS[i], d, in_d, depth, eps, weight_strides,
-                                   bias_strides, LAYER)  # fmt: skip
+                                   LAYER)  # fmt: skip
                 at = (position * (height // POOLS[i]) + y // POOLS[i]) * (width // POOLS[i]) + x // POOLS[i]
                 mask = (start + unit // (S * S) < last)[:, None] & in_d[None, :]
                 tl.store(outputs[i] + (at * depth)[:, None] + d[None, :], state.to(outputs[i].dtype.element_ty), mask)
@@ -395,12 +395,15 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     ]
     sums = conditioning_sums(args, window_sums, torch.float32)
     norm_weight, norm_bias = by_horizon(args, args.norm_weight), by_horizon(args, args.norm_bias)
+    if norm_bias is not None:
+        # Strides would take registers that the tile needs.
+        norm_bias = norm_bias.contiguous()
     plan = plan_of(hidden, args.pool, *FORWARD)
     launch(
         fan_out_forward, batch * positions * plan.chunks, hidden.device,
         hidden, sums, norm_weight, norm_bias, tuple(outputs[i] for i in plan.order),
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
-        strides(hidden, 5), strides(norm_weight, 2), strides(norm_bias, 2), LAYER=args.norm == "layer",
+        strides(hidden, 5), strides(norm_weight, 2), LAYER=args.norm == "layer",
         HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order),
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
         VECTOR=plan.vector, num_warps=plan.warps,
@@ -431,15 +434,18 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     }
     monitored = want["hidden"] and args.norms is not None
     gram = torch.empty(programs, count, count, dtype=torch.float32, device=device) if monitored else None
-    # If a row does not span all threads, its sums need more registers than two programs per SM leave.
-    registers = 128 if plan.block_d >= 32 * plan.warps else 255
+    # If a row does not span all threads, its sums need more registers than two programs per SM leave. So do LayerNorm's
+    # further sums beside a monitor's products, or where one warp has whole rows.
+    layer = args.norm == "layer"
+    is_large = plan.block_d < 32 * plan.warps or (layer and (monitored or plan.warps == 1))
+    registers = 255 if is_large else 128
     launch(
         fan_out_backward, programs, device,
         hidden, sums, norm_weight, tuple(ordered), args.scale,
         hidden_gradient, tuple(cell_gradients), sums_partial, *norm_partials.values(), gram,
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
         strides(hidden, 5), strides(norm_weight, 2), tuple(strides(grad, 5) for grad in ordered),
-        LAYER=args.norm == "layer",
+        LAYER=layer,
         HORIZONS=tuple(plan.order), POOLS=tuple(args.pool[i] for i in plan.order), UNITS=tuple(plan.units),
         COARSER=tuple(high // low for high, low in zip([plan.s, *plan.units], plan.units, strict=False)),
         SIDE=plan.side, S=plan.s, CELLS=plan.cells, BLOCK_D=plan.block_d,
