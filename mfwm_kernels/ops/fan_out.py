@@ -199,7 +199,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "lag_weight": normal(3, 3, 17), "condition": normal(2, 2, 3, 17),
     }  # fmt: skip
     yield {
-        "hidden": normal(2, 2, 32, 32), "actions": normal(2, 3, 32), "horizons": cascade, "pool": (1, 2, 4, 4),
+        "hidden": normal(2, 2, 32, 32), "actions": normal(2, 3, 32), "horizons": cascade, "pool": (1, 1, 2, 2),
         "grid": (4, 8), "norm": "layer", "norm_weight": normal(32), "norm_bias": normal(32),
     }  # fmt: skip
     yield {"hidden": normal(1, 2, 5, 24), "actions": None, "horizons": cascade, "pool": (1, 1, 1, 1),
