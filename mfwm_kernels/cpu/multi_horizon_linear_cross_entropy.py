@@ -29,6 +29,17 @@ def add(total: Tensor, product: Tensor) -> None:
     kernels.multi_horizon_linear_add(raw(total), raw(product), torch.get_num_threads())
 
 
+def column_sums(rows: Tensor) -> Tensor:
+    computed = torch.promote_types(rows.dtype, torch.float32)
+    if rows.dtype == computed:
+        return rows.sum(0)
+    # torch converts all that it sums at a time to the dtype of the sum. Pieces of 2^17 elements stay in cache.
+    total = torch.zeros(rows.shape[1], dtype=computed)
+    for piece in rows.split(max(1, 2**17 // rows.shape[1])):
+        total += piece.sum(0, dtype=computed)
+    return total
+
+
 def cross_entropy(
     args: Arguments,
     logits: Tensor,
@@ -74,6 +85,7 @@ PASSES = Passes(
     drops=True,
     batched=False,
     add=add,
+    column_sums=column_sums,
     cross_entropy=cross_entropy,
     consistency=consistency,
 )

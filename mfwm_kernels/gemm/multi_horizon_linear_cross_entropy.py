@@ -44,6 +44,7 @@ class Passes(NamedTuple):
                            they may be NaN. A call that returns predictions excludes no row
     batched                rows of several clips become one batched product, because one launch per clip costs too much
     add(total, product)    total += product, for an fp32 total and a bf16 product
+    column_sums(rows)      the sums [N] of rows [R, N], in fp32 (fp64 for fp64)
     cross_entropy(args, logits, bias, ids, starts, scales, losses, hits, predictions, learns)
         writes losses, hits and predictions [R * F] of logits [R * F, V] plus their Bias, where row r has the target
         ids[starts[r] : starts[r + 1]]. If `learns`, overwrites each row of logits with its gradient times scales[r]
@@ -59,6 +60,7 @@ class Passes(NamedTuple):
     drops: bool
     batched: bool
     add: Callable[[Tensor, Tensor], object]
+    column_sums: Callable[[Tensor], Tensor]
     cross_entropy: Callable[..., None]
     consistency: Callable[..., None]
 
@@ -239,7 +241,7 @@ class Heads:
         self.args, self.want = args, want
         dtype = args.inputs[0].dtype
         self.computed = torch.promote_types(dtype, torch.float32)
-        self.dtype, self.add = passes.product_dtype(dtype), passes.add
+        self.dtype, self.add, self.column_sums = passes.product_dtype(dtype), passes.add, passes.column_sums
         self.batched = passes.batched
         self.weights = [weight.to(self.dtype) for weight in args.weight]
         columns, depth = self.weights[0].shape
@@ -355,7 +357,7 @@ class Heads:
         for index, run in itertools.groupby(parts, lambda part: self._bias_index(part.horizon)):
             last = first + sum(part.size for part in run)
             if self.want["biases"][index]:
-                total, summed = self.bias_gradients[index], logits_gradient[first:last].sum(0, dtype=self.computed)
+                total, summed = self.bias_gradients[index], self.column_sums(logits_gradient[first:last])
                 self.bias_gradients[index] = summed if total is None else total.add_(summed)
             first = last
 

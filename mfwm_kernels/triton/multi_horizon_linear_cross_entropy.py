@@ -375,6 +375,7 @@ PASSES = Passes(
     drops=False,
     batched=True,
     add=Tensor.add_,
+    column_sums=lambda rows: rows.sum(0, dtype=torch.float32),
     cross_entropy=cross_entropy,
     consistency=consistency,
 )
