@@ -320,7 +320,9 @@ def cross_entropy(
     one_block = power_of_2(vocabulary) <= LONGEST
     # At least 2: with 1 id, ptxas spills 8 bytes (fp32 rows longer than LONGEST, sm_90 and sm_100).
     most_ids = max(2, power_of_2(max(args.factors) ** 2))
-    tile_rows, block, warps = tile_of(vocabulary, LONGEST if one_block else LOOPED, most_ids)
+    # Half of LOOPED with predictions: else ptxas spills 16 bytes (fp32, sm_80).
+    looped = LOOPED if predictions is None else LOOPED // 2
+    tile_rows, block, warps = tile_of(vocabulary, LONGEST if one_block else looped, most_ids)
     launch(
         multi_horizon_linear_cross_entropy, ceil_div(rows, tile_rows), logits.device,
         logits, biases, bias_rows, ids, starts, scales, losses, hits, predictions, rows, vocabulary,
@@ -359,13 +361,15 @@ def consistency(
     cells, vocabulary = far.shape[0], far.shape[1] // args.ids_per_token
     near_sums, far_sums = normalisers_of(args, near, near_bias), normalisers_of(args, far, far_bias)
     dots = torch.empty_like(near_sums) if learns_near else None
+    # Half as long with a bias or known ids: else ptxas spills 8 bytes (fp32, sm_80).
+    longest = 2048 if near_bias is None and known is None else 1024
     launch(
         multi_horizon_linear_consistency, cells * args.ids_per_token, far.device,
         near, far, near_bias, far_bias, near_sums, far_sums, dots, counted, known, scale, losses,
         args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
         KNOWN=0 if known is None else known.shape[2], SOFTCAP=args.softcap > 0,
         LEARNS_NEAR=learns_near, LEARNS_FAR=learns_far,
-        BLOCK=min(2048, LOOPED, max(16, power_of_2(vocabulary))), num_warps=4,
+        BLOCK=min(longest, LOOPED, max(16, power_of_2(vocabulary))), num_warps=4,
     )  # fmt: skip
 
 
