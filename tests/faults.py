@@ -91,6 +91,30 @@ FAULTS = [
         values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
     ),
     Fault(
+        "a position weight does not reach the gradient", "gradient",
+        "mfwm_kernels/gemm/multi_horizon_linear_cross_entropy.py",
+        "row_scales * targets.weights", "row_scales",
+        values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
+    ),
+    Fault(
+        "a pair teaches its near side's bias nothing", "gradient",
+        "mfwm_kernels/gemm/multi_horizon_linear_cross_entropy.py",
+        "heads.sum_biases([near_part], near)", "pass",
+        values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
+    ),
+    Fault(
+        "the softcap comes before the prediction", "kernel", "mfwm_kernels/triton/multi_horizon_linear_cross_entropy.py",
+        "z = load_biased(logits, start, biases, bias_start, v, mask)",
+        "z = load_row(logits, start, biases, bias_start, v, in_rows, vocabulary, softcap, SOFTCAP)",
+        "tests/ops/test_multi_horizon_linear_cross_entropy.py -k 'test_predictions and triton'",
+    ),
+    Fault(
+        "an ignored id teaches too", "kernel", "mfwm_kernels/gemm/multi_horizon_linear_cross_entropy.py",
+        "known = torch.where(args.token_mask[..., None], -1, ids)",
+        "known = torch.where(args.token_mask[..., None], -1, ids.clamp_min(0))",
+        "tests/ops/test_multi_horizon_linear_cross_entropy.py -k 'true_ids_teach and cpu'",
+    ),
+    Fault(
         "the other side of a pair is detached", "gradient", "mfwm_kernels/ops/multi_horizon_loss.py",
         'if args.detach == "near" else', 'if args.detach == "far" else',
         values_of("multi_horizon_loss-cpu-float32"),
