@@ -103,7 +103,8 @@ FAULTS = [
         values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
     ),
     Fault(
-        "the softcap comes before the prediction", "kernel", "mfwm_kernels/triton/multi_horizon_linear_cross_entropy.py",
+        "the softcap comes before the prediction", "kernel",
+        "mfwm_kernels/triton/multi_horizon_linear_cross_entropy.py",
         "z = load_biased(logits, start, biases, bias_start, v, mask)",
         "z = load_row(logits, start, biases, bias_start, v, in_rows, vocabulary, softcap, SOFTCAP)",
         "tests/ops/test_multi_horizon_linear_cross_entropy.py -k 'test_predictions and triton'",

@@ -213,11 +213,11 @@ def multi_horizon_linear_normalisers(
 
 
 @triton.jit
-def capped_at(logits, offset, bias, bias_offset, mask, softcap, SOFTCAP: tl.constexpr):
-    """Capped logits, plus their bias if there is one."""
-    z = tl.load(logits + offset, mask, 0)
+def capped_row(row, bias, bias_start, column, mask, softcap, SOFTCAP: tl.constexpr):
+    """Columns of a row of logits, plus their bias if there is one, capped."""
+    z = tl.load(row + column, mask, 0)
     if bias is not None:
-        z = z.to(tl.float32) + tl.load(bias + bias_offset, mask, 0)
+        z = z.to(tl.float32) + tl.load(bias + bias_start + column, mask, 0)
     return capped(z, softcap, SOFTCAP)
 
 
@@ -251,8 +251,8 @@ def multi_horizon_linear_consistency(
             for first in range(0, vocabulary, BLOCK):
                 v = first + column
                 mask = (v < vocabulary) & counts
-                z = capped_at(near, row * vocabulary + v, near_bias, bias_start + v, mask, softcap, SOFTCAP)
-                q = capped_at(far, far_start + v, far_bias, bias_start + v, mask, softcap, SOFTCAP) - far_sum
+                z = capped_row(near + row * vocabulary, near_bias, bias_start, v, mask, softcap, SOFTCAP)
+                q = capped_row(far + far_start, far_bias, bias_start, v, mask, softcap, SOFTCAP) - far_sum
                 dot += tl.where(mask, tl.exp(z - normaliser) * q, 0.0)
             tl.store(dots + row, tl.sum(dot, 0))
         tl.debug_barrier()
@@ -262,12 +262,12 @@ def multi_horizon_linear_consistency(
         v = first + column
         in_row = v < vocabulary
         mask = in_row & counts
-        far_z = capped_at(far, far_start + v, far_bias, bias_start + v, mask, softcap, SOFTCAP)
+        far_z = capped_row(far + far_start, far_bias, bias_start, v, mask, softcap, SOFTCAP)
         log_q = far_z - far_sum
         teacher = tl.zeros([BLOCK], tl.float32)
         for s in range(0, covered):
             row = near_row + s * ids_per_token
-            z = capped_at(near, row * vocabulary + v, near_bias, bias_start + v, mask, softcap, SOFTCAP)
+            z = capped_row(near + row * vocabulary, near_bias, bias_start, v, mask, softcap, SOFTCAP)
             p = tl.exp(z - tl.load(near_normalisers + row)) * near_share
             if KNOWN > 0:
                 unknown = 0.0
@@ -320,9 +320,11 @@ def cross_entropy(
     one_block = power_of_2(vocabulary) <= LONGEST
     # At least 2: with 1 id, ptxas spills 8 bytes (fp32 rows longer than LONGEST, sm_90 and sm_100).
     most_ids = max(2, power_of_2(max(args.factors) ** 2))
-    # Half of LOOPED with predictions: else ptxas spills 16 bytes (fp32, sm_80).
+    # Half a tile with predictions: else ptxas spills 16 bytes (fp32, rows longer than LONGEST on sm_80, 5 ids on sm_100).
     looped = LOOPED if predictions is None else LOOPED // 2
     tile_rows, block, warps = tile_of(vocabulary, LONGEST if one_block else looped, most_ids)
+    if predictions is not None:
+        tile_rows = max(1, tile_rows // 2)
     launch(
         multi_horizon_linear_cross_entropy, ceil_div(rows, tile_rows), logits.device,
         logits, biases, bias_rows, ids, starts, scales, losses, hits, predictions, rows, vocabulary,
@@ -361,8 +363,8 @@ def consistency(
     cells, vocabulary = far.shape[0], far.shape[1] // args.ids_per_token
     near_sums, far_sums = normalisers_of(args, near, near_bias), normalisers_of(args, far, far_bias)
     dots = torch.empty_like(near_sums) if learns_near else None
-    # Half as long with a bias or known ids: else ptxas spills 8 bytes (fp32, sm_80).
-    longest = 2048 if near_bias is None and known is None else 1024
+    # Shorter with a bias or known ids: else ptxas spills 8 to 16 bytes (fp32, 2048 on sm_80, 1024 on sm_100).
+    longest = 2048 if near_bias is None and known is None else 512
     launch(
         multi_horizon_linear_consistency, cells * args.ids_per_token, far.device,
         near, far, near_bias, far_bias, near_sums, far_sums, dots, counted, known, scale, losses,
