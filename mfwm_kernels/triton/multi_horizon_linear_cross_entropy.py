@@ -324,7 +324,7 @@ def cross_entropy(
     looped = LOOPED if predictions is None else LOOPED // 2
     tile_rows, block, warps = tile_of(vocabulary, LONGEST if one_block else looped, most_ids)
     if predictions is not None:
-        tile_rows = max(1, tile_rows // 2)
+        tile_rows = max(1, tile_rows // 4)
     launch(
         multi_horizon_linear_cross_entropy, ceil_div(rows, tile_rows), logits.device,
         logits, biases, bias_rows, ids, starts, scales, losses, hits, predictions, rows, vocabulary,
