@@ -81,6 +81,11 @@ def _image(tokens: Tensor, patch: int, channels: int, height: int, width: int) -
     return cut.permute(0, 1, 6, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
 
 
+def _grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[B, T, S, C] as images."""
+    return features.unflatten(2, grid).permute(0, 1, 4, 2, 3)
+
+
 def video_pyramid(video: Tensor, factors: tuple[int, ...], dtype: torch.dtype) -> Outputs:
     frames = _frames(video)
     return tuple(_shrunk(frames, factor).to(dtype) for factor in factors)
@@ -90,9 +95,15 @@ def multi_horizon_loss(
     preds: list[Tensor],
     video: Tensor,
     horizons: Any,
-    consistency_weights: list[float],
+    consistency_weights: list[float] | None = None,
     patch_sizes: tuple[int, ...] | None = None,
+    kind: str = "mse",
+    grid: tuple[int, int] | None = None,
 ) -> Outputs:
+    compare = {"mse": F.mse_loss, "l1": F.l1_loss}[kind]
+    if grid is not None:
+        video = _grid(video, grid)
+        preds = [_grid(pred, (grid[0] // f, grid[1] // f)) for pred, f in zip(preds, horizons.factors, strict=True)]
     positions, frames, (channels, height, width) = preds[0].shape[1], video.shape[1], video.shape[2:]
     target = _frames(video)
     total = torch.zeros((), device=video.device)
@@ -104,12 +115,12 @@ def multi_horizon_loss(
             goal = _patches(goal, patch_sizes[i])
             images[-1] = _image(pred.float(), patch_sizes[i], channels, height // factor, width // factor)
         inside = min(positions, frames - offset)
-        total = total + F.mse_loss(pred[:, :inside].float(), goal[:, offset : offset + inside])
-    for j in range(1, len(preds)):
+        total = total + compare(pred[:, :inside].float(), goal[:, offset : offset + inside])
+    for j in range(1, len(preds) if consistency_weights is not None else 0):
         apart = horizons.offsets[j] - horizons.offsets[0]
         inside = min(positions - apart, frames - horizons.offsets[j])
         near = _shrunk(images[0][:, apart : apart + inside], horizons.factors[j] // horizons.factors[0])
-        total = total + consistency_weights[j] * F.mse_loss(images[j][:, :inside], near)
+        total = total + consistency_weights[j] * compare(images[j][:, :inside], near)
     return (total,)
 
 

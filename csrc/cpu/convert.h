@@ -12,7 +12,6 @@ struct float16 {
   uint16_t bits;
 };
 
-MFWM_INLINE float widen(uint8_t value) { return static_cast<float>(value); }
 MFWM_INLINE float widen(float16 value) {
   const uint32_t magnitude = value.bits & 0x7fffu, sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   // Rebias the exponent from 15 to 127, twice for inf and NaN. A subnormal is its integer magnitude times 2^-24.

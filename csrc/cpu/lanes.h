@@ -38,6 +38,7 @@ MFWM_INLINE uint32_t as_bits(float value) {
 
 MFWM_INLINE float widen(float value) { return value; }
 MFWM_INLINE double widen(double value) { return value; }
+MFWM_INLINE float widen(uint8_t value) { return static_cast<float>(value); }
 MFWM_INLINE float widen(bfloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 
 MFWM_INLINE void narrow(float value, float& to) { to = value; }

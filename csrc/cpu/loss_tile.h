@@ -92,12 +92,14 @@ struct Target {
 // `squares` selects the loops for mse. The other kinds share one loop that branches on the kind: specialising each
 // would instantiate it about a hundred times.
 //
+// `next`: how many elements the next tile's predictions are away, to prefetch them; 0: do not.
+//
 // `stream`: write gradients with non-temporal stores. The types P (predictions) and G (gradients) are C or bf16; S
 // (target) is C or uint8. If G is bf16, a target of C is split into even and odd elements. Float sums stay accurate: a
 // tile adds at most a few thousand elements to a lane.
 template <bool squares, bool with_gradient, int ratio, bool is_split, bool stream, class S, class C, class P, class G>
 MFWM_INLINE double loss_tile(Tile<const P> pred, const Target<C> target, Tile<G> gradient, const Addition<C>& addition,
-                             const Curve<C> curve, bool prefetch) {
+                             const Curve<C> curve, int64_t next) {
   using L = Lanes<C>;
   constexpr int64_t lanes = L::count;
   const C weight = addition.weight;
@@ -105,8 +107,7 @@ MFWM_INLINE double loss_tile(Tile<const P> pred, const Target<C> target, Tile<G>
   Tile<const C> additions = addition.tile;
   // Prefetch for the next tile: a tile is too short for the hardware prefetcher. This loop is the place, because the
   // current tile is already in cache and few other misses are in flight. fp32 goes to L2 only: L1 is full of this tile.
-  const int64_t next = prefetch ? targets.rows * pred.pitch : 0;
-  const int64_t next_bytes = prefetch ? targets.rows * targets.pitch : 0;
+  const int64_t next_bytes = next ? targets.rows * targets.pitch : 0;
   if (ratio < 2 && pred.is_dense() && targets.is_dense() && gradient.is_dense() && additions.is_dense()) {
     pred = pred.joined(), targets = targets.joined(), gradient = gradient.joined(), additions = additions.joined();
   }
@@ -222,7 +223,7 @@ struct AnyTile {
 // Gradients are bf16 if the target is split, else C. A target of bytes requires bf16 predictions and gradients.
 template <class C>
 MFWM_SIMD double loss_and_gradient(const AnyTile<C>& pred, const Target<C>& target, const AnyTile<C>& gradient,
-                                   const Addition<C>& addition, const Curve<C>& curve, bool prefetch, bool stream) {
+                                   const Addition<C>& addition, const Curve<C>& curve, int64_t next, bool stream) {
   const auto for_kind = [&](auto squares_tag) __attribute__((always_inline)) {
     constexpr bool squares = decltype(squares_tag)::value;
     const auto for_types = [&](auto split_tag, auto element, const auto& p, const auto& g)
@@ -231,10 +232,10 @@ MFWM_SIMD double loss_and_gradient(const AnyTile<C>& pred, const Target<C>& targ
       using S = decltype(element);
       const auto for_ratio = [&](auto ratio_tag) __attribute__((always_inline)) {
         constexpr int ratio = decltype(ratio_tag)::value;
-        if (stream) return loss_tile<squares, true, ratio, split, true, S>(p, target, g, addition, curve, prefetch);
-        return loss_tile<squares, true, ratio, split, false, S>(p, target, g, addition, curve, prefetch);
+        if (stream) return loss_tile<squares, true, ratio, split, true, S>(p, target, g, addition, curve, next);
+        return loss_tile<squares, true, ratio, split, false, S>(p, target, g, addition, curve, next);
       };
-      if (!g.data) return loss_tile<squares, false, 0, split, false, S>(p, target, g, {}, curve, prefetch);
+      if (!g.data) return loss_tile<squares, false, 0, split, false, S>(p, target, g, {}, curve, next);
       if (addition.ratio == 0) return for_ratio(std::integral_constant<int, 0>{});
       if (addition.ratio == 1) return for_ratio(std::integral_constant<int, 1>{});
       return for_ratio(std::integral_constant<int, 2>{});

@@ -51,11 +51,15 @@ struct Loss {
   const MultiHorizonLoss& op;
   const int threads;
   const int count = static_cast<int>(op.preds.size());
-  const int64_t batch = op.video.size[0], frames = op.video.size[1], channels = op.video.size[2];
+  // Features: the channels of a pixel are adjacent in all tensors. A frame is then treated as an image of one channel,
+  // whose rows are pixels and whose columns are channels; averaging adds whole rows.
+  const bool are_features = has_channels_innermost();
+  const int64_t grid_width = op.video.size[4];
+  const int64_t batch = op.video.size[0], frames = op.video.size[1], channels = are_features ? 1 : op.video.size[2];
   const int64_t positions = op.preds[0].size[1];
   // Horizon i predicts frames offset .. positions - 1 + offset; predictions beyond the video get a zero gradient.
   const int64_t target_frames = std::max(frames, positions + op.offsets.back());
-  Frames video{op.video, 0, channels, op.video.size[3], op.video.size[4]};
+  Frames video = frames_of(op.video, 1, 0);
   std::vector<Part> preds, gradients, log_scales, log_scale_gradients;
   std::vector<Level> chain;                    // the video's, base 1
   std::vector<int> level_of;                   // horizon -> level of that chain
@@ -71,6 +75,8 @@ struct Loss {
   bool is_split = std::is_same_v<C, float>;
   // In addition, the video is uint8 and used without conversion to a tile of C: pooled and compared as bytes.
   bool from_bytes;
+  // The video is contiguous elements of C and used without a copy.
+  bool video_in_place;
   // Offsets into a thread's scratch, in elements.
   int64_t scratch_size = 0, row_scratch, base, difference_at;
   std::vector<int64_t> level_at, other_level_at, addition_at, motion_at;
@@ -81,13 +87,13 @@ struct Loss {
         threads(threads_),
         chain(chain_of(1, op_.factors)),
         near_chain(op_.factors.size()),
-        tiling(video.height, video.width, op_.factors, batch * frames,
+        tiling(video.height, video.width, row_step(), column_step(), batch * frames,
                target_pixels<C>(op_.factors, channels_at_once(), has_distributions() ? 4 : 2, 1)) {
     for (int i = 0; i < count; ++i) {
-      preds.push_back({frames_of(op.preds[i], i, false)});
-      gradients.push_back({frames_of(op.gradients[i], i, false)});
-      log_scales.push_back({frames_of(op.preds[i], i, true)});
-      log_scale_gradients.push_back({frames_of(op.gradients[i], i, true)});
+      preds.push_back({frames_of(op.preds[i], op.factors[i], patch_size(i))});
+      gradients.push_back({frames_of(op.gradients[i], op.factors[i], patch_size(i))});
+      log_scales.push_back({frames_of(log_scales_of(op.preds[i], i), op.factors[i], patch_size(i))});
+      log_scale_gradients.push_back({frames_of(log_scales_of(op.gradients[i], i), op.factors[i], patch_size(i))});
       is_split = is_split && op.preds[i].dtype == DType::bfloat16 && !is_weighted(i) &&
                  (!op.gradients[i] || gradients[i].frames.is_plain_image());
     }
@@ -103,7 +109,9 @@ struct Loss {
         if (op.pairs[k] == i) far.push_back(op.factors[op.pairs[k + 1]]);
       near_chain[i] = chain_of(op.factors[i], far);
     }
-    from_bytes = is_split && op.video.dtype == DType::uint8 && video.is_plain_image();
+    from_bytes = is_split && !are_features && op.video.dtype == DType::uint8 && video.is_plain_image();
+    video_in_place = !is_split && op.scale == 1 && op.shift == 0 && video.is_plain_image() &&
+                     op.video.dtype == dtype_of<C>;
     for (int i = 0; i < count; ++i) from_bytes = from_bytes && (op.factors[i] > 1 || preds[i].in_place);
     for (const Level& level : chain)
       from_bytes = from_bytes && (level.factor == 1 || level.ratio == 2 || !is_from_frame(level));
@@ -118,8 +126,8 @@ struct Loss {
           pair.exclusive = false;
     int64_t bytes = 0;
     for (const Part& gradient : gradients) {
-      const Frames& frames = gradient.frames;
-      if (frames.array) bytes += batch * positions * channels * frames.height * frames.width * size_of(frames.array.dtype);
+      const Frames& to = gradient.frames;
+      if (to.array) bytes += batch * positions * channels * to.height * to.width * size_of(to.array.dtype);
     }
     streams = bytes > int64_t(16) << 20;
     lay_out_scratch();
@@ -131,16 +139,44 @@ struct Loss {
   bool is_weighted(int i) const { return op.motion_gain > 0 || is_distribution(op.kinds[i]); }
   bool needs_current_frame() const { return op.residual || op.motion_gain > 0; }
 
-  // The means in an array of horizon i, or the log-scales that follow them; none if it has none.
-  Frames frames_of(Array array, int i, bool log_scale) const {
-    const int64_t factor = op.factors[i], patch = op.patch_sizes.empty() ? 0 : op.patch_sizes[i];
-    if (log_scale && !is_distribution(op.kinds[i])) array = {};
-    if (log_scale && array) {
-      const int64_t first = patch == 0 ? channels * array.stride[2] : patch * patch * channels * array.stride[3];
-      array.data = static_cast<char*>(array.data) + first * size_of(array.dtype);
-    }
-    return {array, patch, channels, video.height / factor, video.width / factor};
+  int64_t patch_size(int i) const { return op.patch_sizes.empty() ? 0 : op.patch_sizes[i]; }
+  // The array of horizon i from its log-scales on; none if it has none.
+  Array log_scales_of(Array array, int i) const {
+    if (!array || !is_distribution(op.kinds[i])) return {};
+    const int64_t patch = patch_size(i), planes = op.video.size[2];
+    const int64_t first = patch == 0 ? planes * array.stride[2] : patch * patch * planes * array.stride[3];
+    array.data = static_cast<char*>(array.data) + first * size_of(array.dtype);
+    return array;
   }
+  // Frames that are smaller than the video by `factor`.
+  Frames frames_of(Array array, int64_t factor, int64_t patch) const {
+    const int64_t height = op.video.size[3] / factor, width = op.video.size[4] / factor;
+    if (!are_features) return {array, patch, channels, height, width};
+    array.stride[3] = width > 1 ? array.stride[4] : array.stride[3], array.stride[4] = 1;
+    return {array, 0, 1, height * width, op.video.size[2]};
+  }
+  // True if the channels of every pixel are adjacent, and pixels evenly spaced, in all tensors. Fewer channels than two
+  // vectors are faster as planes.
+  bool has_channels_innermost() const {
+    const auto is_innermost = [&](const Array& array, int64_t factor) {
+      const int64_t height = op.video.size[3] / factor, width = op.video.size[4] / factor;
+      const bool is_even = height == 1 || width == 1 || array.stride[3] == width * array.stride[4];
+      return !array || (array.stride[2] == 1 && is_even);
+    };
+    if (!op.patch_sizes.empty() || op.video.size[2] < 16 || !is_innermost(op.video, 1)) return false;
+    for (int i = 0; i < count; ++i)
+      if (!is_innermost(op.preds[i], op.factors[i]) || !is_innermost(op.gradients[i], op.factors[i])) return false;
+    return true;
+  }
+  // The steps of a tile. The columns of features are channels: whole cache lines of them.
+  int64_t row_step() const {
+    const int64_t step = common_multiple(op.factors);
+    return are_features && step > 1 ? step * grid_width : step;
+  }
+  int64_t column_step() const { return are_features ? 32 : common_multiple(op.factors); }
+  // By how much tiles of this factor have fewer rows and fewer columns.
+  MFWM_INLINE int64_t row_ratio(int64_t factor) const { return are_features ? factor * factor : factor; }
+  MFWM_INLINE int64_t column_ratio(int64_t factor) const { return are_features ? 1 : factor; }
 
   // Contiguous elements of C, or of bf16 where that is converted on the way.
   static bool can_be_in_place(const Part& part, bool converts_bf16) {
@@ -150,7 +186,9 @@ struct Loss {
 
   // The channels of a token share its cache lines, so read and write all channels of a tile of tokens together.
   int64_t channels_at_once() const { return op.patch_sizes.empty() ? 1 : channels; }
-  int64_t plane_of(int64_t factor) const { return padded<C>((tiling.rows / factor) * (tiling.columns / factor)); }
+  int64_t plane_of(int64_t factor) const {
+    return padded<C>((tiling.rows / row_ratio(factor)) * (tiling.columns / column_ratio(factor)));
+  }
   int64_t reserve(int64_t factor, int64_t planes = 1) {
     const int64_t at = scratch_size;
     scratch_size += planes * plane_of(factor);
@@ -235,7 +273,8 @@ struct Loss {
   };
 
   MFWM_INLINE Tile<C> tile_at(C* scratch, int64_t at, const Place& place, int64_t factor, bool split = false) const {
-    return {scratch + at, place.columns / factor, place.rows / factor, place.columns / factor, split};
+    const int64_t rows = place.rows / row_ratio(factor), columns = place.columns / column_ratio(factor);
+    return {scratch + at, columns, rows, columns, split};
   }
   // The curve of a term. `weight` is that of the position.
   MFWM_INLINE Curve<C> curve_of(size_t k, double weight = 1) const {
@@ -254,6 +293,34 @@ struct Loss {
             video.array.stride[3], place.rows, place.columns};
   }
 
+  // to = the average of `from` at a level.
+  template <class S>
+  MFWM_INLINE void pool(const Tile<const S>& from, const Tile<C>& to, const Level& level, C* scratch) const {
+    if (are_features)
+      average_pixels(from, to, level.ratio, grid_width / level.factor * level.ratio);
+    else
+      average(from, to, level.ratio, scratch + row_scratch);
+  }
+  // to += weight * `from`, which is at a level.
+  MFWM_INLINE void unpool(const Tile<const C>& from, const Tile<C>& to, const Level& level, C weight,
+                          C* scratch) const {
+    if (are_features)
+      add_repeated_pixels(from, to, level.ratio, weight, grid_width / level.factor * level.ratio);
+    else
+      add_repeated(from, to, level.ratio, weight, scratch + row_scratch);
+  }
+
+  // The tile of frame t at level l of a pyramid in scratch.
+  MFWM_INLINE Tile<const C> level_tile(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at, int l,
+                                       bool split) const {
+    if (chain[l].factor == 1 && video_in_place) return frame_at(t, place);
+    return read_only(tile_at(scratch, at[l], place, chain[l].factor, split));
+  }
+  MFWM_INLINE Tile<const C> frame_at(int64_t t, const Place& place) const {
+    return {static_cast<const C*>(video.array.data) + video.image_offset(place.b, t, place.c, place.y, place.x),
+            video.array.stride[3], place.rows, place.columns};
+  }
+
   // Compute the pyramid of frame t at the place, up to the level `coarsest`.
   MFWM_SIMD void build_pyramid(int64_t t, const Place& place, C* scratch, const std::vector<int64_t>& at,
                               int coarsest, bool split) const {
@@ -261,10 +328,9 @@ struct Loss {
     const Tile<C> bottom = tile_at(scratch, chain[0].factor == 1 ? at[0] : base, place, 1, split);
     const bool bytes = split && from_bytes;
     if (split && !bytes) video.load_split(bottom, place.b, t, place.c, place.y, place.x, scale, shift);
-    if (!split) {
+    if (!split && !video_in_place)
       video.load(bottom.data, place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns, scale, shift);
-      video.prefetch(place.b, t, place.c, place.y + bottom.rows, place.x, bottom.rows, bottom.columns);
-    }
+    if (!split) video.prefetch_next(place.b, t, place.c, place.y, place.x, bottom.rows, bottom.columns);
     for (int l = 0; l <= coarsest; ++l) {
       const Level& level = chain[l];
       if (level.factor == 1) continue;
@@ -274,16 +340,18 @@ struct Loss {
                         chain[0].factor > 1);
           continue;
         }
-      const Tile<C> from =
-          level.parent < 0 ? bottom : tile_at(scratch, at[level.parent], place, chain[level.parent].factor, split);
-      average(read_only(from), tile_at(scratch, at[l], place, level.factor, split), level.ratio, scratch + row_scratch);
+      const Tile<const C> from = level.parent >= 0  ? level_tile(t, place, scratch, at, level.parent, split)
+                                 : video_in_place ? frame_at(t, place)
+                                                  : read_only(bottom);
+      pool(from, tile_at(scratch, at[l], place, level.factor, split), level, scratch);
     }
   }
 
   // The tile of horizon i's predictions of the frame, or of their gradients: in place, or in scratch.
   MFWM_INLINE AnyTile<C> tile_of(const Part& part, int i, const Place& place, C* scratch) const {
     if (!part.frames.array) return {};
-    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
+    const int64_t y = place.y / row_ratio(factor), x = place.x / column_ratio(factor);
     const Tile<C> tile = tile_at(scratch, part.copy_at + plane_at(place, factor), place, factor);
     if (part.in_place) return {part.frames.array, part.frames.image_offset(place.b, n, place.c, y, x), tile};
     return tile;
@@ -291,7 +359,8 @@ struct Loss {
 
   // Fill the tile if it is a copy.
   MFWM_INLINE void load(const Part& part, int i, const Place& place, const AnyTile<C>& tile) const {
-    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
+    const int64_t y = place.y / row_ratio(factor), x = place.x / column_ratio(factor);
     if (!tile.data || part.in_place) return;
     C* to = static_cast<C*>(tile.data);
     if (channels_at_once() == 1)
@@ -302,7 +371,8 @@ struct Loss {
 
   // Write the tile to its tensor if it is a copy.
   MFWM_INLINE void store(const Part& part, int i, const Place& place, const AnyTile<C>& tile) const {
-    const int64_t factor = op.factors[i], n = place.m - op.offsets[i], y = place.y / factor, x = place.x / factor;
+    const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
+    const int64_t y = place.y / row_ratio(factor), x = place.x / column_ratio(factor);
     if (!tile.data || part.in_place) return;
     const C* from = static_cast<const C*>(tile.data) - plane_at(place, factor);
     if (channels_at_once() == 1)
@@ -324,17 +394,19 @@ struct Loss {
     const AnyTile<C> means = tile_of(preds[i], i, place, scratch);
     load(preds[i], i, place, means);
     if (!needs_current_frame()) return means;
-    build_pyramid(place.m - op.offsets[i], place, scratch, other_level_at, level_of[i], false);
-    const Tile<C> current = tile_at(scratch, other_level_at[level_of[i]], place, op.factors[i]);
+    const int64_t n = place.m - op.offsets[i];
+    build_pyramid(n, place, scratch, other_level_at, level_of[i], false);
+    const Tile<const C> current = level_tile(n, place, scratch, other_level_at, level_of[i], false);
     if (op.motion_gain > 0) {
-      const Tile<C> target = tile_at(scratch, level_at[level_of[i]], place, op.factors[i]);
-      motion_weight(read_only(target), read_only(current), static_cast<C>(op.motion_gain),
+      const Tile<const C> target = level_tile(place.m, place, scratch, level_at, level_of[i], false);
+      motion_weight(target, current, static_cast<C>(op.motion_gain),
                     tile_at(scratch, motion_at[i], place, op.factors[i]));
     }
     if (!op.residual) return means;
     const Tile<C> copy = means.template as<C>();
     for (int64_t r = 0; r < copy.rows; ++r) {
-      C *__restrict to = copy.row(r), *__restrict add = current.row(r);
+      C* __restrict to = copy.row(r);
+      const C* __restrict add = current.row(r);
       for (int64_t k = 0; k < copy.columns; ++k) {
         const C sum = to[k] + add[k];
         // Make every NaN quiet: its lower 16 bits must be zero (see Split in lanes.h).
@@ -372,10 +444,10 @@ struct Loss {
       const Tile<C> to = tile_at(scratch, near_at[near][l], place, level.factor);
       if (level.parent < 0)
         pred[near].visit([&](const auto& from) __attribute__((always_inline)) {
-          average(read_only(from), to, level.ratio, scratch + row_scratch);
+          pool(read_only(from), to, level, scratch);
         });
       else
-        average(average_of[level.parent], to, level.ratio, scratch + row_scratch);
+        pool(average_of[level.parent], to, level, scratch);
       average_of[l] = read_only(to);
     }
     for (size_t k = 0; k < pairs.size(); ++k) {
@@ -393,7 +465,7 @@ struct Loss {
       else if (near_learns || far_learns)
         difference = tile_at(scratch, is_first ? addition_at[pair.far] : difference_at, place, op.factors[pair.far]);
       sums[count + k] += loss_and_gradient<C>(pred[pair.far], {average_of[pair.level]}, difference, {},
-                                              curve_of(count + k), false, false);
+                                              curve_of(count + k), 0, false);
       if (near_learns && !writes_level) {
         if (has_gradient[pair.level])
           add_repeated(read_only(difference), level_gradient, 1, C(1), scratch + row_scratch);
@@ -420,23 +492,23 @@ struct Loss {
       const Tile<const C> from = read_only(tile_at(scratch, near_gradient_at[near][l], place, level.factor));
       const C share = C(1) / static_cast<C>(level.ratio * level.ratio);
       if (level.parent < 0) {
-        if (level.ratio == 2 && state.addition[near].ratio == 0)
+        if (level.ratio == 2 && state.addition[near].ratio == 0 && !are_features)
           state.addition[near] = {from, 2, -share};
         else
-          add_repeated(from, addition_tile(near, place, state, scratch), level.ratio, -share, scratch + row_scratch);
+          unpool(from, addition_tile(near, place, state, scratch), level, -share, scratch);
         continue;
       }
       const int64_t factor = levels[level.parent].factor;
       const Tile<C> to = tile_at(scratch, near_gradient_at[near][level.parent], place, factor);
       if (!has_gradient[level.parent]) std::fill(to.data, to.data + to.rows * to.columns, C(0));
       has_gradient[level.parent] = true;
-      add_repeated(from, to, level.ratio, share, scratch + row_scratch);
+      unpool(from, to, level, share, scratch);
     }
   }
 
   // The losses of horizon i at one place, times the weight of the position. Also writes the gradients.
   MFWM_INLINE double compare(int i, const Place& place, TileState<C>& state, C* scratch) const {
-    Target<C> target{read_only(tile_at(scratch, level_at[level_of[i]], place, op.factors[i], is_split))};
+    Target<C> target{level_tile(place.m, place, scratch, level_at, level_of[i], is_split)};
     const AnyTile<C>& gradient = state.gradient[i];
     const Curve<C> curve = curve_of(i, state.weight[i]);
     if (is_weighted(i)) {
@@ -455,8 +527,9 @@ struct Loss {
     if (from_bytes && op.factors[i] == 1)
       target = {target.tile, bytes_at(place.m, place), static_cast<C>(op.scale), static_cast<C>(op.shift)};
     const bool stream = streams && gradients[i].in_place && gradient.is_aligned();
+    const int64_t next = preds[i].in_place ? preds[i].frames.to_next(state.pred[i].rows, state.pred[i].columns) : 0;
     return state.weight[i] *
-           loss_and_gradient<C>(state.pred[i], target, gradient, state.addition[i], curve, preds[i].in_place, stream);
+           loss_and_gradient<C>(state.pred[i], target, gradient, state.addition[i], curve, next, stream);
   }
 
   // Compute all losses and gradients at one place.

@@ -120,22 +120,24 @@ struct Frames {
   MFWM_INLINE void load_split(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
                                  C shift) const {
     using L = Lanes<C>;
-    if constexpr (std::is_same_v<C, float>)
-      if (array.dtype == DType::uint8 && is_plain_image()) {
+    const auto load_directly = [&](auto zero) __attribute__((always_inline)) {
+      if constexpr (std::is_same_v<C, float>)
         for (int64_t r = 0; r < to.rows; ++r) {
-          const uint8_t* from = static_cast<const uint8_t*>(array.data) + image_offset(b, t, c, y + r, x);
+          const auto* from = static_cast<const decltype(zero)*>(array.data) + image_offset(b, t, c, y + r, x);
           C* row = to.row(r);
           int64_t k = 0;
           for (; k + 2 * L::count <= to.columns; k += 2 * L::count) {
             const auto split = L::load_split(from + k);
             L::store(split.even * scale + shift, row + k);
             L::store(split.odd * scale + shift, row + k + L::count);
-            __builtin_prefetch(from + to.rows * array.stride[3] + k, 0, 2);
+            __builtin_prefetch(from + to_next(to.rows, to.columns) + k, 0, 2);
           }
-          for (; k < to.columns; ++k) row[k] = static_cast<C>(from[k]) * scale + shift;
+          for (; k < to.columns; ++k) row[k] = widen(from[k]) * scale + shift;
         }
-        return;
-      }
+    };
+    if (std::is_same_v<C, float> && is_plain_image() && array.dtype == DType::uint8) return load_directly(uint8_t{});
+    if (std::is_same_v<C, float> && is_plain_image() && array.dtype == DType::bfloat16)
+      return load_directly(bfloat16{});
     load(to.data, b, t, c, y, x, to.rows, to.columns, scale, shift);
     for (int64_t r = 0; r < to.rows; ++r) {
       C* row = to.row(r);
@@ -143,16 +145,25 @@ struct Frames {
         row[k] = row[k] == row[k] ? row[k] : std::numeric_limits<C>::quiet_NaN();
       split_row(row, row, to.columns);
     }
-    prefetch(b, t, c, y + to.rows, x, to.rows, to.columns);
+    prefetch_next(b, t, c, y, x, to.rows, to.columns);
   }
-  // Prefetch a rectangle of a plain image, as if it were dense. Inlined, because GCC drops calls to functions that only
+  // How far the tile after one of this shape is from it: to its right, or below if the tile is as wide as the frame.
+  MFWM_INLINE int64_t to_next(int64_t rows, int64_t columns) const {
+    return columns < width ? columns : rows * array.stride[3];
+  }
+  // Prefetch the tile after this one of a plain image. Inlined, because GCC drops calls to functions that only
   // prefetch.
-  MFWM_INLINE void prefetch(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows,
-                            int64_t columns) const {
+  MFWM_INLINE void prefetch_next(int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, int64_t rows,
+                                 int64_t columns) const {
     if (!is_plain_image()) return;
     const int64_t bytes = size_of(array.dtype);
-    const char* first = static_cast<const char*>(array.data) + image_offset(b, t, c, y, x) * bytes;
-    for (int64_t k = 0; k < rows * columns * bytes; k += 64) __builtin_prefetch(first + k, 0, 2);
+    const int64_t offset = image_offset(b, t, c, y, x) + to_next(rows, columns);
+    const char* first = static_cast<const char*>(array.data) + offset * bytes;
+    // Rows that follow each other are one long row.
+    const bool is_dense = array.stride[3] == columns;
+    for (int64_t r = 0; r < (is_dense ? 1 : rows); ++r)
+      for (int64_t k = 0; k < (is_dense ? rows : 1) * columns * bytes; k += 64)
+        __builtin_prefetch(first + r * array.stride[3] * bytes + k, 0, 2);
   }
 
  private:
@@ -332,7 +343,45 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
   }
 }
 
-// Cuts frames into tiles of about `target_pixels` pixels, whose rows and columns are multiples of every factor. A tile
+// to = the box average of `from` over ratio x ratio rows, where a row holds the channels of one pixel: `from` has
+// `width` pixels to a row of pixels. Both are split or neither is.
+template <class C, class S>
+MFWM_INLINE void average_pixels(const Tile<const S>& from, const Tile<C>& to, int64_t ratio, int64_t width) {
+  const int64_t across = width / ratio;
+  const C scale = C(1) / static_cast<C>(ratio * ratio);
+  for (int64_t y = 0; y < to.rows; ++y) {
+    const int64_t first = y / across * ratio * width + y % across * ratio;
+    C* __restrict out = to.row(y);
+    if (ratio == 2) {
+      const S *__restrict a = from.row(first), *__restrict b = from.row(first + 1);
+      const S *__restrict c = from.row(first + width), *__restrict d = from.row(first + width + 1);
+      for (int64_t x = 0; x < to.columns; ++x)
+        out[x] = ((widen(a[x]) + widen(b[x])) + (widen(c[x]) + widen(d[x]))) * scale;
+      continue;
+    }
+    std::fill(out, out + to.columns, C(0));
+    for (int64_t dy = 0; dy < ratio; ++dy)
+      for (int64_t dx = 0; dx < ratio; ++dx) {
+        const S* __restrict row = from.row(first + dy * width + dx);
+        for (int64_t x = 0; x < to.columns; ++x) out[x] += widen(row[x]);
+      }
+    for (int64_t x = 0; x < to.columns; ++x) out[x] *= scale;
+  }
+}
+
+// The reverse: to += weight * from, with each row of `from` repeated over ratio x ratio rows of `to`.
+template <class C>
+MFWM_INLINE void add_repeated_pixels(const Tile<const C>& from, const Tile<C>& to, int64_t ratio, C weight,
+                                     int64_t width) {
+  const int64_t across = width / ratio;
+  for (int64_t y = 0; y < to.rows; ++y) {
+    const C* __restrict row = from.row(y / width / ratio * across + y % width / ratio);
+    C* __restrict out = to.row(y);
+    for (int64_t x = 0; x < to.columns; ++x) out[x] += row[x] * weight;
+  }
+}
+
+// Cuts frames into tiles of about `target_pixels` pixels, whose rows and columns are multiples of the two steps. A tile
 // is as wide as the frame if possible: its rows then form one long row, and no row ends inside a cache line, which
 // non-temporal stores would write twice. A frame has `chunks` groups of tile rows, the units of work; their number
 // depends on shapes only. There are only as many as keep the threads busy, because prefetching reaches no further than
@@ -340,15 +389,13 @@ MFWM_INLINE void add_repeated(const Tile<const C>& from, const Tile<C>& to, int6
 struct Tiling {
   int64_t rows, columns, height, width, chunks, chunk_rows;
 
-  Tiling(int64_t height_, int64_t width_, const std::vector<int64_t>& factors, int64_t frames, int64_t target_pixels)
+  Tiling(int64_t height_, int64_t width_, int64_t row_step, int64_t column_step, int64_t frames, int64_t target_pixels)
       : height(height_), width(width_) {
     const int64_t target_units = 128;
-    int64_t step = 1;
-    for (int64_t factor : factors) step = std::lcm(step, factor);
-    const int64_t max_columns = std::max(step, 2 * target_pixels / step / step * step);
-    const int64_t across = (width + max_columns - 1) / max_columns;
-    columns = (width / step + across - 1) / across * step;
-    rows = std::min(height, std::max(step, target_pixels / columns / step * step));
+    const int64_t max_columns = std::max(column_step, 2 * target_pixels / row_step / column_step * column_step);
+    const int64_t across = (width + max_columns - 1) / max_columns, steps = (width + column_step - 1) / column_step;
+    columns = (steps + across - 1) / across * column_step;
+    rows = std::min(height, std::max(row_step, target_pixels / columns / row_step * row_step));
     const int64_t tile_rows = (height + rows - 1) / rows;
     const int64_t target_chunks = (target_units + frames - 1) / std::max<int64_t>(frames, 1);
     const int64_t tiles_in_chunk = tile_rows / std::clamp<int64_t>(target_chunks, 1, tile_rows);
@@ -356,6 +403,13 @@ struct Tiling {
     chunks = (height + chunk_rows - 1) / chunk_rows;
   }
 };
+
+// The smallest multiple of every factor.
+inline int64_t common_multiple(const std::vector<int64_t>& factors) {
+  int64_t multiple = 1;
+  for (int64_t factor : factors) multiple = std::lcm(multiple, factor);
+  return multiple;
+}
 
 // The number of pixels of a tile. For one channel, 32 KiB: the tile, its pyramid and its predictions then stay in the
 // L2 cache. Smaller tiles would stay in L1, but the prologues and epilogues of so many loops cost more than that saves.

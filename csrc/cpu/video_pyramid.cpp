@@ -23,7 +23,7 @@ struct Pyramid {
   explicit Pyramid(const VideoPyramid& op_)
       : op(op_),
         chain(chain_of(1, op_.factors)),
-        tiling(video.height, video.width, op_.factors, batch * frames,
+        tiling(video.height, video.width, common_multiple(op_.factors), common_multiple(op_.factors), batch * frames,
                target_pixels<C>(op_.factors, channels_at_once, 1, channels_at_once)) {
     for (size_t i = 0; i < op.outputs.size(); ++i)
       outputs.push_back(Frames{op.outputs[i], op.patch_sizes.empty() ? 0 : op.patch_sizes[i], channels,

@@ -130,14 +130,17 @@ MFWM_SIMD double weighted_loss(WeightedTiles<C> tiles, const Curve<C>& curve, C 
   return total;
 }
 
-// weight = 1 + gain * |later - now|; all are dense.
+// weight = 1 + gain * |later - now|
 template <class C>
-MFWM_SIMD void motion_weight(const Tile<const C>& later, const Tile<const C>& now, C gain, const Tile<C>& weight) {
-  const C *__restrict a = later.data, *__restrict b = now.data;
-  C* __restrict to = weight.data;
-  for (int64_t k = 0; k < weight.rows * weight.columns; ++k) {
-    const C change = a[k] - b[k];
-    to[k] = C(1) + gain * (change < 0 ? -change : change);
+MFWM_SIMD void motion_weight(Tile<const C> later, Tile<const C> now, C gain, Tile<C> weight) {
+  if (later.is_dense() && now.is_dense()) later = later.joined(), now = now.joined(), weight = weight.joined();
+  for (int64_t y = 0; y < weight.rows; ++y) {
+    const C *__restrict a = later.row(y), *__restrict b = now.row(y);
+    C* __restrict to = weight.row(y);
+    for (int64_t x = 0; x < weight.columns; ++x) {
+      const C change = a[x] - b[x];
+      to[x] = C(1) + gain * (change < 0 ? -change : change);
+    }
   }
 }
 

@@ -536,6 +536,25 @@ def _bench(
     return make
 
 
+def _bench_features(batch: int, time: int, channels: int, side: int) -> Any:
+    """Of V-JEPA 2's kind: channels innermost, and L1."""
+
+    def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
+        horizons = Horizons((1, 2, 4), (1, 2, 4))
+        return {
+            "preds": [
+                torch.randn(batch, time - 1, side * side // f**2, channels, device=device).to(dtype)
+                for f in horizons.factors
+            ],
+            "video": torch.randn(batch, time, side * side, channels, device=device).to(dtype),
+            "horizons": horizons,
+            "kind": "l1",
+            "grid": (side, side),
+        }
+
+    return make
+
+
 OP = register(
     Op(
         name="multi_horizon_loss",
@@ -549,6 +568,7 @@ OP = register(
         cost=cost,
         bench={
             "cpu": _bench(8, 24, 3, 128, (1, 2, 4, 8), None),
+            "cpu-features": _bench_features(4, 8, 1024, 16),
             "genie": _bench(36, 16, 3, 64, (1, 2, 4, 4), 4),
             "pixels": _bench(32, 24, 3, 256, (1, 2, 4, 8), 8),
             "latents": _bench(16, 32, 16, 32, (1, 2, 2, 2), 2, latents=True),

@@ -138,3 +138,38 @@ def test_gradients_larger_than_the_caches(dtype: torch.dtype) -> None:
     consistency_weights = [0, 0.1 * scale, 0.1 * scale]
     kinds = ("mse", "gaussian", "laplace")
     check(preds, video, horizons, kind=kinds, consistency_weights=consistency_weights, horizon_weights=[scale] * 3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels", [16, 40, 394])
+@pytest.mark.parametrize(
+    "horizons",
+    [
+        Horizons.next_frame(),
+        CASCADE,
+        Horizons((1, 2, 4), (1, 2, 3)),  # tiles of fewer channels than a pixel has
+        Horizons((1, 2, 4), (2, 2, 12)),  # no horizon at the video's size, and one of a single pixel
+    ],
+)
+def test_features(horizons: Horizons, channels: int, dtype: torch.dtype) -> None:
+    """Channels innermost: tokens [B, T, S, C] with a grid, of several sizes and strides."""
+    grid = (12, 12)
+    video = torch.randn(2, 6, 144, channels).to(dtype)
+    preds = [torch.randn(2, 5, 144 // f**2, channels).to(dtype) for f in horizons.factors]
+    count = len(preds)
+    pairs = torch.ones(count, count).triu(1) * torch.tensor(
+        [[f % e == 0 for f in horizons.factors] for e in horizons.factors]
+    )
+    options: dict[str, Any] = {"grid": grid, "consistency_weights": pairs, "position_weights": weights(2, 5, count)}
+    for kind in ("mse", "l1"):
+        check(preds, video, horizons, kind=kind, **options)
+    check(preds, video, horizons, kind="huber", residual=True, motion_gain=0.5, **options)
+    check(preds, video, horizons, kind="l1", scale=0.5, shift=0.25, **{**options, "position_weights": None})
+    padded = [torch.nn.functional.pad(pred, (3, 2, 1, 0))[..., 1:, 3:-2] for pred in preds]
+    check(padded, torch.nn.functional.pad(video, (3, 2))[..., 3:-2], horizons, **options)
+    check([pred[:, :1].expand_as(pred) for pred in preds], video.float(), horizons, **options)
+    check(preds, video.transpose(2, 3).contiguous().transpose(2, 3), horizons, **options)
+    kinds = MIXED[:count]
+    distributions = with_log_scales(preds, kinds, 3)
+    check(distributions, video, horizons, kind=kinds, residual=True, motion_gain=0.5, beta=0.5, **options)
+    check(distributions, (video * 30).byte(), horizons, kind=kinds, **options)
