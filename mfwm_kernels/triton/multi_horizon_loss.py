@@ -431,9 +431,12 @@ def _launch_chain(
     features = 2 if args.patch_sizes is None else 3
     preds, log_scales = parts_of([args.preds[i] for i in horizons], kinds, loss_rows, features)
     chain_gradients, scale_gradients = parts_of([gradients[i] for i in horizons], kinds, loss_rows, features)
-    tiling = tiling_of(
-        video, [args.factors[i] for i in horizons], channels_innermost(video, args.patch_sizes), TILE_ELEMENTS
-    )
+    # With five horizons, pyramids and predictions of eight elements per thread need too many registers.
+    target, per_thread = TILE_ELEMENTS, 8 if len(horizons) <= 4 else 2
+    if args.motion_gain or any(log_scale is not None for log_scale in log_scales):
+        # Each horizon has a tile of log-scales or of motion in registers as well.
+        target, per_thread = TILE_ELEMENTS // 2, min(4, per_thread)
+    tiling = tiling_of(video, [args.factors[i] for i in horizons], channels_innermost(video, args.patch_sizes), target)
     # Predictions of frames past the end of the video only receive a zero gradient.
     first = args.offsets[horizons[0]]
     last = positions + args.offsets[horizons[-1]]
@@ -446,8 +449,6 @@ def _launch_chain(
     far = tuple(horizons.index(pairs[members[row] - count][1]) for row in rows)
     steps = [(levels[i], levels[j]) for i, j in zip(near, far, strict=True)]
     rank = 5 if args.patch_sizes is None else 4
-    # With five horizons, pyramids and predictions of eight elements per thread need too many registers.
-    per_thread = 8 if len(horizons) <= 4 else 2
     launch(
         multi_horizon_loss, programs, video.device,
         preds, chain_gradients, log_scales, scale_gradients, video, args.segment_ids, args.position_weights,
