@@ -112,14 +112,14 @@ __global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant
       const Horizon& h = p.horizons[i];
       if (!work.is_active(i)) continue;
       float gradient[lane_pixels] = {}, prediction[lane_pixels];
-      [[maybe_unused]] float log_scale[lane_pixels] = {};  // then its gradient
+      [[maybe_unused]] float log_scale[lane_pixels] = {};  // becomes its gradient
       int level = h.level;
       // Compare horizon i with the frame (q = -1), then the far sides of its pairs with horizon i.
       for (int q = -1; q < p.pair_count && work.is_counted(i); ++q) {
         if (q >= 0 && (p.pairs[q].near != i || !work.is_counted(p.pairs[q].far))) continue;
         const Horizon& far = p.horizons[q < 0 ? i : p.pairs[q].far];
         const int term = q < 0 ? i : p.count + q, elements = elements_at(far.level);
-        float difference[lane_pixels], element_weight[lane_pixels];  // first the frame at the prediction's position
+        float difference[lane_pixels], element_weight[lane_pixels];  // first, the frame at the prediction's position
         const bool weighs_motion = general && q < 0 && p.motion_gain > 0;
         load_prediction<T>(difference, element_weight, p, far, place, work, weighs_motion);
         if (q < 0) {
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
       for (unsigned e = first + threadIdx.x; e < end; e += threads) {
         const int row = e / h.width, x = e - row * h.width, c = row / h.height, y = row - c * h.height;
         [[maybe_unused]] const int64_t n = work.m - h.offset;
-        float gradient = 0, log_scale = 0;  // then the gradient of log_scale
+        float gradient = 0, log_scale = 0;  // log_scale becomes its gradient
         if (work.is_counted(i)) {
           const float prediction = prediction_at(p, h, work, c, y, x);
           const float target = frame_at(p, work.b, work.m, c, y, x, h.factor);
@@ -252,8 +252,7 @@ __global__ void __launch_bounds__(threads, 4) gather_kernel(const __grid_constan
             });
           };
           if constexpr (general) {
-            if (is_distribution(h.kind))
-              log_scale = log_scale_at(p, h, work, c, y, x);
+            if (is_distribution(h.kind)) log_scale = log_scale_at(p, h, work, c, y, x);
             if (p.position_weights.rank >= 0) weight = position_weight_at<float>(p.position_weights, work.b, n, i);
             if (p.motion_gain > 0)
               weight *= 1 + p.motion_gain * fabsf(target - frame_at(p, work.b, n, c, y, x, h.factor));
@@ -433,8 +432,8 @@ void multi_horizon_loss(const MultiHorizonLoss& op, const MultiHorizonLossScratc
   std::stable_sort(p.pairs, p.pairs + p.pair_count, [&](Pair a, Pair b) { return finer(a.far, b.far); });
 
   if (scratch.term_counts)
-    launch("multi_horizon_loss: counts", general ? count_kernel<true> : count_kernel<false>, terms, threads, warps * sizeof(int64_t), stream, p,
-           static_cast<int64_t*>(scratch.term_counts.data));
+    launch("multi_horizon_loss: counts", general ? count_kernel<true> : count_kernel<false>, terms, threads,
+           warps * sizeof(int64_t), stream, p, static_cast<int64_t*>(scratch.term_counts.data));
 
   // Frames beyond the video are processed only to write zero gradients for their predictions.
   const int64_t last = p.positions + p.horizons[p.count - 1].offset;

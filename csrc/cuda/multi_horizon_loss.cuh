@@ -86,8 +86,8 @@ __device__ __forceinline__ LossKind kind_of_means(LossKind kind) {
 }
 
 // The negative log-likelihood of a difference `d` from the mean under a distribution of log-scale `s`; replaces both by
-// the derivatives. fminf and fmaxf drop a NaN, which must propagate. __expf has 5 instructions fewer than expf and a relative error of
-// at most 1e-6 up to the limit.
+// the derivatives. A NaN must propagate, but fminf and fmaxf drop it. __expf takes fewer instructions than expf, and
+// its relative error is at most 1e-6 up to the limit.
 template <LossKind kind>
 __device__ __forceinline__ float loss_of_distribution(float& d, float& s, float beta) {
   constexpr float limit = 10;
@@ -128,13 +128,13 @@ __device__ __forceinline__ int64_t segment_at(const Array& segments, int64_t b, 
                                         : static_cast<const int64_t*>(segments.data)[at];
 }
 
-// The weight of the prediction of horizon i at position n. Compare an fp64 weight with 0 in fp64, because a small one is
-// 0 in fp32.
+// The weight of the prediction that horizon i makes at position n.
 template <class C>
 __device__ __forceinline__ C position_weight_at(const Array& weights, int64_t b, int64_t n, int i) {
   return load<C>(weights.data, weights.dtype, b * weights.stride[0] + n * weights.stride[1] + i * weights.stride[2]);
 }
 
+// Compares in fp64, because a small fp64 weight would be 0 in fp32.
 __device__ __forceinline__ bool has_weight(const Array& weights, int64_t b, int64_t n, int i) {
   return weights.rank < 0 || position_weight_at<double>(weights, b, n, i) > 0;
 }
