@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "5 latents": {"output": "latents", "horizons": Horizons((1, 2, 4, 8), (1, 2, 2, 2))},
     "5 tokens, pooled": TOKENS,
     "5 tokens, shared head": {**TOKENS, "shared_head": True},
+    "5 tokens, biases": {**TOKENS, "bias": True},
     "5 tokens, tokenised": {**TOKENS, "token_targets": "tokenised"},
     "6 near and far": {"consistency": (0.0, 0.1, 0.1, 0.1)},
     "6 near and far, both learn": {"consistency": (0.0, 0.1, 0.1, 0.1), "detach": None},
@@ -55,6 +56,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "7 uncertainty": {"weighting": "uncertainty"},
     "7 gradient norms": {"weighting": "gradients"},
     "7 surgery": {"surgery": True},
+    "7 what moves": {"motion_gain": 4.0},
+    "7 l1": {"kind": "l1"},
+    "7 far gaussians": {"kind": ("mse", "gaussian", "gaussian", "gaussian")},
+    "7 far gaussians, beta": {"kind": ("mse", "gaussian", "gaussian", "gaussian"), "beta": 0.5},
+    "7 far laplaces": {"kind": ("mse", "laplace", "laplace", "laplace")},
+    "7 LayerNorm": {"norm": "layer"},
     "8 masked": {**TOKENS, "horizons": Horizons((0, 1, 3, 7), (1, 2, 4, 4))},
 }
 
@@ -110,6 +117,7 @@ def train(options: dict[str, Any], replay: Replay, steps: int) -> dict[str, Any]
     return {
         "loss": [first[0].item(), last[0].item()],
         "per_horizon": [first[1:-1].tolist(), last[1:-1].tolist()],
+        "kinds": model.config.heads.kinds,
         "finite": bool(table.isfinite().all()),
         "seconds": time.perf_counter() - began,
     }
@@ -127,7 +135,11 @@ def main() -> None:
         if arguments.only in name:
             figures[name] = result = train(options, replay, arguments.steps)
             (first, last), (before, after) = result["loss"], result["per_horizon"]
-            changes = " ".join(f"{new / old - 1:+.0%}" for old, new in zip(before, after, strict=True))
+            # A likelihood may be negative, so its change is given in nats.
+            changes = " ".join(
+                f"{new - old:+.2f} nats" if kind in ("gaussian", "laplace") else f"{new / old - 1:+.0%}"
+                for kind, old, new in zip(result["kinds"], before, after, strict=True)
+            )
             print(
                 f"{name:28} {first:8.4f} to {last:8.4f}   per horizon {changes}   {result['seconds']:.0f} s", flush=True
             )

@@ -1,5 +1,6 @@
 """World model, its heads and its rollouts; video tokenizer; latent action model."""
 
+from .distributions import Distribution
 from .heads import MultiFrameHeads
 from .heads_config import HeadsConfig
 from .latent_actions import LatentActions, LatentActionsConfig
@@ -8,6 +9,7 @@ from .tokenizer import Tokenizer, TokenizerConfig
 from .world_model import WorldModel, WorldModelConfig
 
 __all__ = [
+    "Distribution",
     "HeadsConfig",
     "LatentActions",
     "LatentActionsConfig",
