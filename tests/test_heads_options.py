@@ -460,3 +460,36 @@ def test_configs_of_before_are_refused_by_name() -> None:
 def test_heads_configs_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HeadsConfig(**options)
+
+
+def test_heads_of_a_host_compile_whole() -> None:
+    for config, ids, near in (
+        (
+            HeadsConfig(TWO, kind=("l1", "gaussian"), norm="layer", output="latents", motion_gain=0.5),
+            1,
+            nn.Linear(32, 3),
+        ),
+        (HeadsConfig(TWO, **TOKENS, bias=True), 2, nn.Linear(32, 14)),
+    ):
+        heads = MultiFrameHeads(32, 1, config, ids_per_token=ids, near_head=near, grid=(2, 2))
+        hidden, actions = torch.randn(2, 4, 4, 32), torch.randn(2, 3, 32)
+        video = torch.randint(0, 7, (2, 6, 4, 2)) if config.output == "tokens" else torch.randn(2, 6, 4, 3)
+        weights, found = torch.rand(2, 4), []
+        for run in (heads, torch.compile(heads, fullgraph=True, backend="eager")):
+            heads.zero_grad()
+            loss = run(hidden, actions, video, position_weights=weights)
+            loss.total.backward()
+            found.append((loss.total, [p.grad for p in heads.parameters()]))
+        torch.testing.assert_close(found[1], found[0])
+
+
+def test_near_head_is_autocast_as_in_the_host() -> None:
+    """Its norm reads the hidden state in fp32, as it does in the host, and not one that was rounded to bf16."""
+    host, hidden = Readout(32, 48), torch.randn(1, 3, 2, 2, 32)
+    heads = MultiFrameHeads(32, 4, HeadsConfig(TWO, residual=False, conditioning="none"), near_head=host)
+    video = torch.zeros(1, 5, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        near, far = heads.outputs(hidden, None, video)
+        assert torch.equal(near, host(hidden).flatten(2, 3)) and far.dtype == torch.bfloat16
+        heads(hidden, None, video).total.backward()
+    assert all(p.grad is not None for p in heads.parameters())
