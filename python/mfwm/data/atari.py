@@ -1,7 +1,8 @@
 """Atari games for `mfwm collect`, with the positions of objects in Freeway, Pong and Breakout.
 
 Positions are read from the console's RAM. Each is a byte times a factor plus an offset, which were fitted to the pixels
-of the 160 x 210 screen: they meet the middle of the drawn object within a pixel of that screen.
+of the 160 x 210 screen. A recorded frame is the maximum of two ticks, so an object is drawn at two places where it
+moves, and its position is the mean of both: the middle of what is seen, within about a pixel of that screen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .recording import Episode, Recording
 
 WIDTH, HEIGHT = 160, 210
 TICKS = 4
+JUMP = 20  # pixels in a tick; Pong's paddle moves by up to 10
 
 
 class Position(NamedTuple):
@@ -52,12 +54,17 @@ class Known:
     follow: Follow | None = None
 
     def state(self, ram: np.ndarray) -> np.ndarray:
-        """float64 [S], in pixels of the screen; NaN for a ball that is not drawn."""
+        """float64 [S] at a tick, in pixels of the screen; NaN for a ball that is not drawn."""
         found = np.array([p.factor * float(ram[p.address]) + p.offset for p in self.positions])
         names = [p.name for p in self.positions]
         if "ball_y" in names and not self.field[0] <= found[names.index("ball_y")] <= self.field[1]:
             found[[names.index("ball_x"), names.index("ball_y")]] = np.nan
         return found
+
+    def mean_state(self, before: np.ndarray, ram: np.ndarray) -> np.ndarray:
+        """The mean over two ticks. What jumps, such as a car from one side to the other, is where it is now."""
+        first, last = self.state(before), self.state(ram)
+        return np.where(np.abs(last - first) <= JUMP, (first + last) / 2, np.where(np.isnan(last), first, last))
 
     def scale(self, size: int, field: bool) -> tuple[np.ndarray, np.ndarray]:
         """(origin, scale) of each coordinate: (state - origin) * scale is in pixels of the recorded frame."""
@@ -66,12 +73,14 @@ class Known:
         return np.where(x, left, top), size / np.where(x, right - left, bottom - top)
 
 
-# Cars, from the top lane down: the upper five drive left, and are drawn half a pixel behind on average.
+# Cars, from the top lane down. The upper five drive left and are drawn a tick late, so right of where they are by their
+# speed: a pixel in 5, 4, 3, 2 ticks and 1.
+LATE = (1 / 5, 1 / 4, 1 / 3, 1 / 2, 1, 0, 0, 0, 0, 0)
 CARS = tuple(
     position
     for lane in range(10)
     for position in (
-        Position(f"car{lane}_x", 117 - lane, 1, 1.5 if lane < 5 else 1.0),
+        Position(f"car{lane}_x", 117 - lane, 1, 1.0 + LATE[lane]),
         Position(f"car{lane}_y", 0, 0, 32.0 + 16 * lane),
     )
 )
@@ -145,8 +154,9 @@ def atari_episodes(env: str, recording: Recording) -> Iterator[Any]:
         ale.reset_game()
         img, action, states = [], [], []
         before = screen = ale.getScreenRGB()
+        ram_before = ram = ale.getRAM()
         while not ale.game_over() and frames > 0:
-            state = known.state(ale.getRAM()) if known is not None else None
+            state = known.mean_state(ram_before, ram) if known is not None else None
             taken = policy.next(state)
             # The console draws some objects on every other tick only, so take the maximum of two, as is usual.
             img.append(np.maximum(before, screen)[top:bottom, left:right])
@@ -155,6 +165,7 @@ def atari_episodes(env: str, recording: Recording) -> Iterator[Any]:
             for _ in range(ticks):
                 ale.act(legal[taken])
                 before, screen = screen, ale.getScreenRGB()
+                ram_before, ram = ram, ale.getRAM()
             frames -= 1
         scaled = None
         if known is not None:

@@ -77,6 +77,12 @@ def receive(stream: IO[bytes], columns: int) -> Episode | None:
     return Episode(img, np.frombuffer(actions, np.int64), level, state)
 
 
+def procgen_home() -> Path:
+    """Where the environment with procgen is, or would be created."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfwm"
+    return cache / f"{REQUIREMENT.replace('==', '-')}-python{sys.version_info[0]}.{sys.version_info[1]}"
+
+
 def procgen_python() -> Path:
     """The interpreter of an environment with procgen, which is created in the user's cache on first use."""
     if sys.version_info[:2] not in PYTHONS:
@@ -84,8 +90,8 @@ def procgen_python() -> Path:
             f"CoinRun's package {REQUIREMENT} has wheels for Python 3.11 and 3.12, not {platform.python_version()}; "
             "collect doom or atari:<Game> instead"
         )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfwm"
-    home = cache / f"{REQUIREMENT.replace('==', '-')}-python{sys.version_info[0]}.{sys.version_info[1]}"
+    home = procgen_home()
+    cache = home.parent
     if not (home / "complete").exists():
         print(f"creating an environment for {REQUIREMENT} in {home} (once)", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
