@@ -214,3 +214,15 @@ def test_doom_moves_by_the_position_that_the_state_says(tmp_path: Path) -> None:
     assert np.corrcoef(moved, speed)[0, 1] > 0.7 and moved.max() > 5
     changed = np.abs(np.diff(replay.video.astype(float), axis=0)).mean(axis=(1, 2, 3))[inside]
     assert (changed[moved > 5] > 2).all()
+
+
+@pytest.mark.parametrize("env", ["atari:Pong", "atari:Breakout"])
+def test_rallies_last(tmp_path: Path, env: str) -> None:
+    """The paddle is nearer to the ball than chance would have it, and the ball is mostly in play."""
+    replay = record(env, tmp_path / "set", 600, size=96, field=True)
+    paddle, ball = ("player_y", "ball_y") if env == "atari:Pong" else ("paddle_x", "ball_x")
+    a, b = (replay.state[:, replay.state_names.index(name)] for name in (paddle, ball))
+    shown = np.isfinite(b)
+    assert shown.mean() > 0.6
+    chance = np.abs(a[shown][:, None] - b[shown][None, :]).mean()
+    assert np.abs(a - b)[shown].mean() < 0.75 * chance
