@@ -173,3 +173,17 @@ def test_features(horizons: Horizons, channels: int, dtype: torch.dtype) -> None
     distributions = with_log_scales(preds, kinds, 3)
     check(distributions, video, horizons, kind=kinds, residual=True, motion_gain=0.5, beta=0.5, **options)
     check(distributions, (video * 30).byte(), horizons, kind=kinds, **options)
+
+
+def test_features_on_any_number_of_threads() -> None:
+    horizons, grid = Horizons((1, 2, 4), (1, 2, 3)), (12, 12)
+    video, preds = torch.randn(1, 6, 144, 100), [torch.randn(1, 5, 144 // f**2, 100) for f in horizons.factors]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(gradients("cpu", preds, video, horizons, grid=grid, consistency_weights=[0, 0.5, 0.25]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
