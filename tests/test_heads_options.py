@@ -322,7 +322,7 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
     hidden, latents = torch.zeros(1, 3, 16, 32), torch.zeros(1, 4, 16, 3)
     with pytest.raises(ValueError, match=r"hidden must have 5 dimensions, .*needs grid=\(H, W\)"):
         MultiFrameHeads(32, 1, config)(hidden, None, latents)
-    with pytest.raises(ValueError, match=r"grid must have as many cells as hidden has tokens, 16 .*; got 4 x 8"):
+    with pytest.raises(ValueError, match=r"grid must have Hp \* Wp = 16.*; got 4 x 8"):
         MultiFrameHeads(32, 1, config, grid=GRID)(hidden, None, latents)
     with pytest.raises(ValueError, match=r"hidden must have 4 dimensions, \[B, T, S, D\] with grid"):
         MultiFrameHeads(32, 1, config, grid=(4, 4))(hidden.unflatten(2, (4, 4)), None, latents)

@@ -320,7 +320,7 @@ def cross_entropy(
     one_block = power_of_2(vocabulary) <= LONGEST
     # At least 2: with 1 id, ptxas spills 8 bytes (fp32 rows longer than LONGEST, sm_90 and sm_100).
     most_ids = max(2, power_of_2(max(args.factors) ** 2))
-    # Half a tile with predictions: else ptxas spills 16 bytes (fp32, rows longer than LONGEST on sm_80, 5 ids on sm_100).
+    # Half a tile with predictions: else ptxas spills 16 bytes (in fp32, long rows on sm_80 and 5 ids on sm_100)
     looped = LOOPED if predictions is None else LOOPED // 2
     tile_rows, block, warps = tile_of(vocabulary, LONGEST if one_block else looped, most_ids)
     if predictions is not None:
