@@ -82,7 +82,7 @@ MARKERS = {
     "emulator": r"test_cuda_emulated",
     "aot": r"test_aot|test_triton_launcher",
     "process": r"test_(benchmarks|evaluation|examples|gpu_all|parallel|run_data|run_safety|token_path|tools|training)"
-    r"|tokens_train|killed|ctrl_c|mistake_is_one_line|moved_set_is_an_option|threads_that_wait",
+    r"|tokens_train|killed|ctrl_c|mistake_is_one_line|moved_set_is_an_option|threads_that_wait|procgen|encode_keeps",
     "alone": r"test_gpu\.py|test_gpu_all|ctrl_c|a_signal_saves|test_memory",
 }
 COSTLY = ("interpreter", "compile", "emulator", "aot", "process", "slow")

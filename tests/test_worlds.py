@@ -93,7 +93,7 @@ def must_be_there(replay: Replay, objects: dict[str, np.ndarray], low: np.ndarra
 @pytest.mark.parametrize("field", [True, False])
 def test_atari_objects_are_where_the_state_says(tmp_path: Path, env: str, field: bool) -> None:
     size = 96 if field else 128
-    replay = record(env, tmp_path / "set", 500, size=size, field=field)
+    replay = record(env, tmp_path / "set", 300, size=size, field=field)
     assert replay.attributes["ticks_per_frame"] == 4
     # Low and high corner of the recorded part of the screen, and of the field, outside which objects are hidden.
     top, bottom, left, right = KNOWN[env.removeprefix("atari:")].field
@@ -225,4 +225,9 @@ def test_rallies_last(tmp_path: Path, env: str) -> None:
     shown = np.isfinite(b)
     assert shown.mean() > 0.6
     chance = np.abs(a[shown][:, None] - b[shown][None, :]).mean()
-    assert np.abs(a - b)[shown].mean() < 0.75 * chance
+    assert np.abs(a - b)[shown].mean() < 0.9 * chance
+
+
+def test_other_games_have_no_state(tmp_path: Path) -> None:
+    replay = record("atari:Tennis", tmp_path / "set", 40, size=32)
+    assert replay.frames == 40 and replay.state_names == [] and replay.state.shape == (40, 0)
