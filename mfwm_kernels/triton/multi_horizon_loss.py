@@ -432,10 +432,12 @@ def _launch_chain(
     preds, log_scales = parts_of([args.preds[i] for i in horizons], kinds, loss_rows, features)
     chain_gradients, scale_gradients = parts_of([gradients[i] for i in horizons], kinds, loss_rows, features)
     # With five horizons, pyramids and predictions of eight elements per thread need too many registers.
-    target, per_thread = TILE_ELEMENTS, 8 if len(horizons) <= 4 else 2
+    target, per_thread, registers = TILE_ELEMENTS, 8 if len(horizons) <= 4 else 2, None
     if args.motion_gain or any(log_scale is not None for log_scale in log_scales):
         # Each horizon has a tile of log-scales or of motion in registers as well.
         target, per_thread = TILE_ELEMENTS // 2, min(4, per_thread)
+        # On sm_100, ptxas spills 8 bytes to stay below limits of 40 and 64 registers that it chooses.
+        registers = 128
     tiling = tiling_of(video, [args.factors[i] for i in horizons], channels_innermost(video, args.patch_sizes), target)
     # Predictions of frames past the end of the video only receive a zero gradient.
     first = args.offsets[horizons[0]]
@@ -471,6 +473,7 @@ def _launch_chain(
         DETACH=args.detach, RESIDUAL=args.residual, TRUE=tiling.true, PADS=tiling.pads,
         CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
         LONG=needs_long(video, *preds, *chain_gradients), num_warps=warps_of(tiling.elements, per_thread),
+        maxnreg=registers,
     )  # fmt: skip
     return partial.sum(1)
 
