@@ -47,11 +47,9 @@ def check_horizon_weights(horizon_weights: Tensor | Sequence[float] | None, coun
 
 
 def check_position_weights(
-    position_weights: Tensor | None, batch: int, positions: int, count: int, like: Tensor
-) -> tuple[Tensor | None, bool]:
+    position_weights: Tensor, batch: int, positions: int, count: int, like: Tensor
+) -> tuple[Tensor, bool]:
     """[B, T, K] weights, and whether `nan_if_negative` must test them because they cannot be read up front."""
-    if position_weights is None:
-        return None, False
     letters = "[B, T] or [B, T, K]"
     check.tensor("position_weights", position_weights, (2, 3), letters, (torch.float32, torch.float64))
     if tuple(position_weights.shape) not in ((batch, positions), (batch, positions, count)):
@@ -85,9 +83,8 @@ def is_readable(tensor: Tensor) -> bool:
 def warn_of_horizons_that_never_count(horizons: Horizons, positions: int, frames: int, name: str) -> None:
     """Warn, once for each horizon, of those whose offset reaches past every frame: their loss is 0, their heads do not
     learn, and a log shows them as perfect."""
-    if positions == 0 or frames > horizons.offsets[-1]:
-        return
-    _warn(horizons, tuple(i for i, offset in enumerate(horizons.offsets) if frames <= offset), name)
+    if positions > 0:
+        _warn(horizons, tuple(i for i, offset in enumerate(horizons.offsets) if frames <= offset), name)
 
 
 # The compiler calls it once while tracing. Its arguments are constants there: not `frames`, which may be symbolic.

@@ -351,17 +351,17 @@ struct Loss {
   MFWM_INLINE AnyTile<C> tile_of(const Part& part, int i, const Place& place, C* scratch) const {
     if (!part.frames.array) return {};
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
-    const int64_t y = place.y / row_ratio(factor), x = place.x / column_ratio(factor);
     const Tile<C> tile = tile_at(scratch, part.copy_at + plane_at(place, factor), place, factor);
-    if (part.in_place) return {part.frames.array, part.frames.image_offset(place.b, n, place.c, y, x), tile};
-    return tile;
+    if (!part.in_place) return tile;
+    const int64_t y = place.y / row_ratio(factor), x = place.x / column_ratio(factor);
+    return {part.frames.array, part.frames.image_offset(place.b, n, place.c, y, x), tile};
   }
 
   // Fill the tile if it is a copy.
   MFWM_INLINE void load(const Part& part, int i, const Place& place, const AnyTile<C>& tile) const {
+    if (!tile.data || part.in_place) return;
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
     const int64_t y = place.y / row_ratio(factor), x = place.x / column_ratio(factor);
-    if (!tile.data || part.in_place) return;
     C* to = static_cast<C*>(tile.data);
     if (channels_at_once() == 1)
       part.frames.load(to, place.b, n, place.c, y, x, tile.rows, tile.columns);
@@ -371,9 +371,9 @@ struct Loss {
 
   // Write the tile to its tensor if it is a copy.
   MFWM_INLINE void store(const Part& part, int i, const Place& place, const AnyTile<C>& tile) const {
+    if (!tile.data || part.in_place) return;
     const int64_t factor = op.factors[i], n = place.m - op.offsets[i];
     const int64_t y = place.y / row_ratio(factor), x = place.x / column_ratio(factor);
-    if (!tile.data || part.in_place) return;
     const C* from = static_cast<const C*>(tile.data) - plane_at(place, factor);
     if (channels_at_once() == 1)
       part.frames.store(from, place.b, n, place.c, y, x, tile.rows, tile.columns);

@@ -198,8 +198,11 @@ def multi_horizon_linear_cross_entropy(
             )
     columns = heads[0].shape[0]
     bias_list = check_biases(biases, count, columns, inputs[0])
-    position_weights, unread = check_position_weights(position_weights, batch, positions, count, tokens)
-    warn_of_horizons_that_never_count(horizons, positions, frames, "tokens")
+    unread = False
+    if position_weights is not None:
+        position_weights, unread = check_position_weights(position_weights, batch, positions, count, tokens)
+    if frames <= horizons.offsets[-1]:
+        warn_of_horizons_that_never_count(horizons, positions, frames, "tokens")
     segment_ids = check.segments(segment_ids, batch, frames, "T_v", "tokens", tokens)
     options = check_options(
         ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 KINDS = ("mse", "l1", "huber", "charbonnier", "gaussian", "laplace")
 # Kinds whose predictions have a log-scale beside each mean, and the kind that compares their means in a pair.
 KIND_OF_MEANS = {"gaussian": "mse", "laplace": "l1"}
-DISTRIBUTIONS = [KINDS.index(kind) for kind in KIND_OF_MEANS]
+DISTRIBUTIONS = [KINDS.index(kind) for kind in KIND_OF_MEANS]  # the last kinds
 # Log-scales are clamped to +-LOG_SCALE_LIMIT.
 LOG_SCALE_LIMIT = 10.0
 
@@ -176,13 +176,15 @@ def multi_horizon_loss(
     if autocasts(video.device):
         preds = [follow(pred, preds[0]) for pred in preds]
     positions = preds[0].shape[1]
+    kinds = options["kinds"]
+    are_distributions = max(kinds) >= DISTRIBUTIONS[0]
     for i, pred in enumerate(preds):
         expected = list(output_shape(video, horizons.factors[i], None if patch_sizes is None else patch_sizes[i]))
         expected[1] = positions
         if grid is not None:
             expected[2:] = [expected[3] * expected[4], expected[2]]
         meaning = letters
-        if options["kinds"][i] in DISTRIBUTIONS:
+        if are_distributions and kinds[i] in DISTRIBUTIONS:
             expected[2 if len(expected) == 5 else 3] *= 2
             meaning = letters.replace("C", "2 * C")
         check.shape(f"preds[{i}]", pred, expected, meaning)
@@ -199,8 +201,11 @@ def multi_horizon_loss(
         )
     segment_ids = check.segments(segment_ids, video.shape[0], video.shape[1], "T_v", "video", video)
     scale, shift = check_normalisation(video, scale, shift)
-    position_weights, unread = check_position_weights(position_weights, video.shape[0], positions, count, video)
-    warn_of_horizons_that_never_count(horizons, positions, video.shape[1], "video")
+    unread = False
+    if position_weights is not None:
+        position_weights, unread = check_position_weights(position_weights, video.shape[0], positions, count, video)
+    if video.shape[1] <= horizons.offsets[-1]:
+        warn_of_horizons_that_never_count(horizons, positions, video.shape[1], "video")
     consistency, pairs, undivided = check_consistency(consistency_weights, horizons, video)
     args = Arguments(
         preds=preds,
