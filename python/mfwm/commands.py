@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from .data.balls import Balls
+from .data.recording import Balls
 from .demo import Demo
 from .describe import Describe
 from .presets import PRESETS

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from .coinrun_recorder import HeldActions
-from .recording import Episode, Recording
+from .recording import Balls, Episode, Recording
 
 RADIUS = 0.1
 COLORS = np.array(
@@ -29,28 +28,6 @@ COLORS = np.array(
 ACTIONS = {"NOOP": (0, 0), "RIGHT": (1, 0), "UP": (0, -1), "LEFT": (-1, 0), "DOWN": (0, 1)}
 EPISODE_FRAMES = 256
 BACKGROUND = 24.0
-
-
-@dataclass(frozen=True)
-class Balls:
-    """Options of `mfwm collect balls`."""
-
-    count: int = 4
-    """Number of balls, 1 to 6."""
-    speed: float = 0.03
-    """Of the balls at first, on average, in sides of the box per frame. A push adds half of it, up to twice it."""
-    noise: float = 0.0
-    """Standard deviation of Gaussian noise in every pixel, as a share of the range 0..255."""
-    texture: bool = False
-    """Draw a random color in every pixel of the background, fixed for an episode."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.count <= len(COLORS):
-            raise ValueError(f"balls.count must be in 1..{len(COLORS)}, got {self.count}")
-        if not 0 < self.speed <= 0.5:
-            raise ValueError(f"balls.speed must be above 0 and at most 0.5, got {self.speed}")
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"balls.noise must be in 0..1, got {self.noise}")
 
 
 class Box:

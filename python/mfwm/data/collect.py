@@ -18,12 +18,12 @@ from PIL import Image
 
 from ..progress import Progress
 from .atari import KNOWN, atari_episodes
-from .balls import Balls, balls_episodes
+from .balls import balls_episodes
 from .coinrun_recorder import GAMES
 from .doom import SCENARIOS, doom_episodes
 from .place import Place, location
 from .procgen import PYTHONS, procgen_episodes
-from .recording import Episode, Recording
+from .recording import Balls, Episode, Recording
 from .replay_writer import ReplayWriter
 
 __all__ = ["Balls", "Episode", "collect", "default_environment", "source_of"]
