@@ -94,10 +94,10 @@ struct Stored<__half> {
 
 // T is the dtype of the predictions. The general kernel has AnyType, because one kernel compiles faster than three.
 //
-// Four blocks per multiprocessor leave a thread 128 registers, which is enough; without the 4 the compiler uses fewer
-// and spills.
+// Four blocks per multiprocessor leave a thread 128 registers, which is enough; without the bound the compiler uses fewer
+// and spills. The general kernel needs 164, which leaves room for three.
 template <class T, bool general>
-__global__ void __launch_bounds__(threads, 4) patch_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(threads, general ? 3 : 4) patch_kernel(const __grid_constant__ Parameters p) {
   BlockSums block(p);
   const int terms = p.count + p.pair_count;
   for (unsigned unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
