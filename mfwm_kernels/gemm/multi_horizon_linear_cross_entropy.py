@@ -573,7 +573,8 @@ def pair_of(args: Arguments, i: int, j: int, drops: bool) -> Pair:
     frames, apart = args.tokens.shape[1], args.offsets[j] - args.offsets[i]
     inside = max(0, min(positions - apart, frames - args.offsets[j]))
     both = counting_positions(args, j)[:, :inside] & counting_positions(args, i)[:, apart : apart + inside]
-    counted = both[:, :, None, None].expand(-1, -1, height, width).flatten()
+    # Without contiguous(), the cells of a single position would be a view of stride 0.
+    counted = both[:, :, None, None].expand(-1, -1, height, width).flatten().contiguous()
     far = numbered(far_states)[:, :inside].flatten()
     near = cells_of(numbered(near_states)[:, apart : apart + inside, ..., None], height, width).flatten(0, 3).flatten(1)
     if drops:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backend
 from mfwm_kernels.arguments import Shared
 from mfwm_kernels.check import relative_error
+from mfwm_kernels.gemm import multi_horizon_linear_cross_entropy as shared
 from mfwm_kernels.ops import token_ids
 
 KERNELS = kernels_of("multi_horizon_linear_cross_entropy")
@@ -524,3 +525,22 @@ def test_vocabularies_of_any_size_in_fp32(size: int, softcap: float | None) -> N
     assert relative_error(loss.total, want[0].total) < 1e-6 or size == 1
     # With one id, loss and gradients are 0.
     assert all(relative_error(a, b) < 5e-6 or size == 1 for a, b in zip(gradients, want[1], strict=True))
+
+
+@pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend != "cpu"])
+def test_the_cells_of_one_position_are_contiguous(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read a flag per cell of a pair; an expanded view of one position has stride 0."""
+    flags = []
+    original = shared.pair_of
+
+    def pair_of(*args: Any) -> Any:
+        pair = original(*args)
+        flags.append(pair.counted)
+        return pair
+
+    monkeypatch.setattr(shared, "pair_of", pair_of)
+    kwargs = call_of(backend, batch=1, consistency_weights=[0, 0, 1])
+    kwargs["tokens"] = kwargs["tokens"][:, :5]
+    kwargs["position_weights"] = torch.rand(1, kwargs["inputs"][0].shape[1], device=kwargs["tokens"].device) + 0.1
+    results(backend, kwargs)
+    assert flags and all(counted.numel() > 1 and counted.is_contiguous() for counted in flags)
