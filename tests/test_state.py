@@ -58,7 +58,7 @@ def test_a_state_is_read_as_it_was_written(sound: Path, tmp_path: Path) -> None:
 def test_clips_hand_it_out_where_asked(sound: Path) -> None:
     replay = Replay(sound)
     assert "state" not in Clips(replay, 6)[0] and "state" not in ClipSampler(replay, 6, 2).batch(0)
-    assert "state" not in vars(replay), "the state was read although nobody asked for it"
+    assert "state" not in vars(replay), "opening a set must not read its state"
     chosen = np.array([1, 3])
     for clips in (Clips(replay, 6, state=True), Clips(replay, 4, episodes=chosen, within_episode=True, state=True)):
         for clip in (clips[index] for index in range(len(clips))):

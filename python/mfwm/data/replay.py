@@ -138,7 +138,7 @@ class Replay:
     def state(self) -> np.ndarray:
         """The state at each frame, float32 [N, S], with the columns `state_names`; S is 0 in a set without state.
 
-        NaN stands for what is not there or not visible. It is read when it is first asked for.
+        NaN marks an object that does not exist or is not visible. The state is read from disk on first access.
         """
         if self._state is None:
             return np.empty((self.frames, 0), np.float32)
