@@ -443,7 +443,7 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
     registers = 255 if is_large else 128
     launch(
         fan_out_backward, programs, device,
-        hidden, sums, norm_weight, tuple(ordered), args.scale,
+        hidden, sums, norm_weight, tuple(ordered), None if args.scale is None else args.scale.contiguous(),
         hidden_gradient, tuple(cell_gradients), sums_partial, *norm_partials.values(), gram,
         positions, height, width, depth, plan.total, plan.chunk, plan.chunks, args.norm_eps,
         strides(hidden, 5), strides(norm_weight, 2), tuple(strides(grad, 5) for grad in ordered),

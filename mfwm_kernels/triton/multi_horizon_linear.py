@@ -411,9 +411,10 @@ def monitor(
     )
     blocks = ceil_div(depth, block)
     grams = torch.empty(split.programs * blocks, count, count, dtype=torch.float32, device=device)
+    monitor_scale = None if args.scale is None else args.scale.contiguous()
     launch(
         multi_horizon_linear_monitor, split.programs * blocks, device,
-        rows.hidden, rows.sums, tuple(states), shares, rows.means, args.scale, hidden_gradient, partial, grams,
+        rows.hidden, rows.sums, tuple(states), shares, rows.means, monitor_scale, hidden_gradient, partial, grams,
         rows.first, split.last, rows.tokens, split.tiles, blocks, depth, strides(rows.hidden, 2),
         # With LayerNorm in fp32, ptxas spills 8 bytes to stay below a limit of 72 that it chooses.
         COUNT=count, NORM=args.norm_weight is not None, ROWS=split.rows, BLOCK_D=block, num_warps=4,

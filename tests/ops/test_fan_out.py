@@ -99,6 +99,23 @@ def test_a_monitor_is_written_by_each_backward(backend: str, op: Any) -> None:
     assert (once > 0).all() and torch.equal(once, monitor.norms)
 
 
+@pytest.mark.parametrize("op", [fan_out, multi_horizon_linear], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_monitors_scale_has_any_stride(backend: str, op: Any) -> None:
+    hidden, actions = torch.randn(1, 3, 2, 2, 8, requires_grad=True), torch.randn(1, 3, 8)
+    given: dict[str, Any] = {"pool": (1, 1)} if op is fan_out else {"weights": [torch.randn(4, 8) for _ in range(2)]}
+
+    def gradient(scale: torch.Tensor) -> torch.Tensor:
+        monitor = GradMonitor(2, scale)
+        with use_backend(backend):
+            outputs = op(hidden, actions, horizons=Horizons((1, 2), (1, 1)), grad_monitor=monitor, **given)
+        return torch.autograd.grad(sum(output.square().sum() for output in outputs), hidden)[0]
+
+    dense = torch.tensor([2.0, 3.0])
+    assert torch.equal(gradient(torch.tensor([2.0, 9.0, 3.0, 9.0])[::2]), gradient(dense))
+    assert torch.equal(gradient(dense[:1].expand(2)), gradient(torch.tensor([2.0, 2.0])))
+
+
 # Not named "backend", for which conftest sets a default device, which torch.compile cannot trace.
 @pytest.mark.parametrize("compiled_backend", [b for b in BACKENDS if not interpreted(b)])
 def test_a_monitor_without_a_hidden_gradient_stays_as_it_was(compiled_backend: str) -> None:
