@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -19,6 +20,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_IDS = (torch.int32, torch.int64)
 # The largest int that kernels take.
 LARGEST = 2**31 - 1
+LARGEST_FLOAT = sys.float_info.max
 
 
 def names(dtypes: Sequence[torch.dtype]) -> str:
@@ -87,13 +89,19 @@ def common_divisors(*sizes: int) -> str:
     return divisors[0] if len(divisors) == 1 else f"{', '.join(divisors[:-1])} or {divisors[-1]}"
 
 
-def grid(value: Any, name: str, tokens: Tensor) -> tuple[int, int]:
-    """The rows and columns (Hp, Wp) of tokens [B, T, S, ...] in row order: S = Hp * Wp."""
+def grid_sizes(value: Any) -> tuple[int, int]:
+    """The rows and columns (Hp, Wp) of a grid."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"grid must be a pair of integers (Hp, Wp), got {type(value).__name__}")
     if len(value) != 2:
         raise ValueError(f"grid must be a pair of integers (Hp, Wp), got {value!r}")
     height, width = integers("grid", value, least=1)
+    return height, width
+
+
+def grid(value: Any, name: str, tokens: Tensor) -> tuple[int, int]:
+    """The rows and columns (Hp, Wp) of tokens [B, T, S, ...] in row order: S = Hp * Wp."""
+    height, width = grid_sizes(value)
     if height * width != tokens.shape[2]:
         raise ValueError(
             f"grid must have Hp * Wp = {tokens.shape[2]}, the tokens of a frame of {name} (shape {shape_of(tokens)}); "
@@ -129,10 +137,12 @@ def number(name: str, value: Any, *, least: float | None = None, above: float | 
     """A finite Python number, at least `least` or greater than `above`."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    value = float(value)
-    # Not math.isfinite: under torch.compile with dynamic shapes the number may be symbolic.
-    if not -math.inf < value < math.inf:
+    # Not math.isfinite: under torch.compile with dynamic shapes the number may be symbolic. Compare before float(),
+    # which raises OverflowError for larger integers.
+    magnitude: Any = abs(value)
+    if not magnitude <= LARGEST_FLOAT:
         raise ValueError(f"{name} must be finite, got {value}")
+    value = float(value)
     if least is not None and value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
     if above is not None and value <= above:
@@ -160,14 +170,17 @@ def device(name: str, value: Any) -> torch.device | None:
     """A device, or what torch.device takes; None for torch's default."""
     try:
         return None if value is None else torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} must be a device of torch, got {value!r}") from error
 
 
 def choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-    return value
+    try:
+        if value in choices:
+            return value
+    except (RuntimeError, ValueError):  # of arrays, whose == is no bool
+        pass
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def tensors(name: str, values: Any, count: int | None, rank: int | tuple[int, ...], letters: str) -> list[Tensor]:

@@ -24,8 +24,8 @@ from .ops.mtp_combine import ORDERS, mtp_combine
 from .ops.multi_horizon_linear import multi_horizon_linear
 from .ops.multi_horizon_linear_cross_entropy import check_options as check_token_options
 from .ops.multi_horizon_linear_cross_entropy import multi_horizon_linear_cross_entropy
+from .ops.multi_horizon_loss import check_no_patches, multi_horizon_loss
 from .ops.multi_horizon_loss import check_options as check_loss_options
-from .ops.multi_horizon_loss import multi_horizon_loss
 from .ops.video_pyramid import check_patch_sizes
 
 __all__ = ["FanOut", "MTPCombine", "MultiHorizonLinear", "MultiHorizonLinearCrossEntropy", "MultiHorizonLoss"]
@@ -66,7 +66,7 @@ class _Conditioned(nn.Module):
         self.norm_weight = None if norm is None else nn.Parameter(torch.ones(shape, **factory))
         biased = check.flag("norm_bias", norm_bias) and norm == "layer"
         self.norm_bias = nn.Parameter(torch.zeros(shape, **factory)) if biased else None
-        self.grid = None if grid is None else check.integers("grid", grid, least=1)
+        self.grid = None if grid is None else check.grid_sizes(grid)
         gated = check.flag("lag_gates", lag_gates)
         self.lag_weight = nn.Parameter(torch.ones(count, lags, in_features, **factory)) if gated else None
 
@@ -283,7 +283,8 @@ class MultiHorizonLoss(_Weighted):
         )  # fmt: skip
         check_patch_sizes(patch_sizes, len(horizons))
         if grid is not None:
-            check.integers("grid", grid, least=1)
+            grid = check.grid_sizes(grid)
+            check_no_patches(patch_sizes)
         for name, number in (("scale", scale), ("shift", shift)):
             if number is not None:
                 check.number(name, number)
@@ -361,7 +362,7 @@ class MultiHorizonLinearCrossEntropy(_Weighted):
             "return_predictions": return_predictions,
         }  # fmt: skip
         check_token_options(**self.options)
-        self.options["grid"] = None if grid is None else check.integers("grid", grid, least=1)
+        self.options["grid"] = None if grid is None else check.grid_sizes(grid)
         count = len(horizons) if check.flag("head_per_horizon", head_per_horizon) else 1
         shape = (self.ids_per_token * self.vocabulary, self.in_features)
         heads = [_linear_weight(shape, device, dtype) for _ in range(count)]
@@ -438,7 +439,7 @@ class MTPCombine(nn.Module):
 
 def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
     """The arguments of a factory of torch, checked."""
-    if dtype is not None and dtype not in check.FLOATING:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in check.FLOATING):
         raise TypeError(f"dtype must be one of {check.names(check.FLOATING)}, got {dtype}")
     return {"device": check.device("device", device), "dtype": dtype}
 

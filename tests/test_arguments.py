@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -155,6 +156,8 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (linear, {"grid": (2, 4)}, "grid must have Hp \\* Wp = 6"),
     (linear, {"hidden": torch.randn(2, 5, 2, 3, 8), "grid": (2, 3)}, r"hidden must have 4 dimensions, .* with grid"),
     (fan, {"norm_eps": NAN}, "norm_eps must be finite, got nan"),
+    (fan, {"norm_eps": 10**400}, "norm_eps must be finite, got 10000"),
+    (fan, {"norm": np.zeros(2)}, r"norm must be one of 'rms', 'layer'; got array\("),
     (fan, {"norm_eps": "small"}, "norm_eps must be a number, got str"),
     (fan, {"grad_monitor": GradMonitor(2)}, "grad_monitor must have K = 3"),
     (fan, {"grad_monitor": object()}, "grad_monitor must be a GradMonitor, got object"),
@@ -208,6 +211,11 @@ MALFORMED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     ),
     (loss, {"beta": -0.5}, "beta must be >= 0, got -0.5"),
     (loss, {"beta": NAN}, "beta must be finite, got nan"),
+    (loss, {"beta": -(10**400)}, "beta must be finite, got -10000"),
+    (loss, {"motion_gain": True}, "motion_gain must be a number, got bool"),
+    (loss, {"horizon_weights": [1.0, 10**400, 1.0]}, "horizon_weights entry must be finite, got 10000"),
+    (loss, {"kind": [np.zeros(2)] * 3}, r"kind\[0\] must be one of 'mse', .*; got array"),
+    (loss, {"detach": np.zeros(2)}, r"detach must be one of None, 'near', 'far'; got array"),
     (loss, {"motion_gain": -1}, "motion_gain must be >= 0, got -1"),
     (loss, {"motion_gain": "much"}, "motion_gain must be a number, got str"),
     (

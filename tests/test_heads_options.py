@@ -326,7 +326,7 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         MultiFrameHeads(32, 1, config, grid=GRID)(hidden, None, latents)
     with pytest.raises(ValueError, match=r"hidden must have 4 dimensions, \[B, T, S, D\] with grid"):
         MultiFrameHeads(32, 1, config, grid=(4, 4))(hidden.unflatten(2, (4, 4)), None, latents)
-    with pytest.raises(ValueError, match=r"grid must be \(H, W\), got \(16,\)"):
+    with pytest.raises(ValueError, match=r"grid must be a pair of integers .*, got \(16,\)"):
         MultiFrameHeads(32, 1, config, grid=(16,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"video must be images .* for a patch_size of 2"):
         MultiFrameHeads(32, 2, config, grid=(4, 4))(hidden, None, latents)

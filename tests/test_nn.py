@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -283,6 +284,13 @@ def test_repr_says_what_a_module_is() -> None:
             "patch_sizes must have one entry per horizon, 3",
         ),
         (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, eps=0), "eps must be > 0, got 0"),
+        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), device=1.5), "device must be a device of torch, got 1.5"),  # type: ignore[arg-type]
+        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), dtype=np.zeros(2)), "dtype must be one of float32"),  # type: ignore[arg-type]
+        (lambda: mfwm_nn.FanOut(8, HORIZONS, pool=(1, 2, 2), grid=(4,)), r"grid must be a pair .*, got \(4,\)"),
+        (lambda: mfwm_nn.MultiHorizonLinear(8, (5, 3, 1), HORIZONS, grid=()), r"grid must be a pair .*, got \(\)"),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, grid=(4, 4, 4)), r"grid must be a pair .*, got \(4, 4, 4\)"),
+        (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, grid=(4, 4), patch_sizes=(1, 1, 1)), "patch_sizes must be None"),
+        (lambda: mfwm_nn.MultiHorizonLinearCrossEntropy(8, 7, HORIZONS, grid=(4,)), r"grid must be a pair of integers"),
         (lambda: mfwm_nn.MultiHorizonLoss(HORIZONS, device="gpu"), "device must be a device of torch, got 'gpu'"),
         (lambda: mfwm_nn.MultiHorizonLinearCrossEntropy(8, 7, HORIZONS, softcap=0), "softcap must be > 0, got 0"),
         (

@@ -163,8 +163,7 @@ def multi_horizon_loss(
         check.tensor("video", video, 4, "[B, T_v, S, C] with grid", VIDEO)
     check.non_zero_sizes("video", video)
     if grid is not None:
-        if patch_sizes is not None:
-            raise ValueError(f"patch_sizes must be None with grid, whose tokens are pixels; got {patch_sizes!r}")
+        check_no_patches(patch_sizes)
         video = images(video, check.grid(grid, "video", video))
     if video.requires_grad and torch.is_grad_enabled():
         raise ValueError("video must not require grad: targets are constants; pass video.detach()")
@@ -257,6 +256,11 @@ def check_options(
         "delta": check.number("delta", delta, above=0),
         "eps": check.number("eps", eps, above=0),
     }
+
+
+def check_no_patches(patch_sizes: Sequence[int] | None) -> None:
+    if patch_sizes is not None:
+        raise ValueError(f"patch_sizes must be None with grid, whose tokens are pixels; got {patch_sizes!r}")
 
 
 def images(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -23,8 +23,8 @@ class Layout:
     patch_size: int
 
     def __post_init__(self) -> None:
-        if self.grid is not None and len(check.integers("grid", self.grid, least=1)) != 2:
-            raise ValueError(f"grid must be (H, W), got {self.grid}")
+        if self.grid is not None:
+            check.grid_sizes(self.grid)
 
     def states(self, name: str, x: Tensor) -> Tensor:
         """[B, T, H, W, D]."""
