@@ -455,10 +455,32 @@ def test_configs_of_before_are_refused_by_name() -> None:
             r"kind\[0\] must be a function of the difference if the upsampler",
         ),
         ({"norm": True}, "norm must be one of 'rms', 'layer'; got True"),
+        ({"horizons": (1, 2)}, "horizons must be a Horizons, got tuple"),
+        ({"residual": 1}, "residual must be True or False, got 1"),
+        ({"lag_gate": "no"}, "lag_gate must be True or False, got 'no'"),
+        ({"surgery": None}, "surgery must be True or False, got None"),
+        ({**TOKENS, "bias": 1}, "bias must be True or False, got 1"),
+        ({"vocabulary": None}, "vocabulary must be an integer, got None"),
+        ({"output": "tokens", "vocabulary": 1.5}, "vocabulary must be an integer, got 1.5"),
+        ({"upsampler": 0}, "upsampler must be >= 1, got 0"),
+        ({"tap": True}, "tap must be an integer, got True"),
+        ({"blocks": 2}, "blocks must be a sequence of integers, got int"),
+        ({"blocks": (0, 0, 0, 1.5)}, r"blocks\[3\] must be an integer, got 1.5"),
+        ({"patch_sizes": "1111"}, "patch_sizes must be a sequence of integers, got str"),
+        ({"mlp_ratios": (1, 0, 1, 1)}, r"mlp_ratios\[1\] must be >= 1, got 0"),
+        ({"weights": 1.0}, "weights must be a tuple of numbers, got float"),
+        ({"weights": (1, 1, math.nan, 1)}, r"weights\[2\] must be finite, got nan"),
+        ({"weights": (1, True, 1, 1)}, r"weights\[1\] must be a number, got bool"),
+        ({"consistency": "0111"}, "consistency must be a tuple of numbers, got str"),
+        ({"consistency": ((0, 1, 1, 1), None, None, None)}, r"consistency\[1\] must be a tuple of numbers, got None"),
+        ({"consistency": ((0, math.inf, 1, 1),) * 4}, r"consistency\[0\]\[1\] must be finite, got inf"),
+        ({"beta": True, "kind": "gaussian"}, "beta must be a number, got bool"),
+        ({"kind": ()}, r"kind must be one or have one entry per horizon, 4; got \(\)"),
+        ({"kind": torch.ones(2)}, "kind must be one of 'mse', "),
     ],
 )
 def test_heads_configs_are_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         HeadsConfig(**options)
 
 

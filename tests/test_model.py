@@ -527,7 +527,7 @@ def test_frames_that_heads_do_not_divide_make_no_model(
         ({"weighting": None}, "weighting must be one of 'fixed', 'uncertainty', 'gradients'; got None"),
         ({"detach": "both"}, "detach must be one of 'near', 'far'; got 'both'"),
         ({"blocks": (0, 1)}, r"blocks must have one entry per horizon, 4; got \(0, 1\)"),
-        ({"mlp_ratios": (4, 4, 0, 1)}, r"mlp_ratios must be >= 1, got \(4, 4, 0, 1\)"),
+        ({"mlp_ratios": (4, 4, 0, 1)}, r"mlp_ratios\[2\] must be >= 1, got 0"),
         ({"attend": "inputs"}, 'blocks must be given with attend "inputs"'),
         ({"lag_gate": True, "conditioning": "frames"}, "lag_gate needs conditioning \"actions\", got 'frames'"),
         ({"output": "tokens"}, 'vocabulary must be above 0 for output "tokens" and 0 for others, got 0'),

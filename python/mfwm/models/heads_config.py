@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mfwm_kernels import Horizons
 from mfwm_kernels import arguments as check
@@ -95,17 +95,11 @@ class HeadsConfig:
         if isinstance(self.kind, list):
             object.__setattr__(self, "kind", tuple(self.kind))
         check_choices(self)
-        if self.consistency is not None:
-            rows = tuple(tuple(row) if isinstance(row, list | tuple) else row for row in self.consistency)
-            object.__setattr__(self, "consistency", rows)
+        self._check_types()
         for name in ("patch_sizes", "blocks", "mlp_ratios", "weights", "consistency"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.horizons):
                 raise ValueError(f"{name} must have one entry per horizon, {len(self.horizons)}; got {value}")
-        for name, least in (("blocks", 0), ("patch_sizes", 1), ("mlp_ratios", 1)):
-            value = getattr(self, name)
-            if value is not None and min(value) < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
         self._check_output()
         self._check_kinds()
         if self.attend == "inputs" and not any(self.blocks or ()):
@@ -134,6 +128,22 @@ class HeadsConfig:
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each horizon's loss."""
         return self.kind if isinstance(self.kind, tuple) else (self.kind,) * len(self.horizons)
+
+    def _check_types(self) -> None:
+        if not isinstance(self.horizons, Horizons):
+            raise TypeError(f"horizons must be a Horizons, got {type(self.horizons).__name__}")
+        for name in ("lag_gate", "residual", "shared_head", "bias", "surgery"):
+            check.flag(name, getattr(self, name))
+        check.integer("vocabulary", self.vocabulary, least=0)
+        for name in ("upsampler", "tap"):
+            if getattr(self, name) is not None:
+                check.integer(name, getattr(self, name), least=1)
+        for name, least in (("blocks", 0), ("patch_sizes", 1), ("mlp_ratios", 1)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check.integers(name, getattr(self, name), least=least))
+        for name, nested in (("weights", False), ("consistency", True)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, numbers(name, getattr(self, name), nested=nested))
 
     def _check_kinds(self) -> None:
         if len(self.kinds) != len(self.horizons):
@@ -215,3 +225,14 @@ class HeadsConfig:
                     f"frame must be a multiple of {factor * patch} pixels for horizon {i}, whose target is 1/{factor} "
                     f"of it in patches of {patch}; got {frame[1]} x {frame[2]}"
                 )
+
+
+def numbers(name: str, values: Any, *, nested: bool) -> tuple[Any, ...]:
+    """A tuple of finite numbers; if `nested`, it may hold such tuples instead."""
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a tuple of numbers, got {type(values).__name__}")
+    if nested and any(isinstance(row, (list, tuple)) for row in values):
+        return tuple(numbers(f"{name}[{i}]", row, nested=False) for i, row in enumerate(values))
+    for i, value in enumerate(values):
+        check.number(f"{name}[{i}]", value)
+    return tuple(values)
