@@ -105,7 +105,17 @@ class MultiFrameHeads(nn.Module):
         grid: tuple[int, int] | None = None,
     ):
         super().__init__()
-        self.config = config = config or HeadsConfig()
+        self.config = config = HeadsConfig() if config is None else config
+        if not isinstance(config, HeadsConfig):
+            raise TypeError(f"config must be a HeadsConfig, got {type(config).__name__}")
+        check.integer("width", width, least=1)
+        check.integer("patch_size", patch_size, least=1)
+        check.integer("channels", channels, least=1)
+        check.integer("ids_per_token", ids_per_token, least=1)
+        check.integer("head_width", head_width, least=1)
+        check.flag("rotary", rotary)
+        if window is not None:
+            check.integer("window", window, least=1)
         if any(config.blocks or ()) and width % head_width:
             raise ValueError(f"head_width must divide width = {width}, got {head_width}")
         if near_head is not None:
@@ -216,7 +226,8 @@ class MultiFrameHeads(nn.Module):
             near_hidden: the near horizon's own hidden state, if it differs from the one that the far ones share.
             segment_ids: [B, V], the episode of each frame: predictions across the end of an episode do not count. With
                 more actions than frames, [B, T_a].
-            low_tokens: by factor, the ids [B, V, H / factor, W / factor] of the smaller frames, for tokenised targets.
+            low_tokens: by factor, the ids [B, V, H / factor, W / factor] of the smaller frames, for tokenised targets;
+                not read otherwise.
             token_mask: [B, V, H, W] bool, the tokens that the hidden state has not seen: at offset 0 only they count.
             position_weights: [B, T] or [B, T, K], >= 0, of the losses of the predictions made at each position; 0: they
                 do not count.
@@ -242,14 +253,20 @@ class MultiFrameHeads(nn.Module):
             )
 
         if torch.is_grad_enabled() and (self.gradient_norms is not None or self.config.surgery):
+            # `outputs` checks these again, but this method reads them first.
+            near = optional.get("near_hidden")
+            self.layout.states("hidden", hidden)
+            if near is not None:
+                self.layout.states("near_hidden", near)
             if grad_monitor is None:
                 grad_monitor = GradMonitor(self.sharing, device=hidden.device)
+            if not isinstance(grad_monitor, GradMonitor):
+                raise TypeError(f"grad_monitor must be a GradMonitor, got {type(grad_monitor).__name__}")
             if self.gradient_norms is not None:
                 self.gradient_norms.attach(grad_monitor)
             if self.config.surgery:
                 probe = hidden.detach().requires_grad_()
                 measured = GradMonitor(self.sharing, device=hidden.device)
-                near = optional.get("near_hidden")
                 detached: OptionalInputs = {**optional, "near_hidden": None if near is None else near.detach()}
                 torch.autograd.grad(loss_of(probe, detached, measured).total, probe)
                 set_surgery_scale(grad_monitor, measured, balanced=self.gradient_norms is not None)
@@ -269,6 +286,7 @@ class MultiFrameHeads(nn.Module):
     ) -> HorizonLoss:
         """The loss of what `outputs` returned; arguments as in forward."""
         config = self.config
+        self._check_loss(low_tokens, token_mask, return_predictions, shares)
         video, token_mask = self.layout.frames(video), self.layout.cells("token_mask", token_mask, 3)
         segment_ids = None if segment_ids is None else segment_ids[:, : video.shape[1]]
         weights: Any = config.weights if self.uncertainty is None else self.uncertainty.weights()
@@ -281,8 +299,6 @@ class MultiFrameHeads(nn.Module):
         options: dict[str, Any] = {"segment_ids": segment_ids, "position_weights": position_weights}
         if self.tokens:
             options |= {"return_accuracy": True, "return_predictions": return_predictions}
-        elif return_predictions:
-            raise ValueError(f"return_predictions must be False for output {config.output!r}: predict gives frames")
         if config.token_targets == "tokenised":
             low = {
                 factor: self.layout.ids(f"low_tokens[{factor}]", ids, factor)
@@ -439,12 +455,13 @@ class MultiFrameHeads(nn.Module):
         Patches [B, T, S_i, P_i], of the change if config.residual, and for distributions twice as wide, means first;
         for tokens, the states [B, T, H / f_i, W / f_i, D] that a linear head maps to logits.
         """
+        check.flag("near_only", near_only)
         given = hidden if near_hidden is None else near_hidden
         hidden = self.layout.states("hidden", hidden)
         near_hidden = None if near_hidden is None else self.layout.states("near_hidden", near_hidden)
         inputs = None if inputs is None else self.layout.states("inputs", inputs)
         video = self.layout.frames(video)
-        self._check(hidden, actions, video, inputs, segment_ids, grad_monitor)
+        self._check(hidden, actions, video, inputs, near_hidden, segment_ids, grad_monitor)
         dtype = compute_dtype(hidden)
         hidden, inputs = hidden.to(dtype), None if inputs is None else inputs.to(dtype)
         count, near = len(self.config.horizons), range(self.first, self.first + 1)
@@ -481,17 +498,26 @@ class MultiFrameHeads(nn.Module):
         actions: Tensor | None,
         video: Tensor,
         inputs: Tensor | None,
+        near_hidden: Tensor | None,
         segment_ids: Tensor | None,
         grad_monitor: GradMonitor | None,
     ) -> None:
         config = self.config
+        if hidden.shape[-1] != self.width:
+            raise ValueError(f"hidden must have width D = {self.width}, got shape {list(hidden.shape)}")
+        if near_hidden is not None:
+            check.shape("near_hidden", near_hidden, hidden.shape, "of hidden")
+            check.same_device("near_hidden", near_hidden, "hidden", hidden)
+        self.layout.check_frames(video, hidden, self.channels)
         if (config.conditioning == "actions") != (actions is not None):
             rule = "embeddings [B, T_a, D]" if actions is None else "None"
             raise ValueError(f'actions must be {rule} with conditioning "{config.conditioning}"')
+        if actions is not None:
+            check.tensor("actions", actions, 3, "[B, T_a, D]")
         if segment_ids is not None:
             check.tensor("segment_ids", segment_ids, 2, "[B, V]", check.INTEGER_IDS)
             columns = max(video.shape[1], 0 if actions is None else actions.shape[1])
-            if segment_ids.shape[1] != columns:
+            if tuple(segment_ids.shape) != (hidden.shape[0], columns):
                 raise ValueError(
                     f"segment_ids must have a column for each frame and action, [B, {columns}], got "
                     f"{list(segment_ids.shape)}"
@@ -502,15 +528,36 @@ class MultiFrameHeads(nn.Module):
                     f'inputs must be embeddings [B, V, H, W, D] with conditioning "{config.conditioning}" and attend '
                     f'"{config.attend}"'
                 )
-            if inputs.shape[1] < hidden.shape[1] or inputs.shape[2:] != hidden.shape[2:]:
+            if inputs[:, : hidden.shape[1]].shape != hidden.shape:
                 raise ValueError(
                     f"inputs must have hidden's shape {list(hidden.shape)}, or more frames; got {list(inputs.shape)}"
                 )
+            check.same_device("inputs", inputs, "hidden", hidden)
         if config.conditioning == "frames" and grad_monitor is not None:
             raise ValueError(
                 'grad_monitor must be None with conditioning "frames": far horizons reach the hidden state through '
                 "nearer ones"
             )
+
+    def _check_loss(self, low_tokens: Any, token_mask: Any, return_predictions: Any, shares: Any) -> None:
+        """ValueError or TypeError for arguments of `loss` that the ops do not get as they are given."""
+        if low_tokens is not None:
+            if not isinstance(low_tokens, Mapping):
+                raise TypeError(f"low_tokens must map factors to ids, got {type(low_tokens).__name__}")
+            for factor in low_tokens:
+                check.integer("low_tokens' factor", factor, least=1)
+        check.flag("return_predictions", return_predictions)
+        if not self.tokens:
+            if token_mask is not None:
+                raise ValueError(f'token_mask must be None for output "{self.config.output}"')
+            if return_predictions:
+                raise ValueError(
+                    f"return_predictions must be False for output {self.config.output!r}: predict gives frames"
+                )
+        if shares is not None:
+            count = len(self.config.horizons)
+            check.tensor("shares", shares, 2, "[K, K]")
+            check.shape("shares", shares, (count, count), "[K, K]")
 
     def _branches(
         self,
