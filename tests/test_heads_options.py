@@ -585,6 +585,16 @@ MALFORMED: list[tuple[Any, dict[str, Any], str]] = [
     (surgery_call, {"grad_monitor": object()}, "grad_monitor must be a GradMonitor, got object"),
     (token_call, {"video": torch.zeros(2, 6, 4, 4, 1).long()}, r"video must have shape .* = \[2, 6, 4, 4, 2\]"),
     (token_call, {"video": torch.zeros(2, 6, 4, 4, 2)}, "video must have dtype int32, int64, got float32"),
+    (token_call, {"position_weights": [1.0]}, "position_weights must be a torch.Tensor, got list"),
+    (token_call, {"position_weights": torch.ones(2, 5, 3)}, r"position_weights must .* = \[2, 5, 2\], got \[2, 5, 3\]"),
+    (token_call, {"position_weights": torch.ones(2, 5, 1)}, r"position_weights must .* = \[2, 5, 2\], got \[2, 5, 1\]"),
+    (token_call, {"low_tokens": None}, r"low_tokens must have the ids of factor 2, got factors \[\]"),
+    (token_call, {"low_tokens": {2: None}}, r"low_tokens\[2\] must be a torch.Tensor, got NoneType"),
+    (
+        token_call,
+        {"low_tokens": {2: torch.zeros(2, 6, 2, 1, 2).long()}},
+        r"low_tokens\[2\] must have shape .*2, 2, 2\]",
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mfwm_kernels import HorizonLoss, Horizons, multi_horizon_linear_cross_entropy
+from mfwm_kernels import arguments as check
 
 
 def tokenised_loss(
@@ -28,10 +29,12 @@ def tokenised_loss(
     """One call for all horizons of the same factor, because they share their ids: `tokens`, or low_tokens[factor]."""
     parts: list[HorizonLoss] = []
     order: list[int] = []
-    of_each = position_weights is not None and position_weights.ndim == 3
+    of_each = False
+    if isinstance(position_weights, Tensor) and position_weights.dim() == 3:
+        of_each = True
+        check.shape("position_weights", position_weights, (*position_weights.shape[:2], len(horizons)), "[B, T, K]")
+    check_low_tokens(low_tokens, horizons, tokens)
     for factor in sorted(set(horizons.factors)):
-        if factor != 1 and factor not in low_tokens:
-            raise ValueError(f"low_tokens must have the ids of factor {factor}, got factors {sorted(low_tokens)}")
         chosen = [i for i, f in enumerate(horizons.factors) if f == factor]
         of_part = weights[chosen] if isinstance(weights, Tensor) else weights and [weights[i] for i in chosen]
         part = multi_horizon_linear_cross_entropy(
@@ -58,3 +61,16 @@ def tokenised_loss(
     found = [ids for part in parts for ids in part.predictions or ()]
     predictions = tuple(found[i] for i in position) if return_predictions else None
     return HorizonLoss(total, means, counts, consistency, consistency_counts, accuracy, predictions)
+
+
+def check_low_tokens(low_tokens: Mapping[int, Tensor], horizons: Horizons, tokens: Tensor) -> None:
+    """ValueError or TypeError unless there are ids of each factor's smaller frames, one for each frame of `tokens`."""
+    batch, frames, height, width, *ids_per_token = tokens.shape
+    letters = "[B, V, H / factor, W / factor" + (", ids_per_token]" if ids_per_token else "]")
+    for factor in sorted(set(horizons.factors) - {1}):
+        if factor not in low_tokens:
+            raise ValueError(f"low_tokens must have the ids of factor {factor}, got factors {sorted(low_tokens)}")
+        name, ids = f"low_tokens[{factor}]", low_tokens[factor]
+        check.tensor(name, ids, tokens.dim(), letters, check.INTEGER_IDS)
+        check.shape(name, ids, (batch, frames, height // factor, width // factor, *ids_per_token), letters)
+        check.same_device(name, ids, "video", tokens)
