@@ -542,6 +542,10 @@ def new_heads(**changes: Any) -> Any:
     return MultiFrameHeads(**{"width": 32, "patch_size": 4, "config": HeadsConfig(TWO), **changes})
 
 
+def distribution(method: str, *args: Any, kind: Any = "laplace", **options: Any) -> Any:
+    return getattr(Distribution(kind, torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 2, 3, 4, 4)), method)(*args, **options)
+
+
 MALFORMED: list[tuple[Any, dict[str, Any], str]] = [
     (new_heads, {"width": 0}, "width must be >= 1, got 0"),
     (new_heads, {"width": "32"}, "width must be an integer, got '32'"),
@@ -579,6 +583,7 @@ MALFORMED: list[tuple[Any, dict[str, Any], str]] = [
     (pixel_call, {"temperature": True}, "temperature must be a number, got bool"),
     (pixel_call, {"temperature": math.nan}, "temperature must be finite, got nan"),
     (pixel_call, {"temperature": -0.5}, "temperature must be >= 0, got -0.5"),
+    (pixel_call, {"temperature": 0, "generator": 3}, "generator must be a torch.Generator, got int"),
     (pixel_call, {"temperature": 0, "near_only": 1}, "near_only must be True or False, got 1"),
     (surgery_call, {"hidden": None}, "hidden must be a torch.Tensor, got NoneType"),
     (surgery_call, {"near_hidden": 3}, "near_hidden must be a torch.Tensor, got int"),
@@ -595,6 +600,21 @@ MALFORMED: list[tuple[Any, dict[str, Any], str]] = [
         {"low_tokens": {2: torch.zeros(2, 6, 2, 1, 2).long()}},
         r"low_tokens\[2\] must have shape .*2, 2, 2\]",
     ),
+    (distribution, {"method": "draw", "temperature": -1.0}, "temperature must be >= 0, got -1.0"),
+    (
+        distribution,
+        {"method": "draw", "temperature": 1.0, "generator": 0},
+        "generator must be a torch.Generator, got int",
+    ),
+    (distribution, {"method": "draw", "temperature": 1.0, "kind": "normal"}, "kind must be .*, got 'normal'"),
+    (
+        distribution,
+        {"method": "negative_log_likelihood", "truth": torch.zeros(1, 2, 1, 4, 4)},
+        r"truth must have shape of the mean = \[1, 2, 3, 4, 4\], got \[1, 2, 1, 4, 4\]",
+    ),
+    (distribution, {"method": "negative_log_likelihood", "truth": 0.5}, "truth must be a torch.Tensor, got float"),
+    (distribution, {"method": "covers", "truth": torch.zeros(1, 2, 3, 4, 4), "share": 1}, "share must be < 1, got 1"),
+    (distribution, {"method": "covers", "truth": torch.zeros(1).byte(), "share": 0.5}, "truth must have 5 dimensions"),
 ]
 
 
@@ -613,3 +633,4 @@ def test_well_formed_calls_pass() -> None:
     surgery_call()
     token_call()
     new_heads()
+    assert distribution("covers", torch.zeros(1, 2, 3, 4, 4), share=0).all()

@@ -23,7 +23,7 @@ from mfwm_kernels import arguments as check
 from ..checks import options_repr
 from .balance import GradientNorms, Uncertainty, set_surgery_scale, times_shares
 from .blocks import Join, LayerNorm, RMSNorm, SpaceTimeBlock, compute_dtype, initialise, pool_grid, time_mask
-from .distributions import DISTRIBUTIONS, LOG_SCALE_LIMIT, Distribution
+from .distributions import DISTRIBUTIONS, LOG_SCALE_LIMIT, Distribution, check_sampling
 from .heads_config import HeadsConfig
 from .layout import Layout
 from .near_head import check_near_head, near_patches
@@ -385,7 +385,7 @@ class MultiFrameHeads(nn.Module):
         temperature: of horizons that predict distributions: 0 gives their means, 1 samples of them, drawn with
             `generator`; in between, samples closer to the mean. Tokens are sampled from the logits, as rollouts do.
         """
-        check.number("temperature", temperature, least=0)
+        check_sampling(temperature, generator, hidden)
         if temperature and not self.draws(near_only):
             raise ValueError(f"temperature must be 0 where no horizon predicts a distribution, got {temperature}")
         if not self.tokens:

@@ -13,6 +13,7 @@ from mfwm_kernels import video_pyramid
 
 from ..checks import check_ids
 from .blocks import TimeCache
+from .distributions import check_sampling
 from .maskgit import sample, sample_frame
 from .world_model import WorldModel
 
@@ -117,7 +118,7 @@ class Rollout:
         check_near_horizon(model)
         check.integer("steps", steps, least=1)
         check_actions(model, video, actions, steps if policy is None else 0)
-        check.number("temperature", temperature, least=0)
+        check_sampling(temperature, generator, video)
         check.integer("masked_steps", masked_steps, least=1)
         if top_k is not None:
             check.integer("top_k", top_k, least=1)
