@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfwm_kernels import (
@@ -211,6 +212,7 @@ class MultiFrameHeads(nn.Module):
         return_predictions: bool = False,
         grad_monitor: GradMonitor | None = None,
         shares: Tensor | None = None,
+        seen: Tensor | None = None,
         **optional: Unpack[OptionalInputs],
     ) -> HorizonLoss:
         """The loss of all horizons.
@@ -237,13 +239,18 @@ class MultiFrameHeads(nn.Module):
                 scale is set here.
             shares: [K, K], for a part of a larger batch: factors of the weights of horizons (the diagonal) and of
                 consistency, such that the mean of the parts' losses is the loss of the batch.
+            seen: the frames that the hidden state has seen, of video's shape, where they are not those of `video`, such
+                as frames with noise or the model's own: a change is then predicted from these. The targets are those
+                of `video`.
         """
 
         def loss_of(hidden: Tensor, optional: OptionalInputs, monitor: GradMonitor | None) -> HorizonLoss:
-            outputs = self.outputs(hidden, actions, video, grad_monitor=monitor, **optional)
+            read = video if seen is None else seen
+            outputs = self.outputs(hidden, actions, read, grad_monitor=monitor, **optional)
             return self.loss(
                 outputs,
                 video,
+                seen=seen,
                 segment_ids=optional.get("segment_ids"),
                 low_tokens=low_tokens,
                 token_mask=token_mask,
@@ -283,10 +290,13 @@ class MultiFrameHeads(nn.Module):
         position_weights: Tensor | None = None,
         return_predictions: bool = False,
         shares: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> HorizonLoss:
         """The loss of what `outputs` returned; arguments as in forward."""
         config = self.config
         self._check_loss(low_tokens, token_mask, return_predictions, shares)
+        if seen is not None and self.residual:
+            outputs = self._from_seen(outputs, video, seen)
         video, token_mask = self.layout.frames(video), self.layout.cells("token_mask", token_mask, 3)
         segment_ids = None if segment_ids is None else segment_ids[:, : video.shape[1]]
         weights: Any = config.weights if self.uncertainty is None else self.uncertainty.weights()
@@ -345,6 +355,21 @@ class MultiFrameHeads(nn.Module):
         cost = self.uncertainty.cost(loss.counts > 0 if shares is None else shares.diagonal())
         return HorizonLoss(loss.total + cost, *loss[1:])
 
+    def _from_seen(self, outputs: Sequence[Tensor], video: Tensor, seen: Tensor) -> list[Tensor]:
+        """Changes from frame n of `video` that lead to the same frames as the changes `outputs` from that of `seen`."""
+        check.shape("seen", seen, tuple(video.shape), "video's shape")
+        positions, factors = outputs[0].shape[1], self.config.horizons.factors[: len(outputs)]
+        options: dict[str, Any] = {"patch_sizes": self.patches[: len(outputs)], "dtype": torch.float32}
+        true, read = (
+            video_pyramid(self.layout.frames(frames)[:, :positions], factors, **options) for frames in (video, seen)
+        )
+        differences = [a - b for a, b in zip(read, true, strict=True)]
+        # The log-scales beside the means of a distribution stay as they are.
+        return [
+            out + F.pad(difference, (0, out.shape[-1] - difference.shape[-1]))
+            for out, difference in zip(outputs, differences, strict=True)
+        ]
+
     @torch.no_grad()
     def squared_errors(self, outputs: Sequence[Tensor], video: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """[K] mean squared errors of the means, over what counts; arguments as in loss. For pixels and latents."""
@@ -388,11 +413,21 @@ class MultiFrameHeads(nn.Module):
         check_sampling(temperature, generator, hidden)
         if temperature and not self.draws(near_only):
             raise ValueError(f"temperature must be 0 where no horizon predicts a distribution, got {temperature}")
-        if not self.tokens:
-            found = self.distributions(hidden, actions, video, near_only=near_only, **optional)
-            frames = [distribution.draw(temperature, generator) for distribution in found]
-            return tuple(frame.clamp(-1, 1) if self.config.output == "pixels" else frame for frame in frames)
         outputs = self.outputs(hidden, actions, video, near_only=near_only, **optional)
+        return self.frames(outputs, video, temperature=temperature, generator=generator)
+
+    def frames(
+        self,
+        outputs: Sequence[Tensor],
+        video: Tensor,
+        *,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What `predict` returns, from what `outputs` returned of the first horizons; arguments as in predict."""
+        if not self.tokens:
+            drawn = [d.draw(temperature, generator) for d in self._distributions(outputs, video)]
+            return tuple(frame.clamp(-1, 1) if self.config.output == "pixels" else frame for frame in drawn)
         logits = [self._head(i)(state).float() for i, state in enumerate(outputs)]
         if self.grid is not None:
             logits = [z.flatten(2, 3) for z in logits]
@@ -416,9 +451,11 @@ class MultiFrameHeads(nn.Module):
         """Mean and log-scale of every horizon's frames, in fp32, the means unclamped; arguments as in predict."""
         if self.tokens:
             raise ValueError("distributions are of pixels and latents; of tokens, predict gives logits")
-        outputs = self.outputs(hidden, actions, video, near_only=near_only, **optional)
+        return self._distributions(self.outputs(hidden, actions, video, near_only=near_only, **optional), video)
+
+    def _distributions(self, outputs: Sequence[Tensor], video: Tensor) -> tuple[Distribution, ...]:
         in_rows, video = self.layout.in_rows(video), self.layout.frames(video)
-        positions, (height, width) = hidden.shape[1], video.shape[-2:]
+        positions, (height, width) = outputs[0].shape[1], video.shape[-2:]
         factors = self.config.horizons.factors[: len(outputs)]
         frames = [
             [
