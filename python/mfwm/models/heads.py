@@ -177,7 +177,7 @@ class MultiFrameHeads(nn.Module):
         self.upsampler = None
         if config.upsampler is not None:
             self.upsampler = Upsampler(channels, config.horizons.factors[1], config.upsampler)
-        weights = config.weights or (1.0,) * count
+        weights = config.horizon_weights
         self.uncertainty = Uncertainty(weights) if config.weighting == "uncertainty" else None
         self.gradient_norms = GradientNorms(weights[-self.sharing :]) if config.weighting == "gradients" else None
 
@@ -299,7 +299,7 @@ class MultiFrameHeads(nn.Module):
             outputs = self._from_seen(outputs, video, seen)
         video, token_mask = self.layout.frames(video), self.layout.cells("token_mask", token_mask, 3)
         segment_ids = None if segment_ids is None else segment_ids[:, : video.shape[1]]
-        weights: Any = config.weights if self.uncertainty is None else self.uncertainty.weights()
+        weights: Any = config.horizon_weights if self.uncertainty is None else self.uncertainty.weights()
         consistency: Any = config.consistency
         if shares is not None:
             weights = times_shares(weights, shares.diagonal())

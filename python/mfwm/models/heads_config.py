@@ -51,8 +51,8 @@ class HeadsConfig:
         frame, tokenised on its own.
     shared_head: one matrix from states to tokens for all horizons.
     bias: whether heads of tokens have biases; those of pixels and latents always do.
-    weights: of the horizons in the loss. None: equal weights, with which far losses, which are larger, dominate the
-        near one early in training.
+    weights: of the horizons in the loss. None: 1, 0.5, 0.2, 0.1, 0.05, ... for the nearest offset, the next one and so
+        on, because far losses, which are larger, would otherwise dominate the near one early in training.
     weighting: "fixed": `weights` as given. "uncertainty": times exp(-s_i), s_i learned (Uncertainty). "gradients":
         `weights` are shares of the gradient into the shared hidden state (GradientNorms).
     surgery: if two horizons' gradients into the shared hidden state conflict, each loses its component along the other
@@ -123,6 +123,19 @@ class HeadsConfig:
     def sharing(self) -> int:
         """The number of horizons that branch from the shared hidden state: the last ones."""
         return len(self.horizons) - (self.upsampler is not None) - (self.tap is not None)
+
+    @property
+    def horizon_weights(self) -> tuple[float, ...]:
+        """`weights`, or the default ones.
+
+        >>> HeadsConfig(Horizons.cascade(5)).horizon_weights
+        (1.0, 0.5, 0.2, 0.1, 0.05)
+        """
+        if self.weights is not None:
+            return self.weights
+        offsets = self.horizons.offsets
+        ranks = (sorted(set(offsets)).index(offset) for offset in offsets)
+        return tuple((1.0, 0.5, 0.2)[rank % 3] / 10 ** (rank // 3) for rank in ranks)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
