@@ -38,6 +38,8 @@ class WorldModelConfig:
         one position per frame however long it gets, also past the context, and so it needs "rope".
     masked: MaskGIT: position n sees frame n with most tokens masked, and the action before it. Horizon 0, of offset 0,
         predicts the masked tokens; the article's offsets are 0, 1, 3, 7.
+    noise_condition: the model is told how strong the noise on the frames is that it sees, a standard deviation per
+        clip. Training with context_noise needs it.
     recompute: activation checkpointing: store only the input of each trunk layer, and run the layer again in the
         backward.
     heads: what is predicted, and how.
@@ -55,6 +57,7 @@ class WorldModelConfig:
     positions: Literal["learned", "rope"] = "learned"
     window: int | None = None
     masked: bool = False
+    noise_condition: bool = False
     recompute: bool = False
     heads: HeadsConfig = field(default_factory=HeadsConfig)
 
@@ -91,6 +94,8 @@ class WorldModelConfig:
                 'masked needs heads of output "tokens", of offset 0 first, and conditioning "actions" or "none"; got '
                 f"{self.heads.output!r}, {self.heads.horizons.offsets}, {self.heads.conditioning!r}"
             )
+        if self.noise_condition and self.heads.output == "tokens":
+            raise ValueError("noise_condition must be False for frames of tokens, which no Gaussian noise is added to")
         tap = self.heads.tap
         if tap is not None and not 1 <= tap < self.layers:
             raise ValueError(f"heads.tap must be in 1..{self.layers - 1} for {self.layers} layers, got {tap}")
@@ -143,6 +148,8 @@ class WorldModel(nn.Module):
             window_start=0 if config.masked else 1,
         )
         self.mask = nn.Parameter(0.1 * torch.randn(config.width)) if config.masked else None
+        # Without a bias, so that frames without noise get the same embedding as in a model without this condition.
+        self.noise = nn.Linear(1, config.width, bias=False) if config.noise_condition else None
 
     def _action_embedding(self) -> nn.Module | None:
         if self.config.actions:
@@ -191,11 +198,18 @@ class WorldModel(nn.Module):
             taken_BVD = taken_BVD * same[..., None]
         return F.pad(taken_BVD, (0, 0, 1, 0))
 
-    def embedded(self, video: Tensor, taken_BVD: Tensor | None, token_mask: Tensor | None = None) -> Tensor:
+    def embedded(
+        self,
+        video: Tensor,
+        taken_BVD: Tensor | None,
+        token_mask: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """[B, V, H, W, D]: the embedding of every frame plus that of the action it has seen, without a time.
 
         video: [B, V, C, height, width], uint8 or floating; for tokens, ids [B, V, rows, columns], or
         [..., ids_per_token] if there are several. token_mask: [B, V, rows, columns], True for tokens to hide.
+        noise: [B], the standard deviation of the noise on each clip's frames; None: 0.
         """
         dtype = compute_dtype(self.token_position)
         if self.tokens:
@@ -212,6 +226,9 @@ class WorldModel(nn.Module):
         x_BVSD = x_BVSD + self.token_position
         if taken_BVD is not None:
             x_BVSD = x_BVSD + taken_BVD[:, : video.shape[1], None]
+        if noise is not None:
+            assert self.noise is not None
+            x_BVSD = x_BVSD + self.noise(noise[:, None]).to(dtype)[:, None, None]
         return x_BVSD.unflatten(2, self.grid)
 
     def trunk(
@@ -250,6 +267,9 @@ class WorldModel(nn.Module):
         *,
         low_tokens: Mapping[int, Tensor] | None = None,
         token_mask: Tensor | None = None,
+        seen: Tensor | None = None,
+        noise: Tensor | None = None,
+        far_gradient: bool = True,
         grad_monitor: GradMonitor | None = None,
         shares: Tensor | None = None,
     ) -> HorizonLoss:
@@ -259,12 +279,17 @@ class WorldModel(nn.Module):
         segment_ids [B, V]; low_tokens, grad_monitor and shares as in MultiFrameHeads. Frames past the context are
         targets only: with V = context + the longest offset every position has all its targets.
         token_mask [B, V, rows, columns]: tokens that a masked model does not see; sampled as in Genie if not given.
+        seen: what the model sees in place of `video`, of the same shape: frames with noise, or predicted ones. noise
+            [B]: the standard deviation of the noise on them, for a model with noise_condition.
+        far_gradient: False: the far horizons' losses train their heads only, not the hidden state that they share.
         """
         if self.config.masked and token_mask is None:
             token_mask = training_mask(video.shape[0], video.shape[1], self.grid, video.device)
-        states = self.states(video, actions, segment_ids, token_mask)
+        read = video if seen is None else seen
+        states = self.states(read, actions, segment_ids, token_mask, noise=noise, far_gradient=far_gradient)
         return self.heads(
             video=video,
+            seen=seen,
             low_tokens=low_tokens,
             token_mask=token_mask,
             grad_monitor=grad_monitor,
@@ -311,15 +336,25 @@ class WorldModel(nn.Module):
         actions: Tensor | None,
         segment_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        far_gradient: bool = True,
     ) -> HeadInputs:
-        """What the heads read: hidden states of the positions, and inputs and window embeddings of all V frames."""
+        """What the heads read: hidden states of the positions, and inputs and window embeddings of all V frames.
+
+        noise, far_gradient: as in forward.
+        """
         self.check_inputs(video, actions)
         positions = min(video.shape[1], self.config.context)
         frames = video.shape[1] if self.config.heads.conditioning == "frames" else positions
         segments = None if segment_ids is None else segment_ids[:, :frames]
         taken = self.action_embeddings(None if actions is None else actions[:, :frames], segments)
-        inputs = self.embedded(video[:, :frames], taken, None if token_mask is None else token_mask[:, :frames])
+        inputs = self.embedded(video[:, :frames], taken, None if token_mask is None else token_mask[:, :frames], noise)
         hidden, near_hidden = self.trunk(inputs[:, :positions], segments)
+        if not far_gradient:
+            self._check_far_gradient()
+            near_hidden = hidden if near_hidden is None else near_hidden
+            hidden = hidden.detach()
         return {
             "hidden": hidden,
             "near_hidden": near_hidden,
@@ -327,6 +362,17 @@ class WorldModel(nn.Module):
             "actions": None if self.window_action is None else self.window_action(actions),
             "segment_ids": segment_ids,
         }
+
+    def _check_far_gradient(self) -> None:
+        """ValueError where far horizons reach the trunk by another way than the hidden state that they share."""
+        heads = self.config.heads
+        balanced = heads.weighting == "gradients" or heads.surgery
+        if balanced or heads.conditioning == "frames" or heads.attend == "inputs":
+            raise ValueError(
+                'far_gradient must be True with conditioning "frames" and attend "inputs", whose horizons reach the '
+                'trunk by its inputs too, and with weighting "gradients" and surgery, which balance gradients of the '
+                f"trunk; got {heads.conditioning!r}, {heads.attend!r}, {heads.weighting!r} and {heads.surgery}"
+            )
 
 
 def parameters_of(model: nn.Module) -> int:

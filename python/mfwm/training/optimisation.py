@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, schedule: str, decay: float) -> float:
-    """The learning rate of a step: it rises linearly to `peak` and ends at a tenth of it.
+    """The learning rate of a step: it rises linearly to `peak`, where "constant" keeps it.
 
     "cosine" falls along a cosine after the warm-up; "wsd" (warm-up, stable, decay) stays at the peak and falls linearly
-    over the last `decay * steps` steps.
+    over the last `decay * steps` steps. Both end at a tenth of the peak.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "cosine":
         progress = (step - warmup) / max(1, steps - warmup)
         return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+    if schedule == "constant":
+        return peak
     falling = max(0.0, (step - (1 - decay) * steps) / (decay * steps))
     return peak * (1 - 0.9 * falling)
 

@@ -54,7 +54,7 @@ class TrainerConfig:
         clip: frames per clip; those past the model's context are targets only, so that the last positions have targets.
         lr: peak learning rate of AdamW, after `warmup` steps.
         schedule: after the warm-up, "cosine" falls to a tenth of the peak; "wsd" stays at the peak and falls linearly
-            to a tenth over the last `decay` of the steps.
+            to a tenth over the last `decay` of the steps; "constant" stays at the peak, for use with `ema`.
         decay: share of the steps in which "wsd" falls.
         weight_decay: of matrices; vectors and embeddings have none.
         clip_norm: larger gradient norms are scaled down to this one.
@@ -81,7 +81,7 @@ class TrainerConfig:
     clip: int = 24
     lr: float = 1e-3
     warmup: int = 50
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay: float = 0.2
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -145,6 +145,9 @@ class Objective(nn.Module):
     """
 
     names: Sequence[str] = ()
+
+    def begin_step(self, step: int) -> None:
+        """Called before the loss of each step, in every process."""
 
     def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         """Random tensors [B, ...] that a step needs, sampled once, before its clips are split into parts.
@@ -394,6 +397,7 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate(step)
         self.optimiser.zero_grad(set_to_none=True)
+        self.objective.begin_step(step)
         clips = {**clips, **self.objective.random_inputs(clips)}
         columns = {name: value.chunk(config.accumulate) for name, value in clips.items()}
         parts = [{name: column[i] for name, column in columns.items()} for i in range(config.accumulate)]

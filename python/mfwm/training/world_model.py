@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfwm_kernels import Horizons
+from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
+from mfwm_kernels import arguments as check
 
 from ..data.replay import Replay
 from ..metrics.quality import psnr
@@ -21,6 +23,8 @@ from .run_config import read
 from .trainer import Objective, TrainerConfig, load_trained, train_on_replay
 from .validation import prediction_strips, validation_figures
 
+WeightSchedule = Literal["constant", "anneal", "grow"]
+
 
 @dataclass(frozen=True)
 class TrainingConfig(TrainerConfig):
@@ -28,12 +32,32 @@ class TrainingConfig(TrainerConfig):
 
     Args:
         model: its sizes and heads.
+        context_noise: Gaussian noise on the frames that the model sees, not on its targets, in units of the frames
+            (pixels: -1..1). Each clip's standard deviation is drawn uniformly from 0 to this, and the model is told it
+            (model.noise_condition), as in GameNGen (arXiv 2408.14837). Evaluation adds none.
+        rollout_loss: the mean of this many losses, each but the first on frames that the model predicted itself: every
+            frame after a clip's first is replaced by the near horizon's prediction of it in the pass before. Gradients
+            do not pass through predicted frames. 1: the true frames only.
+        weight_schedule: of the far horizons' weights. "constant"; "anneal": times a factor that falls linearly from 1
+            to 0 over the run; "grow": the horizons join one after another in the first half of the run.
+        far_gradient: False: the far horizons' losses train their heads and not the trunk, whose gradient
+            is that of the near horizon alone. A placebo, to compare with.
     """
 
     model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    context_noise: float = 0.0
+    rollout_loss: int = 1
+    weight_schedule: WeightSchedule = "constant"
+    far_gradient: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check.number("context_noise", self.context_noise, least=0)
+        check.integer("rollout_loss", self.rollout_loss, least=1)
+        if self.context_noise and not self.model.noise_condition:
+            object.__setattr__(self, "model", replace(self.model, noise_condition=True))
+        if self.rollout_loss > 1:
+            check_rollout_loss(self.model)
         shortest = max(5, 1 + min(self.model.heads.horizons.offsets))
         if self.clip < shortest:
             raise ValueError(f"clip must be >= {shortest} (four frames to see and one to roll out), got {self.clip}")
@@ -44,21 +68,38 @@ class TrainingConfig(TrainerConfig):
 
 
 class WorldModelLoss(Objective):
-    """The multi-frame loss of a world model."""
+    """The multi-frame loss of a world model. The options, and `steps`, are those of TrainingConfig."""
 
-    def __init__(self, model: WorldModel) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        *,
+        context_noise: float = 0.0,
+        rollout_loss: int = 1,
+        weight_schedule: WeightSchedule = "constant",
+        far_gradient: bool = True,
+        steps: int = 1,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.context_noise, self.rollout_loss, self.far_gradient = context_noise, rollout_loss, far_gradient
+        self.weight_schedule, self.steps, self.step = weight_schedule, steps, 0
         heads = model.config.heads
         # Losses of different kinds are in different units: viewers show "2_gaussian" beside "1".
         labels = zip(heads.horizons.labels, heads.kinds, strict=True)
         self.names = [label if kind == "mse" else f"{label}_{kind}" for label, kind in labels]
 
+    def begin_step(self, step: int) -> None:
+        self.step = step
+
     def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.model.config.masked:
-            return {}
-        video = clips["video"]
-        return {"token_mask": training_mask(video.shape[0], video.shape[1], self.model.grid, video.device)}
+        video, found = clips["video"], {}
+        if self.model.config.masked:
+            found["token_mask"] = training_mask(video.shape[0], video.shape[1], self.model.grid, video.device)
+        if self.context_noise:
+            found["noise"] = self.context_noise * torch.rand(video.shape[0], device=video.device)
+            found["noise_on_frames"] = torch.randn(video.shape, device=video.device)
+        return found
 
     def counts(self, clips: dict[str, Tensor]) -> Tensor:
         config = self.model.config
@@ -71,13 +112,24 @@ class WorldModelLoss(Objective):
         return positions_that_count(config.heads.horizons, segments, config.context, mask)
 
     def forward(self, clips: dict[str, Tensor], shares: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.model(
-            clips["video"],
-            clips.get("actions"),
-            clips["segment_ids"],
-            token_mask=clips.get("token_mask"),
-            shares=shares,
-        )
+        scheduled = self._scheduled(shares, clips["video"].device)
+        if self.rollout_loss == 1:
+            seen = self._noisy(clips, clips["video"]) if self.context_noise else None
+            loss = self.model(
+                clips["video"],
+                clips.get("actions"),
+                clips["segment_ids"],
+                token_mask=clips.get("token_mask"),
+                seen=seen,
+                noise=clips.get("noise"),
+                far_gradient=self.far_gradient,
+                shares=scheduled,
+            )
+            total = loss.total
+        else:
+            losses = list(self._losses_of_rollout(clips, scheduled))
+            # The figures are those on true frames, as without this option.
+            loss, total = losses[0], torch.stack([each.total for each in losses]).mean()
         figures = {"per_horizon": loss.per_horizon, "consistency": loss.consistency}
         if loss.accuracy is not None:
             figures["accuracy"] = loss.accuracy
@@ -85,7 +137,37 @@ class WorldModelLoss(Objective):
             for name, means in figures.items():
                 of_pairs = shares[0] if means.ndim == 1 else shares
                 figures[name] = means * (of_pairs if name == "consistency" else shares.diagonal())
-        return loss.total, figures
+        return total, figures
+
+    def _losses_of_rollout(self, clips: dict[str, Tensor], shares: Tensor | None) -> Iterator[HorizonLoss]:
+        """The loss on the true frames, then on those predicted from them, then on those predicted from these ..."""
+        model, video, segment_ids = self.model, clips["video"], clips["segment_ids"]
+        frames = video
+        for last in (*(False,) * (self.rollout_loss - 1), True):
+            seen = self._noisy(clips, frames)
+            states = model.states(
+                seen, clips.get("actions"), segment_ids, noise=clips.get("noise"), far_gradient=self.far_gradient
+            )
+            outputs = model.heads.outputs(video=seen, **states)
+            yield model.heads.loss(outputs, video, seen=seen, segment_ids=segment_ids, shares=shares)
+            if not last:
+                with torch.no_grad():
+                    frames = fed_back(model.heads.frames(outputs[:1], seen)[0], video, segment_ids)
+
+    def _noisy(self, clips: dict[str, Tensor], frames: Tensor) -> Tensor:
+        if not self.context_noise:
+            return frames
+        (pixels,) = video_pyramid(frames, (1,), dtype=torch.float32)
+        return pixels + clips["noise"].view(-1, 1, 1, 1, 1) * clips["noise_on_frames"]
+
+    def _scheduled(self, shares: Tensor | None, device: torch.device) -> Tensor | None:
+        """The shares times the factors of this step's weights; a pair for consistency has those of its far horizon."""
+        if self.weight_schedule == "constant":
+            return shares
+        heads = self.model.config.heads
+        factors = far_factors(self.weight_schedule, heads.horizons.offsets, self.step / self.steps)
+        scale = torch.tensor(factors, dtype=torch.float32, device=device).expand(len(factors), -1)
+        return scale if shares is None else shares * scale
 
     def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         # Pictures first: the backward in validation_figures makes FSDP release the gathered weights.
@@ -97,7 +179,58 @@ class WorldModelLoss(Objective):
 
 
 def objective_of(config: TrainingConfig) -> WorldModelLoss:
-    return WorldModelLoss(WorldModel(config.model))
+    return WorldModelLoss(
+        WorldModel(config.model),
+        context_noise=config.context_noise,
+        rollout_loss=config.rollout_loss,
+        weight_schedule=config.weight_schedule,
+        far_gradient=config.far_gradient,
+        steps=config.steps,
+    )
+
+
+def far_factors(schedule: WeightSchedule, offsets: Sequence[int], progress: float) -> list[float]:
+    """The factor of each horizon's weight when `progress` of the run, 0..1, is done; that of the nearest offset is 1.
+
+    >>> far_factors("anneal", (1, 2, 4, 8), 0.25)
+    [1.0, 0.75, 0.75, 0.75]
+    >>> far_factors("grow", (1, 2, 4, 8), 0.25)
+    [1.0, 1.0, 0.5, 0.0]
+    """
+    ranks = [sorted(set(offsets)).index(offset) for offset in offsets]
+    if schedule == "constant" or max(ranks) == 0:
+        return [1.0] * len(ranks)
+    if schedule == "anneal":
+        return [1.0 if rank == 0 else 1 - progress for rank in ranks]
+    return [1.0 if rank == 0 else min(1.0, max(0.0, 2 * progress * max(ranks) - (rank - 1))) for rank in ranks]
+
+
+def check_rollout_loss(model: WorldModelConfig) -> None:
+    horizons = model.heads.horizons
+    if model.masked or (horizons.offsets[0], horizons.factors[0]) != (1, 1):
+        raise ValueError(
+            "rollout_loss above 1 feeds back the near horizon's frames, which must be of offset 1 and factor 1, in a "
+            f"model that is not masked; got {horizons}, masked = {model.masked}"
+        )
+    if model.heads.weighting == "gradients" or model.heads.surgery:
+        raise ValueError('rollout_loss must be 1 with weighting "gradients" and surgery, which balance one pass')
+
+
+def fed_back(predicted: Tensor, video: Tensor, segment_ids: Tensor) -> Tensor:
+    """`video` with the frames that were predicted in place of the true ones, as pixels in fp32, or as ids.
+
+    predicted [B, T, ...]: at n, the prediction of frame n + 1 (of tokens, its logits). The first frame of a segment,
+    which nothing predicts, and frames past T stay the true ones.
+    """
+    if video.dtype in check.INTEGER_IDS:
+        frames, predicted = video, predicted.argmax(-1).to(video.dtype)
+    else:
+        (frames,) = video_pyramid(video, (1,), dtype=torch.float32)
+    count = min(predicted.shape[1], video.shape[1] - 1)
+    inside = segment_ids[:, 1 : count + 1] == segment_ids[:, :count]
+    inside = inside.view(*inside.shape, *(1,) * (video.ndim - 2))
+    after = torch.where(inside, predicted[:, :count], frames[:, 1 : count + 1])
+    return torch.cat([frames[:, :1], after, frames[:, count + 1 :]], dim=1)
 
 
 def positions_that_count(
