@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import mfwm.models.blocks
+import mfwm.models.branches
 import mfwm.models.heads
 import mfwm.models.world_model
 import torch
@@ -159,8 +160,9 @@ def written_out() -> Iterator[None]:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
     with contextlib.ExitStack() as patched:
-        for formula in (fan_out, multi_horizon_linear, multi_horizon_loss):
-            patched.enter_context(mock.patch.object(mfwm.models.heads, formula.__name__, formula))
+        for formula in (fan_out, multi_horizon_linear):
+            patched.enter_context(mock.patch.object(mfwm.models.branches, formula.__name__, formula))
+        patched.enter_context(mock.patch.object(mfwm.models.heads, "multi_horizon_loss", multi_horizon_loss))
         patched.enter_context(mock.patch.object(mfwm.models.world_model, "video_pyramid", video_pyramid))
         patched.enter_context(mock.patch.object(mfwm.models.blocks, "rms_norm", rms_norm))
         yield

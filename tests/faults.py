@@ -195,7 +195,7 @@ FAULTS = [
         "tests/test_model.py -k segments_do_not_mix",
     ),
     Fault(
-        "a real frame in between is one too late", "model", "python/mfwm/models/heads.py",
+        "a real frame in between is one too late", "model", "python/mfwm/models/branches.py",
         "device=x_BVHWD.device) + lag)", "device=x_BVHWD.device) + lag + 1)",
         "tests/test_model.py -k 'causality or frames_chain'",
     ),
