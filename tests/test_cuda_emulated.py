@@ -150,13 +150,17 @@ def test_random_calls_of_the_loss(first: int, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("factor", [1, 3])
 @pytest.mark.parametrize("kind", KIND_OF_MEANS)
-def test_a_nan_log_scale_reaches_the_total(kind: str, factor: int) -> None:
-    """A clamp that drops NaN would give a finite loss. The factors are those of the two kernels."""
+def test_a_nan_log_scale_reaches_all_but_its_own_gradient(kind: str, factor: int) -> None:
+    """A clamp that drops NaN would give a finite loss. The gradient at NaN is 0, like that of torch.clamp. The factors
+    are those of the two kernels."""
     pred = torch.zeros(1, 2, 2, 6 // factor, 6 // factor)
     pred[0, 0, 1, 0, 0] = float("nan")
+    pred.requires_grad_()
     with emulated_cuda(Fences("start")), use_backend("cuda"):
         loss = multi_horizon_loss([pred], torch.zeros(1, 2, 1, 6, 6), Horizons((1,), (factor,)), kind=kind)
-    assert loss.total.isnan()
+        (gradient,) = torch.autograd.grad(loss.total, [pred])
+    assert loss.total.isnan() and gradient[0, 0, 0, 0, 0].isnan() and gradient.isnan().sum() == 1
+    assert gradient[0, 0, 1, 0, 0] == 0 and (gradient[0, 0, 1].flatten()[1:] != 0).all()
 
 
 def test_no_gradient_wanted_and_an_upstream_gradient_of_1() -> None:

@@ -37,7 +37,7 @@ struct WeightedRow {
 };
 
 // The negative log-likelihood of a difference d at log-scale s, and its derivatives. Beyond the limit s is clamped and
-// `slope_of_scale` is 0.
+// `slope_of_scale` is 0. At a NaN it is also 0, like the gradient of torch.clamp, and the other results are NaN.
 template <class X, class C>
 MFWM_INLINE X loss_of_distribution(LossKind kind, const X& d, const X& s, C beta, X& slope, X& slope_of_scale) {
   using L = Lanes<C>;
@@ -57,7 +57,7 @@ MFWM_INLINE X loss_of_distribution(LossKind kind, const X& d, const X& s, C beta
     slope = slope * likelihood * C(2);
     slope_of_scale = (C(1) - square) * likelihood;
   }
-  slope_of_scale = s > limit ? zero : s < -limit ? zero : slope_of_scale;
+  slope_of_scale = clamped == s ? slope_of_scale : zero;
   return loss;
 }
 

@@ -87,6 +87,26 @@ def test_log_scales_beyond_the_limit_are_clamped_and_do_not_learn(backend: str, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["gaussian", "laplace"])
+def test_a_nan_log_scale_reaches_all_but_its_own_gradient(backend: str, kind: str) -> None:
+    """Like torch.clamp, whose gradient at NaN is 0. On the CPU the last element is after the last whole vector."""
+    preds = means_and_log_scales(1, 2, 2, 2, 21, backend=backend)
+    video = torch.randn(1, 3, 1, 2, 21, device=preds.device)
+    video[0, 1, 0, 0, 3] = preds[0, 0, 0, 0, 3]  # a difference of 0
+    is_nan = torch.zeros(1, 2, 2, 21, dtype=torch.bool, device=preds.device)
+    is_nan[0, 0, 0, 3:5] = is_nan[0, 1, 1, -1] = True
+    broken = preds.clone()
+    broken[:, :, 1][is_nan] = float("nan")
+    with use_backend(backend):
+        *_, want = loss_and_gradients([preds], video, NEXT, kind=kind, beta=0.5)
+        total, mean, got = loss_and_gradients([broken], video, NEXT, kind=kind, beta=0.5)
+    assert total.isnan() and mean.isnan().all()
+    assert got[:, :, 0][is_nan].isnan().all() and (got[:, :, 1][is_nan] == 0).all()
+    kept = ~is_nan[:, :, None].expand_as(got)
+    assert torch.equal(got[kept], want[kept])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_what_moves_counts_for_more(backend: str, residual: bool) -> None:
     pred = torch.randn(2, 3, 2, 2, 3, device=device_of(backend))
