@@ -48,8 +48,8 @@ def check_horizon_weights(horizon_weights: Tensor | Sequence[float] | None, coun
 
 def check_position_weights(
     position_weights: Tensor, batch: int, positions: int, count: int, like: Tensor
-) -> tuple[Tensor, bool]:
-    """[B, T, K] weights, and whether `nan_if_negative` must test them because they cannot be read up front."""
+) -> tuple[Tensor, Tensor | None]:
+    """[B, T, K] weights, and the same for `nan_if_invalid` to test if they cannot be read up front."""
     letters = "[B, T] or [B, T, K]"
     check.tensor("position_weights", position_weights, (2, 3), letters, (torch.float32, torch.float64))
     if tuple(position_weights.shape) not in ((batch, positions), (batch, positions, count)):
@@ -65,14 +65,7 @@ def check_position_weights(
         raise ValueError("position_weights must be finite and >= 0, got a weight that is not")
     if position_weights.dim() == 2:
         position_weights = position_weights.unsqueeze(-1).expand(-1, -1, count)
-    return position_weights, not readable
-
-
-def nan_if_negative(loss: HorizonLoss, position_weights: Tensor | None) -> HorizonLoss:
-    """Set the total to NaN if a position weight that could not be read up front is negative or not finite."""
-    assert position_weights is not None
-    legal = ((position_weights >= 0) & (position_weights < float("inf"))).all()
-    return HorizonLoss(torch.where(legal, loss.total, float("nan")), *loss[1:])
+    return position_weights, None if readable else position_weights
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -154,15 +147,20 @@ def _entry(numbers: Any, index: tuple[int, ...]) -> float:
     return numbers[index[0]] if len(index) == 1 else numbers[index[0]][index[1]]
 
 
-def nan_if_invalid(loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[tuple[int, ...]]) -> HorizonLoss:
-    """Set the total to NaN if a weight that could not be checked up front is non-zero for a pair whose factors do not
-    divide."""
-    if not undivided:
+def nan_if_invalid(
+    loss: HorizonLoss, weights: Tensor | None, undivided: Sequence[tuple[int, ...]], position_weights: Tensor | None
+) -> HorizonLoss:
+    """Set the total to NaN if a weight that could not be checked up front breaks its rule: a consistency weight is
+    non-zero for a pair whose factors do not divide, or a position weight is negative or not finite."""
+    if not undivided and position_weights is None:
         return loss
-    assert weights is not None
     total = loss.total
     for index in undivided:
+        assert weights is not None
         total = torch.where(weights.detach()[index] == 0, total, float("nan"))
+    if position_weights is not None:
+        legal = ((position_weights >= 0) & (position_weights < float("inf"))).all()
+        total = torch.where(legal, total, float("nan"))
     return HorizonLoss(total, *loss[1:])  # torch 2.11 cannot compile _replace
 
 

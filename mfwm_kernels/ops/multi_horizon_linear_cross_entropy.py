@@ -24,7 +24,6 @@ from ..horizon_loss import (
     check_horizon_weights,
     check_position_weights,
     nan_if_invalid,
-    nan_if_negative,
     warn_of_horizons_that_never_count,
 )
 from ..horizons import Horizons, check_horizons, valid_at
@@ -198,7 +197,7 @@ def multi_horizon_linear_cross_entropy(
             )
     columns = heads[0].shape[0]
     bias_list = check_biases(biases, count, columns, inputs[0])
-    unread = False
+    unread = None
     if position_weights is not None:
         position_weights, unread = check_position_weights(position_weights, batch, positions, count, tokens)
     if frames <= horizons.offsets[-1]:
@@ -231,8 +230,7 @@ def multi_horizon_linear_cross_entropy(
     if args.return_predictions:
         predictions = tuple(ids if grid is None else ids.flatten(2, 3) for ids in rest[len(rest) - count :])
     loss = HorizonLoss(total, means, counts, consistencies, pair_counts, accuracy, predictions)
-    loss = nan_if_invalid(loss, consistency, undivided)
-    return nan_if_negative(loss, position_weights) if unread else loss
+    return nan_if_invalid(loss, consistency, undivided, unread)
 
 
 def check_biases(biases: Any, count: int, columns: int, first: Tensor) -> list[Tensor]:

@@ -27,7 +27,6 @@ from ..horizon_loss import (
     check_position_weights,
     index_of,
     nan_if_invalid,
-    nan_if_negative,
     warn_of_horizons_that_never_count,
 )
 from ..horizons import Horizons, check_horizons, valid_at
@@ -200,7 +199,7 @@ def multi_horizon_loss(
         )
     segment_ids = check.segments(segment_ids, video.shape[0], video.shape[1], "T_v", "video", video)
     scale, shift = check_normalisation(video, scale, shift)
-    unread = False
+    unread = None
     if position_weights is not None:
         position_weights, unread = check_position_weights(position_weights, video.shape[0], positions, count, video)
     if video.shape[1] <= horizons.offsets[-1]:
@@ -223,8 +222,7 @@ def multi_horizon_loss(
     )
     total, means, counts, consistencies, pair_counts = call(OP, args)
     loss = HorizonLoss(total, means, counts, consistencies, pair_counts)
-    loss = nan_if_invalid(loss, consistency, undivided)
-    return nan_if_negative(loss, position_weights) if unread else loss
+    return nan_if_invalid(loss, consistency, undivided, unread)
 
 
 def check_options(
