@@ -44,6 +44,31 @@ def check(preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any
         assert error <= TOLERANCE[preds[0].dtype], f"value {k}: relative error {error:.1e}"
 
 
+def check_needed_gradients(preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any) -> None:
+    """Without gradients, and with that of one prediction alone, the same bits."""
+    every = gradients("cpu", preds, video, horizons, **options)
+    with use_backend("cpu"):
+        assert torch.equal(multi_horizon_loss(preds, video, horizons, **options).total, every[0])
+        for i in range(len(preds)):
+            leaves = [pred.detach().requires_grad_(k == i) for k, pred in enumerate(preds)]
+            multi_horizon_loss(leaves, video, horizons, **options).total.backward()
+            assert [leaf.grad is not None for leaf in leaves] == [k == i for k in range(len(preds))]
+            assert torch.equal(leaves[i].grad, every[3 + i])  # type: ignore[arg-type]
+
+
+def check_threads(preds: list[Tensor], video: Tensor, horizons: Horizons, **options: Any) -> None:
+    """Any number of threads gives the same bits."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(gradients("cpu", preds, video, horizons, **options))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber", "charbonnier"])
 @pytest.mark.parametrize("size", [(8, 4), (12, 36), (8, 68), (20, 132), (8, 2076)])
@@ -135,29 +160,12 @@ def test_gradients_larger_than_the_caches(dtype: torch.dtype) -> None:
 
 def test_only_the_needed_gradients() -> None:
     preds, video = inputs(2, 6, 3, 16, 24, CASCADE, torch.float32)
-    options: dict[str, Any] = {"consistency_weights": ALL_PAIRS, "detach": None}
-    every = gradients("cpu", preds, video, CASCADE, **options)
-    with use_backend("cpu"):
-        assert torch.equal(multi_horizon_loss(preds, video, CASCADE, **options).total, every[0])
-        for i in range(3):
-            leaves = [pred.detach().requires_grad_(k == i) for k, pred in enumerate(preds)]
-            multi_horizon_loss(leaves, video, CASCADE, **options).total.backward()
-            assert [leaf.grad is not None for leaf in leaves] == [k == i for k in range(3)]
-            assert torch.equal(leaves[i].grad, every[3 + i])  # type: ignore[arg-type]
+    check_needed_gradients(preds, video, CASCADE, consistency_weights=ALL_PAIRS, detach=None)
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     preds, video = inputs(2, 6, 3, 64, 72, CASCADE, torch.float32)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(gradients("cpu", preds, video, CASCADE, consistency_weights=ALL_PAIRS))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    check_threads(preds, video, CASCADE, consistency_weights=ALL_PAIRS)
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_multi_horizon_loss_cpu import ALL_PAIRS, CASCADE, TOLERANCE, check, gradients, inputs
+from test_multi_horizon_loss_cpu import (
+    ALL_PAIRS,
+    CASCADE,
+    TOLERANCE,
+    check,
+    check_needed_gradients,
+    check_threads,
+    inputs,
+)
 from torch import Tensor
 
 from mfwm_kernels import Horizons, multi_horizon_loss, use_backend
@@ -110,22 +118,8 @@ def test_only_the_needed_gradients_and_any_number_of_threads() -> None:
     preds, video = inputs(2, 6, 3, 64, 72, CASCADE, torch.bfloat16)
     preds = with_log_scales(preds, MIXED, 2)
     options: dict[str, Any] = {**ALL, "kind": MIXED, "detach": None, "position_weights": weights(2, 6, 3)}
-    every = gradients("cpu", preds, video, CASCADE, **options)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            again = gradients("cpu", preds, video, CASCADE, **options)
-            assert all(torch.equal(a, b) for a, b in zip(every, again, strict=True))
-    finally:
-        torch.set_num_threads(threads)
-    with use_backend("cpu"):
-        assert torch.equal(multi_horizon_loss(preds, video, CASCADE, **options).total, every[0])
-        for i in range(3):
-            leaves = [pred.detach().requires_grad_(k == i) for k, pred in enumerate(preds)]
-            multi_horizon_loss(leaves, video, CASCADE, **options).total.backward()
-            assert [leaf.grad is not None for leaf in leaves] == [k == i for k in range(3)]
-            assert torch.equal(leaves[i].grad, every[3 + i])  # type: ignore[arg-type]
+    check_needed_gradients(preds, video, CASCADE, **options)
+    check_threads(preds, video, CASCADE, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -178,12 +172,4 @@ def test_features(horizons: Horizons, channels: int, dtype: torch.dtype) -> None
 def test_features_on_any_number_of_threads() -> None:
     horizons, grid = Horizons((1, 2, 4), (1, 2, 3)), (12, 12)
     video, preds = torch.randn(1, 6, 144, 100), [torch.randn(1, 5, 144 // f**2, 100) for f in horizons.factors]
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(gradients("cpu", preds, video, horizons, grid=grid, consistency_weights=[0, 0.5, 0.25]))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    check_threads(preds, video, horizons, grid=grid, consistency_weights=[0, 0.5, 0.25])
