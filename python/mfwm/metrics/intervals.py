@@ -21,6 +21,21 @@ def interval(seed: int, statistic: Callable[..., np.ndarray], *values: np.ndarra
     return np.percentile(statistic(*(v[draw].mean(1) for v in values)), [2.5, 97.5], axis=0).T.tolist()
 
 
+def interval_of_defined(seed: int, values: np.ndarray) -> list[list[float]]:
+    """For each column of [clips, columns], the 95% bootstrap interval of the mean of those that are not NaN.
+
+    Resamples without any are left out; NaN where all are.
+    """
+    draw, known = resamples(seed, len(values)), ~np.isnan(values)
+    counts = known[draw].sum(1)
+    means = np.where(counts > 0, np.where(known, values, 0.0)[draw].sum(1) / np.maximum(counts, 1), np.nan)
+    found = []
+    for column in means.T:
+        defined = column[~np.isnan(column)]
+        found.append(np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) else [np.nan, np.nan])
+    return found
+
+
 def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, Any]:
     """Rank correlations of the horizons' disagreement, which needs no ground truth, with the true error.
 
