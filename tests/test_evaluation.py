@@ -12,11 +12,14 @@ import pytest
 import torch
 import torchmetrics.functional.image.lpips as peer
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
-from mfwm.data import Replay
+from mfwm.data import Replay, ReplayWriter
+from mfwm.data.collect import collect
+from mfwm.data.recording import Balls
 from mfwm.data.replay import Clips, split_levels
 from mfwm.demo import Demo
 from mfwm.evaluation import write_report
-from mfwm.evaluation.world_model import CONTEXT, closed_loop, evaluate
+from mfwm.evaluation.closed_loop import CONTEXT, closed_loop
+from mfwm.evaluation.world_model import evaluate
 from mfwm.metrics.intervals import correlation, drift_signal, interval, ranks
 from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
 from mfwm.metrics.quality import psnr, similarity
@@ -164,7 +167,7 @@ def test_rollouts_are_measured_frame_by_frame(
     clips: dict[str, Tensor], lpips_of_torchmetrics: tuple[Path, nn.Module]
 ) -> None:
     model, (file, theirs) = model_of(Horizons((1, 2, 4), (1, 2, 4))), lpips_of_torchmetrics
-    found = closed_loop(model, clips, LPIPS(file))
+    found = closed_loop(model, clips, 5, torch.zeros(3, 32, 32), distance=LPIPS(file))
     truth = clips["video"].float() / 127.5 - 1
     rolled = rollout(model, clips["video"][:, :CONTEXT], clips["actions"], 5)
     for step in range(5):
@@ -176,7 +179,7 @@ def test_rollouts_are_measured_frame_by_frame(
             np.testing.assert_allclose(found[f"{name}_lpips"][:, step], distance, rtol=1e-3)
     # The horizon of offset 2 speaks of a frame from the second step on. It is the far one's own, not the near one's.
     assert np.isnan(found["drift"][:, 0]).all() and (found["drift"][:, 1:] > 0).all()
-    assert "drift" not in closed_loop(model_of(Horizons.next_frame()), clips)
+    assert "drift" not in closed_loop(model_of(Horizons.next_frame()), clips, 5, torch.zeros(3, 32, 32))
 
 
 def test_the_demo_says_how_long_its_stages_took(tmp_path: Path) -> None:
@@ -203,7 +206,8 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
         train(replace(config, model=model), tmp_path / name, progress=False)
     metrics = evaluate(tmp_path / "run", against=tmp_path / "next", clips=6, batch=3, progress=False)
     assert list(metrics["psnr"]) == list(metrics["persistence_psnr"]) == ["1", "2", "4"]
-    assert len(metrics["rollout_psnr"]) == len(metrics["persistence_rollout_psnr"]) == 8
+    # Episodes have 40 frames, of which four are seen.
+    assert len(metrics["rollout_psnr"]) == len(metrics["gain"]) == metrics["rollout_steps"] == 32
     beside = evaluate(tmp_path / "next", clips=6, batch=3, progress=False)
     # The same clips: the other run's figures are those of its own evaluation.
     assert metrics["against_rollout_psnr"] == pytest.approx(beside["rollout_psnr"], abs=1e-4)
@@ -214,7 +218,7 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
         low, high = np.array(metrics[f"{name}_95"]).T
         assert (low <= metrics[name]).all() and (metrics[name] <= high).all(), name
     assert 0 < metrics["data_wait"] < 1
-    assert metrics["drift"]["steps"] == [2, 3, 4, 5, 6, 7, 8] and "drift" not in beside
+    assert metrics["drift"]["steps"] == list(range(2, 33)) and "drift" not in beside
     page = write_report(tmp_path / "run").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page
     assert "over the other run, dB" in page and "Drift signal" in page
@@ -228,6 +232,74 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
     other.write_text(other.read_text().replace('"seed": 0', '"seed": 1'))
     with pytest.raises(ValueError, match=r"against must be a run with the same held-out levels: its seed is 1, not 0"):
         evaluate(tmp_path / "run", against=tmp_path / "next", progress=False)
+
+
+def episodes_of(path: Path, lengths: list[int]) -> None:
+    writer = ReplayWriter(path, 16, 16, actions=4, env="noise")
+    rng = np.random.default_rng(0)
+    for level, length in enumerate(lengths):
+        writer.append(rng.integers(0, 256, (length, 16, 16, 3), np.uint8), rng.integers(0, 4, length), level)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "steps", "length"),
+    [([13, 14, 20, 90], 32, 20), ([13, 18, 20, 21, 90], 32, 20), ([50, 60, 13], 32, 36), ([50, 50, 50], 5, 12)],
+)
+def test_rollouts_are_as_long_as_half_of_the_episodes_allow(
+    tmp_path: Path, held_out: list[int], steps: int, length: int
+) -> None:
+    lengths = held_out + [40] * 20
+    episodes_of(tmp_path / "all", lengths)
+    config = small_config(tmp_path / "data")
+    # Put the lengths where the run's held-out levels will be.
+    config = replace(config, held_out=len(held_out) / len(lengths), steps=1)
+    _, chosen = split_levels(Replay(tmp_path / "all"), config.held_out, seed=config.seed)
+    ordered = [40] * len(lengths)
+    for episode, frames in zip(chosen, held_out, strict=True):
+        ordered[episode] = frames
+    episodes_of(tmp_path / "data", ordered)
+    train(config, tmp_path / "run", progress=False)
+    metrics = evaluate(tmp_path / "run", steps=steps, clips=4, batch=2, progress=False)
+    assert metrics["rollout_steps"] == min(steps, length - 4)
+    assert metrics["episodes_shorter_than_a_clip"] == sum(frames < length for frames in held_out)
+
+
+def test_open_loop_measures_are_of_clips_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moving_squares(tmp_path / "data")
+    config = replace(small_config(tmp_path / "data"), steps=1)
+    train(config, tmp_path / "run", progress=False)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "mfwm.evaluation.world_model.open_loop",
+        lambda model, clips: seen.append(clips["video"].shape[1]) or {"level": np.zeros(len(clips["video"]))},
+    )
+    evaluate(tmp_path / "run", clips=4, batch=2, progress=False)
+    assert seen == [config.clip] * 2
+
+
+def test_positions_of_objects_are_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect("balls", 2600, tmp_path / "data", size=16, balls=Balls(count=2, speed=0.2), progress=False)
+    config = small_config(tmp_path / "data")
+    config = replace(config, steps=1, model=replace(config.model, actions=5))
+    train(config, tmp_path / "run", progress=False)
+    monkeypatch.setattr("mfwm.evaluation.positions.STEPS", 200)
+    file = tmp_path / "reader.safetensors"
+    metrics = evaluate(tmp_path / "run", reader=file, clips=6, batch=3, progress=False)
+    again = evaluate(tmp_path / "run", reader=file, clips=6, batch=3, progress=False)
+    assert again["position_error"] == metrics["position_error"] and metrics["reader_seen_levels"] == 0
+    assert len(metrics["position_error"]) == metrics["rollout_steps"] == 32
+    with np.load(tmp_path / "run" / "clips.npz") as measures:
+        assert measures["position_error"].shape == (6, 32) and measures["object_position_error"].shape == (6, 32, 2)
+        np.testing.assert_allclose(measures["position_error"].mean(0), metrics["position_error"], rtol=1e-6)
+    # Positions are those of the frames shown: a frame earlier or later, the balls are about three pixels away.
+    assert metrics["reader_error"] < 1.5 < metrics["position_error_copy"][31]
+    moving_squares(tmp_path / "squares")
+    plain = replace(small_config(tmp_path / "squares"), steps=1)
+    train(plain, tmp_path / "plain", progress=False)
+    with pytest.raises(ValueError, match="reader is for rollouts of sets whose state holds positions in pixels"):
+        evaluate(tmp_path / "plain", reader=file, progress=False)
+    with pytest.raises(FileNotFoundError, match="reader must be in a directory that exists"):
+        evaluate(tmp_path / "run", reader=tmp_path / "none" / "reader", progress=False)
 
 
 def test_held_out_clips_are_measured_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

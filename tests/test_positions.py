@@ -87,10 +87,10 @@ def test_a_reader_finds_objects_that_are_not_always_there(tmp_path: Path, monkey
 def test_a_reader_of_balls_is_exact_to_half_a_pixel(
     tmp_path: Path, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collect("balls", 8000, tmp_path / "data", size=32, seed=1, balls=Balls(noise=noise), progress=False)
+    collect("balls", 4000, tmp_path / "data", size=32, seed=1, balls=Balls(noise=noise), progress=False)
     replay = Replay(tmp_path / "data")
     trained, held_out = split_levels(replay, 0.1, seed=0)
-    monkeypatch.setattr(module, "STEPS", 200)
+    monkeypatch.setattr(module, "STEPS", 120)
     reader = train_reader(replay, trained, seed=0)
     numbers = module.frames_of(replay, held_out)[::7]
     truth = torch.from_numpy(positions(replay, numbers, list(objects_of(replay).values())))

@@ -243,6 +243,10 @@ class Evaluate:
     """Another run on the same data, such as one that predicts only the next frame, to compare rollouts with."""
     lpips: Path | None = None
     """A file with the weights of LPIPS: torch.save(lpips.LPIPS(net="alex").state_dict(), FILE)."""
+    reader: Path | None = None
+    """A file for the reader of positions, shared by evaluations on one data set: read if it exists, else written."""
+    steps: int = 32
+    """Steps of rollouts; fewer if most held-out episodes are shorter."""
     clips: int = 96
     seed: int = 0
 
@@ -252,6 +256,7 @@ class Evaluate:
 
         places: dict[str, Any] = {"data": self.data, "pixels": self.pixels, "tokenizer": self.tokenizer}
         options: dict[str, Any] = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
+        options |= {"reader": self.reader, "steps": self.steps}
         print(json.dumps(evaluate(self.run_directory, **places, **options), indent=2))
         print(f"report: {write_report(self.run_directory, **places)}")
 

@@ -19,6 +19,9 @@ from ..training.trainer import TrainerConfig
 class HeldOut:
     """`count` clips of `length` frames from the levels that a run held out, or all of them if there are fewer.
 
+    With `most`, they are as long as at least half of the held-out episodes allow, but `length` frames at least and
+    `most` at most, unless `length` is more.
+
     Args:
         config: of the run.
         digest: of the data set that the run was trained on; None in runs that have none.
@@ -36,10 +39,14 @@ class HeldOut:
         length: int,
         count: int,
         draw: np.random.Generator,
+        most: int = 0,
         within_episode: bool = True,
     ) -> None:
         self.replay = open_data(config.data, digest, data)
-        _, self.episodes = split_levels(self.replay, config.held_out, seed=config.seed)
+        self.trained, self.episodes = split_levels(self.replay, config.held_out, seed=config.seed)
+        # The frames that at least half of the episodes have: of 5 episodes the length of the third longest.
+        lengths = np.sort(self.replay.episode_lengths[self.episodes])
+        length = max(length, min(most, int(lengths[len(lengths) // 2])))
         self.clips = Clips(self.replay, length, episodes=self.episodes, within_episode=within_episode)
         # Numbers of clips in `clips`.
         self.chosen = draw.choice(len(self.clips), size=min(count, len(self.clips)), replace=False)
@@ -50,6 +57,10 @@ class HeldOut:
 
     def read(self, batch: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         return {name: value.to(device) for name, value in self.clips.batch(batch).items()}
+
+    def frames(self, batch: np.ndarray) -> np.ndarray:
+        """[B, T]: the numbers of the frames of these clips in the data set."""
+        return self.clips.frames[self.clips.starts[batch][:, None] + np.arange(self.clips.length)]
 
     def summary(self) -> dict[str, int]:
         """How many clips and levels were measured."""

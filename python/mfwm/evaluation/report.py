@@ -24,9 +24,9 @@ from ..models.world_model import WorldModel
 from ..training.run_config import parsed, read
 from ..training.run_log import read_log
 from ..training.world_model import TrainingConfig, load_model
+from .closed_loop import CONTEXT
 from .held_out import HeldOut
 from .tokens import check_tokens, decoder_of
-from .world_model import CONTEXT, rollout_steps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -72,13 +72,15 @@ def write_report(
         raise ValueError(
             f"{path} must hold what evaluate writes, but it lacks {', '.join(missing)}: evaluate the run again"
         )
-    held_out = HeldOut(config, digest, data, length=config.clip, count=32, draw=np.random.default_rng(seed + 1))
+    steps = len(metrics.get("rollout_psnr", ()))
+    draw = np.random.default_rng(seed + 1)
+    held_out = HeldOut(config, digest, data, length=config.clip, most=CONTEXT + steps, count=32, draw=draw)
     model, _, _ = load_model(run)
     decoder = None
     if model.tokens:
         decoder = decoder_of(
             held_out.replay,
-            config.clip,
+            held_out.clips.length,
             held_out.episodes,
             torch.device("cpu"),
             pixels=pixels,
@@ -91,6 +93,7 @@ def write_report(
     motion = candidates["pixels" if decoder else "video"].float().diff(dim=1).abs().flatten(1).mean(1)
     order = motion.argsort(descending=True)[:3]
     clips = {name: value[order] for name, value in candidates.items()}
+    first = {name: value[:, : config.clip] for name, value in clips.items()}
 
     horizons = config.model.heads.horizons
     log = read_log(run / "log.jsonl")
@@ -102,12 +105,12 @@ def write_report(
         sections = [
             ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
             ("Loss", picture(loss_curves(log, horizons.labels, "loss", config.model.heads.kinds)), ""),
-            ("One position, all horizons", picture(strip(model, clips)), "Held-out level; far targets are smaller."),
+            ("One position, all horizons", picture(strip(model, first)), "Held-out level; far targets are smaller."),
         ]
         if "nll" in metrics:
             sections.insert(1, ("Predicted distributions", likelihood_table(metrics), LIKELIHOOD_NOTE))
     if "rollout_psnr" in metrics:
-        seen, actions, steps = clips["video"][:, :CONTEXT], clips["actions"], rollout_steps(clips["video"])
+        seen, actions = clips["video"][:, :CONTEXT], clips["actions"]
         (truth,) = video_pyramid(
             clips["pixels" if decoder else "video"][:, : CONTEXT + steps], (1,), dtype=torch.float32
         )
@@ -314,8 +317,8 @@ def strip(model: WorldModel, clips: dict[str, Tensor]) -> Figure:
 
 
 def rollout_strip(rows: list[Tensor]) -> Figure:
-    """Every second frame of the first clip of each of `rows`."""
-    columns = range(CONTEXT - 1, rows[0].shape[1], 2)
+    """The last frame seen and evenly spaced later ones of the first clip of each of `rows`."""
+    columns = range(CONTEXT - 1, rows[0].shape[1], max(2, -(-(rows[0].shape[1] - CONTEXT) // 8)))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.5 * len(columns), 1.7 * len(rows)), squeeze=False)
     for column, frame in enumerate(columns):
         ahead = frame - CONTEXT + 1
@@ -332,6 +335,7 @@ def rollout_curves(metrics: dict[str, Any]) -> Figure:
     lines = (
         ("", "model", "-"),
         ("persistence_", "last frame repeated", "--"),
+        ("mean_image_", "mean image of the training levels", (0, (1, 2))),
         ("against_", "the other run", ":"),
         ("tokenised_", "true tokens", "-."),
     )
@@ -339,7 +343,7 @@ def rollout_curves(metrics: dict[str, Any]) -> Figure:
         for source, label, style in lines:
             name = f"{source}rollout_{kind}"
             if name in metrics:
-                (line,) = axes.plot(steps, metrics[name], style, label=label)
+                (line,) = axes.plot(steps, metrics[name], linestyle=style, label=label)
                 low, high = np.array(metrics[f"{name}_95"]).T
                 axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
         axes.set(xlabel="steps ahead", ylabel={"psnr": "PSNR, dB"}.get(kind, kind.upper()))

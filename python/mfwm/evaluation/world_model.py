@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from mfwm_kernels import __version__, video_pyramid
+from mfwm_kernels import arguments as check
 from mfwm_kernels.info import cpu_name
 
-from ..metrics.intervals import check_draw, drift_signal, interval
+from ..metrics.intervals import check_draw, interval
 from ..metrics.lpips import LPIPS
 from ..metrics.lpips import SMALLEST as SMALLEST_FOR_LPIPS
-from ..metrics.quality import check_size, psnr, similarity, squared_error
+from ..metrics.quality import check_size, psnr, squared_error
 from ..models.distributions import DISTRIBUTIONS
 from ..models.heads_config import HeadsConfig
-from ..models.rollouts import rollout, rollout_with_drift
 from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
 from ..progress import Progress
 from ..training.checkpoints import write_atomically
@@ -35,16 +35,13 @@ from ..training.data_identity import resolved
 from ..training.run_config import read
 from ..training.run_log import column, read_log
 from ..training.world_model import TrainingConfig, load_model
+from .closed_loop import CONTEXT, can_roll_out, closed_loop, mean_image, rollout_summary, shuffle
 from .distributions import likelihood_measures, likelihood_summary
 from .held_out import HeldOut, device_for_evaluation, write_metrics
-from .tokens import Decoder, check_tokens, decoder_of, token_measures, token_summary
+from .positions import objects_of, position_summary, positions, reader_of
+from .tokens import check_tokens, decoder_of, token_measures, token_summary
 
-# Genie measures controllability after this many closed-loop steps.
-DELTA_STEP = 4
-CONTEXT = 4
-ROLLOUT_STEPS = 12
-
-# Measurements of every clip, by name: [clips, K], [clips, steps], or [clips] its level.
+# Measurements of every clip, by name: [clips, K], [clips, steps], [clips, steps, objects], or [clips] its level.
 Measures = dict[str, np.ndarray]
 
 
@@ -56,6 +53,8 @@ def evaluate(
     tokenizer: Path | None = None,
     against: Path | None = None,
     lpips: Path | None = None,
+    reader: Path | None = None,
+    steps: int = 32,
     clips: int = 96,
     batch: int = 8,
     seed: int = 0,
@@ -68,9 +67,13 @@ def evaluate(
         the frames and the tokenizer's run that it names.
     against: another run on the same data, whose rollouts are compared with this one's.
     lpips: a file with the weights of LPIPS, as in mfwm.metrics.lpips; without it LPIPS is not measured.
+    reader: a file for the reader of positions, which the evaluations of one data set may share: it is read if it
+        exists, else trained on this run's training levels and written.
+    steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
     """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
+    check.integer("steps", steps, least=1)
     config, digest = read(TrainingConfig, run)
     if config.model.heads.output == "pixels" and can_roll_out(config.model):
         check_size(config.model.frame)
@@ -79,11 +82,15 @@ def evaluate(
         check_lpips(config.model)
     if against is not None:
         check_comparable(Path(against), config, digest)
+    if reader is not None and not Path(reader).parent.is_dir():
+        raise FileNotFoundError(f"reader must be in a directory that exists, got {reader}")
     distance = None if lpips is None else LPIPS(lpips)
     path = run / "log.jsonl"
     log = read_log(path)
     rates, seconds, waits = (column(log, name, path) for name in ("frames_per_second", "seconds", "data_wait"))
-    held_out = HeldOut(config, digest, data, length=config.clip, count=clips, draw=np.random.default_rng(seed))
+    draw, most = np.random.default_rng(seed), CONTEXT + steps if can_roll_out(config.model) else 0
+    held_out = HeldOut(config, digest, data, length=config.clip, most=most, count=clips, draw=draw)
+    length = held_out.clips.length
     replay, device = held_out.replay, device_for_evaluation()
     model, _, step = load_model(run)
     model = model.to(device)
@@ -91,7 +98,7 @@ def evaluate(
     distance = None if distance is None else distance.to(device)
     decoder = None
     if model.tokens:
-        decoder = decoder_of(replay, config.clip, held_out.episodes, device, pixels=pixels, tokenizer=tokenizer)
+        decoder = decoder_of(replay, length, held_out.episodes, device, pixels=pixels, tokenizer=tokenizer)
     pictured = can_roll_out(config.model) and (decoder is not None or not model.tokens)
     if rival is not None and not pictured:
         raise ValueError(
@@ -99,22 +106,38 @@ def evaluate(
             "decoded"
         )
 
+    shown = replay if decoder is None else decoder.clips.replay
+    objects = list(objects_of(shown).values()) if pictured else []
+    if reader is not None and not objects:
+        raise ValueError(f"reader is for rollouts of sets whose state holds positions in pixels; got {reader}")
+
     began = time.perf_counter()
+    baseline = mean_image(shown, held_out.trained).to(device) if pictured else None
+    eye = None
+    if objects:
+        eye = reader_of(shown, held_out.trained, seed=seed, path=reader).to(device)
+    rolled_steps = min(steps, length - CONTEXT)
     parts: list[Measures] = []
     bar = Progress("evaluate", len(held_out.chosen), "clip", shown=progress)
     for indices in bar.over(held_out.batches(batch), len):
         held = held_out.read(indices, device)
         part: Measures = {"level": replay.episode_level[held["segment_ids"][:, 0].cpu().numpy()]}
+        # As in training.
+        first = {name: value[:, : config.clip] for name, value in held.items()}
         if not model.tokens:
-            part |= open_loop(model, held)
+            part |= open_loop(model, first)
         elif not config.model.masked:
-            part |= token_measures(model, held, shuffle(held["actions"]))
+            part |= token_measures(model, first, shuffle(first["actions"]))
         if decoder is not None:
             held["pixels"] = decoder.pixels(indices).to(device)
-        if pictured:
-            part |= closed_loop(model, held, distance, decoder)
+        if objects:
+            held["positions"] = torch.from_numpy(positions(shown, held_out.frames(indices), objects)).to(device)
+        if baseline is not None:
+            options: dict[str, Any] = {"distance": distance, "decoder": decoder}
+            part |= closed_loop(model, held, rolled_steps, baseline, reader=eye, **options)
         if rival is not None:
-            rolled = closed_loop(rival, held, distance, decoder)
+            assert baseline is not None
+            rolled = closed_loop(rival, held, rolled_steps, baseline, **options)
             part |= {f"against_{name}": values for name, values in rolled.items() if name.startswith("rollout_")}
         parts.append(part)
     measures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -124,6 +147,8 @@ def evaluate(
 
     metrics = {
         **summary(measures, config.model.heads, seed, controlled=model.action is not None),
+        **({} if eye is None else position_summary(measures, eye.objects, seed)),
+        **({} if eye is None else {"reader_seen_levels": eye.seen(replay.episode_level[held_out.episodes])}),
         "steps": step,
         "parameters": parameters_of(model),
         "frames_per_second": float(np.median(rates)),
@@ -201,73 +226,6 @@ def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
     return measures
 
 
-def closed_loop(
-    model: WorldModel, clips: dict[str, Tensor], distance: LPIPS | None = None, decoder: Decoder | None = None
-) -> Measures:
-    """Measures [clips, steps] of a rollout from CONTEXT frames: squared errors, also of persistence and with shuffled
-    actions; SSIM; LPIPS; and drift, the mean over the far horizons, NaN where none had predicted the frame."""
-    video, actions = clips["video"], clips["actions"]
-    (truth,) = video_pyramid(video if decoder is None else clips["pixels"], (1,), dtype=torch.float32)
-    steps = rollout_steps(video)
-    seen = video[:, :CONTEXT]
-    drift = None
-    if has_drift(model):
-        rolled, drift_of_horizons = rollout_with_drift(model, seen, actions, steps)
-        far = [i for i, k in enumerate(model.config.heads.horizons.offsets) if k > 1]
-        drift = drift_of_horizons[..., far].nanmean(-1)
-    else:
-        rolled = rollout(model, seen, actions, steps)
-    shuffled = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
-    rolled_shuffled = rollout(model, seen, shuffled, min(steps, DELTA_STEP))
-    if decoder is not None:
-        rolled, rolled_shuffled = (
-            decoder.pictures(torch.cat([seen, ids], dim=1), CONTEXT) for ids in (rolled, rolled_shuffled)
-        )
-    persistence = truth[:, CONTEXT - 1 : CONTEXT].expand(-1, steps, -1, -1, -1)
-    future = truth[:, CONTEXT : CONTEXT + steps]
-
-    def per_step(pictures: Tensor) -> np.ndarray:
-        return (pictures - future[:, : pictures.shape[1]]).square().mean(dim=(2, 3, 4)).cpu().numpy()
-
-    measures = {
-        "rollout_mse": per_step(rolled),
-        "persistence_rollout_mse": per_step(persistence),
-        "shuffled_mse": per_step(rolled_shuffled),
-        "rollout_ssim": similarity(rolled, future),
-        "persistence_rollout_ssim": similarity(persistence, future),
-    }
-    if decoder is not None:
-        measures["tokenised_rollout_mse"] = per_step(decoder.pictures(video[:, : CONTEXT + steps], CONTEXT))
-    if drift is not None:
-        measures["drift"] = drift.cpu().numpy()
-    if distance is not None:
-        for name, pictures in (("rollout_lpips", rolled), ("persistence_rollout_lpips", persistence)):
-            distances = distance(pictures.flatten(0, 1).clamp(-1, 1), future.flatten(0, 1))
-            measures[name] = distances.view(future.shape[:2]).cpu().numpy()
-    return measures
-
-
-def has_drift(model: WorldModel) -> bool:
-    """Whether far horizons forecast the frames of a rollout."""
-    heads = model.config.heads
-    return heads.horizons.offsets[-1] > 1 and heads.conditioning != "frames"
-
-
-def can_roll_out(config: WorldModelConfig) -> bool:
-    """Whether the near horizon predicts the next frame at full size (masked: the frame itself), to be fed back."""
-    horizons = config.heads.horizons
-    return (horizons.offsets[0], horizons.factors[0]) == (0 if config.masked else 1, 1)
-
-
-def rollout_steps(video: Tensor) -> int:
-    return min(ROLLOUT_STEPS, video.shape[1] - CONTEXT)
-
-
-def shuffle(actions: Tensor) -> Tensor:
-    """Give each clip another clip's actions (in a batch of one: its own, reversed)."""
-    return actions.flip(1) if len(actions) == 1 else actions.roll(1, dims=0)
-
-
 def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bool) -> dict[str, Any]:
     """The metrics: those of rollouts only if the model can be rolled out, of actions only if it has some."""
     names = heads.horizons.labels
@@ -293,25 +251,6 @@ def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bo
     if "nll" in measures:
         drawn = [(kind, name) for kind, name in zip(heads.kinds, names, strict=True) if kind in DISTRIBUTIONS]
         metrics |= likelihood_summary(measures, [kind for kind, _ in drawn], [name for _, name in drawn], seed)
-    if "rollout_mse" not in measures:
-        return metrics
-    metrics["rollout_context"] = CONTEXT
-    for name, values in measures.items():
-        if "rollout_" in name:
-            statistic = psnr if name.endswith("mse") else np.asarray
-            label = name.replace("mse", "psnr")
-            metrics |= {label: statistic(means[name]).tolist(), f"{label}_95": interval(seed, statistic, values)}
-    rolled = measures["rollout_mse"]
-    metrics["rollout_gain_95"] = gain(rolled, measures["persistence_rollout_mse"])
-    if "against_rollout_mse" in measures:
-        metrics["against_gain_95"] = gain(rolled, measures["against_rollout_mse"])
-    if controlled:
-        last = measures["shuffled_mse"].shape[1] - 1
-        metrics |= {
-            "delta_psnr": float(psnr(means["rollout_mse"][last]) - psnr(means["shuffled_mse"][last])),
-            "delta_psnr_95": gain(rolled[:, last:][:, :1], measures["shuffled_mse"][:, last:])[0],
-            "delta_psnr_step": last + 1,
-        }
-    if "drift" in measures:
-        metrics["drift"] = drift_signal(measures["drift"], rolled, seed)
+    if "rollout_mse" in measures:
+        metrics |= rollout_summary(measures, seed, controlled=controlled)
     return metrics
