@@ -20,7 +20,7 @@ from mfwm.demo import Demo
 from mfwm.evaluation import write_report
 from mfwm.evaluation.closed_loop import CONTEXT, closed_loop
 from mfwm.evaluation.world_model import evaluate
-from mfwm.metrics.intervals import correlation, drift_signal, interval, ranks
+from mfwm.metrics.intervals import area_under_curve, correlation, drift_signal, interval, ranks
 from mfwm.metrics.lpips import CONVOLUTIONS, LPIPS
 from mfwm.metrics.quality import psnr, similarity
 from mfwm.models.rollouts import rollout
@@ -95,6 +95,30 @@ def test_the_drift_signal_tells_clips_from_steps() -> None:
     drift[:, 0] = np.nan
     found = drift_signal(drift, (clips * growth) ** 2, 0)
     assert found["steps"] == [2, 3, 4, 5, 6, 7, 8] and found["within_step"] == pytest.approx(1)
+
+
+def test_the_drift_signal_of_whole_rollouts() -> None:
+    """Six rollouts of two steps. The means of the errors are 1 to 6, and 5 of 9 pairs are in order."""
+    errors = np.arange(1.0, 7)[:, None] + [[-0.5, 0.5]]
+    drift = np.array([[5, 1], [6, 2], [1, 1], [7, 3], [1, 3], [3, 4]], float)
+    found = drift_signal(drift, errors, 0)
+    # Means 3, 4, 1 against 5, 2, 3.5: 3 + 1 + 2 of 9; Spearman by 1 - 6 sum d^2 / (n (n^2 - 1)).
+    assert found["auroc"] == pytest.approx(6 / 9)
+    order = np.array([3, 5, 1, 6, 2, 4]) - np.arange(1, 7)
+    assert found["per_rollout"] == pytest.approx(1 - 6 * (order**2).sum() / 210)
+    for name in ("auroc", "per_rollout"):
+        low, high = found[f"{name}_95"]
+        assert -1 <= low < found[name] < high <= 1 + 1e-12, name
+    # Ties count half; errors that are all equal say nothing.
+    assert drift_signal(np.ones((6, 2)), errors, 0)["auroc"] == 0.5
+    assert np.isnan(drift_signal(drift, np.ones((6, 2)), 0)["auroc"])
+
+
+def test_auroc_of_resamples_counts_clips_as_often_as_they_are_drawn() -> None:
+    score, positive = np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])
+    draws = np.array([[0, 1, 2, 3], [0, 1, 1, 2], [1, 1, 2, 2], [0, 0, 1, 1]])
+    found = area_under_curve(score, positive, draws)
+    np.testing.assert_allclose(found, [0.75, 1 / 3, 0, np.nan])
 
 
 def mid_ranks(values: np.ndarray) -> list[float]:
@@ -206,6 +230,8 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
         train(replace(config, model=model), tmp_path / name, progress=False)
     metrics = evaluate(tmp_path / "run", against=tmp_path / "next", clips=6, batch=3, progress=False)
     assert list(metrics["psnr"]) == list(metrics["persistence_psnr"]) == ["1", "2", "4"]
+    for k, (low, high) in metrics["action_ratio_95"].items():
+        assert low <= metrics["action_ratio"][k] <= high
     # Episodes have 40 frames, of which four are seen.
     assert len(metrics["rollout_psnr"]) == len(metrics["gain"]) == metrics["rollout_steps"] == 32
     beside = evaluate(tmp_path / "next", clips=6, batch=3, progress=False)

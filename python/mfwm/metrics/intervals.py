@@ -41,9 +41,11 @@ def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, 
 
     drift, errors [clips, steps]; steps without a drift or an error (NaN) are left out, and "steps" lists the others.
     "overall" is over all clips and steps, and is high in part because both grow with the steps. "within_step" is not:
-    it is the mean over steps of the correlation over clips at that step. Both have 95% intervals over clips.
-    The correlation of values that are all equal is undefined. Such steps, and resamples, are left out of means and
-    intervals; a mean or interval of none is NaN.
+    it is the mean over steps of the correlation over clips at that step. "per_rollout" correlates the means over steps
+    of clips, and "auroc" is the probability that of two rollouts, one with a mean error above the median and one
+    without, the former has the larger mean drift. All have 95% intervals over clips.
+    The correlation of values that are all equal is undefined, as is "auroc" where the errors are. Such steps, and
+    resamples, are left out of means and intervals; a mean or interval of none is NaN.
     """
     known = ~(np.isnan(drift) | np.isnan(errors)).any(0)
     pair = drift[:, known], errors[:, known]
@@ -59,12 +61,24 @@ def drift_signal(drift: np.ndarray, errors: np.ndarray, seed: int) -> dict[str, 
     def within_step(draw: np.ndarray) -> np.ndarray:
         return mean_of_defined(correlation(*(values[draw] for values in among_clips)))
 
+    # By rollout: the mean drift and the mean error over the steps.
+    drift_C, error_C = (values.mean(1) for values in pair)
+    among_rollouts = [ranks(values[:, None]) for values in (drift_C, error_C)]
+    worse = error_C > np.median(error_C)
+
+    def per_rollout(draw: np.ndarray) -> np.ndarray:
+        return correlation(*(values[draw] for values in among_rollouts))[:, 0]
+
+    def auroc(draw: np.ndarray) -> np.ndarray:
+        return area_under_curve(drift_C, worse, draw)
+
     found: dict[str, Any] = {"steps": (np.flatnonzero(known) + 1).tolist()}
-    for name, statistic in (("overall", overall), ("within_step", within_step)):
+    measured = {"overall": overall, "within_step": within_step, "per_rollout": per_rollout, "auroc": auroc}
+    for name, statistic in measured.items():
         found[name] = float(statistic(np.arange(clips)[None])[0])
         resampled = statistic(resamples(seed, clips))
         defined = resampled[~np.isnan(resampled)]
-        # If the correlation itself is undefined, so is its interval.
+        # If the statistic itself is undefined, so is its interval.
         has_interval = len(defined) and not np.isnan(found[name])
         found[f"{name}_95"] = np.percentile(defined, [2.5, 97.5]).tolist() if has_interval else [np.nan, np.nan]
     return found
@@ -100,6 +114,19 @@ def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(constant, np.nan, (a * b).sum(1) / lengths)
+
+
+def area_under_curve(score: np.ndarray, positive: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """[R]: for each of R resamples `draw` [R, C] of C clips, the share of pairs of a positive and a negative clip in
+    which the positive one has the higher score; a tie counts half. NaN where one side is empty.
+    """
+    above, below = score[positive][:, None], score[~positive][None]
+    wins = (above > below) + 0.5 * (above == below)
+    counts = np.stack([np.bincount(row, minlength=len(score)) for row in draw])
+    of_positive, of_negative = counts[:, positive], counts[:, ~positive]
+    pairs = of_positive.sum(1) * of_negative.sum(1)
+    won = ((of_positive @ wins) * of_negative).sum(1)
+    return np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
 
 
 def mean_of_defined(values: np.ndarray) -> np.ndarray:
