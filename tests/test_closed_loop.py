@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mfwm.data import Replay
-from mfwm.evaluation.closed_loop import mean_image, rollout_summary
+from mfwm.evaluation.closed_loop import action_ratio, mean_image, rollout_summary
 from small_run import moving_squares
 
 
@@ -41,6 +41,18 @@ def test_gain_is_over_the_better_of_the_last_frame_and_the_mean_image() -> None:
 def test_a_gain_that_stays_positive_has_no_zero() -> None:
     errors = {"rollout": [[0.1, 0.1]], "persistence_rollout": [[0.2, 0.2]], "mean_image_rollout": [[0.11, 0.3]]}
     assert rollout_summary(measures_of(errors), 0, controlled=False)["gain_zero_step"] is None
+
+
+def test_the_action_ratio_is_that_of_mean_errors() -> None:
+    """Two clips: shuffled actions double one clip's error, and leave the other's."""
+    found = action_ratio(np.array([[4.0, 3], [1, 3]]), np.array([[2.0, 1], [1, 1]]), 0, "ratio")
+    assert found["ratio"] == pytest.approx([5 / 3, 3])
+    assert found["ratio_95"] == [pytest.approx([1, 2]), pytest.approx([3, 3])]
+    errors = {"rollout": [[0.1] * 6], "shuffled": [[0.2, 0.3, 0.4, 0.1]]}
+    errors |= {"persistence_rollout": [[0.2] * 6], "mean_image_rollout": [[0.2] * 6]}
+    metrics = rollout_summary(measures_of(errors), 0, controlled=True)
+    assert metrics["rollout_action_ratio"] == pytest.approx([2, 3, 4, 1])
+    assert "rollout_action_ratio" not in rollout_summary(measures_of(errors), 0, controlled=False)
 
 
 def test_the_mean_image_is_that_of_the_chosen_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,16 @@ def rollout_summary(measures: Measures, seed: int, *, controlled: bool) -> dict[
             "delta_psnr": float(psnr(means["rollout_mse"][last]) - psnr(means["shuffled_mse"][last])),
             "delta_psnr_95": gain(rolled[:, last:][:, :1], measures["shuffled_mse"][:, last:])[0],
             "delta_psnr_step": last + 1,
+            **action_ratio(measures["shuffled_mse"], rolled[:, : last + 1], seed, "rollout_action_ratio"),
         }
     if "drift" in measures:
         metrics["drift"] = drift_signal(measures["drift"], rolled, seed)
     return metrics
+
+
+def action_ratio(shuffled: np.ndarray, true: np.ndarray, seed: int, name: str) -> dict[str, Any]:
+    """The mean squared error with shuffled actions over that with the true ones, and its interval, by column.
+
+    Above 1 if the predictions follow the actions. Both are [clips, columns].
+    """
+    return {name: (shuffled.mean(0) / true.mean(0)).tolist(), f"{name}_95": interval(seed, np.divide, shuffled, true)}

@@ -35,7 +35,7 @@ from ..training.data_identity import resolved
 from ..training.run_config import read
 from ..training.run_log import column, read_log
 from ..training.world_model import TrainingConfig, load_model
-from .closed_loop import CONTEXT, can_roll_out, closed_loop, mean_image, rollout_summary, shuffle
+from .closed_loop import CONTEXT, action_ratio, can_roll_out, closed_loop, mean_image, rollout_summary, shuffle
 from .distributions import likelihood_measures, likelihood_summary
 from .held_out import HeldOut, device_for_evaluation, write_metrics
 from .positions import objects_of, position_summary, positions, reader_of
@@ -248,6 +248,8 @@ def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bo
         }
         if controlled:
             metrics["delta_psnr_by_horizon"] = by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"]))
+            found = action_ratio(measures["horizon_shuffled"], measures["horizon"], seed, "action_ratio")
+            metrics |= {name: by_horizon(values) for name, values in found.items()}
     if "nll" in measures:
         drawn = [(kind, name) for kind, name in zip(heads.kinds, names, strict=True) if kind in DISTRIBUTIONS]
         metrics |= likelihood_summary(measures, [kind for kind, _ in drawn], [name for _, name in drawn], seed)
