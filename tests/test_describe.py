@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
-from mfwm.describe import cost_of, rows
+from mfwm.describe import rows, training_rows
+from mfwm.models.cost import cost_of
 from mfwm.models.sizes import TRUNKS, variants
 from mfwm.models.world_model import parameters_of
+from mfwm.training.world_model import TrainingConfig, training_flops
 
 from mfwm_kernels import Horizons
 
@@ -48,3 +50,13 @@ def test_rows_name_every_variant_with_its_tax(monkeypatch: pytest.MonkeyPatch) -
     assert [row[:28].strip() for row in table] == few
     taxes = [float(row.split()[-1].rstrip("x")) for row in table]
     assert taxes[0] == taxes[2] == 1 < taxes[1] < 1.25
+
+
+def test_a_step_costs_three_forwards_and_each_pass_of_a_rollout_loss_again() -> None:
+    config = TrainingConfig(data="", batch=3, clip=9, model=TINY)
+    assert training_flops(config) == 3 * cost_of(TINY).flops * 5 * 3
+    assert training_flops(replace(config, rollout_loss=2)) == 2 * training_flops(config)
+    _, *table = training_rows("1m")
+    taxes = {row[:28].strip(): float(row.split()[-1].rstrip("x")) for row in table}
+    assert taxes["next frame"] == taxes["... context noise"] == 1 and taxes["... rollout loss of 2"] == 2
+    assert 1 < taxes["cascade, blocks"] == taxes["... without far gradient"]

@@ -3,46 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
-import torch
 import tyro
-from torch.utils.flop_counter import FlopCounterMode
 
-from mfwm_kernels import use_backend
-
+from .models.cost import cost_of
 from .models.sizes import TRUNKS, Size, variants
-from .models.world_model import WorldModel, WorldModelConfig, parameters_of
-
-
-class Cost(NamedTuple):
-    """Parameters, and forward FLOPs per frame. A training step takes three times as many, plus the loss."""
-
-    parameters: int
-    head_parameters: int
-    flops: float
-    head_flops: float
-
-
-def cost_of(config: WorldModelConfig) -> Cost:
-    """Count by running the model on meta tensors: two FLOPs per product, attention with all pairs, also masked ones."""
-    T = config.context
-    with torch.device("meta"), torch.no_grad(), use_backend("reference"):
-        model = WorldModel(config)
-        # Frames past the context, which conditioning "frames" reads.
-        frames = T + max(config.heads.horizons.offsets)
-        ids = config.heads.output == "tokens"
-        video = torch.zeros(1, frames, *model.frame_shape, dtype=torch.int64 if ids else torch.float32)
-        actions = torch.zeros(1, frames, dtype=torch.int64) if config.actions else None
-        if config.action_size:
-            actions = torch.zeros(1, frames, config.action_size)
-        with FlopCounterMode(display=False) as trunk:
-            states = model.states(video, actions)
-        with FlopCounterMode(display=False) as heads:
-            model.heads.predict(video=video, **states)
-    flops, head_flops = trunk.get_total_flops() / T, heads.get_total_flops() / T
-    return Cost(parameters_of(model), parameters_of(model.heads), flops + head_flops, head_flops)
+from .training.world_model import TrainingConfig, training_flops
 
 
 def rows(size: Size) -> Iterator[str]:
@@ -60,12 +27,31 @@ def rows(size: Size) -> Iterator[str]:
         )
 
 
+def training_rows(size: Size) -> Iterator[str]:
+    """A table of the FLOPs of a training step, with the options that compete with far horizons against drift."""
+    models = variants(size)
+    next_frame, cascade = (TrainingConfig(data="", model=models[name]) for name in ("next frame", "cascade, blocks"))
+    options = {
+        "next frame": next_frame,
+        "... context noise": replace(next_frame, context_noise=0.3),
+        "... rollout loss of 2": replace(next_frame, rollout_loss=2),
+        "cascade, blocks": cascade,
+        "... without far gradient": replace(cascade, far_gradient=False),
+    }
+    plain = training_flops(next_frame)
+    yield f"{'training':28}{'GFLOP/step':>15}{'tax':>7}"
+    for name, config in options.items():
+        flops = training_flops(config)
+        yield f"{name:28}{flops / 1e9:15.1f}{flops / plain:6.2f}x"
+
+
 @dataclass
 class Describe:
-    """Print parameters and forward FLOPs of a model size, for each variant of its heads."""
+    """Print parameters and FLOPs of a model size, for each variant of its heads and of its training."""
 
     size: tyro.conf.Positional[Size]
 
     def run(self) -> None:
-        for row in rows(self.size):
-            print(row, flush=True)
+        for table in (rows, training_rows):
+            for row in table(self.size):
+                print(row, flush=True)

@@ -17,6 +17,7 @@ from mfwm_kernels import arguments as check
 
 from ..data.replay import Replay
 from ..metrics.quality import psnr
+from ..models.cost import cost_of
 from ..models.maskgit import training_mask
 from ..models.world_model import WorldModel, WorldModelConfig
 from .run_config import read
@@ -256,11 +257,19 @@ def positions_that_count(
     return counts
 
 
+def training_flops(config: TrainingConfig) -> float:
+    """FLOPs of an optimiser step. A backward takes twice those of its forward; rollout_loss repeats both."""
+    model = config.model
+    return 3 * cost_of(model).flops * model.context * config.batch * config.rollout_loss
+
+
 def train(config: TrainingConfig, out: Path, *, progress: bool = True, stop_after: int | None = None) -> WorldModel:
     """Train in `out`, or resume the run with the same config and data set there. Returns the model.
 
     Signals and stop_after as in Trainer.fit.
     """
+    if progress:
+        print(f"{training_flops(config) / 1e9:.1f} GFLOP per step")
     return train_on_replay(objective_of, config, out, progress, stop_after).model
 
 

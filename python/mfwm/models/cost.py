@@ -1,0 +1,41 @@
+"""What a world model costs: its parameters and FLOPs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfwm_kernels import use_backend
+
+from .world_model import WorldModel, WorldModelConfig, parameters_of
+
+
+class Cost(NamedTuple):
+    """Parameters, and forward FLOPs per frame. A training step takes three times as many, plus the loss."""
+
+    parameters: int
+    head_parameters: int
+    flops: float
+    head_flops: float
+
+
+def cost_of(config: WorldModelConfig) -> Cost:
+    """Count by running the model on meta tensors: two FLOPs per product, attention with all pairs, also masked ones."""
+    T = config.context
+    with torch.device("meta"), torch.no_grad(), use_backend("reference"):
+        model = WorldModel(config)
+        # Frames past the context, which conditioning "frames" reads.
+        frames = T + max(config.heads.horizons.offsets)
+        ids = config.heads.output == "tokens"
+        video = torch.zeros(1, frames, *model.frame_shape, dtype=torch.int64 if ids else torch.float32)
+        actions = torch.zeros(1, frames, dtype=torch.int64) if config.actions else None
+        if config.action_size:
+            actions = torch.zeros(1, frames, config.action_size)
+        with FlopCounterMode(display=False) as trunk:
+            states = model.states(video, actions)
+        with FlopCounterMode(display=False) as heads:
+            model.heads.predict(video=video, **states)
+    flops, head_flops = trunk.get_total_flops() / T, heads.get_total_flops() / T
+    return Cost(parameters_of(model), parameters_of(model.heads), flops + head_flops, head_flops)
