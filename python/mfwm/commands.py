@@ -262,6 +262,29 @@ class Evaluate:
 
 
 @dataclass
+class Study:
+    """Run a study: the arms, worlds and seeds of a plan file, as cells side by side; resumes where it was."""
+
+    plan: tyro.conf.Positional[Path]
+    """A TOML file; mfwm.study.plan describes it."""
+    out: Path
+    workers: int = 1
+    """Cells to run side by side, each with the threads that the plan says."""
+    train_only: bool = False
+    """Train the cells and leave their evaluation to a later call."""
+    time: bool = False
+    """Only measure how long a step of each arm takes, on a machine that does nothing else."""
+
+    def run(self) -> None:
+        from .study.runner import study, time_arms
+
+        if self.time:
+            print(json.dumps(time_arms(self.plan, self.out), indent=2))
+        else:
+            study(self.plan, self.out, workers=self.workers, train_only=self.train_only)
+
+
+@dataclass
 class Export:
     """Write the weights of a run as one safetensors file; mfwm.export.load_exported reads it."""
 
@@ -286,6 +309,7 @@ def command_of(preset_name: str, arguments: list[str], description: str | None) 
         | Annotated[TrainLatentActions, tyro.conf.subcommand("train-latent-actions")]
         | Annotated[Encode, tyro.conf.subcommand("encode")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Demo, tyro.conf.subcommand("demo")],
         prog="mfwm",

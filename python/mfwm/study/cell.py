@@ -1,0 +1,101 @@
+"""One cell of a study: a training run, and an evaluation at the number of steps of each column.
+
+A cell's directory holds the training run in `run`, and for each number of steps a copy of it as it was then, such as
+`at-00001000`: a run of its own, with the metrics.json and clips.npz of its evaluation. Each is complete or absent, so a
+cell that was killed resumes where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..data.replay import Replay
+from ..evaluation.world_model import evaluate
+from ..training.checkpoints import Checkpoints, flush_directory
+from ..training.world_model import TrainingConfig, for_replay, train, training_flops
+from .plan import Cell, Plan, read_plan
+from .timing import read_seconds
+
+# Frequent enough that little is lost when a cell is killed.
+CHECKPOINT_EVERY = 100
+
+
+def world_path(out: Path, world: str) -> Path:
+    return out / "worlds" / world
+
+
+def config_of(plan: Plan, cell: Cell, out: Path, steps: int) -> TrainingConfig:
+    """The config of a cell's run."""
+    data = world_path(out, cell.world)
+    config = replace(plan.training_config(cell.arm), data=str(data), seed=cell.seed, steps=steps)
+    return for_replay(config, Replay(data))
+
+
+def budgets_of(plan: Plan, cell: Cell, out: Path, plan_path: Path) -> dict[str, int]:
+    """The steps of each column of a cell. That of time is left out where the plan's arms have not been timed."""
+    arms = {cell.arm, plan.compute}
+    costs = {"flops": {arm: training_flops(config_of(plan, replace(cell, arm=arm), out, plan.steps)) for arm in arms}}
+    seconds = read_seconds(plan, plan_path)
+    return plan.budgets(cell.arm, costs if seconds is None else {**costs, "time": seconds})
+
+
+def snapshot_path(out: Path, cell: Cell, steps: int) -> Path:
+    return out / cell.folder / f"at-{steps:08d}"
+
+
+def train_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) -> None:
+    """Train to each number of steps, and copy the run there."""
+    config = replace(config_of(plan, cell, out, max(budgets.values())), checkpoint_every=CHECKPOINT_EVERY)
+    run = out / cell.folder / "run"
+    for steps in sorted(set(budgets.values())):
+        snapshot = snapshot_path(out, cell, steps)
+        if not snapshot.is_dir():
+            train(config, run, progress=False, stop_after=steps)
+            copy_run(run, snapshot, steps)
+
+
+def evaluate_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) -> None:
+    """Evaluate the cell at each number of steps, on the same clips in all cells of a world and seed."""
+    for steps in sorted(set(budgets.values())):
+        snapshot = snapshot_path(out, cell, steps)
+        if not (snapshot / "metrics.json").is_file():
+            reader = out / "readers" / f"{cell.world}-{cell.seed}.safetensors"
+            evaluate(snapshot, data=world_path(out, cell.world), clips=plan.clips, reader=reader, progress=False)
+
+
+def copy_run(run: Path, snapshot: Path, steps: int) -> None:
+    """Copy a run's config, log and checkpoint of `steps` steps to `snapshot`, written beside and renamed."""
+    unfinished = snapshot.with_name(f".{uuid.uuid4().hex}.partial")
+    unfinished.mkdir()
+    try:
+        for name in ("config.json", "log.jsonl"):
+            shutil.copyfile(run / name, unfinished / name)
+        source = Checkpoints(run / "checkpoints").path(steps)
+        shutil.copytree(source, Checkpoints(unfinished / "checkpoints").path(steps))
+        os.replace(unfinished, snapshot)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    flush_directory(snapshot.parent)
+
+
+def main() -> None:
+    """python -m mfwm.study.cell PLAN OUT WORLD ARM SEED [train]: a process of `mfwm study`."""
+    plan_path, out, world, arm, seed, *only = sys.argv[1:]
+    plan, cell = read_plan(Path(plan_path)), Cell(world, arm, int(seed))
+    torch.set_num_threads(plan.threads)
+    budgets = budgets_of(plan, cell, Path(out), Path(plan_path))
+    train_cell(plan, cell, Path(out), budgets)
+    if not only:
+        evaluate_cell(plan, cell, Path(out), budgets)
+
+
+if __name__ == "__main__":
+    main()

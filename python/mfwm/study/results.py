@@ -1,0 +1,136 @@
+"""What the cells of a study came to, in one JSON file from which every table, plot and sentence is computed.
+
+Each cell has an entry for each column (equal steps, FLOPs and time): the number of steps, curves over rollout steps,
+single figures, and for each clip the mean of the endpoint's measure over the endpoint's steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..training.checkpoints import write_atomically
+from ..training.json_values import as_json
+from ..training.run_config import parsed
+from .cell import snapshot_path
+from .plan import BUDGETS, Cell, Endpoint, Plan
+from .statistics import Difference, difference
+
+NAME = "results.json"
+# Of metrics.json: a value per rollout step, and single values or small tables.
+CURVES = ("gain", "position_error", "rollout_psnr", "rollout_ssim")
+FIGURES = ("psnr", "gain_zero_step", "action_ratio", "delta_psnr", "probe", "drift", "reader_error", "parameters")
+# Digits that are kept: the clips of a hundred cells are most of the file.
+DIGITS = 5
+
+
+def entry(snapshot: Path, steps: int, endpoint: Endpoint) -> dict[str, Any]:
+    """The figures of one evaluated snapshot."""
+    metrics = parsed((snapshot / "metrics.json").read_bytes(), str(snapshot / "metrics.json"))
+    found: dict[str, Any] = {"at": steps}
+    found |= {name: rounded(metrics[name]) for name in (*CURVES, *FIGURES) if name in metrics}
+    with np.load(snapshot / "clips.npz") as clips:
+        values = clips[endpoint.measure]
+    first, last = endpoint.steps
+    if values.shape[1] < last:
+        raise ValueError(
+            f"endpoint.steps must end within the {values.shape[1]} steps of the rollouts of {snapshot}, got {last}"
+        )
+    found["clips"] = rounded(np.nanmean(values[:, first - 1 : last], axis=1).tolist())
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """The value with its floats cut to DIGITS significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return value
+
+
+def plan_digest(plan_path: Path) -> str:
+    return hashlib.sha256(Path(plan_path).read_bytes()).hexdigest()[:16]
+
+
+def write_results(plan: Plan, plan_path: Path, out: Path, budgets: dict[Cell, dict[str, int]]) -> dict[str, Any]:
+    """Write results.json with all cells that are evaluated; returns its contents."""
+    cells = {}
+    for cell, of_cell in budgets.items():
+        columns = {
+            column: entry(snapshot, steps, plan.endpoint)
+            for column, steps in of_cell.items()
+            if ((snapshot := snapshot_path(out, cell, steps)) / "metrics.json").is_file()
+        }
+        if len(columns) == len(of_cell):
+            cells[str(cell)] = columns
+    results = {"title": plan.title, "plan": plan_digest(plan_path), "cells": cells}
+    write_atomically(out / NAME, as_json(results, indent=1).encode())
+    return results
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    results = parsed(Path(path).read_bytes(), str(path))
+    if not isinstance(results.get("cells"), dict):
+        raise ValueError(f"{path} must hold the cells of a study, got {', '.join(results)}")
+    return results
+
+
+class Results:
+    """Figures of results.json by world, arm, seed and column."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.cells: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for name, columns in results["cells"].items():
+            world, arm, seed = name.split("/")
+            self.cells[world, arm, int(seed)] = columns
+
+    def worlds(self) -> list[str]:
+        return list(dict.fromkeys(world for world, _, _ in self.cells))
+
+    def arms(self, world: str) -> list[str]:
+        return list(dict.fromkeys(arm for its_world, arm, _ in self.cells if its_world == world))
+
+    def columns(self) -> list[str]:
+        return [column for column in BUDGETS if all(column in columns for columns in self.cells.values())]
+
+    def seeds(self, world: str, *arms: str) -> list[int]:
+        """The seeds that all of these arms have."""
+        seeds = [{s for w, a, s in self.cells if (w, a) == (world, arm)} for arm in arms]
+        return sorted(set.intersection(*seeds))
+
+    def values(
+        self, world: str, arm: str, name: str, column: str = "steps", seeds: list[int] | None = None
+    ) -> np.ndarray:
+        """[seeds, ...]: a figure or curve of an arm, for each of its seeds. Undefined values are NaN."""
+        chosen = self.seeds(world, arm) if seeds is None else seeds
+        return np.array([self.cells[world, arm, seed][column][name] for seed in chosen], np.float64)
+
+    def difference(self, world: str, arm: str, against: str, column: str = "steps") -> Difference | None:
+        """The endpoint of `arm` minus that of `against`, paired by seed and clip; None without common seeds."""
+        seeds = self.seeds(world, arm, against)
+        if not seeds:
+            return None
+        pair = [self.values(world, name, "clips", column, seeds) for name in (arm, against)]
+        known = ~np.isnan(pair[0] - pair[1]).any(0)
+        return difference(pair[0][:, known], pair[1][:, known])
+
+
+def load(path: Path) -> Results:
+    return Results(read_results(path))
+
+
+def as_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def dumps(results: dict[str, Any]) -> str:
+    return json.dumps(results, indent=1)

@@ -1,0 +1,60 @@
+"""Pictures of rollouts of several arms beside the truth."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mfwm_kernels import video_pyramid
+
+from ..evaluation.held_out import HeldOut
+from ..evaluation.report import picture, plt, show
+from ..evaluation.world_model import CONTEXT
+from ..models.rollouts import rollout
+from ..training.world_model import load_model
+from .cell import config_of, snapshot_path, world_path
+from .plan import Cell, Plan
+from .results import Results
+
+STEPS = (1, 2, 4, 8, 12, 16, 24, 32)
+CLIPS = 2
+
+
+def rollout_pictures(plan: Plan, results: Results, out: Path) -> dict[str, str]:
+    """By world, an <img>: for two held-out clips, the truth and a rollout of each arm, of the first seed."""
+    found = {}
+    for world in results.worlds():
+        arms = results.arms(world)
+        seed = min(results.seeds(world, *arms), default=None)
+        if seed is not None:
+            found[world] = of_world(plan, results, out, world, arms, seed)
+    return found
+
+
+def of_world(plan: Plan, results: Results, out: Path, world: str, arms: list[str], seed: int) -> str:
+    config = config_of(plan, Cell(world, arms[0], seed), out, plan.steps)
+    length = CONTEXT + STEPS[-1]
+    draw = np.random.default_rng(0)
+    held_out = HeldOut(config, None, world_path(out, world), length=length, count=CLIPS, draw=draw)
+    clips = held_out.clips.batch(np.sort(held_out.chosen))
+    (truth,) = video_pyramid(clips["video"], (1,), dtype=torch.float32)
+    rows = {"truth": truth[:, CONTEXT:]}
+    for arm in arms:
+        cell = Cell(world, arm, seed)
+        snapshot = snapshot_path(out, cell, results.cells[world, arm, seed]["steps"]["at"])
+        if not snapshot.is_dir():
+            return ""
+        model, _, _ = load_model(snapshot)
+        rows[arm] = rollout(model, clips["video"][:, :CONTEXT], clips["actions"], STEPS[-1])
+    figure, axes = plt.subplots(len(rows) * CLIPS, len(STEPS) + 1, figsize=(len(STEPS) + 2, len(rows) * CLIPS))
+    for clip in range(CLIPS):
+        for line, (name, frames) in enumerate(rows.items(), start=clip * len(rows)):
+            show(axes[line, 0], truth[clip, CONTEXT - 1], name)
+            for column, step in enumerate(STEPS, start=1):
+                show(axes[line, column], frames[clip, step - 1], f"+{step}" if line == 0 else "")
+    figure.tight_layout()
+    note = f"Left: the last of {CONTEXT} frames seen. Seed {seed}, {plan.steps} steps of training."
+    return f"<h3>Rollouts</h3>{picture(figure)}<p class='note'>{html.escape(note)}</p>"

@@ -1,0 +1,159 @@
+"""mfwm study: trains and evaluates the cells of a plan, several side by side, and writes what came out.
+
+The study's directory holds the recorded worlds, a directory for each cell, results.json and index.html. A study that
+was killed resumes where it was: whatever is complete is not done again, and the results are the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.collect import collect
+from ..data.place import restore
+from ..progress import Progress
+from ..training.checkpoints import Checkpoints
+from ..training.run_lock import locked
+from .cell import budgets_of, config_of, snapshot_path, world_path
+from .page import write_page
+from .plan import Cell, read_plan
+from .results import Results, write_results
+from .rollouts import rollout_pictures
+from .timing import measure_seconds
+
+# Seconds between looks at the processes.
+POLL = 0.5
+# A process that was asked to stop saves a checkpoint first.
+PATIENCE = 120.0
+
+
+@dataclass
+class Running:
+    cell: Cell
+    process: subprocess.Popen[bytes]
+
+
+class Study:
+    """A plan and the directory that it is run in."""
+
+    def __init__(self, plan_path: Path, out: Path) -> None:
+        self.plan_path, self.out = Path(plan_path), Path(out)
+        self.plan = read_plan(self.plan_path)
+
+    def record_worlds(self) -> None:
+        """Record each world that is not there yet."""
+        for name, world in self.plan.worlds.items():
+            place = world_path(self.out, name)
+            restore(place)
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                collect(out=place, **world.collect_arguments())
+
+    def time_arms(self) -> dict[str, float]:
+        """Measure the seconds of a step of each arm, on the first world."""
+        self.record_worlds()
+        world, seed = next(iter(self.plan.worlds)), self.plan.seeds[0]
+        configs = {
+            arm: config_of(self.plan, Cell(world, arm, seed), self.out, self.plan.steps) for arm in self.plan.arms
+        }
+        return measure_seconds(self.plan, configs, self.plan_path, self.out / "timing")
+
+    def run_cells(self, *, workers: int, train_only: bool) -> list[Cell]:
+        """Run all cells, `workers` at a time; returns those that failed, whose output is in their cell.log."""
+        self.record_worlds()
+        budgets = {cell: budgets_of(self.plan, cell, self.out, self.plan_path) for cell in self.plan.cells()}
+        waiting = [cell for cell in budgets if not self.is_done(cell, budgets[cell], train_only)]
+        total = sum(max(steps.values()) for steps in budgets.values())
+        done = total - sum(max(budgets[cell].values()) for cell in waiting)
+        failed: list[Cell] = []
+        running: list[Running] = []
+        with Progress("study", total, "step", done=done + sum(map(self.steps_done, waiting))) as bar, stopped(running):
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    cell = waiting.pop(0)
+                    running.append(Running(cell, self.start(cell, train_only)))
+                time.sleep(POLL)
+                for each in [each for each in running if each.process.poll() is not None]:
+                    running.remove(each)
+                    if each.process.returncode:
+                        failed.append(each.cell)
+                        bar.say(f"{each.cell} failed: see {self.log_path(each.cell)}")
+                    done += max(budgets[each.cell].values())
+                    bar.say(f"{each.cell}: done; {len(waiting) + len(running)} of {len(budgets)} cells left")
+                under_way = sum(self.steps_done(each.cell) for each in running) + sum(map(self.steps_done, waiting))
+                bar.update(max(0, done + under_way - bar.done))
+        return failed
+
+    def write(self) -> Path:
+        """Write results.json and index.html from the cells that are evaluated; returns the page's path."""
+        budgets = {cell: budgets_of(self.plan, cell, self.out, self.plan_path) for cell in self.plan.cells()}
+        results = Results(write_results(self.plan, self.plan_path, self.out, budgets))
+        return write_page(self.plan, results, self.out, rollout_pictures(self.plan, results, self.out))
+
+    def is_done(self, cell: Cell, budgets: dict[str, int], train_only: bool) -> bool:
+        places = [snapshot_path(self.out, cell, steps) for steps in budgets.values()]
+        return all((place if train_only else place / "metrics.json").exists() for place in places)
+
+    def steps_done(self, cell: Cell) -> int:
+        return Checkpoints(self.out / cell.folder / "run" / "checkpoints").latest() or 0
+
+    def log_path(self, cell: Cell) -> Path:
+        return self.out / cell.folder / "cell.log"
+
+    def start(self, cell: Cell, train_only: bool) -> subprocess.Popen[bytes]:
+        (self.out / cell.folder).mkdir(parents=True, exist_ok=True)
+        threads = str(self.plan.threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, "-m", "mfwm.study.cell", str(self.plan_path), str(self.out)]
+        command += [cell.world, cell.arm, str(cell.seed), *(["train"] if train_only else [])]
+        with open(self.log_path(cell), "ab") as log:
+            # A session of its own, so that Ctrl-C reaches it once, from here.
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+@contextmanager
+def stopped(running: list[Running]) -> Iterator[None]:
+    """Stop the cells that are still running at the end; they save a checkpoint and can be resumed."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        for each in running:
+            each.process.terminate()
+        for each in running:
+            try:
+                each.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                each.process.kill()
+        signal.signal(signal.SIGTERM, before)
+
+
+def study(plan_path: Path, out: Path, *, workers: int, train_only: bool = False) -> None:
+    """Run a plan in `out`. RuntimeError names the cells that failed, once all others are done."""
+    found = Study(plan_path, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        failed = found.run_cells(workers=workers, train_only=train_only)
+        if not train_only:
+            print(f"study: {found.write()}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} cells failed: {', '.join(map(str, failed))}")
+
+
+def time_arms(plan_path: Path, out: Path) -> dict[str, float]:
+    """Measure the seconds of a step of each arm, for the column of equal time, and write them beside the plan."""
+    found = Study(plan_path, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return found.time_arms()
