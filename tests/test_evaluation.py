@@ -319,6 +319,7 @@ def test_positions_of_objects_are_evaluated(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_allclose(measures["position_error"].mean(0), metrics["position_error"], rtol=1e-6)
     # Positions are those of the frames shown: a frame earlier or later, the balls are about three pixels away.
     assert metrics["reader_error"] < 1.5 < metrics["position_error_copy"][31]
+    assert metrics["probe"]["position"]["0"]["mae"] < metrics["probe"]["position"]["8"]["mae"]
     moving_squares(tmp_path / "squares")
     plain = replace(small_config(tmp_path / "squares"), steps=1)
     train(plain, tmp_path / "plain", progress=False)

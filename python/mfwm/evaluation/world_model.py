@@ -39,6 +39,7 @@ from .closed_loop import CONTEXT, action_ratio, can_roll_out, closed_loop, mean_
 from .distributions import likelihood_measures, likelihood_summary
 from .held_out import HeldOut, device_for_evaluation, write_metrics
 from .positions import objects_of, position_summary, positions, reader_of
+from .probes import probe
 from .tokens import check_tokens, decoder_of, token_measures, token_summary
 
 # Measurements of every clip, by name: [clips, K], [clips, steps], [clips, steps, objects], or [clips] its level.
@@ -116,6 +117,7 @@ def evaluate(
     eye = None
     if objects:
         eye = reader_of(shown, held_out.trained, seed=seed, path=reader).to(device)
+    read_out = probe(model, replay, held_out.trained, held_out.episodes, seed=seed, batch=batch)
     rolled_steps = min(steps, length - CONTEXT)
     parts: list[Measures] = []
     bar = Progress("evaluate", len(held_out.chosen), "clip", shown=progress)
@@ -149,6 +151,7 @@ def evaluate(
         **summary(measures, config.model.heads, seed, controlled=model.action is not None),
         **({} if eye is None else position_summary(measures, eye.objects, seed)),
         **({} if eye is None else {"reader_seen_levels": eye.seen(replay.episode_level[held_out.episodes])}),
+        **({} if read_out is None else {"probe": read_out}),
         "steps": step,
         "parameters": parameters_of(model),
         "frames_per_second": float(np.median(rates)),
