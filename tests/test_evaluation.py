@@ -246,8 +246,10 @@ def test_a_run_beside_another(tmp_path: Path) -> None:
     assert 0 < metrics["data_wait"] < 1
     assert metrics["drift"]["steps"] == list(range(2, 33)) and "drift" not in beside
     page = write_report(tmp_path / "run").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "http" not in page
-    assert "over the other run, dB" in page and "Drift signal" in page
+    assert page.count("data:image/png;base64,") == 6 and "http" not in page
+    assert "over the other run, dB" in page and "Drift signal" in page and "Position error" not in page
+    auroc = f"an error above the median: {metrics['drift']['auroc']:.2f}"
+    assert "action ratio" in page and auroc in page
     assert (tmp_path / "run" / "rollout.gif").stat().st_size > 1000
     # A model that is far off at every clip alike.
     measured = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -319,6 +321,10 @@ def test_positions_of_objects_are_evaluated(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_allclose(measures["position_error"].mean(0), metrics["position_error"], rtol=1e-6)
     # Positions are those of the frames shown: a frame earlier or later, the balls are about three pixels away.
     assert metrics["reader_error"] < 1.5 < metrics["position_error_copy"][31]
+    page = write_report(tmp_path / "run").read_text()
+    assert "Position error of objects" in page and "ball1" in page and "What the hidden state holds" in page
+    assert f"{metrics['position_error'][31]:.2f}</td>" in page
+    assert f"position at n + 8</td><td>{metrics['probe']['position']['8']['r2']:.3f}</td>" in page
     assert metrics["probe"]["position"]["0"]["mae"] < metrics["probe"]["position"]["8"]["mae"]
     moving_squares(tmp_path / "squares")
     plain = replace(small_config(tmp_path / "squares"), steps=1)

@@ -184,7 +184,7 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
     assert true_tokens.shape == (32,) and (true_tokens > model).all()
     assert metrics["delta_psnr_step"] == 4 and "drift" in metrics
     page = write_report(place / "run").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "bits per token" in page
+    assert page.count("data:image/png;base64,") == 5 and "bits per token" in page
     picture = iio.imread(place / "run" / "rollout.gif")[-1]
     # The rows are separated by two white lines, enlarged.
     truth, greedy, sampled = (row[:-6] for row in np.split(np.pad(picture, ((0, 6), (0, 0), (0, 0))), 3))

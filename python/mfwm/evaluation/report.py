@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfwm_kernels import arguments as check
@@ -26,11 +24,9 @@ from ..training.run_log import read_log
 from ..training.world_model import TrainingConfig, load_model
 from .closed_loop import CONTEXT
 from .held_out import HeldOut
+from .page import STYLE, as_table, between, embedded_gif, picture, plt
+from .report_rollouts import rollout_sections
 from .tokens import check_tokens, decoder_of
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 
 # How the tokens of a rollout are chosen: greedily, which can freeze, and sampled.
 TOP_K = 8
@@ -38,14 +34,8 @@ SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": TOP_K}]
 
 # Keys of metrics.json that every report needs.
 REQUIRED = ("data", "parameters", "steps", "frames_per_second", "device", "data_wait", "clips", "held_out_levels")
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-img { max-width: 100%; } table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right; }
-th { border-bottom: 1px solid #999; font-weight: 600; } td:first-child, th:first-child { text-align: left; }
-p.note { color: #57606a; }
-"""
+# And those with rollouts.
+OF_ROLLOUTS = ("rollout_steps", "gain", "gain_95", "gain_zero_step")
 
 
 def write_report(
@@ -68,11 +58,12 @@ def write_report(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: evaluate the run first")
     metrics = parsed(path.read_bytes(), str(path))
-    if missing := [name for name in REQUIRED if name not in metrics]:
+    required = (*REQUIRED, *(OF_ROLLOUTS if "rollout_psnr" in metrics else ()))
+    if missing := [name for name in required if name not in metrics]:
         raise ValueError(
             f"{path} must hold what evaluate writes, but it lacks {', '.join(missing)}: evaluate the run again"
         )
-    steps = len(metrics.get("rollout_psnr", ()))
+    steps = metrics.get("rollout_steps", 0)
     draw = np.random.default_rng(seed + 1)
     held_out = HeldOut(config, digest, data, length=config.clip, most=CONTEXT + steps, count=32, draw=draw)
     model, _, _ = load_model(run)
@@ -133,17 +124,8 @@ def write_report(
                     else ""
                 ),
             ),
-            (
-                "Quality against steps ahead",
-                picture(rollout_curves(metrics)) + rollout_table(metrics),
-                f"Closed loop, over {metrics['clips']} clips, with 95% intervals."
-                + (f" Dotted: {metrics['against']}." if metrics["against"] else ""),
-            ),
         ]
-    if metrics.get("drift", {}).get("steps"):
-        with np.load(run / "clips.npz", allow_pickle=False) as measures:
-            points = picture(drift_points(measures["drift"], measures["rollout_mse"]))
-        sections.append(("Drift signal", points + drift_sentence(metrics["drift"]), DRIFT_NOTE))
+    sections += rollout_sections(run, metrics)
     body = "".join(
         f"<h2>{html.escape(title)}</h2>{content}" + (f'<p class="note">{html.escape(note)}</p>' if note else "")
         for title, content, note in sections
@@ -238,39 +220,6 @@ def controlled_sentence(metrics: dict[str, Any]) -> str:
     )
 
 
-def between(interval: list[float], form: str) -> str:
-    low, high = interval
-    return f"{low:{form}} to {high:{form}}"
-
-
-def as_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [("th", header), *(("td", row) for row in rows)]
-    return (
-        "<table>"
-        + "".join("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>" for tag, row in lines)
-        + "</table>"
-    )
-
-
-def rollout_table(metrics: dict[str, Any]) -> str:
-    """Quality after 1, 2, 4 ... closed-loop steps, and the gain over persistence and over the other run."""
-    count = len(metrics["rollout_psnr"])
-    kinds = {"psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".3f"), "lpips": ("LPIPS", ".3f")}
-    kinds = {kind: value for kind, value in kinds.items() if f"rollout_{kind}" in metrics}
-    header, rows = ["steps ahead"], []
-    for label, _ in kinds.values():
-        header += [label, "95% interval"]
-    gains = {"rollout_gain_95": "over persistence, dB", "against_gain_95": "over the other run, dB"}
-    gains = {name: label for name, label in gains.items() if name in metrics}
-    for step in sorted({2**i for i in range(count.bit_length())} | {count}):
-        row = [str(step)]
-        for kind, (_, form) in kinds.items():
-            name = f"rollout_{kind}"
-            row += [f"{metrics[name][step - 1]:{form}}", between(metrics[f"{name}_95"][step - 1], form)]
-        rows.append(row + [between(metrics[name][step - 1], "+.2f") for name in gains])
-    return as_table([*header, *gains.values()], rows)
-
-
 def loss_curves(log: list[dict[str, Any]], names: Sequence[str], label: str, kinds: Sequence[str] = ()) -> Figure:
     """Losses that are positive, on a logarithmic axis, and beside them likelihoods, which need not be."""
     kinds = kinds or ("",) * len(names)
@@ -328,56 +277,6 @@ def rollout_strip(rows: list[Tensor]) -> Figure:
     return figure
 
 
-def rollout_curves(metrics: dict[str, Any]) -> Figure:
-    kinds = [kind for kind in ("psnr", "ssim", "lpips") if f"rollout_{kind}" in metrics]
-    figure, panels = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.2), squeeze=False)
-    steps = range(1, len(metrics["rollout_psnr"]) + 1)
-    lines = (
-        ("", "model", "-"),
-        ("persistence_", "last frame repeated", "--"),
-        ("mean_image_", "mean image of the training levels", (0, (1, 2))),
-        ("against_", "the other run", ":"),
-        ("tokenised_", "true tokens", "-."),
-    )
-    for axes, kind in zip(panels[0], kinds, strict=True):
-        for source, label, style in lines:
-            name = f"{source}rollout_{kind}"
-            if name in metrics:
-                (line,) = axes.plot(steps, metrics[name], linestyle=style, label=label)
-                low, high = np.array(metrics[f"{name}_95"]).T
-                axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        axes.set(xlabel="steps ahead", ylabel={"psnr": "PSNR, dB"}.get(kind, kind.upper()))
-    panels[0, 0].legend(frameon=False)
-    figure.tight_layout()
-    return figure
-
-
-DRIFT_NOTE = (
-    "Disagreement: distance between the far horizons' earlier predictions of a frame and the frame generated later, "
-    "which needs no ground truth. Each point is one clip at one step; rank correlations, with 95% intervals over clips."
-)
-
-
-def drift_points(drift: np.ndarray, errors: np.ndarray) -> Figure:
-    figure, axes = plt.subplots(figsize=(5.5, 3.6))
-    steps = np.broadcast_to(np.arange(1, drift.shape[1] + 1), drift.shape)
-    known = ~np.isnan(drift)
-    points = axes.scatter(drift[known], errors[known], c=steps[known], s=8, linewidths=0)
-    axes.set(xlabel="disagreement of the horizons", ylabel="true squared error", xscale="log", yscale="log")
-    figure.colorbar(points, label="steps ahead")
-    return figure
-
-
-def drift_sentence(drift: dict[str, Any]) -> str:
-    def shown(name: str) -> str:
-        if drift[name] is None:
-            return "undefined (the values are all equal)"
-        return f"{drift[name]:.2f} ({between(drift[f'{name}_95'], '.2f')})"
-
-    overall, within = shown("overall"), shown("within_step")
-    return f"<p>Correlation with the true error: {overall}; among clips at the same step: {within}.</p>"
-
-
 def show(axes: Any, picture_CHW: Tensor, title: str) -> None:
     axes.imshow(as_bytes(picture_CHW), interpolation="nearest")
     axes.set_title(title, fontsize=9)
@@ -387,17 +286,6 @@ def show(axes: Any, picture_CHW: Tensor, title: str) -> None:
 def as_bytes(picture_CHW: Tensor) -> np.ndarray:
     """uint8 [H, W, 3] from -1..1."""
     return ((picture_CHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def picture(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def embedded_gif(path: Path) -> str:
-    return f'<img alt="" src="data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def write_gif(path: Path, rows: list[Tensor], enlarge: int = 3) -> None:
