@@ -323,7 +323,7 @@ def test_positions_of_objects_are_evaluated(tmp_path: Path, monkeypatch: pytest.
     assert metrics["reader_error"] < 1.5 < metrics["position_error_copy"][31]
     page = write_report(tmp_path / "run").read_text()
     assert "Position error of objects" in page and "ball1" in page and "What the hidden state holds" in page
-    assert f"{metrics['position_error'][31]:.2f}</td>" in page
+    assert f"<td>32</td><td>{metrics['position_error'][31]:.2f}</td>" in page
     assert f"position at n + 8</td><td>{metrics['probe']['position']['8']['r2']:.3f}</td>" in page
     assert metrics["probe"]["position"]["0"]["mae"] < metrics["probe"]["position"]["8"]["mae"]
     moving_squares(tmp_path / "squares")
