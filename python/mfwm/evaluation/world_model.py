@@ -55,6 +55,7 @@ def evaluate(
     against: Path | None = None,
     lpips: Path | None = None,
     reader: Path | None = None,
+    probes: bool = True,
     steps: int = 32,
     clips: int = 96,
     batch: int = 8,
@@ -70,6 +71,7 @@ def evaluate(
     lpips: a file with the weights of LPIPS, as in mfwm.metrics.lpips; without it LPIPS is not measured.
     reader: a file for the reader of positions, which the evaluations of one data set may share: it is read if it
         exists, else trained on this run's training levels and written.
+    probes: whether to fit ridge probes to the hidden state, in sets that hold positions.
     steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
     """
     run = Path(run)
@@ -117,7 +119,9 @@ def evaluate(
     eye = None
     if objects:
         eye = reader_of(shown, held_out.trained, seed=seed, path=reader).to(device)
-    read_out = probe(model, replay, held_out.trained, held_out.episodes, seed=seed, batch=batch)
+    read_out = None
+    if probes:
+        read_out = probe(model, replay, held_out.trained, held_out.episodes, seed=seed, batch=batch)
     rolled_steps = min(steps, length - CONTEXT)
     parts: list[Measures] = []
     bar = Progress("evaluate", len(held_out.chosen), "clip", shown=progress)

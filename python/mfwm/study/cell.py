@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..data.replay import Replay
+from ..evaluation.positions import objects_of
 from ..evaluation.world_model import evaluate
 from ..training.checkpoints import Checkpoints, flush_directory
+from ..training.run_lock import locked
 from ..training.world_model import TrainingConfig, for_replay, train, training_flops
 from .plan import Cell, Plan, read_plan
 from .timing import read_seconds
 
 # Frequent enough that little is lost when a cell is killed.
 CHECKPOINT_EVERY = 100
+# Seconds to wait for a process of a killed study, which saves a checkpoint before it ends.
+PATIENCE = 120.0
 
 
 def world_path(out: Path, world: str) -> Path:
@@ -62,12 +71,19 @@ def train_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) -> No
 
 
 def evaluate_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) -> None:
-    """Evaluate the cell at each number of steps, on the same clips in all cells of a world and seed."""
+    """Evaluate the cell at each number of steps, on the same clips in all cells of a world and seed.
+
+    The hidden state is probed at equal steps only, because the probes take as long as the rest.
+    """
+    data, reader = world_path(out, cell.world), None
+    if objects_of(Replay(data)):
+        reader = out / "readers" / f"{cell.world}-{cell.seed}.safetensors"
+        reader.parent.mkdir(exist_ok=True)
     for steps in sorted(set(budgets.values())):
         snapshot = snapshot_path(out, cell, steps)
         if not (snapshot / "metrics.json").is_file():
-            reader = out / "readers" / f"{cell.world}-{cell.seed}.safetensors"
-            evaluate(snapshot, data=world_path(out, cell.world), clips=plan.clips, reader=reader, progress=False)
+            probes = steps == plan.steps
+            evaluate(snapshot, data=data, reader=reader, probes=probes, clips=plan.clips, progress=False)
 
 
 def copy_run(run: Path, snapshot: Path, steps: int) -> None:
@@ -86,15 +102,40 @@ def copy_run(run: Path, snapshot: Path, steps: int) -> None:
     flush_directory(snapshot.parent)
 
 
+def stop_with(parent: int) -> None:
+    """Stop this process as SIGTERM does, with a checkpoint, when its parent is gone: killed, it could not say so."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Lock the cell, once a process of a study that was killed has let it go."""
+    until = time.monotonic() + PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(folder))
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+        yield
+
+
 def main() -> None:
-    """python -m mfwm.study.cell PLAN OUT WORLD ARM SEED [train]: a process of `mfwm study`."""
-    plan_path, out, world, arm, seed, *only = sys.argv[1:]
+    """python -m mfwm.study.cell PARENT PLAN OUT WORLD ARM SEED [train]: a process of `mfwm study`, process PARENT."""
+    parent, plan_path, out, world, arm, seed, *only = sys.argv[1:]
+    threading.Thread(target=stop_with, args=(int(parent),), daemon=True).start()
     plan, cell = read_plan(Path(plan_path)), Cell(world, arm, int(seed))
     torch.set_num_threads(plan.threads)
-    budgets = budgets_of(plan, cell, Path(out), Path(plan_path))
-    train_cell(plan, cell, Path(out), budgets)
-    if not only:
-        evaluate_cell(plan, cell, Path(out), budgets)
+    with held(Path(out) / cell.folder):
+        budgets = budgets_of(plan, cell, Path(out), Path(plan_path))
+        train_cell(plan, cell, Path(out), budgets)
+        if not only:
+            evaluate_cell(plan, cell, Path(out), budgets)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Study:
         (self.out / cell.folder).mkdir(parents=True, exist_ok=True)
         threads = str(self.plan.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, "-m", "mfwm.study.cell", str(self.plan_path), str(self.out)]
+        command = [sys.executable, "-m", "mfwm.study.cell", str(os.getpid()), str(self.plan_path), str(self.out)]
         command += [cell.world, cell.arm, str(cell.seed), *(["train"] if train_only else [])]
         with open(self.log_path(cell), "ab") as log:
             # A session of its own, so that Ctrl-C reaches it once, from here.
