@@ -37,6 +37,8 @@ MOST_BLUR, MOST_NOISE = 1.5, 0.2
 STRIDE, MANY_PIXELS = 2, 48
 # Where the header of a reader's file holds its arguments.
 HEADER = "position_reader"
+# Pixels: how far from a coordinate that never changes an object may be drawn.
+LANE = 1.5
 # Pixels; the loss is quadratic in smaller errors, linear in larger ones.
 BEND = 0.5
 
@@ -105,10 +107,17 @@ class PositionReader(nn.Module):
         grid = torch.stack(torch.meshgrid(*places, indexing="ij")).expand(len(frames), -1, -1, -1)
         maps = self.layers(torch.cat([frames, grid], dim=1))
         rows, columns = maps.shape[2:]
-        shares = maps.flatten(2).softmax(-1).unflatten(2, (rows, columns))
-        x = shares.sum(2) @ centers(columns, width, frames.device)
-        y = shares.sum(3) @ centers(rows, height, frames.device)
+        at_x, at_y = (centers(cells, pixels, frames.device) for cells, pixels in ((columns, width), (rows, height)))
+        near = self._near(0, at_x)[:, None] + self._near(1, at_y)[:, :, None]
+        shares = (maps + near).flatten(2).softmax(-1).unflatten(2, (rows, columns))
+        x, y = shares.sum(2) @ at_x, shares.sum(3) @ at_y
         return torch.where(self.fixed.isnan(), torch.stack([x, y], dim=-1), self.fixed)
+
+    def _near(self, axis: int, places: Tensor) -> Tensor:
+        """[O, cells]: what to add to heat maps so that an object is looked for near the coordinate that it never leaves,
+        a car in its lane."""
+        distance = places - self.fixed[:, axis, None]
+        return (-0.5 * (distance / LANE).square()).nan_to_num(0.0)
 
     def seen(self, levels: np.ndarray) -> float:
         """The share of these levels that it was trained on."""
