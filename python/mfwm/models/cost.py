@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ class Cost(NamedTuple):
     head_flops: float
 
 
+# A study asks for the same few configs once per cell, and each takes half a second.
+@functools.cache
 def cost_of(config: WorldModelConfig) -> Cost:
     """Count by running the model on meta tensors: two FLOPs per product, attention with all pairs, also masked ones."""
     T = config.context
