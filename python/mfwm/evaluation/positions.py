@@ -114,8 +114,8 @@ class PositionReader(nn.Module):
         return torch.where(self.fixed.isnan(), torch.stack([x, y], dim=-1), self.fixed)
 
     def _near(self, axis: int, places: Tensor) -> Tensor:
-        """[O, cells]: what to add to heat maps so that an object is looked for near the coordinate that it never leaves,
-        a car in its lane."""
+        """[O, cells]: what to add to heat maps to look for an object near the coordinate that it keeps, as a car in its
+        lane does."""
         distance = places - self.fixed[:, axis, None]
         return (-0.5 * (distance / LANE).square()).nan_to_num(0.0)
 
