@@ -7,6 +7,7 @@ cell that was killed resumes where it was.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -40,11 +41,17 @@ def world_path(out: Path, world: str) -> Path:
     return out / "worlds" / world
 
 
+# Opened once, because a study asks for every cell.
+@functools.cache
+def recorded(data: Path) -> Replay:
+    return Replay(data)
+
+
 def config_of(plan: Plan, cell: Cell, out: Path, steps: int) -> TrainingConfig:
     """The config of a cell's run."""
     data = world_path(out, cell.world)
     config = replace(plan.training_config(cell.arm), data=str(data), seed=cell.seed, steps=steps)
-    return for_replay(config, Replay(data))
+    return for_replay(config, recorded(data))
 
 
 def budgets_of(plan: Plan, cell: Cell, out: Path, plan_path: Path) -> dict[str, int]:
@@ -76,7 +83,7 @@ def evaluate_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) ->
     The hidden state is probed at equal steps only, because the probes take as long as the rest.
     """
     data, reader = world_path(out, cell.world), None
-    if objects_of(Replay(data)):
+    if objects_of(recorded(data)):
         reader = out / "readers" / f"{cell.world}-{cell.seed}.safetensors"
         reader.parent.mkdir(exist_ok=True)
     for steps in sorted(set(budgets.values())):

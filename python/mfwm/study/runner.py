@@ -68,7 +68,7 @@ class Study:
     def run_cells(self, *, workers: int, train_only: bool) -> list[Cell]:
         """Run all cells, `workers` at a time; returns those that failed, whose output is in their cell.log."""
         self.record_worlds()
-        budgets = {cell: budgets_of(self.plan, cell, self.out, self.plan_path) for cell in self.plan.cells()}
+        budgets = self.budgets()
         waiting = [cell for cell in budgets if not self.is_done(cell, budgets[cell], train_only)]
         total = sum(max(steps.values()) for steps in budgets.values())
         done = total - sum(max(budgets[cell].values()) for cell in waiting)
@@ -91,9 +91,17 @@ class Study:
                 bar.update(max(0, done + under_way - bar.done))
         return failed
 
+    def budgets(self) -> dict[Cell, dict[str, int]]:
+        """The steps of each column of every cell; seeds do not change them."""
+        found: dict[tuple[str, str], dict[str, int]] = {}
+        for cell in self.plan.cells():
+            if (cell.world, cell.arm) not in found:
+                found[cell.world, cell.arm] = budgets_of(self.plan, cell, self.out, self.plan_path)
+        return {cell: found[cell.world, cell.arm] for cell in self.plan.cells()}
+
     def write(self) -> Path:
         """Write results.json and index.html from the cells that are evaluated; returns the page's path."""
-        budgets = {cell: budgets_of(self.plan, cell, self.out, self.plan_path) for cell in self.plan.cells()}
+        budgets = self.budgets()
         results = Results(write_results(self.plan, self.plan_path, self.out, budgets))
         return write_page(self.plan, results, self.out, rollout_pictures(self.plan, results, self.out))
 
