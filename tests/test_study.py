@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 from mfwm.study.plan import Cell, merged, read_plan
 from mfwm.study.results import Results, rounded
 from mfwm.study.statistics import difference, holm, seeds_needed
+from mfwm.study.timing import measure_seconds, read_seconds, seconds_path
+from small_run import moving_squares, small_config
 
 PLAN = """
 title = "A small study"
@@ -88,6 +91,32 @@ def test_the_other_columns_give_an_arm_what_the_named_one_costs(plan_path: Path)
     costs = {"flops": {"noise": 2.0, "cascade": 3.0}, "time": {"noise": 4.0, "cascade": 3.0}}
     assert plan.budgets("noise", costs) == {"steps": 6, "flops": 9, "time": 4}
     assert plan.budgets("cascade", costs) == {"steps": 6, "flops": 6, "time": 6}
+
+
+def test_arms_and_worlds_may_be_restricted(plan_path: Path) -> None:
+    text = PLAN.replace('title = "cascade"', 'title = "cascade"\nworlds = ["balls"]')
+    moon = '[worlds.moon]\nenv = "balls"\nframes = 100\nseeds = [1]\n'
+    plan_path.write_text(text.replace("[train]\n", moon + "\n[train]\n", 1))
+    assert [str(cell) for cell in read_plan(plan_path).cells()] == [
+        "balls/noise/0", "balls/cascade/0", "balls/noise/1", "balls/cascade/1", "moon/noise/1",
+    ]  # fmt: skip
+    plan_path.write_text(text.replace("[train]\n", moon + 'arms = ["cascade"]\n\n[train]\n', 1))
+    assert not [cell for cell in read_plan(plan_path).cells() if cell.world == "moon"]
+
+
+def test_arms_that_were_timed_keep_their_seconds(plan_path: Path, tmp_path: Path) -> None:
+    plan, path = read_plan(plan_path), seconds_path(plan_path)
+    moving_squares(tmp_path / "data")
+    small = small_config(tmp_path / "data")
+    path.write_text(json.dumps({"seconds": {"noise": 1000.0}}))
+    with pytest.raises(ValueError, match="time the plan again"):
+        read_seconds(plan, plan_path)
+    configs = {"noise": small, "cascade": replace(small, rollout_loss=4)}
+    measure_seconds(plan, configs, plan_path, tmp_path / "scratch")
+    seconds = read_seconds(plan, plan_path)
+    assert seconds is not None and seconds["noise"] == 1000.0
+    # Four passes in place of one, in units of the arm that was timed before.
+    assert 1500 < seconds["cascade"] < 8000
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,13 @@ class World:
     frame_skip: int = 1
     field: bool = False
     balls: Balls | None = None
+    arms: tuple[str, ...] | None = None
+    """The arms that are trained on this world; None: all."""
+    seeds: tuple[int, ...] | None = None
+    """The seeds on this world, among those of the plan; None: all."""
 
     def collect_arguments(self) -> dict[str, Any]:
-        names = [f.name for f in dataclasses.fields(self) if f.name != "title"]
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("title", "arms", "seeds")]
         return {name: getattr(self, name) for name in names}
 
 
@@ -84,7 +88,7 @@ class Arm:
     worlds: tuple[str, ...] | None = None
     """The worlds that this arm is trained on; None: all."""
     seeds: tuple[int, ...] | None = None
-    """The seeds of this arm; None: those of the plan."""
+    """The seeds of this arm, among those of the plan; None: all."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +161,21 @@ class Plan:
             if unknown := sorted(set(arm.worlds or ()) - set(self.worlds)):
                 raise ValueError(f"arms.{name}.worlds must name worlds of {', '.join(self.worlds)}, got {unknown}")
             self.training_config(name)
+        for name, world in self.worlds.items():
+            if unknown := sorted(set(world.arms or ()) - set(self.arms)):
+                raise ValueError(f"worlds.{name}.arms must name arms of {', '.join(self.arms)}, got {unknown}")
 
     def cells(self) -> list[Cell]:
         """All cells: every arm of a world and seed before the next seed, so that a study that stops early is paired."""
         return [
-            Cell(world, name, seed)
-            for seed in sorted({seed for arm in self.arms.values() for seed in arm.seeds or self.seeds})
-            for world in self.worlds
+            Cell(place, name, seed)
+            for seed in self.seeds
+            for place, world in self.worlds.items()
             for name, arm in self.arms.items()
-            if world in (arm.worlds or self.worlds) and seed in (arm.seeds or self.seeds)
+            if place in (arm.worlds or self.worlds)
+            and name in (world.arms or self.arms)
+            and seed in (arm.seeds or self.seeds)
+            and seed in (world.seeds or self.seeds)
         ]
 
     def training_config(self, arm: str) -> TrainingConfig:

@@ -46,7 +46,13 @@ def measure_seconds(plan: Plan, configs: dict[str, TrainingConfig], plan_path: P
     """Time a step of every arm, one after another in each round, and write the medians beside the plan.
 
     On a CPU it is processor time per thread, which other processes disturb little; on a GPU it is wall time.
+    Arms that have been timed before keep their seconds, by which their cells were trained; new ones are timed beside
+    the first of those, and scaled by what it takes now.
     """
+    path = seconds_path(plan_path)
+    known = parsed(path.read_bytes(), str(path))["seconds"] if path.is_file() else {}
+    first = next(iter(known), None)
+    configs = {arm: config for arm, config in configs.items() if arm not in known or arm == first}
     torch.set_num_threads(plan.threads)
     runs: dict[str, Any] = {}
     for arm, config in configs.items():
@@ -67,7 +73,9 @@ def measure_seconds(plan: Plan, configs: dict[str, TrainingConfig], plan_path: P
     for trainer, *_ in runs.values():
         trainer.__exit__(None, None, None)
     seconds = {arm: statistics.median(times[2:]) for arm, times in rounds.items()}
+    scale = 1.0 if first is None else known[first] / seconds[first]
+    seconds = {**{arm: scale * value for arm, value in seconds.items()}, **known}
     device = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {plan.threads} threads"
     found = {"seconds": seconds, "device": device, "torch": torch.__version__}
-    write_atomically(seconds_path(plan_path), json.dumps(found, indent=2).encode())
+    write_atomically(path, json.dumps(found, indent=2).encode())
     return seconds
