@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest $(if $(CI),--durations=25)
 SHARED := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTEST) -n $(WORKERS) --dist worksteal -p no:benchmark
 COSTLY := interpreter or compile or emulator or aot or process or slow
 
-.PHONY: setup demo lint quick test bench prebuild clean
+.PHONY: setup demo lint quick test bench prebuild study-packages clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,13 @@ prebuild: setup
 	$(BIN)/cmake --build build/objects --target mfwm_cpu mfwm_cuda
 	$(BIN)/cmake --install build/objects --component objects --prefix build/prebuilt
 	find csrc CMakeLists.txt -type f -exec sha256sum {} + >build/prebuilt/sources
+
+# What benchmarks/gpu_study.sh needs beside torch, for a machine without network.
+STUDY_PYTHON ?= 3.12
+study-packages: setup
+	rm -rf build/study
+	$(BIN)/python -m pip download --quiet --dest build/study --no-deps --only-binary=:all: --python-version $(STUDY_PYTHON) \
+	  -c constraints.txt -r benchmarks/study/packages.txt
 
 clean:
 	rm -rf build dist *.egg-info mfwm_kernels/_native*.so
