@@ -13,7 +13,7 @@ from .plan import BUDGETS, Plan
 from .results import Results
 from .statistics import Difference, holm, seeds_needed
 
-TITLES = {"steps": "equal steps", "flops": "equal FLOPs", "time": "equal time"}
+TITLES = {"steps": "Equal steps", "flops": "Equal FLOPs", "time": "Equal time"}
 
 
 def write_page(plan: Plan, results: Results, out: Path, rollouts: dict[str, str]) -> Path:
@@ -23,7 +23,7 @@ def write_page(plan: Plan, results: Results, out: Path, rollouts: dict[str, str]
         title = plan.worlds[world].title or world
         content = curves(plan, results, world)
         content += "".join(
-            f"<h3>{TITLES[column].capitalize()}</h3>{arms_table(plan, results, world, column)}"
+            f"<h3>{TITLES[column]}</h3>{arms_table(plan, results, world, column)}"
             for column in results.columns()
         )
         sections.append((title, content + rollouts.get(world, "")))
