@@ -200,6 +200,27 @@ FAULTS = [
         "tests/test_model.py -k 'causality or frames_chain'",
     ),
     Fault(
+        "the placebo's far horizons reach the trunk", "model", "python/mfwm/models/world_model.py",
+        "hidden = hidden.detach()", "hidden = hidden.clone()",
+        "tests/test_training_options.py -k placebo_gives",
+    ),
+    Fault(
+        "noisy frames are the targets of changes", "model", "python/mfwm/models/heads.py",
+        "differences = [a - b for", "differences = [b - a for",
+        "tests/test_training_options.py -k context_noise_changes",
+    ),
+    Fault(
+        "frames are fed back across episodes", "model", "python/mfwm/training/world_model.py",
+        "inside = segment_ids[:, 1 : count + 1] == segment_ids[:, :count]",
+        "inside = segment_ids[:, :count] == segment_ids[:, :count]",
+        "tests/test_training_options.py -k rollout_loss_sees",
+    ),
+    Fault(
+        "annealed weights stay", "model", "python/mfwm/training/world_model.py",
+        "return [1.0 if rank == 0 else 1 - progress for", "return [1.0 if rank == 0 else 1.0 for",
+        "tests/test_training_options.py -k schedule",
+    ),
+    Fault(
         "the weights of horizons are ignored", "model", "python/mfwm/models/heads.py",
         "weights: Any = config.horizon_weights if", "weights: Any = None if",
         "tests/test_model.py -k weighted_as_configured",
@@ -288,11 +309,11 @@ FAULTS = [
     ),
     Fault(
         "levels that were trained on are measured", "evaluation", "python/mfwm/evaluation/held_out.py",
-        "_, self.episodes = split_levels(", "self.episodes, _ = split_levels(",
+        "self.trained, self.episodes = split_levels(", "self.episodes, self.trained = split_levels(",
         "tests/test_evaluation.py -k held_out_clips",
     ),
     Fault(
-        "persistence knows the frame to come", "evaluation", "python/mfwm/evaluation/world_model.py",
+        "persistence knows the frame to come", "evaluation", "python/mfwm/evaluation/closed_loop.py",
         "persistence = truth[:, CONTEXT - 1 : CONTEXT]", "persistence = truth[:, CONTEXT : CONTEXT + 1]",
         "tests/test_evaluation.py -k rollouts_are_measured",
     ),

@@ -23,8 +23,7 @@ def write_page(plan: Plan, results: Results, out: Path, rollouts: dict[str, str]
         title = plan.worlds[world].title or world
         content = curves(plan, results, world)
         content += "".join(
-            f"<h3>{TITLES[column]}</h3>{arms_table(plan, results, world, column)}"
-            for column in results.columns()
+            f"<h3>{TITLES[column]}</h3>{arms_table(plan, results, world, column)}" for column in results.columns()
         )
         sections.append((title, content + rollouts.get(world, "")))
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
