@@ -66,28 +66,50 @@ def write_or_compare(config: Any, run: Path, digest: str | None, *, begun: bool)
     begun: whether the run has a log or checkpoints; one that has neither may start again with another config.
     """
     path = run / NAME
-    given = json.loads(json.dumps(dataclasses.asdict(config)))
     if begun and path.exists():
-        tree, old_digest = read_tree(path)
-        old, new = dict(flattened(tree)), dict(flattened(given))
-        for name in {**old, **new}:
-            if name == "data" and old_digest is not None and digest is not None:
-                if old_digest != digest:
-                    raise ValueError(
-                        f"data is {new[name]}, but the run in {run} was started with another data set, which was in "
-                        f"{old.get(name)}; choose another --out"
-                    )
-            elif name not in MAY_CHANGE and old.get(name) != new.get(name):
-                if name not in old or name not in new:
-                    raise ValueError(
-                        f"only {'this config' if name in new else f'the run in {run}'} has the option {name}: the run "
-                        f"in {run} is of another kind or of another version; choose another --out"
-                    )
+        compare(config, run, digest)
+    given = {**dataclasses.asdict(config), DIGEST: digest}
+    write_atomically(path, json.dumps(given, indent=2).encode())
+
+
+def compare(config: Any, run: Path, digest: str | None) -> None:
+    """ValueError where the run's config differs from `config` in an option that the result depends on.
+
+    An option that the run's config lacks, because it was added later, had its default. digest as in write_or_compare.
+    """
+    given = json.loads(json.dumps(dataclasses.asdict(config)))
+    tree, old_digest = read_tree(run / NAME)
+    old, new = dict(flattened(completed(type(config), tree))), dict(flattened(given))
+    for name in {**old, **new}:
+        if name == "data" and old_digest is not None and digest is not None:
+            if old_digest != digest:
                 raise ValueError(
-                    f"{name} is {new.get(name)!r}, but the run in {run} was started with {old.get(name)!r}; "
-                    "choose another --out"
+                    f"data is {new[name]}, but the run in {run} was started with another data set, which was in "
+                    f"{old.get(name)}; choose another --out"
                 )
-    write_atomically(path, json.dumps({**given, DIGEST: digest}, indent=2).encode())
+        elif name not in MAY_CHANGE and old.get(name) != new.get(name):
+            if name not in old or name not in new:
+                raise ValueError(
+                    f"only {'this config' if name in new else f'the run in {run}'} has the option {name}: the run "
+                    f"in {run} is of another kind or of another version; choose another --out"
+                )
+            raise ValueError(
+                f"{name} is {new.get(name)!r}, but the run in {run} was started with {old.get(name)!r}; "
+                "choose another --out"
+            )
+
+
+def completed(kind: type[Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a config with the defaults of the options that it lacks."""
+    found, hints = dict(tree), get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if field.name not in found:
+            if field.default is not dataclasses.MISSING:
+                found[field.name] = json.loads(json.dumps(field.default))
+        elif dataclasses.is_dataclass(hint) and isinstance(found[field.name], dict):
+            found[field.name] = completed(hint, found[field.name])  # type: ignore[arg-type]
+    return found
 
 
 def as_lines(config: Any) -> str:
@@ -124,7 +146,21 @@ def read_tree(path: Path) -> tuple[dict[str, Any], str | None]:
     digest = tree.pop(DIGEST, None)
     if digest is not None and not isinstance(digest, str):
         raise ValueError(f"{path}: {DIGEST} must be text, got {digest!r}")
-    return tree, digest
+    return with_equal_weights(tree), digest
+
+
+def with_equal_weights(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with weights of 1 in place of None, if it was written when that was their default.
+
+    Options that came with the decaying weights tell: such a tree lacks weight_schedule.
+    """
+    model = tree.get("model")
+    heads = model.get("heads") if isinstance(model, dict) and "weight_schedule" not in tree else None
+    horizons = heads.get("horizons") if isinstance(heads, dict) and heads.get("weights") is None else None
+    if not isinstance(horizons, dict) or not isinstance(horizons.get("offsets"), list):
+        return tree
+    heads = {**heads, "weights": [1.0] * len(horizons["offsets"])}  # type: ignore[dict-item]
+    return {**tree, "model": {**model, "heads": heads}}  # type: ignore[dict-item]
 
 
 def parsed(content: bytes | str, place: str) -> dict[str, Any]:
