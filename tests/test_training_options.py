@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from mfwm import HeadsConfig, WorldModelConfig
 from mfwm.evaluation import evaluate
 from mfwm.models.world_model import WorldModel
@@ -61,10 +63,13 @@ def stepped(config: TrainingConfig) -> tuple[float, dict[str, Tensor], dict[str,
     return total.item(), figures, {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("consistency", (None, (0.0, 0.3, 0.3)))
 @pytest.mark.parametrize("tap", (None, 1))
-def test_the_placebo_gives_the_trunk_the_gradient_of_the_next_frame(tap: int | None) -> None:
+def test_the_placebo_gives_the_trunk_the_gradient_of_the_next_frame(
+    tap: int | None, consistency: tuple[float, ...] | None
+) -> None:
     """Bit for bit; and the far heads learn what they would."""
-    far_heads = replace(CASCADE, tap=tap)
+    far_heads = replace(CASCADE, tap=tap, consistency=consistency)
     _, _, alone = stepped(config_of(NEXT_FRAME))
     _, _, placebo = stepped(config_of(far_heads, far_gradient=False))
     _, _, joint = stepped(config_of(far_heads))
@@ -76,17 +81,32 @@ def test_the_placebo_gives_the_trunk_the_gradient_of_the_next_frame(tap: int | N
     # The far horizons would have changed it, and their heads get the same gradient either way.
     assert any(not torch.equal(joint[name], alone[name]) for name in trunk)
     far = [name for name in joint if ".heads.heads.2." in name or ".heads.blocks.2." in name]
-    assert far and all(torch.equal(placebo[name], joint[name]) for name in far)
+    assert far
+    for name in far:
+        if consistency is None:
+            assert torch.equal(placebo[name], joint[name]), name
+        # The near prediction, which they are compared with, is computed apart and so rounded otherwise.
+        torch.testing.assert_close(placebo[name], joint[name], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(
     "options",
-    ({"attend": "inputs"}, {"conditioning": "frames"}, {"weighting": "gradients"}, {"surgery": True}),
+    (
+        {"attend": "inputs"},
+        {"conditioning": "frames"},
+        {"weighting": "gradients"},
+        {"surgery": True},
+        {"consistency": (0.0, 0.3, 0.3), "detach": None},
+        {"consistency": (0.0, 0.3, 0.3), "detach": "far"},
+    ),
 )
 def test_the_placebo_is_refused_where_horizons_reach_the_trunk_otherwise(options: dict[str, object]) -> None:
-    config = config_of(replace(CASCADE, **options), far_gradient=False)  # type: ignore[arg-type]
+    heads = replace(CASCADE, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="far_gradient must be True"):
-        stepped(config)
+        config_of(heads, far_gradient=False)
+    model, clips = objective(config_of(heads)).model, clips_of(config_of(heads))
+    with pytest.raises(ValueError, match="far_gradient must be True"):
+        model(clips["video"], clips["actions"], clips["segment_ids"], far_gradient=False)
 
 
 @pytest.mark.parametrize("heads", (CASCADE, TOKENS, replace(CASCADE, tap=1)), ids=("pixels", "tokens", "tap"))
@@ -242,6 +262,36 @@ def test_a_schedule_scales_consistency_by_its_far_horizon() -> None:
     assert total.item() == pytest.approx(0.5 * 0.3 * figures["consistency"][1].item(), rel=1e-5)
 
 
+def test_a_horizon_without_targets_costs_no_uncertainty() -> None:
+    """Its s_i would fall for ever: nothing but its cost depends on it."""
+    clips = clips_of(config_of(CASCADE))
+    clips = {name: values[:, :4] for name, values in clips.items()}
+    for options in ({}, {"weight_schedule": "anneal", "steps": 10}):
+        made = objective(config_of(replace(CASCADE, weighting="uncertainty"), **options))
+        total, _ = made(clips)
+        total.backward()
+        gradient = made.model.heads.uncertainty.log_variance.grad  # type: ignore[union-attr]
+        assert gradient[2] == 0 and gradient[0] != 0 and gradient[1] != 0  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_a_schedule_is_compiled_once() -> None:
+    """And gives in each step what it gives uncompiled."""
+    heads = replace(CASCADE, blocks=None)
+    config = config_of(heads, weight_schedule="anneal", steps=10)
+    plain, compiled = objective(config), objective(config)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled.compile(backend=counter)
+    for step in range(4):
+        losses = []
+        for made in (plain, compiled):
+            made.begin_step(step)
+            losses.append(made(clips_of(config))[0])
+        assert torch.equal(*losses)
+    assert counter.frame_count == 1
+
+
 def test_factors_of_the_schedules() -> None:
     offsets = (1, 2, 4, 8)
     assert far_factors("constant", offsets, 0.3) == [1, 1, 1, 1]
@@ -272,9 +322,38 @@ def test_far_weights_decay_by_default() -> None:
         (HeadsConfig(Horizons((2,), (1,))), {"rollout_loss": 2}, "rollout_loss above 1 feeds back"),
         (replace(CASCADE, surgery=True), {"rollout_loss": 2}, "rollout_loss must be 1"),
         (CASCADE, {"weight_schedule": "shrink"}, "weight_schedule must be"),
-        (TOKENS, {"context_noise": 0.1}, "tokens"),
+        (TOKENS, {"context_noise": 0.1}, "context_noise must be 0 for tokens"),
+        (CASCADE, {"far_gradient": "no"}, "far_gradient must be"),
+        (replace(CASCADE, weighting="gradients"), {"weight_schedule": "anneal"}, 'must be "constant" with weighting'),
     ),
 )
 def test_malformed_options_are_named(heads: HeadsConfig, options: dict[str, object], rule: str) -> None:
-    with pytest.raises(ValueError, match=rule):
+    with pytest.raises((ValueError, TypeError), match=rule):
         config_of(heads, **options)
+
+
+def test_a_run_from_before_these_options_is_read_and_resumed(tmp_path: Path) -> None:
+    """Its weights were ones where it gave none, and it ends as it would have."""
+    moving_squares(tmp_path / "data")
+    small = small_config(tmp_path / "data")
+    heads = replace(small.model.heads, weights=(1.0, 1.0, 1.0))
+    config = replace(small, steps=6, model=replace(small.model, heads=heads))
+    whole = train(config, tmp_path / "whole", progress=False)
+    train(config, tmp_path / "run", progress=False, stop_after=3)
+    path = tmp_path / "run" / "config.json"
+    tree = json.loads(path.read_text())
+    for name in ("context_noise", "rollout_loss", "weight_schedule", "far_gradient"):
+        del tree[name]
+    del tree["model"]["noise_condition"]
+    tree["model"]["heads"]["weights"] = None
+    path.write_text(json.dumps(tree))
+
+    assert load_model(tmp_path / "run")[1] == config
+    decayed = replace(heads, weights=None)
+    with pytest.raises(ValueError, match=r"model.heads.weights is None, but .* was started with \[1.0, 1.0, 1.0\]"):
+        train(replace(config, model=replace(small.model, heads=decayed)), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match=r"rollout_loss is 2, but .* was started with 1"):
+        train(replace(config, rollout_loss=2), tmp_path / "run", progress=False)
+    resumed = train(config, tmp_path / "run", progress=False)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)

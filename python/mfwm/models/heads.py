@@ -272,7 +272,8 @@ class MultiFrameHeads(Branches):
             loss = HorizonLoss(*loss[:6], tuple(ids.flatten(2, 3) for ids in loss.predictions))
         if self.uncertainty is None:
             return loss
-        cost = self.uncertainty.cost(loss.counts > 0 if shares is None else shares.diagonal())
+        counted = loss.counts > 0
+        cost = self.uncertainty.cost(counted if shares is None else counted * shares.diagonal())
         return HorizonLoss(loss.total + cost, *loss[1:])
 
     def _check_loss(self, low_tokens: Any, token_mask: Any, return_predictions: Any, shares: Any) -> None:

@@ -352,7 +352,7 @@ class WorldModel(nn.Module):
         inputs = self.embedded(video[:, :frames], taken, None if token_mask is None else token_mask[:, :frames], noise)
         hidden, near_hidden = self.trunk(inputs[:, :positions], segments)
         if not far_gradient:
-            self._check_far_gradient()
+            check_far_gradient(self.config.heads)
             near_hidden = hidden if near_hidden is None else near_hidden
             hidden = hidden.detach()
         return {
@@ -363,16 +363,21 @@ class WorldModel(nn.Module):
             "segment_ids": segment_ids,
         }
 
-    def _check_far_gradient(self) -> None:
-        """ValueError where far horizons reach the trunk by another way than the hidden state that they share."""
-        heads = self.config.heads
-        balanced = heads.weighting == "gradients" or heads.surgery
-        if balanced or heads.conditioning == "frames" or heads.attend == "inputs":
-            raise ValueError(
-                'far_gradient must be True with conditioning "frames" and attend "inputs", whose horizons reach the '
-                'trunk by its inputs too, and with weighting "gradients" and surgery, which balance gradients of the '
-                f"trunk; got {heads.conditioning!r}, {heads.attend!r}, {heads.weighting!r} and {heads.surgery}"
-            )
+
+def check_far_gradient(heads: HeadsConfig) -> None:
+    """ValueError where far horizons reach the trunk by another way than the hidden state that they share."""
+    balanced = heads.weighting == "gradients" or heads.surgery
+    if balanced or heads.conditioning == "frames" or heads.attend == "inputs":
+        raise ValueError(
+            'far_gradient must be True with conditioning "frames" and attend "inputs", whose horizons reach the '
+            'trunk by its inputs too, and with weighting "gradients" and surgery, which balance gradients of the '
+            f"trunk; got {heads.conditioning!r}, {heads.attend!r}, {heads.weighting!r} and {heads.surgery}"
+        )
+    if heads.consistency is not None and heads.detach != "near":
+        raise ValueError(
+            'far_gradient must be True with consistency unless detach is "near": far horizons would reach the trunk '
+            f"through the near one; got detach {heads.detach!r}"
+        )
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from ..data.replay import Replay
 from ..metrics.quality import psnr
 from ..models.cost import cost_of
 from ..models.maskgit import training_mask
-from ..models.world_model import WorldModel, WorldModelConfig
+from ..models.world_model import WorldModel, WorldModelConfig, check_far_gradient
 from .run_config import read
 from .trainer import Objective, TrainerConfig, load_trained, train_on_replay
 from .validation import prediction_strips, validation_figures
@@ -55,10 +55,22 @@ class TrainingConfig(TrainerConfig):
         super().__post_init__()
         check.number("context_noise", self.context_noise, least=0)
         check.integer("rollout_loss", self.rollout_loss, least=1)
+        check.flag("far_gradient", self.far_gradient)
+        if self.context_noise and self.model.heads.output == "tokens":
+            raise ValueError(
+                f"context_noise must be 0 for tokens, which no Gaussian noise is added to, got {self.context_noise}"
+            )
         if self.context_noise and not self.model.noise_condition:
             object.__setattr__(self, "model", replace(self.model, noise_condition=True))
         if self.rollout_loss > 1:
             check_rollout_loss(self.model)
+        if not self.far_gradient:
+            check_far_gradient(self.model.heads)
+        if self.weight_schedule != "constant" and self.model.heads.weighting == "gradients":
+            raise ValueError(
+                f'weight_schedule must be "constant" with weighting "gradients", which gives each horizon its share of '
+                f"the gradient whatever its loss is scaled by; got {self.weight_schedule!r}"
+            )
         shortest = max(5, 1 + min(self.model.heads.horizons.offsets))
         if self.clip < shortest:
             raise ValueError(f"clip must be >= {shortest} (four frames to see and one to roll out), got {self.clip}")
@@ -70,6 +82,8 @@ class TrainingConfig(TrainerConfig):
 
 class WorldModelLoss(Objective):
     """The multi-frame loss of a world model. The options, and `steps`, are those of TrainingConfig."""
+
+    factors: Tensor
 
     def __init__(
         self,
@@ -84,14 +98,18 @@ class WorldModelLoss(Objective):
         super().__init__()
         self.model = model
         self.context_noise, self.rollout_loss, self.far_gradient = context_noise, rollout_loss, far_gradient
-        self.weight_schedule, self.steps, self.step = weight_schedule, steps, 0
+        self.weight_schedule, self.steps = weight_schedule, steps
         heads = model.config.heads
+        # A tensor, because torch.compile would compile a new graph for each new number.
+        self.register_buffer("factors", torch.ones(len(heads.horizons)), persistent=False)
         # Losses of different kinds are in different units: viewers show "2_gaussian" beside "1".
         labels = zip(heads.horizons.labels, heads.kinds, strict=True)
         self.names = [label if kind == "mse" else f"{label}_{kind}" for label, kind in labels]
 
     def begin_step(self, step: int) -> None:
-        self.step = step
+        if self.weight_schedule != "constant":
+            offsets = self.model.config.heads.horizons.offsets
+            self.factors.copy_(torch.tensor(far_factors(self.weight_schedule, offsets, step / self.steps)))
 
     def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         video, found = clips["video"], {}
@@ -113,7 +131,7 @@ class WorldModelLoss(Objective):
         return positions_that_count(config.heads.horizons, segments, config.context, mask)
 
     def forward(self, clips: dict[str, Tensor], shares: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        scheduled = self._scheduled(shares, clips["video"].device)
+        scheduled = self._scheduled(shares)
         if self.rollout_loss == 1:
             seen = self._noisy(clips, clips["video"]) if self.context_noise else None
             loss = self.model(
@@ -161,14 +179,11 @@ class WorldModelLoss(Objective):
         (pixels,) = video_pyramid(frames, (1,), dtype=torch.float32)
         return pixels + clips["noise"].view(-1, 1, 1, 1, 1) * clips["noise_on_frames"]
 
-    def _scheduled(self, shares: Tensor | None, device: torch.device) -> Tensor | None:
+    def _scheduled(self, shares: Tensor | None) -> Tensor | None:
         """The shares times the factors of this step's weights; a pair for consistency has those of its far horizon."""
         if self.weight_schedule == "constant":
             return shares
-        heads = self.model.config.heads
-        factors = far_factors(self.weight_schedule, heads.horizons.offsets, self.step / self.steps)
-        scale = torch.tensor(factors, dtype=torch.float32, device=device).expand(len(factors), -1)
-        return scale if shares is None else shares * scale
+        return self.factors.expand(len(self.factors), -1) * (1 if shares is None else shares)
 
     def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         # Pictures first: the backward in validation_figures makes FSDP release the gathered weights.
