@@ -137,6 +137,7 @@ def written_out() -> Iterator[None]:
         video: Tensor,
         horizons: Horizons,
         *,
+        horizon_weights: Sequence[float],
         consistency_weights: Any,
         patch_sizes: Any,
         residual: bool,
@@ -150,7 +151,8 @@ def written_out() -> Iterator[None]:
         assert kind == "mse" and not residual and not beta and not motion_gain
         assert all(value is None for value in rest.values())
         weights = consistency_weights or [0.0] * len(preds)
-        (total,) = rivals.multi_horizon_loss(list(preds), video, horizons, weights, patch_sizes)
+        options: dict[str, Any] = {"patch_sizes": patch_sizes, "horizon_weights": horizon_weights}
+        (total,) = rivals.multi_horizon_loss(list(preds), video, horizons, weights, **options)
         return HorizonLoss(total, *(torch.empty(0),) * 4)
 
     def video_pyramid(video: Tensor, factors: Any, *, patch_sizes: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:

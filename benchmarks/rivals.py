@@ -8,7 +8,7 @@ the sizes use exist.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,7 @@ def multi_horizon_loss(
     patch_sizes: tuple[int, ...] | None = None,
     kind: str = "mse",
     grid: tuple[int, int] | None = None,
+    horizon_weights: Sequence[float] | None = None,
 ) -> Outputs:
     compare = {"mse": F.mse_loss, "l1": F.l1_loss}[kind]
     if grid is not None:
@@ -115,7 +116,8 @@ def multi_horizon_loss(
             goal = _patches(goal, patch_sizes[i])
             images[-1] = _image(pred.float(), patch_sizes[i], channels, height // factor, width // factor)
         inside = min(positions, frames - offset)
-        total = total + compare(pred[:, :inside].float(), goal[:, offset : offset + inside])
+        weight = 1.0 if horizon_weights is None else horizon_weights[i]
+        total = total + weight * compare(pred[:, :inside].float(), goal[:, offset : offset + inside])
     for j in range(1, len(preds) if consistency_weights is not None else 0):
         apart = horizons.offsets[j] - horizons.offsets[0]
         inside = min(positions - apart, frames - horizons.offsets[j])

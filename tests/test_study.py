@@ -212,7 +212,7 @@ def test_a_study_killed_ten_times_ends_with_the_same_results(plan_path: Path, tm
             command(other, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(rng.uniform(3, 12))
+            process.wait(rng.uniform(2, 7))
             break
         except subprocess.TimeoutExpired:
             kill(process, cells_too=kills % 2 == 0)

@@ -341,7 +341,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     ("changes", "message"),
     [
         ({"clip": 4}, r"clip must be >= 5 .* got 4"),
-        ({"schedule": "linear"}, "schedule must be one of 'cosine', 'wsd'; got 'linear'"),
+        ({"schedule": "linear"}, "schedule must be one of 'cosine', 'wsd', 'constant'; got 'linear'"),
         ({"parallel": "tpu"}, "parallel must be one of 'none', 'ddp', 'fsdp'; got 'tpu'"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"accumulate": 0}, "accumulate must be >= 1, got 0"),

@@ -164,6 +164,8 @@ def rollout_summary(measures: Measures, seed: int, *, controlled: bool) -> dict[
 def action_ratio(shuffled: np.ndarray, true: np.ndarray, seed: int, name: str) -> dict[str, Any]:
     """The mean squared error with shuffled actions over that with the true ones, and its interval, by column.
 
-    Above 1 if the predictions follow the actions. Both are [clips, columns].
+    Above 1 if the predictions follow the actions, NaN where both errors are 0. Both are [clips, columns].
     """
-    return {name: (shuffled.mean(0) / true.mean(0)).tolist(), f"{name}_95": interval(seed, np.divide, shuffled, true)}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = shuffled.mean(0) / true.mean(0)
+        return {name: ratio.tolist(), f"{name}_95": interval(seed, np.divide, shuffled, true)}
