@@ -15,10 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mfwm.data.replay_writer import ReplayWriter
+from mfwm.study.cell import BESIDE, snapshot_path, train_cell
 from mfwm.study.plan import Cell, merged, read_plan
-from mfwm.study.results import Results, rounded
+from mfwm.study.results import Results, measured, rounded
+from mfwm.study.runner import Study, report, study
 from mfwm.study.statistics import difference, holm, seeds_needed
 from mfwm.study.timing import measure_seconds, read_seconds, seconds_path
+from mfwm.training.run_lock import locked
 from small_run import moving_squares, small_config
 
 PLAN = """
@@ -133,6 +137,20 @@ def test_arms_that_were_timed_keep_their_seconds(plan_path: Path, tmp_path: Path
         ('title = "cascade"', 'title = "cascade"\nworlds = ["moon"]', "must name worlds of balls"),
         ("seeds = [0, 1]", "seeds = []", "must not be empty"),
         ("title =", "title ==", "must hold TOML"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", "seeds must be different numbers"),
+        ("seeds = [0, 1]", "seeds = [-1]", "seeds must be different numbers"),
+        ('title = "cascade"', 'title = "cascade"\nworlds = []', "arms.cascade.worlds must name worlds"),
+        ('title = "cascade"', 'title = "cascade"\nseeds = [7]', "arms.cascade.seeds must name seeds of 0, 1"),
+        ("size = 16", "size = 16\narms = []", "worlds.balls.arms must name arms"),
+        ("size = 16", "size = 16\nseeds = [0, 0]", "worlds.balls.seeds must name seeds"),
+        ('env = "balls"', 'env = "marbles"', "worlds.balls: env must be one of"),
+        ("frames = 1200", "frames = 0", "worlds.balls: frames must be >= 1"),
+        # The columns of a cell are snapshots of one run.
+        ('schedule = "constant"', 'schedule = "cosine"', "schedule must be"),
+        # Arms are paired by clip.
+        ("context_noise = 0.2", "context_noise = 0.2, held_out = 0.3", "held_out must be that of arms.noise"),
+        ("context_noise = 0.2", "context_noise = 0.2, clip = 12", "clip must be that of arms.noise"),
+        ("offsets = [1], factors", "offsets = [2], factors", "a study compares rollouts"),
     ),
 )
 def test_malformed_plans_are_named(plan_path: Path, old: str, new: str, rule: str) -> None:
@@ -159,6 +177,43 @@ def test_the_interval_of_a_difference_covers_it() -> None:
         hits += found.low <= 1.0 <= found.high
     assert 50 <= hits <= 60
     assert difference(np.ones((3, 4)), np.zeros((3, 4))).mean == 1.0
+
+
+def test_differences_of_seeds_with_fewer_clips() -> None:
+    """Seeds weigh the same. Clips without a value, and seeds without any, are left out."""
+    nan = np.nan
+    values = np.array([[1.0, 1.0, 1.0, 1.0], [nan, 3.0, nan, nan], [nan, nan, nan, nan]])
+    found = difference(values, np.zeros((3, 4)))
+    assert found is not None and (found.mean, found.seeds, found.low, found.high) == (2.0, 2, 1.0, 3.0)
+    # Both seeds, one of them, or the other: a quarter of the resamples are all 1.
+    assert difference(values[2:], np.zeros((1, 4))) is None
+    cells = {f"balls/a/{seed}": {"steps": {"clips": clips}} for seed, clips in enumerate(([1.0, 2.0], [3.0], [None]))}
+    padded = Results({"cells": cells}).values("balls", "a", "clips")
+    assert np.array_equal(padded, [[1.0, 2.0], [3.0, nan], [nan, nan]], equal_nan=True)
+
+
+def test_the_interval_is_that_of_a_bootstrap_written_out() -> None:
+    rng = np.random.default_rng(2)
+    values, means = rng.normal(0.4, 1.0, (3, 7)), []
+    for _ in range(20000):
+        seeds = rng.choice(3, 3)
+        means.append(np.mean([rng.choice(values[seed], 7).mean() for seed in seeds]))
+    found = difference(values, np.zeros((3, 7)))
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.03)
+    assert found.p == pytest.approx(2 * min(np.mean(np.array(means) < 0), np.mean(np.array(means) > 0)), abs=0.03)
+
+
+def test_the_gain_of_clips() -> None:
+    """Over the better of the two baselines, clip by clip: 10 log10 of the ratio of errors."""
+    clips = {
+        "rollout_mse": np.array([[0.1, 0.2], [0.4, 0.1]]),
+        "persistence_rollout_mse": np.array([[1.0, 0.2], [0.4, 0.01]]),
+        "mean_image_rollout_mse": np.array([[2.0, 0.1], [4.0, 1.0]]),
+    }
+    expected = 10 * np.log10([[10.0, 0.5], [1.0, 0.1]])
+    np.testing.assert_allclose(measured(clips, "gain"), expected, atol=1e-9)
+    assert measured(clips, "rollout_mse") is clips["rollout_mse"]
 
 
 def test_differences_are_paired() -> None:
@@ -189,6 +244,104 @@ def test_figures_of_results() -> None:
     found = results.difference("balls", "b", "a")
     assert found is not None and found.mean == 2.0 and found.seeds == 1
     assert rounded({"a": [1.23456789, None, 3]}) == {"a": [1.2346, None, 3]}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """plan.toml and `out`, where its cells of one seed are done, in a path with a space."""
+    folder = tmp_path_factory.mktemp("a study")
+    (folder / "plan.toml").write_text(PLAN.replace("seeds = [0, 1]", "seeds = [0]"))
+    subprocess.run(command(folder / "plan.toml", folder / "out"), check=True, capture_output=True, timeout=600)
+    return folder
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "old, new, rule",
+    (
+        ("frames = 1200", "frames = 1300", r"worlds.balls.frames is 1300, but .* was recorded with 1200"),
+        ("speed = 0.05", "speed = 0.06", r"worlds.balls.balls is .*0.06.*, but .* was recorded with"),
+        ("batch = 2", "batch = 4", r"batch is 4, but the run in .*cells/balls/noise/0/run was started with 2"),
+        ("context_noise = 0.2", "context_noise = 0.1", "context_noise is 0.1, but the run in"),
+        ("clips = 4", "clips = 3", "balls/noise/0 was evaluated with clips = 4, and not 3"),
+        ("steps = [2, 4]", "steps = [2, 33]", "balls/noise/0 was evaluated with rollout_steps = 32, and not 33"),
+        ("steps = [2, 4]", "steps = [2, 400]", "endpoint.steps must end by step"),
+    ),
+)
+def test_a_plan_that_was_edited_is_not_mixed_with_its_cells(done: Path, old: str, new: str, rule: str) -> None:
+    before = (done / "out" / "results.json").read_bytes()
+    edited = done / "edited.toml"
+    edited.write_text((done / "plan.toml").read_text().replace(old, new, 1))
+    for call in (lambda: study(edited, done / "out", workers=1), lambda: report(edited, done / "out")):
+        with pytest.raises(ValueError, match=rule):
+            call()
+    assert (done / "out" / "results.json").read_bytes() == before
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_partial_study_is_reported_while_another_one_runs(done: Path) -> None:
+    """With the cells that are done, of a plan with more seeds and arms; by the gain, which no run has measured."""
+    plan = done / "more.toml"
+    more = (done / "plan.toml").read_text().replace("seeds = [0]", "seeds = [0, 1]")
+    plan.write_text(more.replace("steps = [2, 4]", 'steps = [2, 4]\nmeasure = "gain"'))
+    shutil.copytree(done / "out", done / "copy")
+    with locked(done / "copy"):
+        page = report(plan, done / "copy").read_text()
+        with pytest.raises(BlockingIOError, match="is in use"):
+            study(plan, done / "copy", workers=1)
+    assert "2 of 4 cells" in page and "gain, dB, steps 2 to 4" in page
+    cells = json.loads((done / "copy" / "results.json").read_text())["cells"]
+    with np.load(done / "copy" / "cells/balls/noise/0/at-00000006/clips.npz") as clips:
+        expected = measured(clips, "gain")[:, 1:4].mean(1)
+    assert cells["balls/noise/0"]["steps"]["clips"] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_cell_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    """The others are done, in a world without positions and with episodes shorter than the pictures' rollouts."""
+    text = PLAN.replace("seeds = [0, 1]", "seeds = [0]").replace(
+        "steps = [2, 4]", 'steps = [2, 4]\nmeasure = "rollout_mse"'
+    )
+    (tmp_path / "plan.toml").write_text(text + '\n[arms.bad]\ntitle = "bad"\ntrain = { lr = 1e30, clip_norm = 1e30 }\n')
+    world = tmp_path / "out" / "worlds" / "balls"
+    world.parent.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with ReplayWriter(world, 16, 16, actions=5, env="balls", seed=0) as writer:
+        for level in range(60):
+            writer.append(rng.integers(256, size=(20, 16, 16, 3), dtype=np.uint8), rng.integers(5, size=20), level)
+    done = subprocess.run(
+        command(tmp_path / "plan.toml", tmp_path / "out"), capture_output=True, text=True, timeout=600
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode and "1 cells failed: balls/bad/0" in told
+    assert "balls/bad/0: failed: FloatingPointError: step " in told and "balls/bad/0: done" not in told
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert list(cells) == ["balls/noise/0", "balls/cascade/0"]
+    assert "Rollouts" in (tmp_path / "out" / "index.html").read_text()
+    with pytest.raises(ValueError, match=r"endpoint.measure must be rollout_mse or gain with worlds.balls"):
+        (tmp_path / "plan.toml").write_text(text.replace("rollout_mse", "position_error"))
+        study(tmp_path / "plan.toml", tmp_path / "out", workers=1)
+
+
+def test_a_study_needs_a_worker(plan_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="workers must be >= 1"):
+        study(plan_path, tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_copies_that_a_killed_cell_left_are_deleted(plan_path: Path, tmp_path: Path) -> None:
+    plan, cell = read_plan(plan_path), Cell("balls", "noise", 0)
+    Study(plan_path, tmp_path).record_worlds()
+    left = tmp_path / cell.folder / f"{BESIDE}0" / "checkpoints"
+    left.mkdir(parents=True)
+    train_cell(plan, cell, tmp_path, {"steps": 2})
+    assert not left.parent.exists() and snapshot_path(tmp_path, cell, 2).is_dir()
+    # A column that was added when the run was past its step.
+    with pytest.raises(ValueError, match="has been trained past step 1, which no column had asked for"):
+        train_cell(plan, cell, tmp_path, {"steps": 2, "time": 1})
 
 
 def command(plan_path: Path, out: Path, *options: str) -> list[str]:

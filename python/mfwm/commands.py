@@ -274,11 +274,17 @@ class Study:
     """Train the cells and leave their evaluation to a later call."""
     time: bool = False
     """Only measure how long a step of each arm takes, on a machine that does nothing else."""
+    report: bool = False
+    """Only write results and page from the cells that are done, also while the study runs."""
 
     def run(self) -> None:
-        from .study.runner import study, time_arms
+        from .study.runner import report, study, time_arms
 
-        if self.time:
+        if self.time + self.report + self.train_only > 1:
+            raise ValueError("only one of --train-only, --time and --report can be given")
+        if self.report:
+            print(f"study: {report(self.plan, self.out)}")
+        elif self.time:
             print(json.dumps(time_arms(self.plan, self.out), indent=2))
         else:
             study(self.plan, self.out, workers=self.workers, train_only=self.train_only)

@@ -60,25 +60,10 @@ def collect(
         field: crop to the playing field, in Freeway, Pong and Breakout.
         balls: options of the world "balls".
     """
-    for name, value, least in (
-        ("frames", frames, 1),
-        ("seed", seed, 0),
-        ("size", size, 1),
-        ("action_repeat", action_repeat, 1),
-        ("num_levels", num_levels, 1),
-        ("frame_skip", frame_skip, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
-        if value >= 2**31:
-            raise ValueError(f"{name} must be less than 2**31, got {value}")
-    source = source_of(env)
-    if balls is not None and env != "balls":
-        raise ValueError(f'balls must be None unless env is "balls", got {balls} and {env!r}')
-    if field and env.removeprefix("atari:") not in KNOWN:
-        raise ValueError(
-            f"field must be False for {env!r}: only {', '.join(f'atari:{game}' for game in KNOWN)} have one"
-        )
+    source = checked_source(
+        env, frames=frames, seed=seed, size=size, action_repeat=action_repeat, num_levels=num_levels,
+        frame_skip=frame_skip, field=field, balls=balls,
+    )  # fmt: skip
     # Raise before an environment is started.
     Place(location(out), overwrite=overwrite)
     recording = Recording(frames, seed, action_repeat, num_levels, size, frame_skip, field, balls or Balls())
@@ -98,6 +83,41 @@ def collect(
             if writer.frames >= frames:
                 return
         raise RuntimeError(f"{env} produced {writer.frames} of {frames} frames")
+
+
+def checked_source(
+    env: str,
+    *,
+    frames: int,
+    seed: int = 0,
+    size: int = 64,
+    action_repeat: int = 4,
+    num_levels: int = 500,
+    frame_skip: int = 1,
+    field: bool = False,
+    balls: Balls | None = None,
+) -> Any:
+    """The generator for `env`. ValueError where `collect` cannot record with these arguments."""
+    for name, value, least in (
+        ("frames", frames, 1),
+        ("seed", seed, 0),
+        ("size", size, 1),
+        ("action_repeat", action_repeat, 1),
+        ("num_levels", num_levels, 1),
+        ("frame_skip", frame_skip, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+        if value >= 2**31:
+            raise ValueError(f"{name} must be less than 2**31, got {value}")
+    source = source_of(env)
+    if balls is not None and env != "balls":
+        raise ValueError(f'balls must be None unless env is "balls", got {balls} and {env!r}')
+    if field and env.removeprefix("atari:") not in KNOWN:
+        raise ValueError(
+            f"field must be False for {env!r}: only {', '.join(f'atari:{game}' for game in KNOWN)} have one"
+        )
+    return source
 
 
 def source_of(env: str) -> Any:

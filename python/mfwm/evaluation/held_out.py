@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.replay import Clips, split_levels
+from ..data.replay import Clips, Replay, split_levels
 from ..training.checkpoints import write_atomically
 from ..training.data_identity import open_data
 from ..training.json_values import as_json, finite
@@ -44,9 +44,7 @@ class HeldOut:
     ) -> None:
         self.replay = open_data(config.data, digest, data)
         self.trained, self.episodes = split_levels(self.replay, config.held_out, seed=config.seed)
-        # The frames that at least half of the episodes have: of 5 episodes the length of the third longest.
-        lengths = np.sort(self.replay.episode_lengths[self.episodes])
-        length = max(length, min(most, int(lengths[len(lengths) // 2])))
+        length = clip_length(self.replay, self.episodes, length, most)
         self.clips = Clips(self.replay, length, episodes=self.episodes, within_episode=within_episode)
         # Numbers of clips in `clips`.
         self.chosen = draw.choice(len(self.clips), size=min(count, len(self.clips)), replace=False)
@@ -68,6 +66,13 @@ class HeldOut:
             "clips": len(self.chosen),
             "held_out_levels": len(np.unique(self.replay.episode_level[self.episodes])),
         }
+
+
+def clip_length(replay: Replay, episodes: np.ndarray, length: int, most: int) -> int:
+    """`length` frames, or up to `most` where at least half of the episodes have them."""
+    # Of 5 episodes the length of the third longest.
+    lengths = np.sort(replay.episode_lengths[episodes])
+    return max(length, min(most, int(lengths[len(lengths) // 2])))
 
 
 def device_for_evaluation() -> torch.device:

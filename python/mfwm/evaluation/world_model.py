@@ -42,6 +42,9 @@ from .positions import objects_of, position_summary, positions, reader_of
 from .probes import probe
 from .tokens import check_tokens, decoder_of, token_measures, token_summary
 
+# Of rollouts, unless told otherwise.
+STEPS = 32
+
 # Measurements of every clip, by name: [clips, K], [clips, steps], [clips, steps, objects], or [clips] its level.
 Measures = dict[str, np.ndarray]
 
@@ -56,7 +59,7 @@ def evaluate(
     lpips: Path | None = None,
     reader: Path | None = None,
     probes: bool = True,
-    steps: int = 32,
+    steps: int = STEPS,
     clips: int = 96,
     batch: int = 8,
     seed: int = 0,

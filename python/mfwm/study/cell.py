@@ -19,13 +19,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..data.replay import Replay
+from ..data.replay import Clips, Replay, split_levels
+from ..evaluation.held_out import clip_length
 from ..evaluation.positions import objects_of
-from ..evaluation.world_model import evaluate
+from ..evaluation.world_model import CONTEXT, STEPS, evaluate
 from ..training.checkpoints import Checkpoints, flush_directory
+from ..training.data_identity import digest, resolved
+from ..training.run_config import compare, parsed
 from ..training.run_lock import locked
 from ..training.world_model import TrainingConfig, for_replay, train, training_flops
 from .plan import Cell, Plan, read_plan
@@ -33,6 +37,8 @@ from .timing import read_seconds
 
 # Frequent enough that little is lost when a cell is killed.
 CHECKPOINT_EVERY = 100
+# What the directory of a snapshot that is being copied begins with.
+BESIDE = ".unfinished-"
 # Seconds to wait for a process of a killed study, which saves a checkpoint before it ends.
 PATIENCE = 120.0
 
@@ -45,6 +51,11 @@ def world_path(out: Path, world: str) -> Path:
 @functools.cache
 def recorded(data: Path) -> Replay:
     return Replay(data)
+
+
+@functools.cache
+def recorded_digest(data: Path) -> str:
+    return digest(recorded(data))
 
 
 def config_of(plan: Plan, cell: Cell, out: Path, steps: int) -> TrainingConfig:
@@ -70,9 +81,17 @@ def train_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) -> No
     """Train to each number of steps, and copy the run there."""
     config = replace(config_of(plan, cell, out, max(budgets.values())), checkpoint_every=CHECKPOINT_EVERY)
     run = out / cell.folder / "run"
+    for unfinished in run.parent.glob(f"{BESIDE}*"):
+        shutil.rmtree(unfinished)
     for steps in sorted(set(budgets.values())):
         snapshot = snapshot_path(out, cell, steps)
         if not snapshot.is_dir():
+            trained = Checkpoints(run / "checkpoints").steps()
+            if trained and max(trained) > steps and steps not in trained:
+                raise ValueError(
+                    f"{run} has been trained past step {steps}, which no column had asked for: delete {run.parent}, "
+                    "or leave that column out"
+                )
             train(config, run, progress=False, stop_after=steps)
             copy_run(run, snapshot, steps)
 
@@ -90,12 +109,67 @@ def evaluate_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) ->
         snapshot = snapshot_path(out, cell, steps)
         if not (snapshot / "metrics.json").is_file():
             probes = steps == plan.steps
-            evaluate(snapshot, data=data, reader=reader, probes=probes, clips=plan.clips, progress=False)
+            options: dict[str, Any] = {"steps": rollout_steps(plan), "clips": plan.clips, "probes": probes}
+            evaluate(snapshot, data=data, reader=reader, progress=False, **options)
+
+
+def rollout_steps(plan: Plan) -> int:
+    """The steps of an evaluation's rollouts, where its episodes are long enough."""
+    return max(STEPS, plan.endpoint.steps[1])
+
+
+def check_endpoint(plan: Plan, out: Path) -> dict[tuple[str, int], dict[str, int]]:
+    """What an evaluation's metrics say of its clips, by world and seed.
+
+    ValueError where a world cannot give the endpoint: it needs objects, or its episodes are too short.
+    """
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    for cell in plan.cells():
+        at = (cell.world, cell.seed)
+        if at in found:
+            continue
+        data, last = world_path(out, cell.world), plan.endpoint.steps[1]
+        if plan.endpoint.measure == "position_error" and not objects_of(recorded(data)):
+            raise ValueError(
+                f"endpoint.measure must be rollout_mse or gain with worlds.{cell.world}, whose state holds no positions"
+            )
+        config, replay = config_of(plan, cell, out, plan.steps), recorded(data)
+        _, episodes = split_levels(replay, config.held_out, seed=config.seed)
+        length = clip_length(replay, episodes, config.clip, CONTEXT + rollout_steps(plan))
+        clips, steps = Clips(replay, length, episodes=episodes, within_episode=True), length - CONTEXT
+        if steps < last:
+            raise ValueError(
+                f"endpoint.steps must end by step {steps}, as far as rollouts of worlds.{cell.world} reach in its "
+                f"held-out episodes of seed {cell.seed}; got {last}"
+            )
+        found[at] = {"clips": min(plan.clips, len(clips)), "rollout_steps": min(steps, rollout_steps(plan))}
+    return found
+
+
+def check_done(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int], measured: dict[str, int]) -> None:
+    """ValueError where what is done of a cell is not of this plan, which was edited then."""
+    run = out / cell.folder / "run"
+    snapshots = [snapshot_path(out, cell, steps) for steps in set(budgets.values())]
+    started = [place for place in (run, *snapshots) if (place / "config.json").is_file()]
+    if started:
+        config = config_of(plan, cell, out, max(budgets.values()))
+        config = replace(config, data=resolved(config.data))
+        for place in started:
+            compare(config, place, recorded_digest(world_path(out, cell.world)))
+    for place in snapshots:
+        path = place / "metrics.json"
+        metrics = parsed(path.read_bytes(), str(path)) if path.is_file() else measured
+        for name, value in measured.items():
+            if metrics.get(name) != value:
+                raise ValueError(
+                    f"{cell} was evaluated with {name} = {metrics.get(name)}, and not {value} as this plan has it: "
+                    f"delete {path} to evaluate it again"
+                )
 
 
 def copy_run(run: Path, snapshot: Path, steps: int) -> None:
     """Copy a run's config, log and checkpoint of `steps` steps to `snapshot`, written beside and renamed."""
-    unfinished = snapshot.with_name(f".{uuid.uuid4().hex}.partial")
+    unfinished = snapshot.with_name(f"{BESIDE}{uuid.uuid4().hex}")
     unfinished.mkdir()
     try:
         for name in ("config.json", "log.jsonl"):

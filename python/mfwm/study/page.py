@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.report import STYLE, as_table, picture, plt
+from ..metrics.intervals import mean_of_defined
+from ..training.checkpoints import write_atomically
 from .plan import BUDGETS, Plan
 from .results import Results
 from .statistics import Difference, holm, seeds_needed
@@ -33,7 +35,7 @@ def write_page(plan: Plan, results: Results, out: Path, rollouts: dict[str, str]
         f"<h1>{html.escape(plan.title)}</h1><p>{html.escape(summary(plan, results))}</p>{body}</html>"
     )
     path = out / "index.html"
-    path.write_text(page)
+    write_atomically(path, page.encode())
     return path
 
 
@@ -66,14 +68,21 @@ def endpoint_table(plan: Plan, results: Results) -> str:
             if found is None:
                 continue
             seeds = results.seeds(world, arm, against)
-            pair = [results.values(world, name, "clips", column, seeds).mean(1) for name in (arm, against)]
-            needed = "" if len(seeds) < 2 else str(seeds_needed(pair[0] - pair[1], 0.1 * abs(float(pair[1].mean()))))
-            means = [f"{values.mean():.3f}" for values in pair]
+            pair = [results.values(world, name, "clips", column, seeds) for name in (arm, against)]
+            of_seeds, rival = mean_of_defined(pair[0] - pair[1]), mean_of_all(pair[1])
+            of_seeds = of_seeds[~np.isnan(of_seeds)]
+            needed = "" if len(of_seeds) < 2 or not rival else str(seeds_needed(of_seeds, 0.1 * abs(rival)))
+            means = [f"{mean_of_all(values):.3f}" for values in pair]
             tests = [shown(found), f"{found.p:.4f}", str(found.seeds), needed]
             rows.append([world, TITLES[column], *means, *tests])
     titles = [html.escape(plan.arms[name].title) for name in (arm, against)]
     header = ["world", "column", *titles, "difference, 95% interval", "p", "seeds", "seeds for a tenth"]
     return f"<p>{endpoint_name(plan)}.</p>" + as_table(header, rows)
+
+
+def mean_of_all(values: np.ndarray) -> float:
+    """The mean over seeds of the means over clips."""
+    return float(mean_of_defined(mean_of_defined(values)[None])[0])
 
 
 def shown(found: Difference) -> str:
@@ -98,7 +107,7 @@ def arms_table(plan: Plan, results: Results, world: str, column: str) -> str:
                 f"{at[0]:.0f}",
                 mean_and_spread(next_frame(results, world, arm, column), ".2f"),
                 mean_and_spread(zero_steps(results, world, arm, column), ".1f"),
-                mean_and_spread(np.nanmean(clips, 1), ".3f"),
+                mean_and_spread(mean_of_defined(clips), ".3f"),
                 "" if found is None else shown(found),
                 "" if found is None else f"{corrected[arm]:.4f}",
             ]
@@ -150,6 +159,6 @@ def curves(plan: Plan, results: Results, world: str, column: str = BUDGETS[0]) -
                 axes.fill_between(steps, mean - error, mean + error, alpha=0.15, color=line.get_color(), linewidth=0)
         axes.set(xlabel="rollout step", ylabel=label)
     panels[0].axhline(0, color="#888", linewidth=0.8)
-    panels[1].legend(frameon=False, fontsize=8)
+    panels[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     return picture(figure)

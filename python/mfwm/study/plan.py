@@ -37,14 +37,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mfwm_kernels import arguments as check
 
-from ..data.recording import Balls
+from ..data.collect import Balls, checked_source
+from ..evaluation.closed_loop import can_roll_out
 from ..training.run_config import from_tree
 from ..training.world_model import TrainingConfig
 
@@ -53,6 +54,8 @@ BUDGETS = ("steps", "flops", "time")
 # Measures of an endpoint, and whether more of it is better.
 MEASURES = {"position_error": False, "rollout_mse": False, "gain": True}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
+# Options that choose the clips of an evaluation, which must be those of all arms.
+OF_ALL_ARMS = ("clip", "held_out")
 # Set for each cell, so no plan gives them.
 OF_CELLS = ("data", "steps", "seed")
 
@@ -73,6 +76,9 @@ class World:
     """The arms that are trained on this world; None: all."""
     seeds: tuple[int, ...] | None = None
     """The seeds on this world, among those of the plan; None: all."""
+
+    def __post_init__(self) -> None:
+        checked_source(**self.collect_arguments())
 
     def collect_arguments(self) -> dict[str, Any]:
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("title", "arms", "seeds")]
@@ -157,13 +163,38 @@ class Plan:
         for role, named in roles.items():
             if named not in self.arms:
                 raise ValueError(f"{role} must name an arm of {', '.join(self.arms)}, got {named!r}")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be different numbers >= 0, got {list(self.seeds)}")
         for name, arm in self.arms.items():
-            if unknown := sorted(set(arm.worlds or ()) - set(self.worlds)):
-                raise ValueError(f"arms.{name}.worlds must name worlds of {', '.join(self.worlds)}, got {unknown}")
-            self.training_config(name)
+            check_some(f"arms.{name}.worlds", arm.worlds, "worlds", self.worlds)
+            check_some(f"arms.{name}.seeds", arm.seeds, "seeds", self.seeds)
         for name, world in self.worlds.items():
-            if unknown := sorted(set(world.arms or ()) - set(self.arms)):
-                raise ValueError(f"worlds.{name}.arms must name arms of {', '.join(self.arms)}, got {unknown}")
+            check_some(f"worlds.{name}.arms", world.arms, "arms", self.arms)
+            check_some(f"worlds.{name}.seeds", world.seeds, "seeds", self.seeds)
+        self._check_training()
+
+    def _check_training(self) -> None:
+        """ValueError for options of training by which cells could not be compared."""
+        configs = {name: self.training_config(name) for name in self.arms}
+        first, like = next(iter(configs.items()))
+        for name, config in configs.items():
+            if config.schedule != "constant":
+                raise ValueError(
+                    f'arms.{name}: schedule must be "constant", because the columns of a cell are taken from one run, '
+                    f"and where it is longer, another schedule would be under way; got {config.schedule!r}"
+                )
+            if not can_roll_out(config.model):
+                raise ValueError(
+                    f"arms.{name}: a study compares rollouts, which need a near horizon of offset 1 and factor 1; got "
+                    f"{config.model.heads.horizons}"
+                )
+            for option in OF_ALL_ARMS:
+                mine, others = getattr(config, option), getattr(like, option)
+                if mine != others:
+                    raise ValueError(
+                        f"arms.{name}: {option} must be that of arms.{first}, {others}, because it chooses the clips "
+                        f"that both are evaluated on; got {mine}"
+                    )
 
     def cells(self) -> list[Cell]:
         """All cells: every arm of a world and seed before the next seed, so that a study that stops early is paired."""
@@ -194,6 +225,12 @@ class Plan:
         for column, cost in costs.items():
             found[column] = max(1, round(self.steps * cost[self.compute] / cost[arm]))
         return found
+
+
+def check_some(name: str, chosen: tuple[Any, ...] | None, kind: str, among: Iterable[Any]) -> None:
+    """ValueError unless some of what there is is chosen, each once, or all by None."""
+    if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(among)):
+        raise ValueError(f"{name} must name {kind} of {', '.join(map(str, among))}, each once; got {list(chosen)}")
 
 
 def merged(tree: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..metrics.intervals import mean_of_defined
+from ..metrics.quality import psnr
 from ..training.checkpoints import write_atomically
 from ..training.json_values import as_json
 from ..training.run_config import parsed
@@ -34,14 +37,22 @@ def entry(snapshot: Path, steps: int, endpoint: Endpoint) -> dict[str, Any]:
     found: dict[str, Any] = {"at": steps}
     found |= {name: rounded(metrics[name]) for name in (*CURVES, *FIGURES) if name in metrics}
     with np.load(snapshot / "clips.npz") as clips:
-        values = clips[endpoint.measure]
+        values = measured(clips, endpoint.measure)
     first, last = endpoint.steps
     if values.shape[1] < last:
         raise ValueError(
             f"endpoint.steps must end within the {values.shape[1]} steps of the rollouts of {snapshot}, got {last}"
         )
-    found["clips"] = rounded(np.nanmean(values[:, first - 1 : last], axis=1).tolist())
+    found["clips"] = rounded(mean_of_defined(values[:, first - 1 : last]).tolist())
     return found
+
+
+def measured(clips: Mapping[str, np.ndarray], measure: str) -> np.ndarray:
+    """[clips, steps]: a measure of an endpoint. The gain is that of each clip, with its own better baseline."""
+    if measure != "gain":
+        return clips[measure]
+    baselines = np.minimum(clips["persistence_rollout_mse"], clips["mean_image_rollout_mse"])
+    return psnr(clips["rollout_mse"]) - psnr(baselines)
 
 
 def rounded(value: Any) -> Any:
@@ -108,18 +119,23 @@ class Results:
     def values(
         self, world: str, arm: str, name: str, column: str = "steps", seeds: list[int] | None = None
     ) -> np.ndarray:
-        """[seeds, ...]: a figure or curve of an arm, for each of its seeds. Undefined values are NaN."""
+        """[seeds, ...]: a figure or curve of an arm, for each of its seeds.
+
+        Undefined values are NaN, and so are the last ones of seeds that have fewer clips or steps than others.
+        """
         chosen = self.seeds(world, arm) if seeds is None else seeds
-        return np.array([self.cells[world, arm, seed][column][name] for seed in chosen], np.float64)
+        rows = [np.array(self.cells[world, arm, seed][column][name], np.float64) for seed in chosen]
+        if rows and rows[0].ndim == 1:
+            longest = max(map(len, rows))
+            rows = [np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows]
+        return np.array(rows)
 
     def difference(self, world: str, arm: str, against: str, column: str = "steps") -> Difference | None:
-        """The endpoint of `arm` minus that of `against`, paired by seed and clip; None without common seeds."""
+        """The endpoint of `arm` minus that of `against`, paired by seed and clip; None where no clip has both."""
         seeds = self.seeds(world, arm, against)
         if not seeds:
             return None
-        pair = [self.values(world, name, "clips", column, seeds) for name in (arm, against)]
-        known = ~np.isnan(pair[0] - pair[1]).any(0)
-        return difference(pair[0][:, known], pair[1][:, known])
+        return difference(*(self.values(world, name, "clips", column, seeds) for name in (arm, against)))
 
 
 def load(path: Path) -> Results:

@@ -36,9 +36,9 @@ def rollout_pictures(plan: Plan, results: Results, out: Path) -> dict[str, str]:
 
 def of_world(plan: Plan, results: Results, out: Path, world: str, arms: list[str], seed: int) -> str:
     config = config_of(plan, Cell(world, arms[0], seed), out, plan.steps)
-    length = CONTEXT + STEPS[-1]
-    draw = np.random.default_rng(0)
-    held_out = HeldOut(config, None, world_path(out, world), length=length, count=CLIPS, draw=draw)
+    draw, most = np.random.default_rng(0), CONTEXT + STEPS[-1]
+    held_out = HeldOut(config, None, world_path(out, world), length=config.clip, most=most, count=CLIPS, draw=draw)
+    steps = [step for step in STEPS if step <= held_out.clips.length - CONTEXT]
     clips = held_out.clips.batch(np.sort(held_out.chosen))
     (truth,) = video_pyramid(clips["video"], (1,), dtype=torch.float32)
     rows = {"truth": truth[:, CONTEXT:]}
@@ -48,12 +48,13 @@ def of_world(plan: Plan, results: Results, out: Path, world: str, arms: list[str
         if not snapshot.is_dir():
             return ""
         model, _, _ = load_model(snapshot)
-        rows[arm] = rollout(model, clips["video"][:, :CONTEXT], clips["actions"], STEPS[-1])
-    figure, axes = plt.subplots(len(rows) * CLIPS, len(STEPS) + 1, figsize=(len(STEPS) + 2, len(rows) * CLIPS))
-    for clip in range(CLIPS):
+        rows[arm] = rollout(model, clips["video"][:, :CONTEXT], clips["actions"], steps[-1])
+    lines = len(rows) * len(held_out.chosen)
+    figure, axes = plt.subplots(lines, len(steps) + 1, figsize=(len(steps) + 2, lines))
+    for clip in range(len(held_out.chosen)):
         for line, (name, frames) in enumerate(rows.items(), start=clip * len(rows)):
             show(axes[line, 0], truth[clip, CONTEXT - 1], name)
-            for column, step in enumerate(STEPS, start=1):
+            for column, step in enumerate(steps, start=1):
                 show(axes[line, column], frames[clip, step - 1], f"+{step}" if line == 0 else "")
     figure.tight_layout()
     note = f"Left: the last of {CONTEXT} frames seen. Seed {seed}, {plan.steps} steps of training."

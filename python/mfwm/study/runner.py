@@ -6,6 +6,8 @@ was killed resumes where it was: whatever is complete is not done again, and the
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -15,15 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from mfwm_kernels import arguments as check
 
 from ..data.collect import collect
 from ..data.place import restore
 from ..progress import Progress
-from ..training.checkpoints import Checkpoints
+from ..training.checkpoints import Checkpoints, write_atomically
+from ..training.run_config import parsed
 from ..training.run_lock import locked
-from .cell import budgets_of, config_of, snapshot_path, world_path
+from .cell import budgets_of, check_done, check_endpoint, config_of, recorded, snapshot_path, world_path
 from .page import write_page
-from .plan import Cell, read_plan
+from .plan import Cell, World, read_plan
 from .results import Results, write_results
 from .rollouts import rollout_pictures
 from .timing import measure_seconds
@@ -48,13 +54,15 @@ class Study:
         self.plan = read_plan(self.plan_path)
 
     def record_worlds(self) -> None:
-        """Record each world that is not there yet."""
+        """Record each world that is not there yet, and check the others."""
         for name, world in self.plan.worlds.items():
             place = world_path(self.out, name)
             restore(place)
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(description_path(place), json.dumps(dataclasses.asdict(world), indent=2).encode())
                 collect(out=place, **world.collect_arguments())
+            check_world(name, world, place)
 
     def time_arms(self) -> dict[str, float]:
         """Measure the seconds of a step of each arm, on the first world."""
@@ -68,7 +76,7 @@ class Study:
     def run_cells(self, *, workers: int, train_only: bool) -> list[Cell]:
         """Run all cells, `workers` at a time; returns those that failed, whose output is in their cell.log."""
         self.record_worlds()
-        budgets = self.budgets()
+        budgets = self.checked_budgets()
         waiting = [cell for cell in budgets if not self.is_done(cell, budgets[cell], train_only)]
         total = sum(max(steps.values()) for steps in budgets.values())
         done = total - sum(max(budgets[cell].values()) for cell in waiting)
@@ -84,9 +92,10 @@ class Study:
                     running.remove(each)
                     if each.process.returncode:
                         failed.append(each.cell)
-                        bar.say(f"{each.cell} failed: see {self.log_path(each.cell)}")
                     done += max(budgets[each.cell].values())
-                    bar.say(f"{each.cell}: done; {len(waiting) + len(running)} of {len(budgets)} cells left")
+                    log = self.log_path(each.cell)
+                    outcome = f"failed: {last_line(log)} ({log})" if each.process.returncode else "done"
+                    bar.say(f"{each.cell}: {outcome}; {len(waiting) + len(running)} of {len(budgets)} cells left")
                 under_way = sum(self.steps_done(each.cell) for each in running) + sum(map(self.steps_done, waiting))
                 bar.update(max(0, done + under_way - bar.done))
         return failed
@@ -99,9 +108,18 @@ class Study:
                 found[cell.world, cell.arm] = budgets_of(self.plan, cell, self.out, self.plan_path)
         return {cell: found[cell.world, cell.arm] for cell in self.plan.cells()}
 
+    def checked_budgets(self) -> dict[Cell, dict[str, int]]:
+        """`budgets`, after a check that the worlds give the endpoint, and that what is done is of this plan."""
+        for name, world in self.plan.worlds.items():
+            check_world(name, world, world_path(self.out, name))
+        measured, budgets = check_endpoint(self.plan, self.out), self.budgets()
+        for cell, of_cell in budgets.items():
+            check_done(self.plan, cell, self.out, of_cell, measured[cell.world, cell.seed])
+        return budgets
+
     def write(self) -> Path:
         """Write results.json and index.html from the cells that are evaluated; returns the page's path."""
-        budgets = self.budgets()
+        budgets = self.checked_budgets()
         results = Results(write_results(self.plan, self.plan_path, self.out, budgets))
         return write_page(self.plan, results, self.out, rollout_pictures(self.plan, results, self.out))
 
@@ -124,6 +142,34 @@ class Study:
         with open(self.log_path(cell), "ab") as log:
             # A session of its own, so that Ctrl-C reaches it once, from here.
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def description_path(place: Path) -> Path:
+    """Where the arguments that a world was recorded with are kept, beside it."""
+    return place.parent / f"{place.name}.json"
+
+
+def check_world(name: str, world: World, place: Path) -> None:
+    """ValueError where a recorded world is not what the plan describes, which was edited then."""
+    given, replay = json.loads(json.dumps(dataclasses.asdict(world))), recorded(place)
+    known: dict[str, Any] = {"frames": replay.frames, "size": replay.frame[1]}
+    known |= {key: replay.attributes[key] for key in ("env", "seed")}
+    path = description_path(place)
+    if path.is_file():
+        described = parsed(path.read_bytes(), str(path))
+        known |= {key: described.get(key) for key in world.collect_arguments()}
+    for key, value in known.items():
+        if given[key] != value:
+            raise ValueError(
+                f"worlds.{name}.{key} is {given[key]!r}, but the world in {place} was recorded with {value!r}; "
+                "choose another --out"
+            )
+
+
+def last_line(log: Path) -> str:
+    """The reason why a cell failed: the last line of its output."""
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
 @contextmanager
@@ -149,6 +195,7 @@ def stopped(running: list[Running]) -> Iterator[None]:
 
 def study(plan_path: Path, out: Path, *, workers: int, train_only: bool = False) -> None:
     """Run a plan in `out`. RuntimeError names the cells that failed, once all others are done."""
+    check.integer("workers", workers, least=1)
     found = Study(plan_path, out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -157,6 +204,11 @@ def study(plan_path: Path, out: Path, *, workers: int, train_only: bool = False)
             print(f"study: {found.write()}")
     if failed:
         raise RuntimeError(f"{len(failed)} cells failed: {', '.join(map(str, failed))}")
+
+
+def report(plan_path: Path, out: Path) -> Path:
+    """Write results.json and the page from the cells that are done, also while a study runs in `out`."""
+    return Study(plan_path, out).write()
 
 
 def time_arms(plan_path: Path, out: Path) -> dict[str, float]:

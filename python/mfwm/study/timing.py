@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mfwm_kernels import arguments as check
 from mfwm_kernels.info import cpu_name
 
 from ..progress import Progress
@@ -39,7 +40,7 @@ def read_seconds(plan: Plan, plan_path: Path) -> dict[str, float] | None:
     seconds = parsed(path.read_bytes(), str(path)).get("seconds")
     if not isinstance(seconds, dict) or not set(plan.arms) <= set(seconds):
         raise ValueError(f"{path} must hold seconds for each of {', '.join(plan.arms)}: time the plan again")
-    return {arm: float(seconds[arm]) for arm in plan.arms}
+    return {arm: check.number(f"{path}: seconds.{arm}", seconds[arm], above=0) for arm in plan.arms}
 
 
 def measure_seconds(plan: Plan, configs: dict[str, TrainingConfig], plan_path: Path, scratch: Path) -> dict[str, float]:
@@ -51,7 +52,7 @@ def measure_seconds(plan: Plan, configs: dict[str, TrainingConfig], plan_path: P
     """
     path = seconds_path(plan_path)
     known = parsed(path.read_bytes(), str(path))["seconds"] if path.is_file() else {}
-    first = next(iter(known), None)
+    first = next((arm for arm in known if arm in configs), None)
     configs = {arm: config for arm, config in configs.items() if arm not in known or arm == first}
     torch.set_num_threads(plan.threads)
     runs: dict[str, Any] = {}
