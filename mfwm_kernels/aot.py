@@ -1,5 +1,8 @@
 """python -m mfwm_kernels.aot [--arch sm_80 sm_90 sm_100] [--json FILE]: compile every GPU kernel, without a GPU.
 
+With --report [FILE] it prints instead what each kernel costs on an H200 at the benchmark sizes, by its machine code,
+and with --compare FILE what got worse since a report was written to FILE (mfwm_kernels.aot_report, docs/gpu.md).
+
 Compiles everything that the launchers of each op launch (mfwm_kernels.launches), once for each of Triton's
 specialisations. A row fails if a kernel does not compile, spills registers, needs more shared memory than the GPU has,
 or overwrites a tile that a dot still reads (mfwm_kernels.pipelines). Registers, local and shared memory are read from
@@ -68,12 +71,17 @@ class Driver:
         return 0
 
 
-def variants(ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES) -> list[Variant]:
-    """The launches of calls of `ops` in these dtypes, one for each key by which Triton specialises."""
+def use(architecture: str) -> None:
+    """Compile for this architecture from here on."""
     from triton.runtime import driver
 
+    driver.set_active(Driver(architecture))
+
+
+def variants(ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES) -> list[Variant]:
+    """The launches of calls of `ops` in these dtypes, one for each key by which Triton specialises."""
     # The key is the same on every architecture.
-    driver.set_active(Driver(ARCHITECTURES[0]))
+    use(ARCHITECTURES[0])
     found: dict[Any, Variant] = {}
     for op in ops:
         for call in calls(op):
@@ -120,9 +128,7 @@ def judged(row: dict[str, Any], raced: Sequence[str]) -> dict[str, Any]:
 
 def compile_for(architecture: str, variant: Variant) -> Any:
     """The compiled kernel, specialised as a launch with these arguments would be."""
-    from triton.runtime import driver
-
-    driver.set_active(Driver(architecture))
+    use(architecture)
     module, name = variant.kernel
     kernel = getattr(importlib.import_module(module), name)
     compiled = kernel.run(*variant.given, grid=(1,), warmup=True, **variant.constants)
@@ -233,6 +239,14 @@ def line_of(row: dict[str, Any]) -> str:
     return f"{row['kernel']:36} {row['arch']:7} {row['call']:30} {dtypes:30}{used} {row['problem'][:60]}".rstrip()
 
 
+def reported(ops: Sequence[Op], arguments: argparse.Namespace) -> int:
+    # Imported here, because it uses this module.
+    from . import aot_report
+
+    dtypes = [name for name, dtype in aot_report.DTYPES.items() if str(dtype).removeprefix("torch.") in arguments.dtype]
+    return aot_report.main(ops, arguments.size or (), dtypes, arguments.jobs, arguments.report, arguments.compare or "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfwm_kernels.aot", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, metavar="ARCH")
@@ -240,6 +254,11 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=list(NAMED), choices=list(NAMED), metavar="DTYPE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiling processes")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    parser.add_argument(
+        "--report", nargs="?", const="", metavar="FILE", help="what each kernel costs; write it to FILE"
+    )
+    parser.add_argument("--compare", metavar="FILE", help="with --report: fail on what is worse than in FILE")
+    parser.add_argument("--size", nargs="+", metavar="SIZE", help="with --report: these sizes only")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must not be 1: the interpreter compiles nothing")
@@ -249,6 +268,8 @@ def main() -> None:
         parser.error(f"--jobs must be >= 1, got {arguments.jobs}")
 
     chosen = [op for op in OPS.values() if op.name in arguments.op]
+    if arguments.report is not None:
+        sys.exit(reported([op for op in chosen if "triton" in op.backends], arguments))
     found = variants([op for op in chosen if "triton" in op.backends], [NAMED[name] for name in arguments.dtype])
     compiled = compiled_rows(arguments.arch, found, arguments.jobs)
     built = (row for arch in arguments.arch for row in cuda_rows(arch) if row["op"] in arguments.op)

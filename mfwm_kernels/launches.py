@@ -1,19 +1,22 @@
 """Records what the Triton launchers launch, on tensors without storage (device "meta"), so that no GPU is needed.
 
 `calls(op)` yields calls that together cause every kind of launch that a user's call can cause; `recorded(call)` returns
-the launches of one of them. mfwm_kernels.aot compiles these.
+the launches of one of them, `phases(call)` also torch's own ops. mfwm_kernels.aot compiles the launches.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import autograd
 from .backends import load
@@ -25,10 +28,11 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Pointer:
-    """Replaces a tensor on a GPU: a launch reads only its dtype and address."""
+    """Replaces a tensor on a GPU: a launch reads only its dtype and address. nbytes counts each element once."""
 
     dtype: torch.dtype
     address: int
+    nbytes: int = field(default=0, compare=False)
 
     def data_ptr(self) -> int:
         return self.address
@@ -41,6 +45,21 @@ class Launch(NamedTuple):
     programs: int
     given: tuple[Any, ...]
     constants: dict[str, Any]
+
+
+class TorchOp(NamedTuple):
+    """An op of torch's on the GPU: what it computes, and the bytes of the tensors that it reads and writes."""
+
+    name: str
+    flops: int
+    nbytes: int
+
+
+class Phase(NamedTuple):
+    """A forward or a backward."""
+
+    launches: list[Launch]
+    torch_ops: list[TorchOp]
 
 
 class Call(NamedTuple):
@@ -124,30 +143,74 @@ def flat_arguments(op: Op, kwargs: dict[str, Any]) -> Any:
 
 def recorded(call: Call) -> list[Launch]:
     """The launches of a forward, and of the backward if a gradient is needed."""
+    return [launch for phase in phases(call).values() for launch in phase.launches]
+
+
+def phases(call: Call) -> dict[str, Phase]:
+    """What the backend does in the forward, and in the backward if a gradient is needed."""
     from .triton import launch as launcher
 
     op, _, _, args, want, upstream = call
-    launches: list[Launch] = []
+    found = {"forward": Phase([], [])}
+    current = found["forward"]
     memory = _Memory()
 
     def record(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        launches.append(Launch(kernel, programs, memory.placed(given), constants))
+        current.launches.append(Launch(kernel, programs, memory.placed(given), constants))
 
     kernels = load(op, "triton")
     launcher.recorder = record
     try:
         with torch.no_grad():
-            outputs, gradients = kernels.forward(args, want)
-            if not any(autograd.flags_of(want)):
-                pass
-            elif op.gradients_in_forward:
-                stored = [g for g in autograd.gradient_of_leaves(want, gradients) if g is not None]
-                kernels.scale(stored, outputs[0])
-            else:
-                kernels.backward(args, want, _gradients(outputs, upstream), outputs if op.outputs_in_backward else [])
+            with _TorchOps(current.torch_ops):
+                outputs, gradients = kernels.forward(args, want)
+            if any(autograd.flags_of(want)):
+                given = _gradients(outputs, upstream)
+                current = found["backward"] = Phase([], [])
+                with _TorchOps(current.torch_ops):
+                    if op.gradients_in_forward:
+                        stored = [g for g in autograd.gradient_of_leaves(want, gradients) if g is not None]
+                        kernels.scale(stored, outputs[0])
+                    else:
+                        kernels.backward(args, want, given, outputs if op.outputs_in_backward else [])
     finally:
         launcher.recorder = None
-    return launches
+    return found
+
+
+class _TorchOps(TorchDispatchMode):
+    """Records the ops that launch something on a GPU: not views, nor allocations."""
+
+    def __init__(self, found: list[TorchOp]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.__name__.split(".")[0]
+        returned = function._schema.returns
+        is_view = bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        on_gpu = any(tensor.device == META for tensor in (*given, *made))
+        if on_gpu and not is_view and name not in WITHOUT_A_KERNEL:
+            self.found.append(TorchOp(name, flops_of(name, given, made), sum(map(distinct_bytes, [*given, *made]))))
+        return result
+
+
+# Products of matrices, by the place of the first factor among the tensors.
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+WITHOUT_A_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+
+def flops_of(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> int:
+    """Of a product of matrices; 0 of other ops."""
+    return 2 * made[0].numel() * given[PRODUCTS[name]].shape[-1] if name in PRODUCTS else 0
+
+
+def distinct_bytes(tensor: Tensor) -> int:
+    """Bytes of the tensor's elements, without the copies of which an expanded tensor consists."""
+    return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step) * tensor.element_size()
 
 
 def _gradients(outputs: list[Tensor], upstream: str) -> list[Tensor | None]:
@@ -176,4 +239,4 @@ class _Memory:
         if storage._cdata not in self.placed_storages:
             self.placed_storages[storage._cdata] = (next(self.free) << 40, storage)
         base, _ = self.placed_storages[storage._cdata]
-        return Pointer(value.dtype, base + int(value.storage_offset()) * value.element_size())
+        return Pointer(value.dtype, base + int(value.storage_offset()) * value.element_size(), distinct_bytes(value))

@@ -37,7 +37,7 @@ def predicate(operand: Operand) -> Reader:
 
 
 def number(operand: Operand) -> Reader:
-    """The operand's 32 bits. A negated register reads as its complement plus 1, up to 2**32, for the sake of carries."""
+    """The operand's 32 bits. A negated register reads as its complement plus 1, up to 2**32, for carries."""
     if operand.kind == "number":
         value = operand.value & MASK
         return lambda state: value

@@ -1,0 +1,74 @@
+"""The fewest bytes that a launch moves: each distinct element of a tensor that the kernel reads once, and each that it
+writes once. Which pointers a kernel reads and writes is taken from its Triton IR."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+VALUE = r"%[\w$.-]+"
+
+
+class Argument(NamedTuple):
+    """An argument of a compiled kernel: its bits, its size in bytes, and the bytes of the tensor if it is a pointer."""
+
+    value: int
+    size: int
+    tensor_bytes: int = 0
+
+
+class Accesses(NamedTuple):
+    """Places among a kernel's arguments of the pointers that it reads, and that it writes."""
+
+    read: frozenset[int]
+    written: frozenset[int]
+
+
+def accesses_of(ttir: str) -> Accesses:
+    """Follows each pointer from the arguments through every operation up to loads and stores."""
+    origins: dict[str, frozenset[int]] = {}
+    read: set[int] = set()
+    written: set[int] = set()
+    before: dict[str, frozenset[int]] | None = None
+    # Twice, because what a loop carries may depend on what its body computes.
+    while before != origins:
+        before = dict(origins)
+        for line in ttir.splitlines():
+            line = re.sub(r"loc\(.*$", "", line) if "tt.func" not in line else line
+            if "tt.func public" in line:
+                for place, name in enumerate(re.findall(rf"({VALUE}): (?:!tt\.ptr|[if]\d+)", line)):
+                    origins[name] = frozenset([place])
+                continue
+            for carried, initial in re.findall(rf"({VALUE}) = ({VALUE})(?=[,)])", line):
+                origins[carried] = origins.get(carried, frozenset()) | origins.get(initial, frozenset())
+            match = re.match(rf"\s*(?:({VALUE})(?::\d+)? = )?\"?([\w.]+)\"?(.*)", line)
+            if match is None:
+                continue
+            result, name, rest = match.groups()
+            operands = [value.split("#")[0] for value in re.findall(rf"{VALUE}(?:#\d+)?", rest)]
+            if name in ("tt.load", "tt.store") or name.startswith(("tt.atomic", "tt.descriptor")):
+                found = origins.get(operands[0], frozenset())
+                if not found:
+                    raise ValueError(f"no argument leads to the pointer of {line.strip()}")
+                if name != "tt.load":
+                    written |= found
+                if name != "tt.store":
+                    read |= found
+                continue
+            if result:
+                found = frozenset().union(*(origins.get(value, frozenset()) for value in operands))
+                origins[result] = origins.get(result, frozenset()) | found
+    return Accesses(frozenset(read), frozenset(written))
+
+
+def fewest_bytes(arguments: Sequence[Argument], accesses: Accesses) -> int:
+    """Of a launch with these arguments, in the kernel's order. A tensor that is read and written counts twice."""
+    total = 0
+    for places in accesses:
+        tensors: dict[int, int] = {}
+        for place in places:
+            argument = arguments[place]
+            tensors[argument.value] = max(argument.tensor_bytes, tensors.get(argument.value, 0))
+        total += sum(tensors.values())
+    return total
