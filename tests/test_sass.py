@@ -120,10 +120,28 @@ def test_a_call_returns_to_the_address_in_its_register() -> None:
     assert run.counts == [1, 1, 1, 1, 1]
 
 
+def test_a_switch_jumps_through_the_compilers_table() -> None:
+    body = assembled(
+        "S2R R4, SR_CTAID.X", "LDC.U8 R1, c[0x0][R4+0x210]", "SHF.L.U32 R1, R1, 0x2, RZ", "LDC R2, c[0x2][R1+0x4]",
+        "BRX R2 -0x50", "EXIT", "NOP", "EXIT", "NOP", "BRA.DIV UR4, 0x60", "EXIT",
+    )  # fmt: skip
+    constants = Constants(2, 32, b"".join(address.to_bytes(4, "little") for address in (0x50, 0x80, 0x60)))
+    arguments_at(constants, [(0, 1), (1, 1)])
+    first, second = (Program(body).run(constants, block, 0).counts for block in (0, 1))
+    assert first == [1] * 5 + [0, 0, 0, 1, 1, 1]
+    assert second == [1] * 5 + [0, 1, 1, 0, 0, 0]
+
+
 def test_code_that_cannot_be_followed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "STEP_LIMIT", 1000)
-    for lines in (["BRX R2 -0x10", "EXIT"], ["RET.REL.NODEC R4 0x0"], ["MOV R0, RZ"], ["loop: BRA <loop>", "EXIT"]):
-        with pytest.raises(ValueError, match=r"address|nowhere|no end"):
+    for lines in (
+        ["BRX R2 -0x10", "EXIT"],
+        ["CALL.REL.NOINC 0x90", "EXIT"],
+        ["RET.REL.NODEC R4 0x0"],
+        ["MOV R0, RZ"],
+        ["loop: BRA <loop>", "EXIT"],
+    ):
+        with pytest.raises(ValueError, match=r"nowhere|no end"):
             run_of(*lines)
 
 

@@ -25,10 +25,11 @@ LANES = 32
 
 
 class Constants:
-    """Bank 0 of the launch constants: the sizes of the launch and its arguments, at their offsets."""
+    """Bank 0: the sizes of the launch and its arguments, at their offsets. Bank 2: the compiler's constants."""
 
-    def __init__(self, blocks: int, threads: int) -> None:
+    def __init__(self, blocks: int, threads: int, compiler: bytes = b"") -> None:
         self.bytes: dict[int, int] = {}
+        self.compiler = compiler
         for place, size in enumerate((threads, 1, 1, blocks, 1, 1)):
             self.put(4 * place, size, 4)
         # The stack's end and the descriptor of global memory: no count depends on them.
@@ -38,7 +39,10 @@ class Constants:
         for place in range(size):
             self.bytes[offset + place] = value >> 8 * place & 255
 
-    def read(self, offset: int, size: int) -> int | None:
+    def read(self, offset: int, size: int, bank: int = 0) -> int | None:
+        if bank == 2:
+            found = self.compiler[offset : offset + size]
+            return int.from_bytes(found, "little") if len(found) == size else None
         if any(offset + place not in self.bytes for place in range(size)):
             return None
         return int.from_bytes(bytes(self.bytes[offset + place] for place in range(size)), "little")
@@ -152,7 +156,7 @@ class Program:
             if loads.batches and instruction.opcode != "BRA":
                 loads.use(instruction.used)
             opcode = instruction.opcode
-            if opcode in ("BRA", "CALL", "RET", "EXIT", "BRX", "JMX"):
+            if opcode in ("BRA", "CALL", "RET", "EXIT", "BRX"):
                 following = self.follow(place, state, executes, run)
                 if following is None:
                     return run
@@ -176,6 +180,9 @@ class Program:
         """Where a jump leads; None at the end of the warp."""
         instruction = self.instructions[place]
         condition = self.conditions[place]
+        if "DIV" in instruction.modifiers:
+            # Taken only if lanes have diverged.
+            return place + 1
         if condition is not None and executes is not False:
             value = condition(state)
             executes = value if value is not True else executes
@@ -186,10 +193,13 @@ class Program:
                 return None
             run.assumed.add(place)
             return place + 1
-        if instruction.opcode in ("BRX", "JMX"):
-            raise ValueError(f"{instruction.text} jumps to an address that is computed")
         if instruction.opcode == "RET":
             address = state.get(instruction.operands[0].name)
+        elif instruction.opcode == "BRX":
+            # Relative to the instruction after it.
+            start = state.get(instruction.operands[0].name)
+            offset = int(instruction.operands[1].text, 16)
+            address = None if start is None else start + offset + instruction.address + 16
         else:
             address = instruction.target
         if address is None or address not in self.places:

@@ -146,5 +146,5 @@ def instructions_of(text: str) -> dict[str, list[Instruction]]:
 
 
 def split_operands(text: str) -> list[str]:
-    """Operands are separated by commas; `RET.REL.NODEC R4 0x0` has a space instead."""
-    return [part.strip() for part in re.split(r",|\s+(?=0x[0-9a-f]+$)", text) if part.strip()]
+    """Operands are separated by commas; `RET.REL.NODEC R4 0x0` and BRX have a space instead."""
+    return [part.strip() for part in re.split(r",|\s+(?=-?0x[0-9a-f]+$)", text) if part.strip()]

@@ -36,18 +36,26 @@ class Measures:
 
 
 def arguments_at(constants: Constants, arguments: Iterable[tuple[int, int]]) -> None:
-    """Place (value, size in bytes) arguments where the compiler expects them, each aligned to its size."""
+    """Place (value, size in bytes) arguments where the compiler expects them, each aligned to its size, 8 at most."""
     offset = FIRST_ARGUMENT
     for value, size in arguments:
-        offset = -(-offset // size) * size
+        alignment = min(size, 8)
+        offset = -(-offset // alignment) * alignment
         constants.put(offset, value, size)
         offset += size
 
 
 def measured(
-    program: Program, arguments: Sequence[tuple[int, int]], blocks: int, warps: int, registers: int, shared_bytes: int
+    program: Program,
+    arguments: Sequence[tuple[int, int]],
+    blocks: int,
+    warps: int,
+    registers: int,
+    shared_bytes: int,
+    compiler_constants: bytes = b"",
 ) -> Measures:
-    constants = Constants(blocks, warps * LANES)
+    """Run some warps of a launch. `arguments` are (value, size in bytes)."""
+    constants = Constants(blocks, warps * LANES, compiler_constants)
     arguments_at(constants, arguments)
     runs: list[Run] = []
     # Blocks at the ends of a tensor do less. Run more of them unless the first ones all did the same.

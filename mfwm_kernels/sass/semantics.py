@@ -7,10 +7,11 @@ no number wrong.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable
 
-from .listing import Instruction
+from .listing import WIDTHS, Instruction
 from .state import (
     ALWAYS,
     MASK,
@@ -231,11 +232,23 @@ def build_special(instruction: Instruction) -> Step:
 
 
 def build_constant(instruction: Instruction) -> Step:
+    """LDC: a launch constant, or one of the compiler's (bank 2), at a fixed place or one in a register."""
     target, source = instruction.operands[:2]
-    words = 2 if "64" in instruction.modifiers else 1
-    if source.kind != "constant" or {"U8", "S8", "U16", "S16"} & set(instruction.modifiers):
+    size = WIDTHS[instruction.modifiers[0]] if instruction.modifiers else 4
+    place = re.fullmatch(r"c\[0x([02])\]\[(?:(R\d+))?\+?(-?0x[0-9a-f]+)?\]", source.text)
+    if place is None or size not in (1, 2, 4, 8):
         return forgetting(instruction)
-    return lambda state: write(state, target, state["constants"].read(source.value, 4 * words), words)
+    bank, index, offset = int(place[1]), place[2], int(place[3] or "0", 16)
+    is_signed = bool(instruction.modifiers) and instruction.modifiers[0].startswith("S")
+
+    def step(state: State) -> None:
+        start = state.get(index) if index else 0
+        value = None if start is None else state["constants"].read(start + offset & MASK, size, bank)
+        if value is not None and is_signed:
+            value = signed(value, 8 * size) & MASK
+        write(state, target, value, 2 if size == 8 else 1)
+
+    return step
 
 
 def float_bits(value: float, up: bool = False) -> int:
@@ -252,7 +265,7 @@ def float_of(bits: int) -> float:
 def build_to_float(instruction: Instruction) -> Step:
     """Conversions of integers, with which code for integer division begins."""
     modifiers = instruction.modifiers
-    if {"F64", "F16", "BF16"} & set(modifiers):
+    if {"F64", "F16", "BF16", "S64", "U8", "S8", "U16", "S16"} & set(modifiers):
         return forgetting(instruction)
     if "U64" in modifiers:
         return arithmetic(lambda value: float_bits(value, "RP" in modifiers), wide=(0,))(instruction)
