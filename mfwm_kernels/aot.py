@@ -244,7 +244,9 @@ def reported(ops: Sequence[Op], arguments: argparse.Namespace) -> int:
     from . import aot_report
 
     dtypes = [name for name, dtype in aot_report.DTYPES.items() if str(dtype).removeprefix("torch.") in arguments.dtype]
-    return aot_report.main(ops, arguments.size or (), dtypes, arguments.jobs, arguments.report, arguments.compare or "")
+    return aot_report.main(
+        ops, arguments.backend, arguments.size or (), dtypes, arguments.jobs, arguments.report, arguments.compare or ""
+    )
 
 
 def main() -> None:
@@ -259,6 +261,8 @@ def main() -> None:
     )
     parser.add_argument("--compare", metavar="FILE", help="with --report: fail on what is worse than in FILE")
     parser.add_argument("--size", nargs="+", metavar="SIZE", help="with --report: these sizes only")
+    backends = ["triton", "cuda"]
+    parser.add_argument("--backend", nargs="+", default=backends, choices=backends, help="with --report: these only")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET must not be 1: the interpreter compiles nothing")

@@ -6,26 +6,21 @@ machine code (mfwm_kernels.sass). `worse(new, old)` lists what got worse. docs/g
 
 from __future__ import annotations
 
+import itertools
 import json
-import struct
-import subprocess
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .aot import Variant, binary, compile_for, key_of, processes, resources, use
-from .launches import META, PRODUCTS, Call, Launch, Phase, calls, phases
+from . import cuda_launches
+from .aot import processes, use
+from .launch_costs import ARCHITECTURE, Work, identified, measures_of
+from .launches import META, PRODUCTS, Call, Phase, calls, phases
 from .op import Op
-from .sass.interpreter import Program
-from .sass.listing import Instruction, instructions_of
-from .sass.measure import measured
-from .traffic import Argument, accesses_of, fewest_bytes
 
-ARCHITECTURE = "sm_90"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # An H200: multiprocessors, warp instructions a second of each of their 4 schedulers, bytes and FLOPs a second.
 ISSUED_PER_S = 132 * 4 * 1.98e9
@@ -45,53 +40,48 @@ TOLERATED = 0.05
 
 
 class Case(NamedTuple):
-    """A forward or backward of an op at a size in a dtype."""
+    """A forward or backward of an op on a backend, at a size in a dtype."""
 
     op: str
+    backend: str
     size: str
     dtype: str
     phase: str
 
 
-class Work(NamedTuple):
-    """One compilation, and the (arguments, programs) of the launches that use it."""
-
-    variant: Variant
-    launches: list[tuple[tuple[Argument, ...], int]]
-
-
-def cases(ops: Sequence[Op], sizes: Sequence[str], dtypes: Sequence[str]) -> Iterator[tuple[Case, Phase, Call]]:
+def cases(
+    ops: Sequence[Op], backends: Sequence[str], sizes: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[tuple[Case, Phase, Call]]:
     """At these benchmark sizes for GPUs, or at all if `sizes` is empty."""
-    for op in ops:
+    for op, backend in itertools.product(ops, backends):
+        if backend not in op.backends:
+            continue
         for call in calls(op):
             dtype = next((name for name in dtypes if DTYPES[name] == call.dtype), None)
             if dtype and call.name in op.bench and (not sizes or call.name in sizes):
-                for phase, content in phases(call).items():
-                    yield Case(op.name, call.name, dtype, phase), content, call
+                for phase, content in phases(call, backend).items():
+                    yield Case(op.name, backend, call.name, dtype, phase), content, call
 
 
 def report(
-    ops: Sequence[Op], sizes: Sequence[str], dtypes: Sequence[str], jobs: int, note: Callable[[str], None] = print
+    ops: Sequence[Op], backends: Sequence[str], sizes: Sequence[str], dtypes: Sequence[str], jobs: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of kernels and rows of calls."""
     use(ARCHITECTURE)
-    found = list(cases(ops, sizes, dtypes))
+    found = list(cases(ops, backends, sizes, dtypes))
     work: dict[tuple[str, str], Work] = {}
     places: dict[tuple[str, str], dict[Any, int]] = defaultdict(dict)
     uses: dict[Case, list[tuple[tuple[str, str], int]]] = {}
     for case, phase, _ in found:
         uses[case] = []
         for launch in phase.launches:
-            name = launch.kernel.fn.__name__
-            key = (name, key_of(launch))
-            variant = Variant(case.op, case.size, (launch.kernel.fn.__module__, name), launch.given, launch.constants)
-            launched = work.setdefault(key, Work(variant, [])).launches
-            arguments = arguments_of(launch)
-            place = places[key].setdefault((arguments, launch.programs), len(launched))
-            if place == len(launched):
-                launched.append((arguments, launch.programs))
-            uses[case].append((key, place))
-    note(f"{len(work)} kernels to compile")
+            name, key, kernel, launched = identified(case.op, case.size, launch)
+            entry = work.setdefault((name, key), Work(name, kernel, []))
+            place = places[name, key].setdefault(launched, len(entry.launches))
+            if place == len(entry.launches):
+                entry.launches.append(launched)
+            uses[case].append(((name, key), place))
+    print(f"{len(work)} kernels to compile")
     with processes(jobs) as pool:
         results = dict(zip(work, pool.map(measures_of, work.values()), strict=True))
     kernels = [
@@ -100,81 +90,6 @@ def report(
         for row in kernel_rows(case, [(key[0], results[key][place]) for key, place in uses[case]])
     ]
     return {"kernels": kernels, "calls": [call_row(*entry, kernels) for entry in found]}
-
-
-def arguments_of(launch: Launch) -> tuple[Argument, ...]:
-    """The arguments that the compiled kernel takes. Addresses are numbered, so that a loop's launches are equal."""
-    from triton.runtime import driver
-
-    *_, binder = launch.kernel.device_caches[driver.active.get_current_device()]
-    bound, specialization, _ = binder(*launch.given, **launch.constants)
-    addresses: dict[int, int] = {0: 0}
-    return tuple(
-        argument
-        for value, (kind, _) in zip(bound.values(), specialization, strict=True)
-        for argument in _flat_arguments(value, kind, addresses)
-    )
-
-
-def _flat_arguments(value: Any, kind: Any, addresses: dict[int, int]) -> Iterator[Argument]:
-    """`kind` is Triton's name of a type, or a tuple of them."""
-    if isinstance(kind, tuple):
-        for entry, entry_kind in zip(value, kind, strict=True):
-            yield from _flat_arguments(entry, entry_kind, addresses)
-    elif kind.startswith("*"):
-        address = addresses.setdefault(value.address, len(addresses) << 40 | value.address % 512)
-        yield Argument(address, 8, value.nbytes)
-    elif kind == "fp32":
-        yield Argument(struct.unpack("<I", struct.pack("<f", value))[0], 4)
-    elif kind != "constexpr":
-        size = {"1": 1, "8": 1, "16": 2, "32": 4, "64": 8}[kind[1:]]
-        yield Argument(int(value) & (1 << 8 * size) - 1, size)
-
-
-def measures_of(work: Work) -> list[dict[str, Any]]:
-    """The figures of each launch. Raises what went wrong with the kernel's name in front."""
-    try:
-        compiled = compile_for(ARCHITECTURE, work.variant)
-        used = resources(compiled)
-        program = Program(code_of(compiled.asm["cubin"]))
-        accesses = accesses_of(compiled.asm["ttir"])
-        warps = int(compiled.metadata.num_warps)
-        # Triton passes two more pointers, to scratch memory that none of these kernels has.
-        scratch = (Argument(0, 8), Argument(0, 8))
-        rows = []
-        for arguments, programs in work.launches:
-            sized = [(argument.value, argument.size) for argument in (*arguments, *scratch)]
-            found = measured(program, sized, programs, warps, used["registers"], used["shared_bytes"])
-            rows.append(
-                {
-                    "instructions": found.warp_instructions,
-                    "bytes": fewest_bytes(arguments, accesses),
-                    "flops": found.flops,
-                    "barriers": found.barriers,
-                    "loads": found.loads,
-                    "stores": found.stores,
-                    "registers": used["registers"],
-                    "shared_bytes": used["shared_bytes"],
-                    "spilled_bytes": used["local_bytes"],
-                    "warps": warps,
-                    "programs": programs,
-                    "blocks_per_sm": found.blocks_per_sm,
-                    "bytes_in_flight": found.bytes_in_flight,
-                    "assumed_branches": len(found.assumed),
-                }
-            )
-        return rows
-    except Exception as error:
-        raise RuntimeError(f"{work.variant.kernel[1]} of {work.variant.op}, {work.variant.call}: {error}") from error
-
-
-def code_of(cubin: bytes) -> list[Instruction]:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        done = subprocess.run([binary("cuobjdump"), "-sass", str(file)], check=True, capture_output=True, text=True)
-    (code,) = instructions_of(done.stdout).values()
-    return code
 
 
 def kernel_rows(case: Case, launched: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -270,8 +185,8 @@ KERNEL_HEADER = (
     f"{'warps':>6}{'b/SM':>5}{'KB fly':>7}{'spill':>6}{'pred us':>9}"
 )
 CALL_HEADER = (
-    f"{'op':36}{'size':18}{'dtype':6}{'phase':9}{'launches':>9}{'products':>9}{'small ops':>10}{'pred us':>10}"
-    f"{'floor us':>10}{'share of roof':>14}"
+    f"{'op':36}{'backend':9}{'size':18}{'dtype':6}{'phase':9}{'launches':>9}{'products':>9}{'small ops':>10}"
+    f"{'pred us':>10}{'floor us':>10}{'share of roof':>14}"
 )
 
 
@@ -279,6 +194,7 @@ def kernel_line(row: dict[str, Any]) -> str:
     """A ~ marks instructions that depend on what memory holds, and so are estimated."""
     loads, stores = (" ".join(f"{w}B:{n:g}" for w, n in row[kind].items()) for kind in ("loads", "stores"))
     name = row["kernel"] if row["kernel"].startswith(row["op"]) else f"{row['kernel']} ({row['op']})"
+    name = name if row["backend"] == "triton" else f"CUDA C++ {name}"
     return (
         f"{name[:44]:45}{row['size']:18}{row['dtype']:6}{row['phase']:9}{row['launches']:5}"
         f"{'~' if row['assumed_branches'] else ' '}{row['instructions'] / 1e6:8.2f}"
@@ -299,7 +215,7 @@ def call_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         last = place + 1 == len(rows) or rows[place + 1]["phase"] == "forward"
         end = f"{floor:10.1f}{floor / predicted:14.0%}" if last and predicted else ""
         yield (
-            f"{row['op']:36}{row['size']:18}{row['dtype']:6}{row['phase']:9}{row['launches']:9}{row['products']:9}"
+            f"{row['op']:36}{row['backend']:9}{row['size']:18}{row['dtype']:6}{row['phase']:9}{row['launches']:9}{row['products']:9}"
             f"{row['small_ops']:10}{row['predicted_us']:10.1f}{end}"
         )
 
@@ -313,10 +229,21 @@ def compact(report: dict[str, list[dict[str, Any]]]) -> str:
     return "{\n" + ",\n".join(tables) + "\n}\n"
 
 
-def main(ops: Sequence[Op], sizes: Sequence[str], dtypes: Sequence[str], jobs: int, file: str, compare: str) -> int:
+def main(
+    ops: Sequence[Op],
+    backends: Sequence[str],
+    sizes: Sequence[str],
+    dtypes: Sequence[str],
+    jobs: int,
+    file: str,
+    compare: str,
+) -> int:
     """Print the tables, the worst ratios of each dtype first, and write them to `file`; 1 if anything is worse."""
+    if "cuda" in backends and cuda_launches.absent():
+        print(f"No CUDA C++ kernels: {cuda_launches.absent()}")
+        backends = [backend for backend in backends if backend != "cuda"]
     old = json.loads(Path(compare).read_text()) if compare else None
-    found = report(ops, sizes, dtypes, jobs)
+    found = report(ops, backends, sizes, dtypes, jobs)
     print(KERNEL_HEADER)
     for row in sorted(found["kernels"], key=lambda row: (row["dtype"], row["predicted_us"] < SHORT_US, -row["ratio"])):
         print(kernel_line(row))

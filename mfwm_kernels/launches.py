@@ -6,9 +6,10 @@ the launches of one of them, `phases(call)` also torch's own ops. mfwm_kernels.a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -56,9 +57,9 @@ class TorchOp(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """A forward or a backward."""
+    """A forward or a backward. The launches are Launch, or CudaLaunch of the cuda backend."""
 
-    launches: list[Launch]
+    launches: list[Any]
     torch_ops: list[TorchOp]
 
 
@@ -146,21 +147,18 @@ def recorded(call: Call) -> list[Launch]:
     return [launch for phase in phases(call).values() for launch in phase.launches]
 
 
-def phases(call: Call) -> dict[str, Phase]:
+def phases(call: Call, backend: str = "triton") -> dict[str, Phase]:
     """What the backend does in the forward, and in the backward if a gradient is needed."""
-    from .triton import launch as launcher
-
     op, _, _, args, want, upstream = call
     found = {"forward": Phase([], [])}
     current = found["forward"]
     memory = _Memory()
 
-    def record(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        current.launches.append(Launch(kernel, programs, memory.placed(given), constants))
+    def record(launch: Any) -> None:
+        current.launches.append(launch)
 
-    kernels = load(op, "triton")
-    launcher.recorder = record
-    try:
+    with _recording(backend, memory, record):
+        kernels = load(op, backend)
         with torch.no_grad():
             with _TorchOps(current.torch_ops):
                 outputs, gradients = kernels.forward(args, want)
@@ -173,9 +171,27 @@ def phases(call: Call) -> dict[str, Phase]:
                         kernels.scale(stored, outputs[0])
                     else:
                         kernels.backward(args, want, given, outputs if op.outputs_in_backward else [])
+    return found
+
+
+@contextlib.contextmanager
+def _recording(backend: str, memory: _Memory, record: Callable[[Any], None]) -> Iterator[None]:
+    if backend == "cuda":
+        from . import cuda_launches
+
+        with cuda_launches.recording(record, lambda tensor: memory.placed(tensor).address):
+            yield
+        return
+    from .triton import launch as launcher
+
+    def launched(kernel: Any, programs: int, given: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        record(Launch(kernel, programs, memory.placed(given), constants))
+
+    launcher.recorder = launched
+    try:
+        yield
     finally:
         launcher.recorder = None
-    return found
 
 
 class _TorchOps(TorchDispatchMode):

@@ -17,11 +17,13 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from mfwm_kernels.aot_report import compact, worse
+from mfwm_kernels.cuda_launches import absent
 from mfwm_kernels.launches import TorchOp, _TorchOps, calls, phases
 from mfwm_kernels.op import OPS
 from mfwm_kernels.traffic import Argument, accesses_of, fewest_bytes
 
 ROOT = Path(__file__).parent.parent
+LOSS_KERNELS = ("patch_kernel", "finish_kernel", "scale_kernel")
 COMMITTED = ROOT / "benchmarks" / "results" / "sass-sm_90.json"
 
 
@@ -30,7 +32,8 @@ def compared(planted: str, *arguments: str, committed: Path = COMMITTED) -> subp
     return subprocess.run(
         [
             *(sys.executable, "-c", f"from mfwm_kernels import aot\n{planted}\naot.main()", "--report"),
-            *("--compare", str(committed), "--size", "genie", "--dtype", "bfloat16", "--jobs", "2", *arguments),
+            *("--compare", str(committed), "--size", "genie", "--dtype", "bfloat16", "--jobs", "2"),
+            *(arguments or ("--backend", "triton")),
         ],
         capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}, timeout=3600,
     )  # fmt: skip
@@ -42,21 +45,36 @@ def test_no_kernel_at_genie_is_worse_than_the_committed_one() -> None:
     done = compared("")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(COMMITTED.read_text())["kernels"]
-    expected = sum((row["size"], row["dtype"]) == ("genie", "bf16") for row in rows)
+    expected = sum((row["backend"], row["size"], row["dtype"]) == ("triton", "genie", "bf16") for row in rows)
     assert f"{expected} kernels compared with {COMMITTED}: 0 figures are worse" in done.stdout
     assert {row["op"] for row in rows} == {op.name for op in OPS.values() if "triton" in op.backends}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(absent()), reason=absent())
+def test_no_cuda_kernel_at_genie_is_worse_than_the_committed_one() -> None:
+    done = compared("", "--backend", "cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(COMMITTED.read_text())["kernels"]
+    expected = {
+        (row["op"], row["kernel"])
+        for row in rows
+        if (row["backend"], row["size"], row["dtype"]) == ("cuda", "genie", "bf16")
+    }
+    assert expected == {("video_pyramid", "pyramid_kernel"), *(("multi_horizon_loss", name) for name in LOSS_KERNELS)}
+    assert f"{len(expected)} kernels compared with {COMMITTED}: 0 figures are worse" in done.stdout
 
 
 def test_a_worse_tile_is_caught() -> None:
     # Each thread has an eighth of the elements: eight times the warps for the same work.
     planted = "from mfwm_kernels.triton import video_pyramid as kernels\nkernels.TILE_ELEMENTS //= 8\n"
-    done = compared(planted, "--op", "video_pyramid")
+    done = compared(planted, "--op", "video_pyramid", "--backend", "triton")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "WORSE video_pyramid genie bf16 forward video_pyramid: instructions " in done.stdout
+    assert "WORSE video_pyramid triton genie bf16 forward video_pyramid: instructions " in done.stdout
 
 
 def rows(**changes: Any) -> dict[str, list[dict[str, Any]]]:
-    case = {"op": "fan_out", "size": "genie", "dtype": "bf16", "phase": "forward"}
+    case = {"op": "fan_out", "backend": "triton", "size": "genie", "dtype": "bf16", "phase": "forward"}
     kernel = {"instructions": 100, "barriers": 2.0, "spilled_bytes": 0, "blocks_per_sm": 4, "launches": 1}
     call = {"launches": 2, "products": 1, "small_ops": 3}
     return {
@@ -70,12 +88,12 @@ def rows(**changes: Any) -> dict[str, list[dict[str, Any]]]:
     [
         ({}, []),
         ({"instructions": 105, "blocks_per_sm": 5, "barriers": 0.0}, []),
-        ({"instructions": 106}, ["fan_out genie bf16 forward fan_out_forward: instructions 100 -> 106"]),
-        ({"blocks_per_sm": 3}, ["fan_out genie bf16 forward fan_out_forward: blocks per SM 4 -> 3"]),
-        ({"barriers": 3.0}, ["fan_out genie bf16 forward fan_out_forward: barriers 2.0 -> 3.0"]),
-        ({"spilled_bytes": 8}, ["fan_out genie bf16 forward fan_out_forward: spilled_bytes 0 -> 8"]),
-        ({"call_launches": 3}, ["fan_out genie bf16 forward: launches 2 -> 3"]),
-        ({"call_small_ops": 4}, ["fan_out genie bf16 forward: small_ops 3 -> 4"]),
+        ({"instructions": 106}, ["fan_out triton genie bf16 forward fan_out_forward: instructions 100 -> 106"]),
+        ({"blocks_per_sm": 3}, ["fan_out triton genie bf16 forward fan_out_forward: blocks per SM 4 -> 3"]),
+        ({"barriers": 3.0}, ["fan_out triton genie bf16 forward fan_out_forward: barriers 2.0 -> 3.0"]),
+        ({"spilled_bytes": 8}, ["fan_out triton genie bf16 forward fan_out_forward: spilled_bytes 0 -> 8"]),
+        ({"call_launches": 3}, ["fan_out triton genie bf16 forward: launches 2 -> 3"]),
+        ({"call_small_ops": 4}, ["fan_out triton genie bf16 forward: small_ops 3 -> 4"]),
     ],
 )
 def test_what_counts_as_worse(changes: dict[str, Any], problems: list[str]) -> None:
@@ -86,7 +104,7 @@ def test_a_kernel_that_was_not_committed_is_not_passed_over() -> None:
     old = rows()
     old["kernels"] = []
     (problem,) = worse(rows(), old)
-    assert problem == "fan_out genie bf16 forward fan_out_forward: not compared, because it is new"
+    assert problem == "fan_out triton genie bf16 forward fan_out_forward: not compared, because it is new"
 
 
 def test_the_file_has_a_line_per_row() -> None:

@@ -14,6 +14,9 @@ from .occupancy import blocks_per_sm
 
 # Where a kernel's arguments start in bank 0, on compute capability 9.0.
 FIRST_ARGUMENT = 0x210
+# No more warps are run after this many instructions: about a second.
+ENOUGH_INSTRUCTIONS = 500_000
+# Multiples of it, modulo 1, spread evenly however many there are.
 GOLDEN = 0.6180339887498949
 
 
@@ -59,9 +62,10 @@ def measured(
     arguments_at(constants, arguments)
     runs: list[Run] = []
     # Blocks at the ends of a tensor do less. Run more of them unless the first ones all did the same.
-    for enough in (max(8, warps), 32):
+    for enough in (4, max(8, warps), 32):
         runs += [program.run(constants, int((i * GOLDEN) % 1 * blocks), i % warps) for i in range(len(runs), enough)]
-        if len({tuple(run.counts) for run in runs}) == 1:
+        is_uniform = enough > 4 and len({tuple(run.counts) for run in runs}) == 1
+        if is_uniform or sum(sum(run.counts) for run in runs) > ENOUGH_INSTRUCTIONS:
             break
     resident = blocks_per_sm(registers, shared_bytes, warps)
     of_warp = [sum(column) / len(runs) for column in zip(*(run.counts for run in runs), strict=True)]
