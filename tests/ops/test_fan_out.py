@@ -41,6 +41,27 @@ def test_dropping_a_horizon_leaves_the_others_bit_equal(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("pool", "grid"),
+    [((1, 2, 4, 16), (16, 16)), ((1, 3, 6), (6, 12)), ((12, 4), (12, 12)), ((1, 1), (7, 10)), ((1, 1, 4), (4, 12))],
+)
+def test_any_pools(backend: str, pool: tuple[int, ...], grid: tuple[int, int]) -> None:
+    """Blocks of several tiles, tiles with fewer cells than rows, and pools that do not divide each other."""
+    horizons = Horizons((1, 2, 4, 8)[: len(pool)], pool)
+    hidden = torch.randn(1, 2, *grid, 8, requires_grad=True)
+    actions, norm = torch.randn(1, 3, 8, requires_grad=True), torch.randn(len(pool), 8, requires_grad=True)
+    upstream = [torch.randn(1, 2, grid[0] // p, grid[1] // p, 8) for p in pool]
+
+    def results(backend: str) -> list[torch.Tensor]:
+        with use_backend(backend):
+            states = fan_out(hidden, actions, horizons, pool=pool, norm_weight=norm)
+            return [*states, *torch.autograd.grad(states, (hidden, actions, norm), upstream)]
+
+    for got, want in zip(results(backend), results("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("norm", "scale"), [("rms", None), ("rms", [0.5, 2.0, -1.0]), ("layer", [0.5, 2.0, -1.0])])
 def test_grad_monitor(backend: str, norm: str, scale: list[float] | None) -> None:
     """Norms and cosines equal those of gradients that are computed one horizon at a time."""
