@@ -3,8 +3,10 @@ writes once. Which pointers a kernel reads and writes is taken from its Triton I
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 VALUE = r"%[\w$.-]+"
@@ -25,8 +27,43 @@ class Accesses(NamedTuple):
     written: frozenset[int]
 
 
+def with_distinct_names(ttir: str) -> Iterator[str]:
+    """Lines without locations, in which no two values share a name: MLIR gives the values of sibling regions the same
+    names."""
+    scopes: list[dict[str, str]] = [{}]
+    numbers = itertools.count()
+
+    def define(scope: dict[str, str], match: re.Match[str]) -> str:
+        scope[match[0]] = f"%{next(numbers)}"
+        return scope[match[0]]
+
+    def known(match: re.Match[str]) -> str:
+        return next((scope[match[0]] for scope in reversed(scopes) if match[0] in scope), match[0])
+
+    for given in ttir.splitlines():
+        line = given if "tt.func" in given else re.sub(r"loc\(.*$", "", given)
+        if line.lstrip().startswith("}"):
+            scopes.pop()
+        inner: dict[str, str] = {}
+        # Operands first, because a value may have the name of one outside its region.
+        result, equals, rest = line.partition(" = ") if re.match(rf"\s*{VALUE}(:\d+)? = ", line) else ("", "", line)
+        if "tt.func" in line or line.lstrip().startswith("^"):
+            rest = re.sub(rf"{VALUE}(?=:)", partial(define, inner), rest)
+        else:
+            # The values that a loop defines are followed by an equals sign, its operands are not.
+            rest = re.sub(rf"{VALUE}(?![\w$.-]| = )", known, rest)
+            rest = re.sub(rf"{VALUE}(?= = )", partial(define, inner), rest)
+        result = re.sub(VALUE, partial(define, scopes[-1]), result)
+        if line.rstrip().endswith("{"):
+            scopes.append(inner)
+        else:
+            scopes[-1].update(inner)
+        yield result + equals + rest
+
+
 def accesses_of(ttir: str) -> Accesses:
     """Follows each pointer from the arguments through every operation up to loads and stores."""
+    lines = list(with_distinct_names(ttir))
     origins: dict[str, frozenset[int]] = {}
     read: set[int] = set()
     written: set[int] = set()
@@ -34,8 +71,7 @@ def accesses_of(ttir: str) -> Accesses:
     # Twice, because what a loop carries may depend on what its body computes.
     while before != origins:
         before = dict(origins)
-        for line in ttir.splitlines():
-            line = re.sub(r"loc\(.*$", "", line) if "tt.func" not in line else line
+        for line in lines:
             if "tt.func public" in line:
                 for place, name in enumerate(re.findall(rf"({VALUE}): (?:!tt\.ptr|[if]\d+)", line)):
                     origins[name] = frozenset([place])

@@ -140,6 +140,28 @@ def test_pointers_are_followed_through_loops_to_loads_and_stores() -> None:
     assert fewest_bytes([x, n, out, x, unused], accesses) == 100 + 20 + 100
 
 
+def test_values_of_two_regions_may_share_a_name() -> None:
+    accesses = accesses_of(
+        """
+        tt.func public @kernel(%x: !tt.ptr<f32>, %y: !tt.ptr<f32>, %out: !tt.ptr<f32>) attributes {noinline = false} {
+          scf.if %c {
+            %p = tt.addptr %x, %n : !tt.ptr<f32>, i32 loc(#loc1)
+            %v = tt.load %p : !tt.ptr<f32> loc(#loc1)
+          } else {
+            %p = tt.addptr %out, %n : !tt.ptr<f32>, i32 loc(#loc1)
+            tt.store %p, %c0 : !tt.ptr<f32> loc(#loc1)
+          } loc(#loc1)
+          %r = scf.for %i = %c0 to %n step %c0 iter_args(%p = %y) -> (!tt.ptr<f32>)  : i32 {
+            %v = tt.load %p : !tt.ptr<f32> loc(#loc1)
+            scf.yield %p : !tt.ptr<f32> loc(#loc1)
+          } loc(#loc1)
+          tt.return loc(#loc1)
+        } loc(#loc)
+        """
+    )
+    assert (accesses.read, accesses.written) == ({0, 1}, {2})
+
+
 def test_a_pointer_from_nowhere_is_an_error() -> None:
     with pytest.raises(ValueError, match="no argument leads to the pointer"):
         accesses_of("tt.store %2, %1 : tensor<4x!tt.ptr<f32>> loc(#loc1)")
