@@ -92,8 +92,8 @@ FAULTS = [
     ),
     Fault(
         "a position weight does not reach the gradient", "gradient",
-        "mfwm_kernels/gemm/multi_horizon_linear_cross_entropy.py",
-        "row_scales * targets.weights", "row_scales",
+        "mfwm_kernels/gemm/token_targets.py",
+        "row_scales * weights", "row_scales",
         values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
     ),
     Fault(
@@ -105,12 +105,12 @@ FAULTS = [
     Fault(
         "the softcap comes before the prediction", "kernel",
         "mfwm_kernels/triton/multi_horizon_linear_cross_entropy.py",
-        "z = load_biased(logits, start, biases, bias_start, v, mask)",
-        "z = load_row(logits, start, biases, bias_start, v, in_rows, vocabulary, softcap, SOFTCAP)",
+        "load_biased(logits, start, biases, bias_start, v, in_row), v, in_row, AXIS",
+        "load_row(logits, start, biases, bias_start, v, in_row, softcap, SOFTCAP), v, in_row, AXIS",
         "tests/ops/test_multi_horizon_linear_cross_entropy.py -k 'test_predictions and triton'",
     ),
     Fault(
-        "an ignored id teaches too", "kernel", "mfwm_kernels/gemm/multi_horizon_linear_cross_entropy.py",
+        "an ignored id teaches too", "kernel", "mfwm_kernels/gemm/token_targets.py",
         "known = torch.where(args.token_mask[..., None], -1, ids)",
         "known = torch.where(args.token_mask[..., None], -1, ids.clamp_min(0))",
         "tests/ops/test_multi_horizon_linear_cross_entropy.py -k 'true_ids_teach and cpu'",

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..autograd import scale_in_place
 from ..dtypes import product_dtype
-from ..gemm.multi_horizon_linear_cross_entropy import Bias, Passes
+from ..gemm.multi_horizon_linear_cross_entropy import Passes
 from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
+from ..gemm.token_targets import ListedTargets, listed_targets, means
 from ..native import kernels, raw
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
@@ -40,22 +41,29 @@ def column_sums(rows: Tensor) -> Tensor:
     return total
 
 
+def targets_of(args: Arguments) -> ListedTargets:
+    return listed_targets(args, drops=not args.return_predictions)
+
+
 def cross_entropy(
     args: Arguments,
     logits: Tensor,
-    bias: Bias | None,
-    ids: Tensor,
-    starts: Tensor,
-    scales: Tensor,
+    targets: ListedTargets,
+    first: int,
+    biases: Tensor | None,
     losses: Tensor,
     hits: Tensor | None,
     predictions: Tensor | None,
     learns: bool,
 ) -> None:
-    biases, bias_rows = (None, None) if bias is None else bias
+    last = first + logits.shape[0]
+    bias_rows = None if targets.bias_rows is None else targets.bias_rows[first:last]
+    hits = None if hits is None else hits[first:last]
+    predictions = None if predictions is None else predictions[first:last]
     kernels.multi_horizon_linear_cross_entropy(
-        raw(logits), raw(biases), raw(bias_rows), raw(ids), raw(starts), raw(scales), raw(losses), raw(hits),
-        raw(predictions), args.label_smoothing, args.z_loss, args.softcap, learns, torch.get_num_threads(),
+        raw(logits), raw(biases), raw(bias_rows), raw(targets.ids), raw(targets.starts[first : last + 1]),
+        raw(targets.scales[first:last]), raw(losses[first:last]), raw(hits), raw(predictions), args.label_smoothing,
+        args.z_loss, args.softcap, learns, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -86,6 +94,8 @@ PASSES = Passes(
     batched=False,
     add=add,
     column_sums=column_sums,
+    targets=targets_of,
     cross_entropy=cross_entropy,
+    means=means,
     consistency=consistency,
 )

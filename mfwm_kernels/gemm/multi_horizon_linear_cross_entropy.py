@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import stored_dtype
 from ..horizon_loss import gradients_of_weights
-from ..horizons import valid_at
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
-from ..ops.token_ids import checked_ids
 from .rows import by_clip, clip_views, flat, rows_at, rows_of
+from .token_targets import Targets, cells_of, counting_positions, numbered, sum_of
 
 # Parts at least this large a share of a chunk get a matrix product of their own, in place: copying them together with
 # the others would cost more than the extra launch.
@@ -45,9 +43,13 @@ class Passes(NamedTuple):
     batched                rows of several clips become one batched product, because one launch per clip costs too much
     add(total, product)    total += product, for an fp32 total and a bf16 product
     column_sums(rows)      the sums [N] of rows [R, N], in fp32 (fp64 for fp64)
-    cross_entropy(args, logits, bias, ids, starts, scales, losses, hits, predictions, learns)
-        writes losses, hits and predictions [R * F] of logits [R * F, V] plus their Bias, where row r has the target
-        ids[starts[r] : starts[r + 1]]. If `learns`, overwrites each row of logits with its gradient times scales[r]
+    targets(args)          the Targets, as the backend's next two functions read them
+    cross_entropy(args, logits, targets, first, biases, losses, hits, predictions, learns)
+        writes losses, hits and predictions [R * F] of a chunk's logits [r * F, V], whose first row is row `first` of
+        the R * F, plus their bias in [N, V], N of F or of K * F. If `learns`, overwrites the logits with their
+        gradients. Position weights multiply these, and may multiply the losses
+    means(args, targets, losses, hits)
+        the total of the weighted mean losses, the mean losses [K], and the shares of hits or None
     consistency(args, near, far, near_bias, far_bias, counted, known, scale, losses, learns_near, learns_far)
         writes losses [C, F] of far logits [C, F * V] against near ones [C * S, F * V], and overwrites the logits that
         learn with their gradients times `scale`. Both are 0 where `counted` is False. A bias is [F * V] or None. Each
@@ -61,31 +63,10 @@ class Passes(NamedTuple):
     batched: bool
     add: Callable[[Tensor, Tensor], object]
     column_sums: Callable[[Tensor], Tensor]
+    targets: Callable[[Arguments], Any]
     cross_entropy: Callable[..., None]
+    means: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     consistency: Callable[..., None]
-
-
-class Targets(NamedTuple):
-    """The target ids of each row, horizons concatenated.
-
-    rows      per horizon: the number of leading positions of every clip, or row numbers among its B * T * h * w
-    sizes     per horizon: its number of rows; their sum is R
-    ids       the ids of each row's F cells, concatenated, int32; -1 for excluded ids
-    starts    [R * F + 1] int64: the start of each cell's ids
-    weights   [R * F]: the position weight of each cell, or None
-    cells     [K]: how many rows count
-    terms     [K]: how many cross-entropies count, at most F per row
-    counted   [R]: which rows count, if products include rows that do not (other than for their ignored ids); else None
-    """
-
-    rows: list[int | Tensor]
-    sizes: list[int]
-    ids: Tensor
-    starts: Tensor
-    weights: Tensor | None
-    cells: Tensor
-    terms: Tensor
-    counted: Tensor | None
 
 
 class Part(NamedTuple):
@@ -120,13 +101,6 @@ class Clips(NamedTuple):
     gradient: Tensor | None
 
 
-class Bias(NamedTuple):
-    """Biases [N, V] in the computed dtype, and which of them each row of logits [R, V] has: [R] int32."""
-
-    values: Tensor
-    rows: Tensor
-
-
 class Pair(NamedTuple):
     """Numbers of the far rows [C] and of the near rows [C, S] that they cover; which count (None: all); how many do."""
 
@@ -143,46 +117,31 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     def empty(*shape: int, dtype: torch.dtype = computed) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    ids = ids_or_ignored(args)
-    targets = targets_of(args, ids, passes.drops and not args.return_predictions, computed)
+    targets: Targets = passes.targets(args)
     heads.set_rows(targets.rows)
     terms = [size * args.ids_per_token for size in targets.sizes]
-    scales = (args.horizon_weights.to(computed) / targets.cells.clamp_min(1)).unbind()
-    row_scales = torch.cat([scale.expand(size) for scale, size in zip(scales, terms, strict=True)])
-    if targets.weights is not None:
-        row_scales = row_scales * targets.weights
-    bias_rows = heads.bias_rows(terms)
     losses = empty(sum(terms))
     hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
     predictions = empty(sum(terms), dtype=torch.int32) if args.return_predictions else None
     vocabulary = args.weight[0].shape[0] // args.ids_per_token
+    biases = None if heads.biases is None else heads.biases.view(-1, vocabulary)
     for first, last, parts in packed(targets, heads.size):
         products = heads.products(parts)
         rows = heads.logits(products)
-        here = slice(first * args.ids_per_token, last * args.ids_per_token)
-        starts = targets.starts[here.start : here.stop + 1]
         learns = any(heads.learns(part.horizon) for part in parts)
-        hits_here = None if hits is None else hits[here]
-        predictions_here = None if predictions is None else predictions[here]
-        bias = None
-        if heads.biases is not None and bias_rows is not None:
-            bias = Bias(heads.biases.view(-1, vocabulary), bias_rows[here])
         passes.cross_entropy(
-            args, rows.view(-1, vocabulary), bias, targets.ids, starts, row_scales[here], losses[here], hits_here,
-            predictions_here, learns,
+            args, rows.view(-1, vocabulary), targets, first * args.ids_per_token, biases, losses, hits, predictions,
+            learns,
         )  # fmt: skip
         if learns:
             heads.sum_biases(parts, rows)
             counted = None if targets.counted is None else targets.counted[first:last]
             heads.backpropagate(products, counted, added=False)
-    if targets.weights is not None:
-        losses = losses * targets.weights
-    per_horizon = torch.stack([sum_of(part) for part in losses.split(terms)]) / targets.cells.clamp_min(1)
+    total, per_horizon, accuracy = passes.means(args, targets, losses, hits)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
     consistency = torch.zeros(shape, dtype=computed, device=device)
     consistency_counts = torch.zeros(shape, dtype=torch.int64, device=device)
-    known = known_ids(args, ids)
     for i, j in pairs_of(args):
         assert args.consistency_weights is not None
         pair = pair_of(args, i, j, passes.drops)
@@ -199,9 +158,9 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
             near_products = heads.products([near_part], far_part.size)
             far, near = heads.logits(far_products), heads.logits(near_products)
             counted = None if pair.counted is None else pair.counted[chunk]
-            known_here = None if known is None else known[near_rows]
+            known = None if targets.known is None else targets.known[near_rows]
             passes.consistency(
-                args, near, far, heads.bias_of(i), heads.bias_of(j), counted, known_here, scale, losses[chunk],
+                args, near, far, heads.bias_of(i), heads.bias_of(j), counted, known, scale, losses[chunk],
                 learns_near, learns_far,
             )  # fmt: skip
             if learns_near:
@@ -213,7 +172,6 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
                 heads.backpropagate(far_products, counted, added=True)
         consistency[j], consistency_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
 
-    total = (args.horizon_weights.to(computed) * per_horizon).sum()
     gradients = heads.gradients()
     if args.consistency_weights is not None:
         total = (
@@ -221,17 +179,12 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         )
     gradients |= gradients_of_weights(args, want, per_horizon, consistency)
     outputs = [total, per_horizon, targets.cells, consistency, consistency_counts]
-    if hits is not None:
-        right = torch.stack([part.sum() for part in hits.split(terms)])
-        outputs.append(right.to(computed) / targets.terms.clamp_min(1))
+    if accuracy is not None:
+        outputs.append(accuracy)
     if predictions is not None:
         for states, part in zip(args.inputs, predictions.split(terms), strict=True):
             outputs.append(part.view(*states.shape[:-1], *args.tokens.shape[4:]).long())
     return outputs, gradients
-
-
-def sum_of(losses: Tensor) -> Tensor:
-    return losses.sum(dtype=torch.float64).to(losses.dtype)
 
 
 class Heads:
@@ -267,17 +220,6 @@ class Heads:
     def bias_of(self, i: int) -> Tensor | None:
         """The bias [F * V] of horizon i."""
         return None if self.biases is None else self.biases[self._bias_index(i)]
-
-    def bias_rows(self, terms: Sequence[int]) -> Tensor | None:
-        """For `terms` rows [V] of logits of each horizon: their row in the biases [N * F, V]."""
-        if self.biases is None:
-            return None
-        count, device = self.args.ids_per_token, self.biases.device
-        rows = []
-        for i, size in enumerate(terms):
-            first = self._bias_index(i) * count
-            rows.append(torch.arange(first, first + count, dtype=torch.int32, device=device).repeat(size // count))
-        return torch.cat(rows)
 
     def set_rows(self, rows: Sequence[int | Tensor]) -> None:
         """Store the rows of Targets, zero the gradients of inputs elsewhere, and create views by clip if possible."""
@@ -470,87 +412,6 @@ def pairs_of(args: Arguments) -> list[tuple[int, int]]:
     return list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
 
 
-def ids_or_ignored(args: Arguments) -> Tensor:
-    """The ids [B, T_v, Hp, Wp, F], int32, with -1 for ignored ones."""
-    ids = checked_ids(args.tokens, args.weight[0].shape[0] // args.ids_per_token, args.ignore_index)
-    ids = torch.where(ids == args.ignore_index, -1, ids).int()
-    return ids if ids.dim() == 5 else ids.unsqueeze(-1)
-
-
-def known_ids(args: Arguments, ids: Tensor) -> Tensor | None:
-    """The ids that teach in place of horizon 0's distributions, because it does not train on them: for each of its rows
-    [F, f * f], -1 for the others. None if there are none. Every pair's near horizon is 0."""
-    if not args.pairs or args.offsets[0] != 0 or args.token_mask is None:
-        return None
-    _, positions, height, width = args.inputs[0].shape[:4]
-    known = torch.where(args.token_mask[..., None], -1, ids)[:, :positions]
-    return cells_of(known, height, width).transpose(4, 5).flatten(0, 3).contiguous()
-
-
-def targets_of(args: Arguments, all_ids: Tensor, drops: bool, computed: torch.dtype) -> Targets:
-    each = (targets_of_horizon(args, all_ids, i, drops) for i in range(len(args.inputs)))
-    rows, targets, row_weights = zip(*each, strict=True)
-    sizes = [ids.shape[0] for ids in targets]
-    starts, first = [], 0
-    for ids in targets:
-        starts.append(torch.arange(first, first + ids.numel(), ids.shape[-1], device=ids.device))
-        first += ids.numel()
-    starts.append(torch.full((1,), first, device=all_ids.device))
-    counted = None
-    if drops and args.ids_per_token == 1:
-        # All remaining rows count, each with one cross-entropy.
-        cells = terms = torch.tensor(sizes, dtype=torch.int64, device=all_ids.device)
-    else:
-        cell_counted = [(ids >= 0).any(-1) for ids in targets]
-        row_counted = [cell.any(-1) for cell in cell_counted]
-        cells = torch.stack([row.sum() for row in row_counted])
-        terms = torch.stack([cell.sum() for cell in cell_counted])
-        excluded = (args.segment_ids, args.token_mask, args.position_weights)
-        if not drops and (args.return_predictions or any(tensor is not None for tensor in excluded)):
-            counted = torch.cat(row_counted)
-    ids = torch.cat([ids.flatten() for ids in targets])
-    weights = None
-    if args.position_weights is not None:
-        weights = torch.cat(row_weights).to(computed)[:, None].expand(-1, args.ids_per_token).flatten()
-    return Targets(list(rows), sizes, ids, torch.cat(starts), weights, cells, terms, counted)
-
-
-def targets_of_horizon(args: Arguments, ids: Tensor, i: int, drops: bool) -> tuple[int | Tensor, Tensor, Tensor | None]:
-    """The rows of horizon i, as in Targets, their target ids [R, F, f * f] and position weights [R]."""
-    offset, factor = args.offsets[i], args.factors[i]
-    states = args.inputs[i]
-    positions, height, width = states.shape[1:4]
-    frames = ids.shape[1]
-    inside = max(0, min(positions, frames - offset))
-    ids = ids[:, offset : offset + inside]
-    if offset == 0 and args.token_mask is not None:
-        ids = torch.where(args.token_mask[:, :inside, ..., None], ids, -1)
-    if args.segment_ids is not None or args.position_weights is not None:
-        counts = counting_positions(args, i)[:, :inside]
-        ids = torch.where(counts[:, :, None, None, None], ids, -1)
-    if args.return_predictions:
-        # Positions past the end have no target, but logits.
-        ids, inside = F.pad(ids, (0,) * 7 + (positions - inside,), value=-1), positions
-    weights = None
-    if args.position_weights is not None:
-        weights = args.position_weights[:, :inside, i, None, None].expand(-1, -1, height, width).flatten()
-    ids = cells_of(ids, height, width).permute(0, 1, 2, 3, 5, 4).reshape(-1, args.ids_per_token, factor * factor)
-    if drops:
-        counted = (ids >= 0).any(-1).any(-1)
-        if not counted.all():
-            weights = None if weights is None else weights[counted]
-            return numbered(states)[:, :inside].flatten()[counted], ids[counted], weights
-    return inside, ids, weights
-
-
-def counting_positions(args: Arguments, i: int) -> Tensor:
-    """[B, T]: the positions where horizon i counts."""
-    batch, positions = args.inputs[i].shape[:2]
-    frames, device = args.tokens.shape[1], args.tokens.device
-    counted = valid_at(args.offsets[i], positions, frames, args.segment_ids, batch, device)
-    return counted if args.position_weights is None else counted & (args.position_weights[:, :, i] > 0)
-
-
 def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]:
     """Chunks of at most `size` of all horizons' concatenated rows, nearly equal in size: (first, last, parts)."""
     total = sum(targets.sizes)
@@ -581,16 +442,3 @@ def pair_of(args: Arguments, i: int, j: int, drops: bool) -> Pair:
         return Pair(far[counted], near[counted], None, counted.sum())
     excludes = args.segment_ids is not None or args.position_weights is not None
     return Pair(far, near, counted if excludes else None, counted.sum())
-
-
-def numbered(states: Tensor) -> Tensor:
-    """[B, T, h, w]: the number of each row of `states`."""
-    shape = states.shape[:-1]
-    return torch.arange(shape.numel(), device=states.device).view(shape)
-
-
-def cells_of(grid: Tensor, height: int, width: int) -> Tensor:
-    """[B, T, height * f, width * f, F] -> [B, T, height, width, f * f, F]: the ids that each cell covers."""
-    batch, time, rows, columns, last = grid.shape
-    cells = grid.reshape(batch, time, height, rows // height, width, columns // width, last)
-    return cells.transpose(3, 4).flatten(4, 5)

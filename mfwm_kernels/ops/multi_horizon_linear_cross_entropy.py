@@ -582,7 +582,16 @@ OP = register(
         },
         backends={
             "cpu": Backend((*KERNELS, "multi_horizon_linear_add"), dtypes=check.FLOATING),
-            "triton": Backend((*KERNELS, "multi_horizon_linear_normalisers", "multi_horizon_loss_scale")),
+            "triton": Backend(
+                (
+                    "multi_horizon_linear_targets",
+                    *KERNELS,
+                    "multi_horizon_linear_normalisers",
+                    "multi_horizon_linear_sums",
+                    "multi_horizon_linear_means",
+                    "multi_horizon_loss_scale",
+                )
+            ),
         },
         gradients_in_forward=True,
     )

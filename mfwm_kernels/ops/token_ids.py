@@ -6,6 +6,8 @@ call of the op, or `check_errors()`, raises. An id that is out of range is never
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +88,21 @@ def _checked_ids(tokens: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
         write(found, ids, bad, vocabulary)
         report.pinned.copy_(found[0], non_blocking=True)
     return ids.masked_fill(bad, ignore_index)
+
+
+@contextlib.contextmanager
+def recording(tokens: Tensor, vocabulary: int, ignore_index: int) -> Iterator[Tensor]:
+    """For a kernel that checks the ids itself: [4] int64 for their number, to which it adds, and the details of one of
+    them. The host copy follows. On the CPU bad ids raise first, as in `checked_ids`."""
+    if tokens.device.type != "cuda" or not tokens.numel():
+        if tokens.device.type == "cpu":
+            checked_ids(tokens, vocabulary, ignore_index)
+        yield torch.empty(4, dtype=torch.int64, device=tokens.device)
+        return
+    report = _report_of(tokens.device)
+    found = report.found.ready()
+    yield found[0]
+    report.pinned.copy_(found[0], non_blocking=True)
 
 
 def write(found: Tensor, ids: Tensor, bad: Tensor, vocabulary: int) -> None:

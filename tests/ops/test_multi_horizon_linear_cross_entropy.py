@@ -378,9 +378,11 @@ def test_a_bad_id_on_a_gpu_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif("triton" not in KERNELS, reason="needs Triton")
 def test_rows_too_long_for_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     from mfwm_kernels.triton import multi_horizon_linear_cross_entropy as module
+    from mfwm_kernels.triton import token_consistency
 
     monkeypatch.setattr(module, "LONGEST", 16)
     monkeypatch.setattr(module, "LOOPED", 16)
+    monkeypatch.setattr(token_consistency, "LOOPED", 16)
     options = {"softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1, "return_accuracy": True}
     kwargs = call_of("triton", batch=few_clips("triton"), consistency_weights=[0, 0, 2], detach=None, **options)
     kwargs |= hosts_options(kwargs)
