@@ -30,6 +30,10 @@ from .token_targets import Targets, cells_of, counting_positions, numbered, sum_
 # the others would cost more than the extra launch.
 LARGE = 1 / 8
 
+# Whether torch adds a product of bf16 matrices to an fp32 matrix on a GPU: versions from 2.8 on have the overload of
+# addmm, but before 2.10 it refuses an fp32 matrix to add to.
+ADDS_IN_FP32 = torch.__version__ >= (2, 10)
+
 
 class Passes(NamedTuple):
     """The options and functions of a backend that `forward` uses.
@@ -196,6 +200,7 @@ class Heads:
         self.computed = torch.promote_types(dtype, torch.float32)
         self.dtype, self.add, self.column_sums = passes.product_dtype(dtype), passes.add, passes.column_sums
         self.batched = passes.batched
+        self.adds_in_fp32 = ADDS_IN_FP32 and args.tokens.device.type != "cpu" and self.dtype != self.computed
         self.weights = [weight.to(self.dtype) for weight in args.weight]
         columns, depth = self.weights[0].shape
         # Count the gathered states too: with V < D they are larger than the logits.
@@ -231,7 +236,7 @@ class Heads:
                     gradient.zero_()
                 self.clips.append(Clips(None, None))
                 continue
-            if gradient is not None:
+            if gradient is not None and covered < states.shape[1]:
                 gradient[:, covered:].zero_()
             clips = Clips(by_clip(states, covered), None if gradient is None else by_clip(gradient, covered))
             self.clips.append(one_clip(clips) or clips)
@@ -369,8 +374,8 @@ class Heads:
             view.copy_(view + rows.view(view.shape) if added else rows.view(view.shape))
 
     def _sum(self, total: Tensor | None, logits_gradient: Tensor, states: Tensor) -> Tensor:
-        """total + logits_gradient^T @ states, summed over clips, in fp32 (fp64 for fp64). The first product of two
-        matrices is returned in its own dtype, because it may remain the only one."""
+        """total + logits_gradient^T @ states, summed over clips, in fp32 (fp64 for fp64). Unless torch adds in fp32, the
+        first product of two matrices is returned in its own dtype, because it may remain the only one."""
         if states.dim() == 3:
             # One [V, D] product per clip: as many at a time as a chunk holds.
             size = max(1, self.size // states.shape[-1])
@@ -380,6 +385,12 @@ class Heads:
                 total = summed if total is None else total.to(self.computed).add_(summed)
             assert total is not None
             return total
+        if self.adds_in_fp32:
+            # The product is added to the total in registers: a product of its own would be written in bf16 and read.
+            left = logits_gradient.t()
+            if total is None:
+                return torch.mm(left, states, out_dtype=self.computed)
+            return torch.addmm(total, left, states, out_dtype=self.computed, out=total)
         if total is None:
             return multiply(logits_gradient.t(), states, self._empty(logits_gradient.shape[1], states.shape[1]))
         total = total.to(self.computed)
