@@ -12,7 +12,7 @@ from ..autograd import scale_in_place
 from ..dtypes import product_dtype
 from ..gemm.multi_horizon_linear_cross_entropy import Passes
 from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
-from ..gemm.token_targets import ListedTargets, listed_targets, means
+from ..gemm.token_targets import ListedTargets, Pair, listed_pairs, listed_targets, means
 from ..native import kernels, raw
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
@@ -69,18 +69,19 @@ def cross_entropy(
 
 def consistency(
     args: Arguments,
+    pair: Pair,
     near: Tensor,
     far: Tensor,
     near_bias: Tensor | None,
     far_bias: Tensor | None,
     counted: Tensor | None,
     known: Tensor | None,
-    scale: Tensor,
     losses: Tensor,
     learns_near: bool,
     learns_far: bool,
 ) -> None:
-    assert counted is None
+    assert counted is None and args.consistency_weights is not None
+    scale = args.consistency_weights[pair.horizons[1]].to(losses.dtype) / pair.cells.clamp_min(1)
     kernels.multi_horizon_linear_consistency(
         raw(near), raw(far), raw(near_bias), raw(far_bias), raw(known), raw(losses), args.ids_per_token, args.softcap,
         scale.item(), learns_near, learns_far, torch.get_num_threads(),
@@ -96,6 +97,7 @@ PASSES = Passes(
     column_sums=column_sums,
     targets=targets_of,
     cross_entropy=cross_entropy,
-    means=means,
+    pairs=listed_pairs,
     consistency=consistency,
+    means=means,
 )

@@ -24,7 +24,7 @@ from ..horizon_loss import gradients_of_weights
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
 from .rows import by_clip, clip_views, flat, rows_at, rows_of
-from .token_targets import Targets, cells_of, counting_positions, numbered, sum_of
+from .token_targets import Pair, Targets, pairs_of
 
 # Parts at least this large a share of a chunk get a matrix product of their own, in place: copying them together with
 # the others would cost more than the extra launch.
@@ -52,13 +52,16 @@ class Passes(NamedTuple):
         writes losses, hits and predictions [R * F] of a chunk's logits [r * F, V], whose first row is row `first` of
         the R * F, plus their bias in [N, V], N of F or of K * F. If `learns`, overwrites the logits with their
         gradients. Position weights multiply these, and may multiply the losses
-    means(args, targets, losses, hits)
-        the total of the weighted mean losses, the mean losses [K], and the shares of hits or None
-    consistency(args, near, far, near_bias, far_bias, counted, known, scale, losses, learns_near, learns_far)
-        writes losses [C, F] of far logits [C, F * V] against near ones [C * S, F * V], and overwrites the logits that
-        learn with their gradients times `scale`. Both are 0 where `counted` is False. A bias is [F * V] or None. Each
-        id >= 0 in known [C * S, F, f * f] contributes its one-hot in place of a share of 1 / (f * f) of the near
-        distribution
+    pairs(args)            the consistency pairs
+    consistency(args, pair, near, far, near_bias, far_bias, counted, known, losses, learns_near, learns_far)
+        writes losses [C, F] of a chunk of the pair's far logits [C, F * V] against near ones [C * S, F * V], and
+        overwrites the logits that learn with their gradients. Both are 0 where `counted` is False. A bias is [F * V] or
+        None. Each id >= 0 in known [C * S, F, f * f] contributes its one-hot in place of a share of 1 / (f * f) of the
+        near distribution
+    means(args, targets, pairs, losses, hits)
+        the total, the mean losses [K], those of consistency and how many far cells these count, both in the shape of
+        the consistency weights, and the shares of hits or None. `losses` are those of the R * F cells, then those of
+        each pair
     """
 
     chunk_bytes: int
@@ -69,8 +72,9 @@ class Passes(NamedTuple):
     column_sums: Callable[[Tensor], Tensor]
     targets: Callable[[Arguments], Any]
     cross_entropy: Callable[..., None]
-    means: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    pairs: Callable[[Arguments], list[Pair]]
     consistency: Callable[..., None]
+    means: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
 
 
 class Part(NamedTuple):
@@ -105,26 +109,18 @@ class Clips(NamedTuple):
     gradient: Tensor | None
 
 
-class Pair(NamedTuple):
-    """Numbers of the far rows [C] and of the near rows [C, S] that they cover; which count (None: all); how many do."""
-
-    far: Tensor
-    near: Tensor
-    counted: Tensor | None
-    cells: Tensor
-
-
 def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], Gradients]:
     heads = Heads(args, want, passes)
-    device, count, computed = args.tokens.device, len(args.inputs), heads.computed
+    device, computed = args.tokens.device, heads.computed
 
     def empty(*shape: int, dtype: torch.dtype = computed) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     targets: Targets = passes.targets(args)
+    pairs: list[Pair] = passes.pairs(args)
     heads.set_rows(targets.rows)
     terms = [size * args.ids_per_token for size in targets.sizes]
-    losses = empty(sum(terms))
+    losses = empty(sum(terms) + sum(pair.far.shape[0] for pair in pairs) * args.ids_per_token)
     hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
     predictions = empty(sum(terms), dtype=torch.int32) if args.return_predictions else None
     vocabulary = args.weight[0].shape[0] // args.ids_per_token
@@ -141,46 +137,13 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
             heads.sum_biases(parts, rows)
             counted = None if targets.counted is None else targets.counted[first:last]
             heads.backpropagate(products, counted, added=False)
-    total, per_horizon, accuracy = passes.means(args, targets, losses, hits)
-
-    shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
-    consistency = torch.zeros(shape, dtype=computed, device=device)
-    consistency_counts = torch.zeros(shape, dtype=torch.int64, device=device)
-    for i, j in pairs_of(args):
-        assert args.consistency_weights is not None
-        pair = pair_of(args, i, j, passes.drops)
-        scale = args.consistency_weights[j].to(computed) / pair.cells.clamp_min(1)
-        losses = empty(pair.far.shape[0], args.ids_per_token)
-        learns_near = args.detach != "near" and heads.learns(i)
-        learns_far = args.detach != "far" and heads.learns(j)
-        size = max(1, heads.size // (1 + pair.near.shape[1]))
-        for first in range(0, losses.shape[0], size):
-            chunk = slice(first, first + size)
-            far_rows, near_rows = pair.far[chunk], pair.near[chunk].flatten()
-            far_part, near_part = Part(j, far_rows, far_rows.shape[0]), Part(i, near_rows, near_rows.shape[0])
-            far_products = heads.products([far_part])
-            near_products = heads.products([near_part], far_part.size)
-            far, near = heads.logits(far_products), heads.logits(near_products)
-            counted = None if pair.counted is None else pair.counted[chunk]
-            known = None if targets.known is None else targets.known[near_rows]
-            passes.consistency(
-                args, near, far, heads.bias_of(i), heads.bias_of(j), counted, known, scale, losses[chunk],
-                learns_near, learns_far,
-            )  # fmt: skip
-            if learns_near:
-                heads.sum_biases([near_part], near)
-                covered = None if counted is None else counted[:, None].expand(-1, pair.near.shape[1]).flatten()
-                heads.backpropagate(near_products, covered, added=True)
-            if learns_far:
-                heads.sum_biases([far_part], far)
-                heads.backpropagate(far_products, counted, added=True)
-        consistency[j], consistency_counts[j] = sum_of(losses) / pair.cells.clamp_min(1), pair.cells
-
+    first_of_pair = sum(terms)
+    for pair in pairs:
+        pair_losses = losses[first_of_pair : first_of_pair + pair.far.shape[0] * args.ids_per_token]
+        first_of_pair += pair_losses.shape[0]
+        teach(args, passes, heads, pair, targets.known, pair_losses.view(-1, args.ids_per_token))
     gradients = heads.gradients()
-    if args.consistency_weights is not None:
-        total = (
-            total + torch.where(consistency_counts > 0, args.consistency_weights.to(computed) * consistency, 0).sum()
-        )
+    total, per_horizon, consistency, consistency_counts, accuracy = passes.means(args, targets, pairs, losses, hits)
     gradients |= gradients_of_weights(args, want, per_horizon, consistency)
     outputs = [total, per_horizon, targets.cells, consistency, consistency_counts]
     if accuracy is not None:
@@ -189,6 +152,33 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         for states, part in zip(args.inputs, predictions.split(terms), strict=True):
             outputs.append(part.view(*states.shape[:-1], *args.tokens.shape[4:]).long())
     return outputs, gradients
+
+
+def teach(args: Arguments, passes: Passes, heads: Heads, pair: Pair, known: Tensor | None, losses: Tensor) -> None:
+    """The losses [C, F] of a consistency pair, and its gradients."""
+    i, j = pair.horizons
+    learns_near = args.detach != "near" and heads.learns(i)
+    learns_far = args.detach != "far" and heads.learns(j)
+    size = max(1, heads.size // (1 + pair.near.shape[1]))
+    for first in range(0, losses.shape[0], size):
+        chunk = slice(first, first + size)
+        far_rows, near_rows = pair.far[chunk], pair.near[chunk].flatten()
+        far_part, near_part = Part(j, far_rows, far_rows.shape[0]), Part(i, near_rows, near_rows.shape[0])
+        far_products = heads.products([far_part])
+        near_products = heads.products([near_part], far_part.size)
+        far, near = heads.logits(far_products), heads.logits(near_products)
+        counted = None if pair.counted is None else pair.counted[chunk]
+        passes.consistency(
+            args, pair, near, far, heads.bias_of(i), heads.bias_of(j), counted,
+            None if known is None else known[near_rows], losses[chunk], learns_near, learns_far,
+        )  # fmt: skip
+        if learns_near:
+            heads.sum_biases([near_part], near)
+            covered = None if counted is None else counted[:, None].expand(-1, pair.near.shape[1]).flatten()
+            heads.backpropagate(near_products, covered, added=True)
+        if learns_far:
+            heads.sum_biases([far_part], far)
+            heads.backpropagate(far_products, counted, added=True)
 
 
 class Heads:
@@ -349,7 +339,11 @@ class Heads:
         for part, target in zip(parts, gathered.split(counts), strict=True):
             states = self.args.inputs[part.horizon]
             if isinstance(part.rows, Tensor):
-                target.copy_(rows_at(states, part.rows))
+                matrix = flat(states)
+                if matrix is not None and matrix.dtype == target.dtype:
+                    torch.index_select(matrix, 0, part.rows, out=target)
+                else:
+                    target.copy_(rows_at(states, part.rows))
                 continue
             views = self._views(self.clips[part.horizon].states, part)
             if not views:
@@ -374,7 +368,7 @@ class Heads:
             view.copy_(view + rows.view(view.shape) if added else rows.view(view.shape))
 
     def _sum(self, total: Tensor | None, logits_gradient: Tensor, states: Tensor) -> Tensor:
-        """total + logits_gradient^T @ states, summed over clips, in fp32 (fp64 for fp64). Unless torch adds in fp32, the
+        """total + logits_gradient^T @ states, summed over clips, in fp32 (fp64 for fp64). Unless torch adds in fp32, a
         first product of two matrices is returned in its own dtype, because it may remain the only one."""
         if states.dim() == 3:
             # One [V, D] product per clip: as many at a time as a chunk holds.
@@ -419,10 +413,6 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.bmm(left, right.expand(left.shape[0], -1, -1), out=out)
 
 
-def pairs_of(args: Arguments) -> list[tuple[int, int]]:
-    return list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
-
-
 def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]:
     """Chunks of at most `size` of all horizons' concatenated rows, nearly equal in size: (first, last, parts)."""
     total = sum(targets.sizes)
@@ -437,19 +427,3 @@ def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]
             if part.start < part.stop:
                 parts.append(Part(i, part if isinstance(rows, int) else rows[part], part.stop - part.start))
         yield first, last, parts
-
-
-def pair_of(args: Arguments, i: int, j: int, drops: bool) -> Pair:
-    far_states, near_states = args.inputs[j], args.inputs[i]
-    positions, height, width = far_states.shape[1:4]
-    frames, apart = args.tokens.shape[1], args.offsets[j] - args.offsets[i]
-    inside = max(0, min(positions - apart, frames - args.offsets[j]))
-    both = counting_positions(args, j)[:, :inside] & counting_positions(args, i)[:, apart : apart + inside]
-    # Without contiguous(), the cells of a single position would be a view of stride 0.
-    counted = both[:, :, None, None].expand(-1, -1, height, width).flatten().contiguous()
-    far = numbered(far_states)[:, :inside].flatten()
-    near = cells_of(numbered(near_states)[:, apart : apart + inside, ..., None], height, width).flatten(0, 3).flatten(1)
-    if drops:
-        return Pair(far[counted], near[counted], None, counted.sum())
-    excludes = args.segment_ids is not None or args.position_weights is not None
-    return Pair(far, near, counted if excludes else None, counted.sum())

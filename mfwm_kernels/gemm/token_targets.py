@@ -1,4 +1,5 @@
-"""The target ids of multi_horizon_linear_cross_entropy's rows and the means of their losses, as torch computes them."""
+"""What multi_horizon_linear_cross_entropy is trained on, as torch computes it: the target ids of rows, the rows of
+consistency pairs, and the means of the losses."""
 
 from __future__ import annotations
 
@@ -53,6 +54,22 @@ class ListedTargets(Targets):
     bias_rows: Tensor | None
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Horizons (near, far); numbers of the far rows [C] and of the near rows [C, S] that each covers, among the
+    B * T * h * w rows of their horizon; which far rows count (None: all); how many do."""
+
+    horizons: tuple[int, int]
+    far: Tensor
+    near: Tensor
+    counted: Tensor | None
+    cells: Tensor
+
+
+def pairs_of(args: Arguments) -> list[tuple[int, int]]:
+    return list(zip(args.pairs[::2], args.pairs[1::2], strict=True))
+
+
 def listed_targets(args: Arguments, *, drops: bool) -> ListedTargets:
     """`drops`: rows that do not count are dropped, which waits for the device."""
     all_ids = _ids_or_ignored(args)
@@ -92,19 +109,48 @@ def listed_targets(args: Arguments, *, drops: bool) -> ListedTargets:
 
 
 def means(
-    args: Arguments, targets: ListedTargets, losses: Tensor, hits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weighted sum of the horizons' mean losses, these [K], and the shares of cells that hit, given the losses and
-    hits of the cells [R * F]."""
-    repeats = [size * args.ids_per_token for size in targets.sizes]
+    args: Arguments, targets: ListedTargets, pairs: list[Pair], losses: Tensor, hits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """See gemm.multi_horizon_linear_cross_entropy.Passes."""
+    computed, device, per_token = losses.dtype, losses.device, args.ids_per_token
+    repeats = [size * per_token for size in targets.sizes]
+    rest = losses[sum(repeats) :].split([pair.far.shape[0] * per_token for pair in pairs])
+    losses = losses[: sum(repeats)]
     if targets.weights is not None:
         losses = losses * targets.weights
     per_horizon = torch.stack([sum_of(part) for part in losses.split(repeats)]) / targets.cells.clamp_min(1)
-    total = (args.horizon_weights.to(losses.dtype) * per_horizon).sum()
+    total = (args.horizon_weights.to(computed) * per_horizon).sum()
+    shape = (len(args.inputs),) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
+    consistency = torch.zeros(shape, dtype=computed, device=device)
+    consistency_counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    for pair, part in zip(pairs, rest, strict=True):
+        _, j = pair.horizons
+        consistency[j], consistency_counts[j] = sum_of(part) / pair.cells.clamp_min(1), pair.cells
+    if args.consistency_weights is not None:
+        weighted = args.consistency_weights.to(computed) * consistency
+        total = total + torch.where(consistency_counts > 0, weighted, 0).sum()
     if hits is None:
-        return total, per_horizon, None
+        return total, per_horizon, consistency, consistency_counts, None
     right = torch.stack([part.sum() for part in hits.split(repeats)])
-    return total, per_horizon, right.to(losses.dtype) / targets.terms.clamp_min(1)
+    accuracy = right.to(computed) / targets.terms.clamp_min(1)
+    return total, per_horizon, consistency, consistency_counts, accuracy
+
+
+def listed_pairs(args: Arguments) -> list[Pair]:
+    """The pairs without the rows that do not count, which waits for the device."""
+    return [_listed_pair(args, i, j) for i, j in pairs_of(args)]
+
+
+def _listed_pair(args: Arguments, i: int, j: int) -> Pair:
+    far_states, near_states = args.inputs[j], args.inputs[i]
+    positions, height, width = far_states.shape[1:4]
+    frames, apart = args.tokens.shape[1], args.offsets[j] - args.offsets[i]
+    inside = max(0, min(positions - apart, frames - args.offsets[j]))
+    both = counting_positions(args, j)[:, :inside] & counting_positions(args, i)[:, apart : apart + inside]
+    counted = both[:, :, None, None].expand(-1, -1, height, width).flatten()
+    far = numbered(far_states)[:, :inside].flatten()
+    near = cells_of(numbered(near_states)[:, apart : apart + inside, ..., None], height, width).flatten(0, 3).flatten(1)
+    return Pair((i, j), far[counted], near[counted], None, counted.sum())
 
 
 def sum_of(losses: Tensor) -> Tensor:

@@ -585,6 +585,7 @@ OP = register(
             "triton": Backend(
                 (
                     "multi_horizon_linear_targets",
+                    "multi_horizon_linear_pairs",
                     *KERNELS,
                     "multi_horizon_linear_normalisers",
                     "multi_horizon_linear_sums",

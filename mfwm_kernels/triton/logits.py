@@ -1,14 +1,27 @@
-"""What the token-loss kernels share: rows of logits with bias and softcap, and powers of 2."""
+"""What the token-loss kernels share: rows of logits with bias and softcap, their tiles, and powers of 2.
+
+A row belongs to one warp, up to 2048 logits, so that its reductions are shuffles and wait for no other warp; 32
+programs of one warp on an SM have 64 KB of rows in flight. Longer rows have a warp per 2048 logits, or four that loop.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from .launch import IN_INTERPRETER
+from .launch import IN_INTERPRETER, power_of_2
+
+# The longest row that registers hold, the block size for longer rows, and the most logits of a warp.
+LONGEST = 16384
+LOOPED = 4096
+WARP_LOGITS = 2048
+
+# Finite, because the difference of two infinities is not a number.
+LOWEST = tl.constexpr(-1e38)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -64,3 +77,58 @@ def load_row(logits, start, biases, bias_start, column, mask, softcap, SOFTCAP: 
     """The same, capped and in fp32; -inf outside the mask."""
     z = capped(load_biased(logits, start, biases, bias_start, column, mask), softcap, SOFTCAP)
     return z if mask is None else tl.where(mask, z, float("-inf"))
+
+
+@triton.jit
+def each(x, ROWS: tl.constexpr):
+    """A number per row, to be combined with its columns."""
+    return x if ROWS == 1 else x[:, None]
+
+
+@triton.jit
+def statistics_of_long_row(
+    logits, start, biases, bias_start, vocabulary, softcap,
+    SOFTCAP: tl.constexpr, SMOOTHS: tl.constexpr, COMPARES: tl.constexpr, FULL: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The largest logit; the sum of exp(logit - largest); the sum of the logits if SMOOTHS; the first column of the
+    largest if COMPARES. Until the end each lane reduces its own columns."""
+    largest = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    z_sum = tl.zeros([LANES], tl.float32)
+    argmax = tl.zeros([LANES], tl.int32)
+    for first in range(0, vocabulary, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        mask = None if FULL else column < vocabulary
+        z = load_row(logits, start, biases, bias_start, column, mask, softcap, SOFTCAP)
+        z = tl.reshape(z, [BLOCK // (LANES * VECTOR), LANES, VECTOR])
+        here = tl.max(tl.max(z, 2), 0)
+        if COMPARES:
+            column = tl.reshape(column, z.shape)
+            argmax_here = tl.min(tl.min(tl.where(z == here[None, :, None], column, 2**31 - 1), 2), 0)
+            argmax = tl.where(here > largest, argmax_here, argmax)
+        if SMOOTHS:
+            z_sum += tl.sum(tl.sum(z if FULL else tl.where(z == float("-inf"), 0.0, z), 2), 0)
+        most = tl.maximum(largest, here)
+        powers = power(z * LOG2_E - (most * LOG2_E)[None, :, None])
+        total = total * power((largest - most) * LOG2_E) + tl.sum(tl.sum(powers, 2), 0)
+        largest = most
+    row_largest = tl.max(largest, 0)
+    argmax_of_row = tl.min(tl.where(largest == row_largest, argmax, 2**31 - 1), 0)
+    row_total = tl.sum(total * power((largest - row_largest) * LOG2_E), 0)
+    return row_largest, row_total, tl.sum(z_sum, 0), argmax_of_row
+
+
+def tile_of(vocabulary: int, itemsize: int, ids: int = 1) -> dict[str, Any]:
+    """The tile of a program: ROWS rows in one block, or one row in blocks. FULL: without columns past the end. VECTOR
+    and LANES are for `statistics_of_long_row`. `ids`: how many ids of each row a program holds as well."""
+    block = max(16, power_of_2(vocabulary))
+    one_block = block <= LONGEST
+    # Two rows of a warp cost more than two warps, from 512 logits a row on, and each row has numbers in every lane.
+    rows = max(1, min(8, 512 // block, 512 // ids)) if one_block else 1
+    block, warps = (block, max(1, block // WARP_LOGITS)) if one_block else (LOOPED, 4)
+    vector = min(16 // itemsize, block)
+    return {
+        "ONE_BLOCK": one_block, "FULL": rows == 1 and vocabulary % block == 0, "ROWS": rows, "BLOCK": block,
+        "VECTOR": vector, "LANES": min(32 * warps, block // vector), "num_warps": warps,
+    }  # fmt: skip

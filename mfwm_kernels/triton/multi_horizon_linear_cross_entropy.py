@@ -30,27 +30,23 @@ from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
 from . import multi_horizon_loss
 from .launch import ceil_div, launch, power_of_2
-from .logits import LN_2, LOG2_E, capped, load_biased, load_row, power, through_cap
-from .token_consistency import consistency
+from .logits import (
+    LOG2_E,
+    capped,
+    each,
+    load_biased,
+    load_row,
+    power,
+    statistics_of_long_row,
+    through_cap,
+    tile_of,
+)
+from .token_consistency import consistency, pairs
 from .token_targets import TokenTargets, means, targets_of
 
 CHUNK_BYTES = 512 * 2**20
 
 scale = multi_horizon_loss.scale
-
-# The longest row that registers hold, the block size for longer rows, and the logits of a warp.
-LONGEST = 16384
-LOOPED = 4096
-WARP_LOGITS = 2048
-
-# Finite, because the difference of two infinities is not a number.
-LOWEST = tl.constexpr(-1e38)
-
-
-@triton.jit
-def each(x, ROWS: tl.constexpr):
-    """A number per row, to be combined with its columns."""
-    return x if ROWS == 1 else x[:, None]
 
 
 @triton.jit
@@ -61,40 +57,6 @@ def first_largest(z, column, mask, AXIS: tl.constexpr):
     largest = tl.max(z, AXIS)
     place = largest if AXIS == 0 else largest[:, None]
     return largest, tl.min(tl.where(z < place, 2**31 - 1, column), AXIS)
-
-
-@triton.jit
-def statistics_of_long_row(
-    logits, start, biases, bias_start, vocabulary, softcap,
-    SOFTCAP: tl.constexpr, SMOOTHS: tl.constexpr, COMPARES: tl.constexpr, FULL: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """The largest logit; the sum of exp(logit - largest); the sum of the logits if SMOOTHS; the first column of the
-    largest if COMPARES. Until the end each lane reduces its own columns."""
-    largest = tl.full([LANES], LOWEST, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    z_sum = tl.zeros([LANES], tl.float32)
-    argmax = tl.zeros([LANES], tl.int32)
-    for first in range(0, vocabulary, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        mask = None if FULL else column < vocabulary
-        z = load_row(logits, start, biases, bias_start, column, mask, softcap, SOFTCAP)
-        z = tl.reshape(z, [BLOCK // (LANES * VECTOR), LANES, VECTOR])
-        here = tl.max(tl.max(z, 2), 0)
-        if COMPARES:
-            column = tl.reshape(column, z.shape)
-            argmax_here = tl.min(tl.min(tl.where(z == here[None, :, None], column, 2**31 - 1), 2), 0)
-            argmax = tl.where(here > largest, argmax_here, argmax)
-        if SMOOTHS:
-            z_sum += tl.sum(tl.sum(z if FULL else tl.where(z == float("-inf"), 0.0, z), 2), 0)
-        most = tl.maximum(largest, here)
-        powers = power(z * LOG2_E - (most * LOG2_E)[None, :, None])
-        total = total * power((largest - most) * LOG2_E) + tl.sum(tl.sum(powers, 2), 0)
-        largest = most
-    row_largest = tl.max(largest, 0)
-    argmax_of_row = tl.min(tl.where(largest == row_largest, argmax, 2**31 - 1), 0)
-    row_total = tl.sum(total * power((largest - row_largest) * LOG2_E), 0)
-    return row_largest, row_total, tl.sum(z_sum, 0), argmax_of_row
 
 
 @triton.jit
@@ -175,7 +137,7 @@ def multi_horizon_linear_cross_entropy(
         )  # fmt: skip
     top = largest * LOG2_E
     # Rows whose cell does not count may be NaN.
-    log_sum = top * LN_2 + tl.log(total)
+    log_sum = largest + tl.log(total)
     target_share = 1.0 / tl.maximum(target_count, 1.0)
     loss = (1 - smoothing) * (log_sum - tl.sum(tl.where(is_target, target_z, 0.0), AXIS) * target_share)
     if SMOOTHS:
@@ -238,28 +200,18 @@ def cross_entropy(
     learns: bool,
 ) -> None:
     rows, vocabulary = logits.shape
-    block = max(16, power_of_2(vocabulary))
-    one_block = block <= LONGEST
     ids = power_of_2(max(args.factors) ** 2)
-    tile_rows = 1
-    if one_block:
-        # Two rows of a warp cost more than two warps, from 512 logits a row on. Ids: several arrays of them are live.
-        tile_rows = max(1, min(8, 512 // block, 512 // ids))
-        warps = max(1, block // WARP_LOGITS)
-    else:
-        block, warps = LOOPED, 4
-    vector = min(16 // logits.itemsize, block)
+    tile = tile_of(vocabulary, logits.itemsize, ids)
     launch(
-        multi_horizon_linear_cross_entropy, ceil_div(rows, tile_rows), logits.device,
+        multi_horizon_linear_cross_entropy, ceil_div(rows, tile["ROWS"]), logits.device,
         logits, biases, targets.ids, targets.weights, args.horizon_weights, args.horizon_weights.stride(0),
         targets.cells, losses, hits, predictions, first, rows, vocabulary, args.ids_per_token,
         0 if len(args.biases) == 1 else args.ids_per_token, args.label_smoothing, args.z_loss, args.softcap,
         targets.starts, targets.shifts,
         SQUARES=tuple(f * f for f in args.factors), SOFTCAP=args.softcap > 0, SMOOTHS=args.label_smoothing > 0,
-        LEARNS=learns, ONE_BLOCK=one_block, FULL=tile_rows == 1 and vocabulary % block == 0,
-        ROWS=tile_rows, BLOCK=block, IDS=ids, VECTOR=vector, LANES=min(32 * warps, block // vector), num_warps=warps,
-        # With predictions of long rows, ptxas spills 16 bytes on sm_80 to stay below a limit that it chooses.
-        maxnreg=128 if predictions is not None and not one_block else None,
+        LEARNS=learns, IDS=ids, **tile,
+        # With predictions, ptxas spills up to 16 bytes (sm_80, sm_90) to stay below a limit that it chooses.
+        maxnreg=None if predictions is None else 255 if tile["ONE_BLOCK"] else 128,
     )  # fmt: skip
 
 
@@ -272,6 +224,7 @@ PASSES = Passes(
     column_sums=lambda rows: rows.sum(0, dtype=torch.float32),
     targets=targets_of,
     cross_entropy=cross_entropy,
-    means=means,
+    pairs=pairs,
     consistency=consistency,
+    means=means,
 )

@@ -1,5 +1,7 @@
 """Consistency pairs of multi_horizon_linear_cross_entropy in Triton.
 
+multi_horizon_linear_pairs         The numbers of the far and near rows of all pairs, which of them count, and how
+                                   many. Bytes: 8 per row.
 multi_horizon_linear_normalisers   log(sum(exp(logits))) of each row, for the next kernel.
 multi_horizon_linear_consistency   A program has a far row and the near rows that its cell covers. Bytes: the logits of
                                    both once, near ones that learn twice; the gradients.
@@ -12,33 +14,102 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gemm.token_targets import Pair, pairs_of
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
-from .launch import ceil_div, launch, power_of_2
-from .logits import capped, load_row, through_cap
+from .launch import ceil_div, launch, power_of_2, strides
+from .logits import LOG2_E, capped, each, load_row, power, statistics_of_long_row, through_cap, tile_of
 
-# The most columns that a program of each kernel reads at a time.
-LOOPED = 4096
+# The most columns of a pair that a program reads at a time, and the near rows that it numbers.
 LONGEST_PAIR = 2048
+NUMBERED = 512
+
+
+@triton.jit
+def counts_at(
+    segments, segment_strides, weights, weight_strides, b, n, mask, HORIZON: tl.constexpr, OFFSET: tl.constexpr
+):
+    """Where `mask`: whether horizon HORIZON counts at position n, whose frame n + OFFSET exists."""
+    counts = mask
+    if segments is not None:
+        clip = segments + b * segment_strides[0]
+        now = tl.load(clip + n * segment_strides[1], mask, 0)
+        counts = counts & (now == tl.load(clip + (n + OFFSET) * segment_strides[1], mask, 0))
+    if weights is not None:
+        at = weights + b * weight_strides[0] + n * weight_strides[1] + HORIZON * weight_strides[2]
+        counts = counts & (tl.load(at, mask, 0) > 0)
+    return counts
+
+
+@triton.jit
+def multi_horizon_linear_pairs(
+    fars, nears, counteds, counts, segments, position_weights, segment_strides, position_strides,
+    batch, positions, frames, height, width,
+    NEAR: tl.constexpr, FAR: tl.constexpr, NEAR_OFFSETS: tl.constexpr, FAR_OFFSETS: tl.constexpr,
+    FAR_FACTORS: tl.constexpr, RATIOS: tl.constexpr, PADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    for p in tl.static_range(len(FAR)):
+        h, w = height // FAR_FACTORS[p], width // FAR_FACTORS[p]
+        inside = tl.minimum(positions - (FAR_OFFSETS[p] - NEAR_OFFSETS[p]), frames - FAR_OFFSETS[p])
+        inside = tl.maximum(inside, 0)
+        rows = tl.cast(batch, tl.int64) * inside * h * w
+        if (block >= 0) & (block < tl.cdiv(rows, ROWS[p])):
+            write_pair(
+                fars[p], nears[p], counteds[p], counts + p, segments, segment_strides, position_weights,
+                position_strides, block, rows, inside, positions, h, w,
+                NEAR[p], FAR[p], NEAR_OFFSETS[p], FAR_OFFSETS[p], RATIOS[p], PADS[p], ROWS[p],
+            )  # fmt: skip
+        block -= tl.cdiv(rows, ROWS[p])
+
+
+@triton.jit
+def write_pair(
+    far, near, counted, count, segments, segment_strides, weights, weight_strides,
+    block, rows, inside, positions, h, w,
+    NEAR: tl.constexpr, FAR: tl.constexpr, NEAR_OFFSET: tl.constexpr, FAR_OFFSET: tl.constexpr,
+    RATIO: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    APART: tl.constexpr = FAR_OFFSET - NEAR_OFFSET
+    row = block * ROWS + tl.arange(0, ROWS)
+    in_rows = row < rows
+    x, rest = row % w, row // w
+    y, rest = rest % h, rest // h
+    n, b = rest % inside, rest // inside
+    tl.store(far + row, ((b * positions + n) * h + y) * w + x, in_rows)
+    s = tl.arange(0, PADDED)[None, :]
+    near_y, near_x = y[:, None] * RATIO + s // RATIO, x[:, None] * RATIO + s % RATIO
+    number = ((b * positions + n + APART)[:, None] * (h * RATIO) + near_y) * (w * RATIO) + near_x
+    tl.store(near + (row[:, None] * (RATIO * RATIO) + s), number, in_rows[:, None] & (s < RATIO * RATIO))
+    both = counts_at(segments, segment_strides, weights, weight_strides, b, n, in_rows, FAR, FAR_OFFSET)
+    both = counts_at(segments, segment_strides, weights, weight_strides, b, n + APART, both, NEAR, NEAR_OFFSET)
+    tl.atomic_add(count, tl.sum(both.to(tl.int64), 0))
+    if counted is not None:
+        tl.store(counted + row, both, in_rows)
 
 
 @triton.jit
 def multi_horizon_linear_normalisers(
     logits, bias, out, rows, ids_per_token, vocabulary, softcap,
-    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, ONE_BLOCK: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    AXIS: tl.constexpr = 0 if ROWS == 1 else 1
+    row = tl.program_id(0).to(tl.int64)
+    if ROWS > 1:
+        row = row * ROWS + tl.arange(0, ROWS)
     in_rows = row < rows
-    largest = tl.where(in_rows, float("-inf"), 0.0)
-    total = tl.zeros([ROWS], tl.float32)
-    start, bias_start = row * vocabulary, row % ids_per_token * vocabulary
-    for first in range(0, vocabulary, BLOCK):
-        v = first + tl.arange(0, BLOCK)
-        mask = in_rows[:, None] & (v < vocabulary)[None, :]
-        z = load_row(logits, start[:, None], bias, bias_start[:, None], v, mask, softcap, SOFTCAP)
-        most = tl.maximum(largest, tl.max(z, 1), propagate_nan=tl.PropagateNan.ALL)
-        total = total * tl.exp(largest - most) + tl.sum(tl.exp(z - most[:, None]), 1)
-        largest = most
-    tl.store(out + row, largest + tl.log(tl.where(in_rows, total, 1.0)), in_rows)
+    start, bias_start = each(row * vocabulary, ROWS), each(row % ids_per_token * vocabulary, ROWS)
+    if ONE_BLOCK:
+        column = tl.arange(0, BLOCK)
+        mask = None if FULL else each(in_rows, ROWS) & (column < vocabulary)
+        z = load_row(logits, start, bias, bias_start, column, mask, softcap, SOFTCAP)
+        largest = tl.max(z, AXIS)
+        total = tl.sum(power(z * LOG2_E - each(largest * LOG2_E, ROWS)), AXIS)
+    else:
+        largest, total, _, _ = statistics_of_long_row(
+            logits, start, bias, bias_start, vocabulary, softcap, SOFTCAP, False, False, FULL, BLOCK, VECTOR, LANES
+        )
+    tl.store(out + row, largest + tl.log(total), in_rows)
 
 
 @triton.jit
@@ -52,7 +123,7 @@ def capped_row(row, bias, bias_start, column, mask, softcap, SOFTCAP: tl.constex
 
 @triton.jit
 def multi_horizon_linear_consistency(
-    near, far, near_bias, far_bias, near_normalisers, far_normalisers, dots, counted, known, scale, losses,
+    near, far, near_bias, far_bias, near_normalisers, far_normalisers, dots, counted, known, pair_weight, cells, losses,
     ids_per_token, covered, vocabulary, softcap,
     KNOWN: tl.constexpr, SOFTCAP: tl.constexpr, LEARNS_NEAR: tl.constexpr, LEARNS_FAR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -66,7 +137,7 @@ def multi_horizon_linear_consistency(
     far_start = program * vocabulary
     bias_start = f * vocabulary
     far_sum = tl.load(far_normalisers + program)
-    factor = tl.load(scale).to(tl.float32)
+    factor = tl.load(pair_weight).to(tl.float32) / tl.maximum(tl.load(cells), 1).to(tl.float32)
     near_share = 1.0 / covered
     column = tl.arange(0, BLOCK)
 
@@ -82,7 +153,7 @@ def multi_horizon_linear_consistency(
                 mask = (v < vocabulary) & counts
                 z = capped_row(near + row * vocabulary, near_bias, bias_start, v, mask, softcap, SOFTCAP)
                 q = capped_row(far + far_start, far_bias, bias_start, v, mask, softcap, SOFTCAP) - far_sum
-                dot += tl.where(mask, tl.exp(z - normaliser) * q, 0.0)
+                dot += tl.where(mask, power((z - normaliser) * LOG2_E) * q, 0.0)
             tl.store(dots + row, tl.sum(dot, 0))
         tl.debug_barrier()
 
@@ -97,7 +168,7 @@ def multi_horizon_linear_consistency(
         for s in range(0, covered):
             row = near_row + s * ids_per_token
             z = capped_row(near + row * vocabulary, near_bias, bias_start, v, mask, softcap, SOFTCAP)
-            p = tl.exp(z - tl.load(near_normalisers + row)) * near_share
+            p = power((z - tl.load(near_normalisers + row)) * LOG2_E) * near_share
             if KNOWN > 0:
                 unknown = 0.0
                 for u in range(0, KNOWN):
@@ -112,45 +183,74 @@ def multi_horizon_linear_consistency(
                 tl.store(near + row * vocabulary + v, gradient.to(near.dtype.element_ty), in_row)
         loss -= tl.where(mask, teacher * log_q, 0.0)
         if LEARNS_FAR:
-            gradient = through_cap((tl.exp(log_q) - teacher) * factor, far_z, softcap, SOFTCAP)
+            gradient = through_cap((power(log_q * LOG2_E) - teacher) * factor, far_z, softcap, SOFTCAP)
             gradient = tl.where(mask, gradient, 0.0)
             tl.store(far + far_start + v, gradient.to(far.dtype.element_ty), in_row)
     tl.store(losses + program, tl.sum(loss, 0))
 
 
-def tile_of(vocabulary: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK, warps) of a tile of 2048 elements, or of one longer row; at most 32 elements per thread."""
-    block = min(LOOPED, max(16, power_of_2(vocabulary)))
-    rows = max(1, 2048 // block)
-    return rows, block, max(4, min(16, rows * block // 512))
+def pairs(args: Arguments) -> list[Pair]:
+    """The pairs with all their rows, because finding those that count would wait for the device."""
+    horizons, device = pairs_of(args), args.tokens.device
+    if not horizons:
+        return []
+    batch, frames, height, width = args.tokens.shape[:4]
+    positions = args.inputs[0].shape[1]
+    excludes = args.segment_ids is not None or args.position_weights is not None
+    counts = torch.zeros(len(horizons), dtype=torch.int64, device=device)
+    found = []
+    for p, (i, j) in enumerate(horizons):
+        inside = max(0, min(positions - args.offsets[j] + args.offsets[i], frames - args.offsets[j]))
+        rows = batch * inside * (height // args.factors[j]) * (width // args.factors[j])
+        far = torch.empty(rows, dtype=torch.int64, device=device)
+        near = torch.empty(rows, (args.factors[j] // args.factors[i]) ** 2, dtype=torch.int64, device=device)
+        counted = torch.empty(rows, dtype=torch.bool, device=device) if excludes else None
+        found.append(Pair((i, j), far, near, counted, counts[p]))
+    pads = tuple(power_of_2(pair.near.shape[1]) for pair in found)
+    tiles = tuple(max(1, NUMBERED // pad) for pad in pads)
+    launch(
+        multi_horizon_linear_pairs,
+        sum(ceil_div(pair.far.shape[0], tile) for pair, tile in zip(found, tiles, strict=True)), device,
+        tuple(pair.far for pair in found), tuple(pair.near for pair in found), tuple(pair.counted for pair in found),
+        counts, args.segment_ids, args.position_weights, strides(args.segment_ids, 2),
+        strides(args.position_weights, 3), batch, positions, frames, height, width,
+        NEAR=tuple(i for i, _ in horizons), FAR=tuple(j for _, j in horizons),
+        NEAR_OFFSETS=tuple(args.offsets[i] for i, _ in horizons),
+        FAR_OFFSETS=tuple(args.offsets[j] for _, j in horizons),
+        FAR_FACTORS=tuple(args.factors[j] for _, j in horizons),
+        RATIOS=tuple(args.factors[j] // args.factors[i] for i, j in horizons),
+        PADS=pads, ROWS=tiles, num_warps=4,
+    )  # fmt: skip
+    return found
 
 
 def normalisers_of(args: Arguments, logits: Tensor, bias: Tensor | None) -> Tensor:
     """The normalisers [rows * F] of logits [rows, F * V] plus their bias [F * V]."""
     rows, vocabulary = logits.shape[0] * args.ids_per_token, logits.shape[1] // args.ids_per_token
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    tile_rows, block, warps = tile_of(vocabulary)
+    tile = tile_of(vocabulary, logits.itemsize)
     launch(
-        multi_horizon_linear_normalisers, ceil_div(rows, tile_rows), logits.device,
+        multi_horizon_linear_normalisers, ceil_div(rows, tile["ROWS"]), logits.device,
         logits, bias, out, rows, args.ids_per_token, vocabulary, args.softcap,
-        SOFTCAP=args.softcap > 0, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+        SOFTCAP=args.softcap > 0, **tile,
     )  # fmt: skip
     return out
 
 
 def consistency(
     args: Arguments,
+    pair: Pair,
     near: Tensor,
     far: Tensor,
     near_bias: Tensor | None,
     far_bias: Tensor | None,
     counted: Tensor | None,
     known: Tensor | None,
-    scale: Tensor,
     losses: Tensor,
     learns_near: bool,
     learns_far: bool,
 ) -> None:
+    assert args.consistency_weights is not None
     cells, vocabulary = far.shape[0], far.shape[1] // args.ids_per_token
     near_sums, far_sums = normalisers_of(args, near, near_bias), normalisers_of(args, far, far_bias)
     dots = torch.empty_like(near_sums) if learns_near else None
@@ -158,9 +258,10 @@ def consistency(
     longest = LONGEST_PAIR if near_bias is None and known is None else LONGEST_PAIR // 4
     launch(
         multi_horizon_linear_consistency, cells * args.ids_per_token, far.device,
-        near, far, near_bias, far_bias, near_sums, far_sums, dots, counted, known, scale, losses,
+        near, far, near_bias, far_bias, near_sums, far_sums, dots, counted, known,
+        args.consistency_weights[pair.horizons[1]], pair.cells, losses,
         args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
         KNOWN=0 if known is None else known.shape[2], SOFTCAP=args.softcap > 0,
         LEARNS_NEAR=learns_near, LEARNS_FAR=learns_far,
-        BLOCK=min(longest, LOOPED, max(16, power_of_2(vocabulary))), num_warps=4,
+        BLOCK=min(longest, max(16, power_of_2(vocabulary))), num_warps=4,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 multi_horizon_linear_targets   Checks all token ids, writes the ids that each row of each horizon is trained on, and
                                counts rows and cells. Bytes: the tokens once per horizon and once more; 4 per target id.
-multi_horizon_linear_sums      Sums each horizon's losses, a number per program.
+multi_horizon_linear_sums      Sums the losses of each horizon and each consistency pair, a number per program.
 multi_horizon_linear_means     One program adds these up and divides by the counts, so that the host reads nothing.
 
 A call needs these three launches where torch needs about fifty small ones, each of 2 us, for the same few megabytes.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemm.token_targets import Targets, teaches_known_ids
+from ..gemm.token_targets import Pair, Targets, teaches_known_ids
 from ..ops import token_ids
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
 from .launch import ceil_div, launch, power_of_2, strides
@@ -154,23 +154,26 @@ def multi_horizon_linear_targets(
 
 
 @triton.jit
-def multi_horizon_linear_sums(losses, weights, hits, sums, hit_sums, starts, SUMS: tl.constexpr, STEP: tl.constexpr):
-    """Program i * SUMS + p: the p-th part of the sum of horizon i."""
-    horizon, part = tl.program_id(0) // SUMS, tl.program_id(0) % SUMS
+def multi_horizon_linear_sums(
+    losses, weights, hits, sums, hit_sums, starts, COUNT: tl.constexpr, SUMS: tl.constexpr, STEP: tl.constexpr
+):
+    """Program i * SUMS + p: the p-th part of the sum of term i, a horizon if i < COUNT, else a pair."""
+    term, part = tl.program_id(0) // SUMS, tl.program_id(0) % SUMS
     first, last = starts[0], starts[1]
     for i in tl.static_range(1, len(starts) - 1):
-        first = tl.where(horizon == i, starts[i], first)
-        last = tl.where(horizon == i, starts[i + 1], last)
+        first = tl.where(term == i, starts[i], first)
+        last = tl.where(term == i, starts[i + 1], last)
     loss = tl.zeros([STEP], tl.float64)
     hit = tl.zeros([STEP], tl.int64)
+    is_horizon = term < COUNT
     for step in range(first + part * STEP, last, SUMS * STEP):
         cell = step + tl.arange(0, STEP)
         here = tl.load(losses + cell, cell < last, 0)
         if weights is not None:
-            here *= tl.load(weights + cell, cell < last, 0)
+            here *= tl.load(weights + cell, (cell < last) & is_horizon, 1)
         loss += here
         if hits is not None:
-            hit += tl.load(hits + cell, cell < last, 0)
+            hit += tl.load(hits + cell, (cell < last) & is_horizon, 0)
     tl.store(sums + tl.program_id(0), tl.sum(loss, 0))
     if hits is not None:
         tl.store(hit_sums + tl.program_id(0), tl.sum(hit, 0))
@@ -178,19 +181,30 @@ def multi_horizon_linear_sums(losses, weights, hits, sums, hit_sums, starts, SUM
 
 @triton.jit
 def multi_horizon_linear_means(
-    sums, hit_sums, counts, horizon_weights, weight_stride, total, per_horizon, accuracy,
-    COUNT: tl.constexpr, SUMS: tl.constexpr,
+    sums, hit_sums, cells, terms, pair_cells, horizon_weights, horizon_stride, pair_weights, pair_stride,
+    total, per_horizon, consistency, consistency_counts, accuracy,
+    COUNT: tl.constexpr, FAR: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    all_horizons = tl.zeros([], tl.float64)
+    weighted = tl.cast(0, tl.float64)
     part = tl.arange(0, SUMS)
     for i in range(COUNT):
-        mean = tl.sum(tl.load(sums + i * SUMS + part), 0) / tl.maximum(tl.load(counts + i), 1)
+        mean = tl.sum(tl.load(sums + i * SUMS + part), 0) / tl.maximum(tl.load(cells + i), 1)
         tl.store(per_horizon + i, mean.to(tl.float32))
-        all_horizons += tl.load(horizon_weights + i * weight_stride).to(tl.float32) * mean
+        weighted += tl.load(horizon_weights + i * horizon_stride).to(tl.float32) * mean
+        tl.store(consistency + i, 0.0)
+        tl.store(consistency_counts + i, 0)
         if accuracy is not None:
             hits = tl.sum(tl.load(hit_sums + i * SUMS + part), 0).to(tl.float32)
-            tl.store(accuracy + i, hits / tl.maximum(tl.load(counts + COUNT + i), 1).to(tl.float32))
-    tl.store(total, all_horizons.to(tl.float32))
+            tl.store(accuracy + i, hits / tl.maximum(tl.load(terms + i), 1).to(tl.float32))
+    # One thread stores these zeros and what replaces some of them.
+    for p in tl.static_range(len(FAR)):
+        count = tl.load(pair_cells + p)
+        mean = tl.sum(tl.load(sums + (COUNT + p) * SUMS + part), 0) / tl.maximum(count, 1)
+        tl.store(consistency + FAR[p], mean.to(tl.float32))
+        tl.store(consistency_counts + FAR[p], count)
+        if count > 0:
+            weighted += tl.load(pair_weights + FAR[p] * pair_stride).to(tl.float32) * mean
+    tl.store(total, weighted.to(tl.float32))
 
 
 @dataclass(frozen=True)
@@ -256,23 +270,33 @@ def targets_of(args: Arguments) -> TokenTargets:
 
 
 def means(
-    args: Arguments, targets: TokenTargets, losses: Tensor, hits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weighted sum of the mean losses, the mean losses [K], and the shares of hits [K] or None."""
+    args: Arguments, targets: TokenTargets, pairs: list[Pair], losses: Tensor, hits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """See gemm.multi_horizon_linear_cross_entropy.Passes."""
     count, device = len(args.inputs), losses.device
-    sums = torch.empty(count * SUMS, dtype=torch.float64, device=device)
-    hit_sums = None if hits is None else torch.empty(count * SUMS, dtype=torch.int64, device=device)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    starts = [*targets.starts]
+    for pair in pairs:
+        starts.append(starts[-1] + pair.far.shape[0] * args.ids_per_token)
+    sums = empty((count + len(pairs)) * SUMS, dtype=torch.float64)
+    hit_sums = None if hits is None else empty(sums.shape[0], dtype=torch.int64)
     launch(
-        multi_horizon_linear_sums, count * SUMS, device,
-        losses, targets.weights, hits, sums, hit_sums, targets.starts, SUMS=SUMS, STEP=STEP_LOSSES, num_warps=4,
+        multi_horizon_linear_sums, sums.shape[0], device,
+        losses, targets.weights, hits, sums, hit_sums, tuple(starts),
+        COUNT=count, SUMS=SUMS, STEP=STEP_LOSSES, num_warps=4,
     )  # fmt: skip
-    total = torch.empty((), dtype=torch.float32, device=device)
-    per_horizon = torch.empty(count, dtype=torch.float32, device=device)
-    accuracy = None if hits is None else torch.empty_like(per_horizon)
+    total, per_horizon, consistency = empty(), empty(count), empty(count)
+    consistency_counts = empty(count, dtype=torch.int64)
+    accuracy = None if hits is None else empty(count)
+    pair_weights = args.consistency_weights
     launch(
         multi_horizon_linear_means, 1, device,
-        sums, hit_sums, targets.cells, args.horizon_weights, args.horizon_weights.stride(0), total, per_horizon,
-        accuracy,
-        COUNT=count, SUMS=SUMS, num_warps=1,
+        sums, hit_sums, targets.cells, targets.terms, pairs[0].cells if pairs else None, args.horizon_weights,
+        args.horizon_weights.stride(0), pair_weights, 0 if pair_weights is None else pair_weights.stride(0),
+        total, per_horizon, consistency, consistency_counts, accuracy,
+        COUNT=count, FAR=tuple(pair.horizons[1] for pair in pairs), SUMS=SUMS, num_warps=1,
     )  # fmt: skip
-    return total, per_horizon, accuracy
+    return total, per_horizon, consistency, consistency_counts, accuracy

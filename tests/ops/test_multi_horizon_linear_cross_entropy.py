@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backend
 from mfwm_kernels.arguments import Shared
 from mfwm_kernels.check import relative_error
-from mfwm_kernels.gemm import multi_horizon_linear_cross_entropy as shared
 from mfwm_kernels.ops import token_ids
 
 KERNELS = kernels_of("multi_horizon_linear_cross_entropy")
@@ -377,12 +376,11 @@ def test_a_bad_id_on_a_gpu_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif("triton" not in KERNELS, reason="needs Triton")
 def test_rows_too_long_for_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mfwm_kernels.triton import multi_horizon_linear_cross_entropy as module
-    from mfwm_kernels.triton import token_consistency
+    from mfwm_kernels.triton import logits, token_consistency
 
-    monkeypatch.setattr(module, "LONGEST", 16)
-    monkeypatch.setattr(module, "LOOPED", 16)
-    monkeypatch.setattr(token_consistency, "LOOPED", 16)
+    monkeypatch.setattr(logits, "LONGEST", 16)
+    monkeypatch.setattr(logits, "LOOPED", 16)
+    monkeypatch.setattr(token_consistency, "LONGEST_PAIR", 16)
     options = {"softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1, "return_accuracy": True}
     kwargs = call_of("triton", batch=few_clips("triton"), consistency_weights=[0, 0, 2], detach=None, **options)
     kwargs |= hosts_options(kwargs)
@@ -455,9 +453,9 @@ class Launches:
             self.passes.append(logits.shape[0])
             module.cross_entropy(args, logits, *rest)
 
-        def consistency(args: Any, near: Tensor, far: Tensor, *rest: Any) -> None:
+        def consistency(args: Any, pair: Any, near: Tensor, far: Tensor, *rest: Any) -> None:
             self.pairs.append(near.shape[0] + far.shape[0])
-            module.consistency(args, near, far, *rest)
+            module.consistency(args, pair, near, far, *rest)
 
         def recording_mm(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
             if right.shape[1] == vocabulary:
@@ -527,22 +525,3 @@ def test_vocabularies_of_any_size_in_fp32(size: int, softcap: float | None) -> N
     assert relative_error(loss.total, want[0].total) < 1e-6 or size == 1
     # With one id, loss and gradients are 0.
     assert all(relative_error(a, b) < 5e-6 or size == 1 for a, b in zip(gradients, want[1], strict=True))
-
-
-@pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend != "cpu"])
-def test_the_cells_of_one_position_are_contiguous(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels read a flag per cell of a pair; an expanded view of one position has stride 0."""
-    flags = []
-    original = shared.pair_of
-
-    def pair_of(*args: Any) -> Any:
-        pair = original(*args)
-        flags.append(pair.counted)
-        return pair
-
-    monkeypatch.setattr(shared, "pair_of", pair_of)
-    kwargs = call_of(backend, batch=1, consistency_weights=[0, 0, 1])
-    kwargs["tokens"] = kwargs["tokens"][:, :5]
-    kwargs["position_weights"] = torch.rand(1, kwargs["inputs"][0].shape[1], device=kwargs["tokens"].device) + 0.1
-    results(backend, kwargs)
-    assert flags and all(counted.numel() > 1 and counted.is_contiguous() for counted in flags)
