@@ -116,6 +116,16 @@ FAULTS = [
         "tests/ops/test_multi_horizon_linear_cross_entropy.py -k 'true_ids_teach and cpu'",
     ),
     Fault(
+        "a mask excludes no target of a kernel", "kernel", "mfwm_kernels/triton/token_targets.py",
+        "id = tl.where(is_trained, id, -1)", "id = tl.where(is_trained, id, id)",
+        "tests/ops/test_multi_horizon_linear_cross_entropy.py -k targets_of_a_launch",
+    ),
+    Fault(
+        "the near side of a pair counts at another position", "kernel", "mfwm_kernels/triton/token_consistency.py",
+        "weight_strides, b, n + APART, both, NEAR", "weight_strides, b, n, both, NEAR",
+        "tests/ops/test_multi_horizon_linear_cross_entropy.py -k pairs_of_a_launch",
+    ),
+    Fault(
         "the other side of a pair is detached", "gradient", "mfwm_kernels/ops/multi_horizon_loss.py",
         'if args.detach == "near" else', 'if args.detach == "far" else',
         values_of("multi_horizon_loss-cpu-float32"),

@@ -18,26 +18,11 @@ from ..gemm.token_targets import Pair, pairs_of
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
 from .launch import ceil_div, launch, power_of_2, strides
 from .logits import LOG2_E, capped, each, load_row, power, statistics_of_long_row, through_cap, tile_of
+from .token_targets import counts_at
 
 # The most columns of a pair that a program reads at a time, and the near rows that it numbers.
 LONGEST_PAIR = 2048
 NUMBERED = 512
-
-
-@triton.jit
-def counts_at(
-    segments, segment_strides, weights, weight_strides, b, n, mask, HORIZON: tl.constexpr, OFFSET: tl.constexpr
-):
-    """Where `mask`: whether horizon HORIZON counts at position n, whose frame n + OFFSET exists."""
-    counts = mask
-    if segments is not None:
-        clip = segments + b * segment_strides[0]
-        now = tl.load(clip + n * segment_strides[1], mask, 0)
-        counts = counts & (now == tl.load(clip + (n + OFFSET) * segment_strides[1], mask, 0))
-    if weights is not None:
-        at = weights + b * weight_strides[0] + n * weight_strides[1] + HORIZON * weight_strides[2]
-        counts = counts & (tl.load(at, mask, 0) > 0)
-    return counts
 
 
 @triton.jit

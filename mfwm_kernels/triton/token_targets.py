@@ -60,6 +60,22 @@ def check_ids(
 
 
 @triton.jit
+def counts_at(
+    segments, segment_strides, weights, weight_strides, b, n, mask, HORIZON: tl.constexpr, OFFSET: tl.constexpr
+):
+    """Where `mask`: whether horizon HORIZON counts at position n, whose frame n + OFFSET exists."""
+    counts = mask
+    if segments is not None:
+        clip = segments + b * segment_strides[0]
+        now = tl.load(clip + n * segment_strides[1], mask, 0)
+        counts = counts & (now == tl.load(clip + (n + OFFSET) * segment_strides[1], mask, 0))
+    if weights is not None:
+        at = weights + b * weight_strides[0] + n * weight_strides[1] + HORIZON * weight_strides[2]
+        counts = counts & (tl.load(at, mask, 0) > 0)
+    return counts
+
+
+@triton.jit
 def write_targets(
     tokens, token_mask, segments, position_weights, ids, weights, counted, known, counts,
     token_strides, mask_strides, segment_strides, position_strides,
@@ -74,15 +90,12 @@ def write_targets(
     y, rest = rest % (height // FACTOR), rest // (height // FACTOR)
     n, b = rest % inside, rest // inside
     has_target = in_rows & (n < frames - OFFSET)
-    counts_here = has_target
-    if segments is not None:
-        clip = segments + b * segment_strides[0]
-        now = tl.load(clip + n * segment_strides[1], has_target, 0)
-        counts_here = has_target & (now == tl.load(clip + (n + OFFSET) * segment_strides[1], has_target, 0))
-    if position_weights is not None:
+    counts_here = counts_at(
+        segments, segment_strides, position_weights, position_strides, b, n, has_target, HORIZON, OFFSET
+    )
+    if weights is not None:
         at = position_weights + b * position_strides[0] + n * position_strides[1] + HORIZON * position_strides[2]
         weight = tl.load(at, in_rows, 0).to(tl.float32)
-        counts_here = counts_here & (weight > 0)
 
     # Each cell has FACTOR * FACTOR ids: [ROWS, PER_TOKEN, PADDED].
     f, s = tl.arange(0, PER_TOKEN)[None, :, None], tl.arange(0, PADDED)[None, None, :]
