@@ -32,7 +32,7 @@ LARGE = 1 / 8
 
 # Whether torch adds a product of bf16 matrices to an fp32 matrix on a GPU: versions from 2.8 on have the overload of
 # addmm, but before 2.10 it refuses an fp32 matrix to add to.
-ADDS_IN_FP32 = torch.__version__ >= (2, 10)
+ADDS_IN_FP32 = torch.__version__ >= "2.10"
 
 
 class Passes(NamedTuple):
