@@ -56,7 +56,7 @@ FAULTS = [
     ),
     Fault(
         "frames of another episode are predicted", "kernel", "mfwm_kernels/triton/multi_horizon_loss.py",
-        "counts_here & (then == tl.load(clip + m * segment_strides[1], counts_here, 0))", "counts_here",
+        "counts_here & (then == tl.load(clip + m.to(tl.int64) * segment_strides[1], counts_here, 0))", "counts_here",
         "tests/ops/test_multi_horizon_loss.py -k 'may_be_nan and triton'",
     ),
     Fault(

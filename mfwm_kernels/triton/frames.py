@@ -40,6 +40,19 @@ def axis(first, cells, CELLS: tl.constexpr, TRUE: tl.constexpr, PADS: tl.constex
 
 
 @triton.jit
+def above(index, SIZE: tl.constexpr):
+    """index // SIZE of indices that are not negative: one shift if SIZE is a power of 2, signed division takes three
+    instructions."""
+    return (index.to(tl.uint64 if index.dtype == tl.int64 else tl.uint32) // SIZE).to(index.dtype)
+
+
+@triton.jit
+def below(index, SIZE: tl.constexpr):
+    """index % SIZE of indices that are not negative."""
+    return (index.to(tl.uint64 if index.dtype == tl.int64 else tl.uint32) % SIZE).to(index.dtype)
+
+
+@triton.jit
 def inside(y, x, c):
     """The mask of a tile, from the masks of its three axes."""
     return y[:, None, None] & x[None, :, None] & c[None, None, :]
@@ -57,8 +70,8 @@ def frame_offsets(y, x, c, channels, width, steps, PATCH: tl.constexpr, LONG: tl
     if PATCH == 0:
         return (y * steps[3])[:, None, None] + (x * steps[4])[None, :, None] + (c * steps[2])[None, None, :]
     else:
-        y_offsets = y // PATCH * (width // PATCH) * steps[2] + y % PATCH * (PATCH * channels) * steps[3]
-        x_offsets = x // PATCH * steps[2] + x % PATCH * channels * steps[3]
+        y_offsets = above(y, PATCH) * (width // PATCH) * steps[2] + below(y, PATCH) * (PATCH * channels) * steps[3]
+        x_offsets = above(x, PATCH) * steps[2] + below(x, PATCH) * channels * steps[3]
         return y_offsets[:, None, None] + x_offsets[None, :, None] + (c * steps[3])[None, None, :]
 
 
@@ -123,10 +136,7 @@ def tiling_of(video: Tensor, factors: Sequence[int], channels_inside: bool, targ
     neighbouring bytes are read together.
     """
     levels = sorted({1, *factors})
-    true = tuple(levels[-1] // f for f in levels)
-    pads = [1]
-    for low, high in zip(levels[-2::-1], levels[:0:-1], strict=True):
-        pads.insert(0, pads[0] * power_of_2(high // low))
+    true, pads = padded_chain(levels)
     height, width = (size // levels[-1] for size in video.shape[3:])
     channels = min(16, power_of_2(video.shape[2])) if channels_inside else 1
     while channels > 1 and channels * pads[0] ** 2 > target:
@@ -141,9 +151,17 @@ def tiling_of(video: Tensor, factors: Sequence[int], channels_inside: bool, targ
     while channels < min(16, video.shape[2]) and 2 * cells_y * cells_x * pads[0] ** 2 * channels <= target:
         channels *= 2
     return Tiling(
-        true, tuple(pads), cells_y, cells_x, channels,
+        true, pads, cells_y, cells_x, channels,
         ceil_div(height, cells_y), ceil_div(width, cells_x), ceil_div(video.shape[2], channels), tuple(levels),
     )  # fmt: skip
+
+
+def padded_chain(levels: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """TRUE and PADS of factors that divide one another, in rising order."""
+    pads = [1]
+    for low, high in zip(levels[-2::-1], levels[:0:-1], strict=True):
+        pads.insert(0, pads[0] * power_of_2(high // low))
+    return tuple(levels[-1] // factor for factor in levels), tuple(pads)
 
 
 def needs_long(*frames: Tensor | None) -> bool:

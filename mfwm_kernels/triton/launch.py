@@ -69,6 +69,18 @@ def add_product(total, a, b, PRECISION: tl.constexpr):
         return tl.dot(a, b, total, input_precision=PRECISION)
 
 
+@triton.jit
+def widened(tile):
+    """The tile in fp32."""
+    if IN_INTERPRETER or tile.dtype != tl.bfloat16:
+        return tile.to(tl.float32)
+    else:
+        # 2 instructions for 2 elements, where the compiler needs 3.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [tile], tl.float32, True, 2
+        )
+
+
 def _patch_interpreter() -> None:
     """Make loops with run-time bounds work: Triton 3.6 converts a one-element array to int, which numpy 2.4 rejects."""
     from triton.runtime import interpreter
@@ -89,4 +101,14 @@ def _patch_interpreter() -> None:
 if INTERPRETED:
     _patch_interpreter()
 
-__all__ = ["add_product", "ceil_div", "dot_precision", "launch", "power_of_2", "strides", "triton", "warps_of"]
+__all__ = [
+    "add_product",
+    "ceil_div",
+    "dot_precision",
+    "launch",
+    "power_of_2",
+    "strides",
+    "triton",
+    "warps_of",
+    "widened",
+]

@@ -1,9 +1,9 @@
 """multi_horizon_loss in Triton, called by autograd.call: one pass over frames computes losses and gradients.
 
-multi_horizon_loss         A program has a tile (see frames.py; about 4096 pixels) of frame m of one clip. It computes
-                           the pyramid in registers, compares it with the predictions of frame m made at m - k_i,
-                           compares these with each other, and writes their gradients. Bytes: the video, the predictions
-                           and the gradients, once each; a column of loss sums per program.
+multi_horizon_loss         One warp has some tiles (see frame_tiles.py) of frame m of one clip. Of each it computes the
+                           pyramid in registers, compares it with the predictions of frame m made at m - k_i, compares
+                           these with each other, and writes their gradients. Bytes: the video, the predictions and the
+                           gradients, once each; a column of loss sums per program.
 multi_horizon_loss_counts  With segments or position weights only: counts the elements that each term is a mean over.
 multi_horizon_loss_finish  One program computes means and total from sums and counts, so that the host reads nothing.
 multi_horizon_loss_scale   Multiplies gradients by the upstream gradient, read on the device; returns early if it is 1.
@@ -16,6 +16,9 @@ gradient in fp32.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,70 +27,36 @@ from torch import Tensor
 from ..dtypes import stored_dtype
 from ..horizon_loss import gradients_of_weights, index_of
 from ..op import Gradients, Want
-from ..ops.multi_horizon_loss import KIND_OF_MEANS, KINDS, LOG_SCALE_LIMIT, Arguments
-from .frames import (
-    average,
-    axis,
-    chains_of,
-    channels_innermost,
-    frame_offsets,
-    inside,
+from ..ops.multi_horizon_loss import KIND_OF_MEANS, KINDS, Arguments
+from .frame_tiles import (
+    Run,
+    entry,
+    finer,
+    frame_offset,
+    inside_only,
     load_frame,
-    needs_long,
-    repeated,
-    tiling_of,
+    load_planes,
+    places,
+    plus,
+    pyramid_of,
+    run_at,
+    run_of,
+    steps_of,
+    store_planes,
+    tiles_of,
+    video_run_of,
+    zeros,
 )
-from .launch import ceil_div, launch, power_of_2, strides, warps_of
+from .frames import chains_of, needs_long
+from .launch import ceil_div, launch, power_of_2, strides, widened
+from .pointwise_losses import likelihood_and_gradients, loss_and_gradient
 
-TILE_ELEMENTS = 4096
+# A thread has 48 elements of a tile: fewer leave too much work per tile, more spill.
+TILE_ELEMENTS = 1536
+# An SM holds about 8 programs. With this many each SM gets 12 or more, of which the last ones run alone.
+LEAST_PROGRAMS = 1536
+MOST_TILES = 16
 SCALE_BLOCK = 4096
-LIMIT = tl.constexpr(LOG_SCALE_LIMIT)
-
-
-@triton.jit
-def sign(difference):
-    # Otherwise the difference is 0, or NaN, which must propagate.
-    return tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
-
-
-@triton.jit
-def loss_and_slope(difference, mask, delta, eps, KIND: tl.constexpr):
-    """The loss of each element and its derivative, both 0 outside the mask."""
-    size = tl.abs(difference)
-    if KIND == "mse":
-        loss = difference * difference
-        slope = 2 * difference
-    elif KIND == "l1":
-        loss = size
-        slope = sign(difference)
-    elif KIND == "huber":
-        loss = tl.where(size > delta, delta * (size - 0.5 * delta), 0.5 * difference * difference)
-        slope = tl.where(difference > delta, delta, tl.where(difference < -delta, -delta, difference))
-    else:
-        loss = tl.sqrt(difference * difference + eps * eps)
-        slope = difference / loss
-    return tl.where(mask, loss, 0), tl.where(mask, slope, 0)
-
-
-@triton.jit
-def likelihood_and_slopes(difference, log_scale, mask, beta, KIND: tl.constexpr):
-    """The negative log-likelihood of each element and its derivatives by mean and log-scale, all 0 outside the mask."""
-    # Comparisons with NaN are false, so that it propagates.
-    s = tl.where(log_scale > LIMIT, LIMIT, tl.where(log_scale < -LIMIT, -LIMIT, log_scale))
-    inverse = tl.exp(-s)
-    if KIND == "gaussian":
-        factor = tl.exp(beta * s)
-        square = difference * difference * inverse
-        loss = 0.5 * (s + square) * factor
-        slope = difference * inverse * factor
-        scale_slope = 0.5 * (1 - square) * factor
-    else:
-        size = tl.abs(difference) * inverse
-        loss = s + size
-        slope = sign(difference) * inverse
-        scale_slope = 1 - size
-    scale_slope = tl.where(mask & (tl.abs(log_scale) <= LIMIT), scale_slope, 0)
-    return tl.where(mask, loss, 0), tl.where(mask, slope, 0), scale_slope
 
 
 @triton.jit
@@ -103,30 +72,40 @@ def inverse_of(counts, inverses, term):
 @triton.jit
 def multi_horizon_loss(
     preds, gradients, log_scales, scale_gradients, video, segments, position_weights, counts, inverses,
-    weights, pair_weights, partial,
-    programs, visited_frames, first_frame, frames, positions, channels, width,
-    cells_y, cells_x, tiles_y, tiles_x, channel_blocks, scale, shift, delta, eps,
-    pred_strides, gradient_strides, video_strides, segment_strides, weight_stride, pair_offsets,
-    position_strides, motion_gain, beta,
-    OFFSETS: tl.constexpr, LEVELS: tl.constexpr, PATCHES: tl.constexpr, HORIZONS: tl.constexpr, LOSS_ROWS: tl.constexpr,
-    ADDED: tl.constexpr, TERMS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, PAIR_ROWS: tl.constexpr,
-    PADDED: tl.constexpr, RATIOS: tl.constexpr, KINDS: tl.constexpr, PAIR_KINDS: tl.constexpr, DETACH: tl.constexpr,
-    RESIDUAL: tl.constexpr, TRUE: tl.constexpr, PADS: tl.constexpr,
-    CELLS_Y: tl.constexpr, CELLS_X: tl.constexpr, CHANNELS: tl.constexpr, LONG: tl.constexpr,
+    weights, pair_weights, partial, visited_frames, tiles, part_tiles, tiles_x, blocks,
+    frames, positions, channels, cells_y, cells_x,
+    scale, shift, delta, eps, beta, motion_gain,
+    pred_strides, gradient_strides, video_strides, segment_strides, position_strides,
+    HORIZONS: tl.constexpr, OFFSETS: tl.constexpr, LEVELS: tl.constexpr, PATCHES: tl.constexpr, KINDS: tl.constexpr,
+    LOSS_ROWS: tl.constexpr, ADDED: tl.constexpr, TERMS: tl.constexpr,
+    NEAR: tl.constexpr, FAR: tl.constexpr, PAIR_ROWS: tl.constexpr, PAIR_KINDS: tl.constexpr, SLOTS: tl.constexpr,
+    DETACH: tl.constexpr, RESIDUAL: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(OFFSETS)
-    program = tl.program_id(0).to(tl.int64)
-    c = (program % channel_blocks * CHANNELS).to(tl.int32) + tl.arange(0, CHANNELS)
-    tile = program // channel_blocks
-    first_x = (tile % tiles_x * CELLS_X).to(tl.int32)
-    first_y = (tile // tiles_x % tiles_y * CELLS_Y).to(tl.int32)
-    visited = tile // (tiles_x * tiles_y)
-    b, m = visited // visited_frames, first_frame + visited % visited_frames
+    TOP: tl.constexpr = len(TILES.true) - 1
+    # Behind those of the horizons.
+    VIDEO_RUN: tl.constexpr = run_at(RUNS, len(OFFSETS))
+    # Integers are finite, so that a difference times 0 is 0.
+    FINITE: tl.constexpr = video.dtype.element_ty.is_int()
+    parts = tl.cdiv(tiles, part_tiles)
+    program = tl.program_id(0)
+    part = program % parts
+    visited = program // parts
+    b = (visited // visited_frames).to(tl.int64)
+    m = OFFSETS[0] + visited % visited_frames
+    video_steps = steps_of(
+        video_strides, frames, channels, cells_y * TILES.true[0], cells_x * TILES.true[0], tl.constexpr(0)
+    )
+    clip_video = video + b * video_steps[0]
 
-    # Which horizons have a position that predicts frame m, for which of them it counts, and its weight.
+    # Which horizons have a position that predicts frame m, for which of them it counts, and what multiplies its loss.
     active = ()
     counted = ()
-    weights_here = ()
+    loss_weights = ()
+    factors = ()
+    steps = ()
+    gradient_steps = ()
     any_counts = m < 0
     for i in tl.static_range(COUNT):
         n = m - OFFSETS[i]
@@ -134,118 +113,193 @@ def multi_horizon_loss(
         counts_here = has_position & (m < frames)
         if segments is not None:
             clip = segments + b * segment_strides[0]
-            then = tl.load(clip + n * segment_strides[1], counts_here, 0)
-            counts_here = counts_here & (then == tl.load(clip + m * segment_strides[1], counts_here, 0))
+            then = tl.load(clip + n.to(tl.int64) * segment_strides[1], counts_here, 0)
+            counts_here = counts_here & (then == tl.load(clip + m.to(tl.int64) * segment_strides[1], counts_here, 0))
+        loss_weight = 1.0
         if position_weights is not None:
-            clip_weights = position_weights + b * position_strides[0]
-            row = clip_weights + n * position_strides[1] + tl.full([], HORIZONS[i], tl.int64) * position_strides[2]
-            weight_here = tl.load(row, counts_here, 0)
-            counts_here = counts_here & (weight_here > 0)
-            weights_here = weights_here + (tl.where(counts_here, weight_here, 0).to(tl.float32),)
+            row = position_weights + b * position_strides[0] + n.to(tl.int64) * position_strides[1]
+            given = tl.load(row + tl.full([], HORIZONS[i], tl.int64) * position_strides[2], counts_here, 0)
+            counts_here = counts_here & (given > 0)
+            loss_weight = tl.where(counts_here, given, 0).to(tl.float32)
+        factor = 0.0
+        if LOSS_ROWS[i] >= 0:
+            factor = tl.load(weights + HORIZONS[i]).to(tl.float32)
+            factor *= inverse_of(counts, inverses, TERMS[LOSS_ROWS[i]]) * loss_weight
+            factor = tl.where(counts_here, factor, 0)
+        height, width = cells_y * TILES.true[LEVELS[i]], cells_x * TILES.true[LEVELS[i]]
+        found = steps_of(pred_strides[i], positions, channels, height, width, PATCHES[i])
+        if gradient_strides[i] is None:
+            gradient_steps = gradient_steps + (found,)
+        else:
+            gradient_steps = gradient_steps + (gradient_strides[i],)
+        steps = steps + (found,)
         active = active + (has_position,)
         counted = counted + (counts_here,)
+        loss_weights = loss_weights + (loss_weight,)
+        factors = factors + (factor,)
         any_counts = any_counts | counts_here
+    pair_factors = ()
+    for p in tl.static_range(len(NEAR)):
+        factor = tl.load(pair_weights + SLOTS[p]).to(tl.float32) * inverse_of(counts, inverses, TERMS[PAIR_ROWS[p]])
+        # Predictions that do not count are read as 0, so that a difference times 0 is 0.
+        pair_factors = pair_factors + (tl.where(counted[NEAR[p]] & counted[FAR[p]], factor, 0),)
 
-    y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, 0)
-    x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, 0)
-    pixels = inside(in_y, in_x, c < channels)
-    pixel_offsets = frame_offsets(y, x, c, channels, width, video_strides, 0, LONG)
-    clip_video = video + b * video_strides[0]
-    # The pyramid of frame m, level by level.
-    values = load_frame(clip_video + m * video_strides[1], pixel_offsets, pixels & any_counts, scale, shift)
-    pyramid = (values,)
-    for level in tl.static_range(1, len(TRUE)):
-        values = average(values, PADS[level - 1] // PADS[level], TRUE[level - 1] // TRUE[level])
-        pyramid = pyramid + (values,)
-
-    # The predictions of frame m.
-    masks = ()
-    predictions = ()
-    scales = ()
-    motions = ()
+    # The losses of this program's elements, by row of `partial`: first those of horizons, then those of pairs.
+    sums = ()
     for i in tl.static_range(COUNT):
-        y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, LEVELS[i])
-        x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, LEVELS[i])
-        mask = inside(in_y, in_x, c < channels)
-        n = m - OFFSETS[i]
-        narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
-        offsets = frame_offsets(y, x, c, channels, narrow, pred_strides[i], PATCHES[i], LONG)
-        pred_base = preds[i] + b * pred_strides[i][0] + n * pred_strides[i][1]
-        prediction = tl.load(pred_base + offsets, mask & counted[i], 0).to(tl.float32)
-        # Unused without a distribution: a tuple of tensors cannot contain None.
-        log_scale = prediction
-        if log_scales[i] is not None:
-            scale_base = log_scales[i] + b * pred_strides[i][0] + n * pred_strides[i][1]
-            log_scale = tl.load(scale_base + offsets, mask & counted[i], 0).to(tl.float32)
-        if RESIDUAL or motion_gain is not None:
-            current = clip_video + n * video_strides[1]
-            values = load_frame(current, pixel_offsets, pixels & counted[i], scale, shift)
-            values = average(values, PADS[0] // PADS[LEVELS[i]], TRUE[0] // TRUE[LEVELS[i]])
-            if RESIDUAL:
-                prediction += values
-            if motion_gain is not None:
-                # Frame m may be NaN where this horizon does not count.
-                moved = tl.where(mask & counted[i], tl.abs(pyramid[LEVELS[i]] - values), 0)
-                motions = motions + (1 + motion_gain * moved,)
-        scales = scales + (log_scale,)
-        masks = masks + (mask,)
-        predictions = predictions + (prediction,)
-
-    # Losses and gradients. Each pair is computed twice, once per side's gradient; the far side also sums its loss.
-    for i in tl.static_range(COUNT):
-        gradient = tl.zeros(predictions[i].shape, tl.float32)
         if LOSS_ROWS[i] >= 0:
-            weight = tl.load(weights + HORIZONS[i] * weight_stride).to(tl.float32)
-            difference = predictions[i] - pyramid[LEVELS[i]]
-            mask = masks[i] & counted[i]
-            if log_scales[i] is None:
-                loss, slope = loss_and_slope(difference, mask, delta, eps, tl.constexpr(KINDS[i]))
-            else:
-                loss, slope, scale_slope = likelihood_and_slopes(
-                    difference, scales[i], mask, beta, tl.constexpr(KINDS[i])
-                )
-            if motion_gain is not None:
-                loss *= motions[i]
-                slope *= motions[i]
-                if log_scales[i] is not None:
-                    scale_slope *= motions[i]
-            factor = weight * inverse_of(counts, inverses, TERMS[LOSS_ROWS[i]])
-            if position_weights is not None:
-                factor *= weights_here[i]
-            gradient += slope * factor
-            loss_sum = partial + LOSS_ROWS[i] * programs + program
-            total = tl.sum(tl.sum(tl.sum(loss, 2), 1), 0)
-            if position_weights is not None:
-                total *= weights_here[i]
-            tl.store(loss_sum, total)
+            sums = sums + (zeros(TILES, LEVELS[i]),)
+    for p in tl.static_range(len(NEAR)):
+        sums = sums + (zeros(TILES, LEVELS[FAR[p]]),)
+
+    for tile in range(part * part_tiles, tl.minimum(part * part_tiles + part_tiles, tiles)):
+        first_c = tile % blocks * (TILES.channels * TILES.planes)
+        first_x = tile // blocks % tiles_x * TILES.cells_x
+        first_y = tile // blocks // tiles_x * TILES.cells_y
+        offsets, pixels = places(
+            first_y, first_x, first_c, cells_y, cells_x, channels, video_steps, TILES, 0, VIDEO_RUN, 0, LONG
+        )
+        pyramid = pyramid_of(
+            load_frame(
+                clip_video + m * video_steps[1], offsets, pixels, any_counts, channels, video_steps, scale, shift,
+                TILES, VIDEO_RUN,
+            ),
+            TILES, 0,
+        )  # fmt: skip
+
+        # The predictions of frame m, and their means at coarser levels.
+        predictions = ()
+        scales = ()
+        motions = ()
+        everywhere = ()
+        masks = ()
+        for i in tl.static_range(COUNT):
+            where, mask = places(
+                first_y, first_x, first_c, cells_y, cells_x, channels, steps[i], TILES, LEVELS[i],
+                run_at(RUNS, i), PATCHES[i], LONG,
+            )  # fmt: skip
+            frame = frame_offset(b, m - OFFSETS[i], steps[i], run_at(RUNS, i))
+            prediction = load_planes(
+                preds[i] + frame, where, mask & counted[i], channels, steps[i],
+                TILES, LEVELS[i], run_at(RUNS, i), PATCHES[i],
+            )  # fmt: skip
+            log_scale = ()
+            if log_scales[i] is not None:
+                log_scale = load_planes(
+                    log_scales[i] + frame, where, mask & counted[i], channels, steps[i],
+                    TILES, LEVELS[i], run_at(RUNS, i), PATCHES[i],
+                )  # fmt: skip
+            motion = ()
+            if RESIDUAL or motion_gain is not None:
+                current = pyramid_of(
+                    load_frame(
+                        clip_video + (m - OFFSETS[i]) * video_steps[1], offsets, pixels, counted[i], channels,
+                        video_steps, scale, shift, TILES, VIDEO_RUN,
+                    ),
+                    TILES, 0,
+                )[LEVELS[i]]  # fmt: skip
+                if motion_gain is not None:
+                    for k in tl.static_range(len(current)):
+                        moved = tl.abs(pyramid[LEVELS[i]][k] - current[k])
+                        motion = motion + (1 + motion_gain * (moved if FINITE else tl.where(counted[i], moved, 0)),)
+                if RESIDUAL:
+                    prediction = plus(prediction, current, 1.0)
+            everywhere = everywhere + (where,)
+            masks = masks + (mask,)
+            scales = scales + (log_scale,)
+            motions = motions + (motion,)
+            predictions = predictions + (pyramid_of(prediction, TILES, LEVELS[i]),)
+
+        # The losses of pairs, and their gradients by the far side.
+        pair_sums = ()
+        slopes = ()
         for p in tl.static_range(len(NEAR)):
-            if (NEAR[p] == i) or (FAR[p] == i):
-                weight = tl.load(pair_weights + pair_offsets[p]).to(tl.float32)
-                weight = weight * inverse_of(counts, inverses, TERMS[PAIR_ROWS[p]])
-                difference = predictions[FAR[p]] - average(predictions[NEAR[p]], PADDED[p], RATIOS[p])
-                both = masks[FAR[p]] & (counted[NEAR[p]] & counted[FAR[p]])
-                loss, slope = loss_and_slope(difference, both, delta, eps, tl.constexpr(PAIR_KINDS[p]))
-                if FAR[p] == i:
-                    tl.store(partial + PAIR_ROWS[p] * programs + program, tl.sum(tl.sum(tl.sum(loss, 2), 1), 0))
-                    if DETACH != "far":
-                        gradient += slope * weight
-                elif DETACH != "near":
-                    gradient -= repeated(slope * (weight * (1.0 / (RATIOS[p] * RATIOS[p]))), PADDED[p])
-        if gradients[i] is not None:
-            y, in_y = axis(first_y, cells_y, CELLS_Y, TRUE, PADS, LEVELS[i])
-            x, in_x = axis(first_x, cells_x, CELLS_X, TRUE, PADS, LEVELS[i])
-            narrow = width // (TRUE[0] // TRUE[LEVELS[i]])
-            steps = gradient_strides[i]
-            offsets = frame_offsets(y, x, c, channels, narrow, steps, PATCHES[i], LONG)
-            gradient_base = gradients[i] + b * steps[0] + (m - OFFSETS[i]) * steps[1]
-            write_mask = masks[i] & active[i]
-            if ADDED[i]:
-                gradient += tl.load(gradient_base + offsets, write_mask, 0)
-            tl.store(gradient_base + offsets, gradient.to(gradients[i].dtype.element_ty), write_mask)
-            if scale_gradients[i] is not None:
-                scale_base = scale_gradients[i] + b * steps[0] + (m - OFFSETS[i]) * steps[1]
-                scale_gradient = scale_slope * factor
-                tl.store(scale_base + offsets, scale_gradient.to(gradients[i].dtype.element_ty), write_mask)
+            total = sums[PAIR_ROWS[p]]
+            slope = ()
+            for k in tl.static_range(len(predictions[FAR[p]][LEVELS[FAR[p]]])):
+                difference = predictions[FAR[p]][LEVELS[FAR[p]]][k] - predictions[NEAR[p]][LEVELS[FAR[p]]][k]
+                loss, gradient = loss_and_gradient(difference, pair_factors[p], delta, eps, tl.constexpr(PAIR_KINDS[p]))
+                total += inside_only(loss, masks[FAR[p]], TILES)
+                slope = slope + (gradient,)
+            pair_sums = pair_sums + (total,)
+            slopes = slopes + (slope,)
+
+        new_sums = ()
+        for i in tl.static_range(COUNT):
+            gradient_planes = ()
+            scale_planes = ()
+            if LOSS_ROWS[i] >= 0:
+                total = sums[LOSS_ROWS[i]]
+                for k in tl.static_range(len(pyramid[LEVELS[i]])):
+                    difference = predictions[i][LEVELS[i]][k] - pyramid[LEVELS[i]][k]
+                    if not FINITE:
+                        # Frame m may be NaN where this horizon does not count.
+                        difference = tl.where(counted[i], difference, 0)
+                    if log_scales[i] is None:
+                        loss, gradient = loss_and_gradient(difference, factors[i], delta, eps, tl.constexpr(KINDS[i]))
+                    else:
+                        loss, gradient, scale_gradient = likelihood_and_gradients(
+                            difference, scales[i][k], factors[i], beta, tl.constexpr(KINDS[i])
+                        )
+                        if motion_gain is not None:
+                            scale_gradient *= motions[i][k]
+                        scale_planes = scale_planes + (scale_gradient,)
+                    if motion_gain is not None:
+                        loss *= motions[i][k]
+                        gradient *= motions[i][k]
+                    total += inside_only(loss, masks[i], TILES)
+                    gradient_planes = gradient_planes + (gradient,)
+                new_sums = new_sums + (total,)
+            # What pairs add: walk down from the coarsest level, and spread each value over its box.
+            of_pairs = ()
+            for level in tl.static_range(TOP, LEVELS[i] - 1, -1):
+                for p in tl.static_range(len(NEAR)):
+                    if (NEAR[p] == i) and (DETACH != "near") and (LEVELS[FAR[p]] == level):
+                        of_pairs = plus(of_pairs, slopes[p], -((TILES.true[level] / TILES.true[LEVELS[i]]) ** 2))
+                if level > LEVELS[i]:
+                    of_pairs = finer(of_pairs, TILES, level)
+            for p in tl.static_range(len(NEAR)):
+                if (FAR[p] == i) and (DETACH != "far"):
+                    of_pairs = plus(of_pairs, slopes[p], 1.0)
+            gradient_planes = plus(gradient_planes, of_pairs, 1.0)
+            if gradients[i] is not None:
+                where = everywhere[i]
+                if gradient_strides[i] is not None:
+                    where, _ = places(
+                        first_y, first_x, first_c, cells_y, cells_x, channels, gradient_steps[i], TILES, LEVELS[i],
+                        run_at(RUNS, i), PATCHES[i], LONG,
+                    )  # fmt: skip
+                frame = frame_offset(b, m - OFFSETS[i], gradient_steps[i], run_at(RUNS, i))
+                mask = masks[i] & active[i]
+                if ADDED[i]:
+                    before = load_planes(
+                        gradients[i] + frame, where, mask, channels, gradient_steps[i],
+                        TILES, LEVELS[i], run_at(RUNS, i), PATCHES[i],
+                    )  # fmt: skip
+                    gradient_planes = plus(before, gradient_planes, 1.0)
+                if len(gradient_planes) == 0:
+                    for _ in tl.static_range(len(predictions[i][LEVELS[i]])):
+                        gradient_planes = gradient_planes + (zeros(TILES, LEVELS[i]),)
+                store_planes(
+                    gradients[i] + frame, gradient_planes, where, mask, channels, gradient_steps[i],
+                    TILES, LEVELS[i], run_at(RUNS, i), PATCHES[i],
+                )  # fmt: skip
+                if scale_gradients[i] is not None:
+                    store_planes(
+                        scale_gradients[i] + frame, scale_planes, where, mask, channels, gradient_steps[i],
+                        TILES, LEVELS[i], run_at(RUNS, i), PATCHES[i],
+                    )  # fmt: skip
+        sums = new_sums + pair_sums
+
+    for row in tl.static_range(len(sums)):
+        total = tl.sum(tl.sum(tl.sum(sums[row], 2), 1), 0)
+        for i in tl.static_range(COUNT):
+            if LOSS_ROWS[i] == row:
+                total = tl.where(counted[i], total * loss_weights[i], 0)
+        for p in tl.static_range(len(NEAR)):
+            if PAIR_ROWS[p] == row:
+                total = tl.where(counted[NEAR[p]] & counted[FAR[p]], total, 0)
+        tl.store(partial + row * tl.num_programs(0).to(tl.int64) + program, total)
 
 
 @triton.jit
@@ -285,45 +339,76 @@ def multi_horizon_loss_counts(
 
 @triton.jit
 def multi_horizon_loss_finish(
-    sums, counts, inverses, numbers, weights, pair_weights, weight_stride, pair_offsets, pair_slots,
+    partials, programs, counts, inverses, numbers, weights, pair_weights,
     total_out, means_out, counts_out, consistency_out, consistency_counts_out, consistency_size,
-    COUNT: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, CHAINS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
 ):  # fmt: skip
     total = 0.0
-    slot = tl.arange(0, BLOCK)
-    consistency = tl.zeros([BLOCK], tl.float32)
-    consistency_counts = tl.zeros([BLOCK], tl.int64)
-    for term in tl.static_range(len(SOURCES)):
-        mean = tl.load(sums + SOURCES[term]) * inverse_of(counts, inverses, term)
-        if counts is not None:
-            number = tl.load(counts + term)
-        else:
-            number = numbers[term]
-        if term < COUNT:
-            weight = tl.load(weights + term * weight_stride).to(tl.float32)
-            tl.store(means_out + term, mean)
-            tl.store(counts_out + term, number)
-        else:
-            weight = tl.load(pair_weights + pair_offsets[term - COUNT]).to(tl.float32)
-            here = slot == pair_slots[term - COUNT]
-            consistency = tl.where(here, mean, consistency)
-            consistency_counts = tl.where(here, number, consistency_counts)
-        total += weight * mean
+    row = tl.arange(0, ROWS)
+    for chain in tl.static_range(len(CHAINS)):
+        # The rows of `partial` are the terms of the chain.
+        sums = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, programs[chain], BLOCK):
+            program = start + tl.arange(0, BLOCK)
+            places = row.to(tl.int64)[:, None] * programs[chain] + program[None, :]
+            exists = (row < len(CHAINS[chain]))[:, None] & (program < programs[chain])[None, :]
+            sums += tl.load(partials[chain] + places, exists, 0)
+        sums_of_rows = tl.sum(sums, 1)
+        for r in tl.static_range(len(CHAINS[chain])):
+            total += finished(
+                tl.sum(tl.where(row == r, sums_of_rows, 0), 0), counts, inverses, numbers, weights, pair_weights,
+                means_out, counts_out, consistency_out, consistency_counts_out, entry(entry(CHAINS, chain), r),
+                COUNT, SLOTS,
+            )  # fmt: skip
     tl.store(total_out, total)
-    tl.store(consistency_out + slot, consistency, slot < consistency_size)
-    tl.store(consistency_counts_out + slot, consistency_counts, slot < consistency_size)
+    # Entries without a pair.
+    slot = tl.arange(0, SIZE)
+    is_empty = slot < consistency_size
+    for p in tl.static_range(len(SLOTS)):
+        is_empty = is_empty & (slot != SLOTS[p])
+    tl.store(consistency_out + slot, tl.zeros([SIZE], tl.float32), is_empty)
+    tl.store(consistency_counts_out + slot, tl.zeros([SIZE], tl.int64), is_empty)
+
+
+@triton.jit
+def finished(
+    loss, counts, inverses, numbers, weights, pair_weights, means_out, counts_out, consistency_out,
+    consistency_counts_out, TERM: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Store the mean and the count of a term, and return what it adds to the total."""
+    mean = loss * inverse_of(counts, inverses, TERM)
+    if counts is not None:
+        number = tl.load(counts + TERM)
+    else:
+        number = numbers[TERM]
+    if TERM < COUNT:
+        tl.store(means_out + TERM, mean)
+        tl.store(counts_out + TERM, number)
+        return tl.load(weights + TERM).to(tl.float32) * mean
+    else:
+        tl.store(consistency_out + SLOTS[TERM - COUNT], mean)
+        tl.store(consistency_counts_out + SLOTS[TERM - COUNT], number)
+        return tl.load(pair_weights + SLOTS[TERM - COUNT]).to(tl.float32) * mean
 
 
 @triton.jit
 def multi_horizon_loss_scale(tensors, upstream, sizes, firsts, BLOCK: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1.0:
         for i in tl.static_range(len(tensors)):
-            element = (program - firsts[i]) * BLOCK + tl.arange(0, BLOCK)
-            mask = (element >= 0) & (element < sizes[i])
-            values = tl.load(tensors[i] + element, mask, 0)
-            tl.store(tensors[i] + element, (values.to(tl.float32) * factor).to(values.dtype), mask)
+            # A block is of one tensor.
+            first = (program - firsts[i]).to(tl.int64) * BLOCK
+            if (first >= 0) & (first < sizes[i]):
+                pointers = tensors[i] + first + tl.arange(0, BLOCK)
+                if first + BLOCK <= sizes[i]:
+                    scaled = widened(tl.load(pointers)) * factor
+                    tl.store(pointers, scaled.to(tensors[i].dtype.element_ty))
+                else:
+                    exists = tl.arange(0, BLOCK) < sizes[i] - first
+                    scaled = widened(tl.load(pointers, exists)) * factor
+                    tl.store(pointers, scaled.to(tensors[i].dtype.element_ty), exists)
 
 
 def scale(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -367,12 +452,11 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     inverses = tuple(1 / number if number else 0.0 for number in numbers)
 
     shape = (count,) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
-    pair_offsets, pair_slots = (), ()
-    if args.consistency_weights is not None:
-        indices = [index_of(pair, shape) for pair in pairs]
-        steps = args.consistency_weights.stride()
-        pair_offsets = tuple(sum(k * step for k, step in zip(index, steps, strict=True)) for index in indices)
-        pair_slots = tuple(index[0] if len(shape) == 1 else index[0] * count + index[1] for index in indices)
+    indices = [index_of(pair, shape) for pair in pairs]
+    slots = tuple(index[0] if len(shape) == 1 else index[0] * count + index[1] for index in indices)
+    weights = args.horizon_weights.contiguous()
+    pair_weights = None if args.consistency_weights is None else args.consistency_weights.contiguous()
+    args = args._replace(horizon_weights=weights, consistency_weights=pair_weights)
 
     factors_of_terms = [[f] for f in args.factors] + [[args.factors[i], args.factors[j]] for i, j in pairs]
     chains = chains_of(factors_of_terms)
@@ -384,14 +468,10 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
         torch.empty_like(pred, dtype=torch.float32 if i in shared else stored_dtype(pred)) if want["preds"][i] else None
         for i, pred in enumerate(args.preds)
     ]
-    sources = [0] * len(spans)
-    sums, rows_done, horizons_done = [], 0, set()
+    partials, horizons_done = [], set()
     for members, horizons in zip(chains, horizons_of_chains, strict=True):
         added = tuple(i in horizons_done for i in horizons)
-        sums.append(_launch_chain(args, members, horizons, pairs, gradients, added, counts, inverses, pair_offsets))
-        for row, term in enumerate(members):
-            sources[term] = rows_done + row
-        rows_done += len(members)
+        partials.append(_launch_chain(args, members, horizons, pairs, gradients, added, counts, inverses, slots))
         horizons_done.update(horizons)
 
     total = torch.empty((), dtype=torch.float32, device=device)
@@ -401,10 +481,10 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     consistency_counts = torch.empty(shape, dtype=torch.int64, device=device)
     launch(
         multi_horizon_loss_finish, 1, device,
-        sums[0] if len(sums) == 1 else torch.cat(sums), counts, inverses, tuple(numbers),
-        args.horizon_weights, args.consistency_weights, args.horizon_weights.stride(0), pair_offsets, pair_slots,
-        total, means, counts_out, consistency, consistency_counts, consistency.numel(),
-        COUNT=count, SOURCES=tuple(sources), BLOCK=power_of_2(consistency.numel()), num_warps=1,
+        tuple(partials), tuple(partial.shape[1] for partial in partials), counts, inverses, tuple(numbers),
+        weights, pair_weights, total, means, counts_out, consistency, consistency_counts, consistency.numel(),
+        COUNT=count, CHAINS=tuple(tuple(members) for members in chains), SLOTS=slots,
+        ROWS=power_of_2(max(map(len, chains))), BLOCK=1024, SIZE=power_of_2(consistency.numel()), num_warps=8,
     )  # fmt: skip
     stored = [None if g is None else g.to(stored_dtype(p)) for g, p in zip(gradients, args.preds, strict=True)]
     outputs = [total, means, counts_out, consistency, consistency_counts]
@@ -420,9 +500,9 @@ def _launch_chain(
     added: tuple[bool, ...],
     counts: Tensor | None,
     inverses: tuple[float, ...],
-    pair_offsets: tuple[int, ...],
+    slots: tuple[int, ...],
 ) -> Tensor:
-    """Launch the terms `members` of `horizons`, whose factors form a chain, and return a loss sum for each term."""
+    """Launch the terms `members` of `horizons`, whose factors form a chain, and return [terms, programs] loss sums."""
     video, count = args.video, len(args.preds)
     batch, frames, channels, height, width = video.shape
     positions = args.preds[0].shape[1]
@@ -431,51 +511,68 @@ def _launch_chain(
     features = 2 if args.patch_sizes is None else 3
     preds, log_scales = parts_of([args.preds[i] for i in horizons], kinds, loss_rows, features)
     chain_gradients, scale_gradients = parts_of([gradients[i] for i in horizons], kinds, loss_rows, features)
-    # With five horizons, pyramids and predictions of eight elements per thread need too many registers.
-    target, per_thread, registers = TILE_ELEMENTS, 8 if len(horizons) <= 4 else 2, None
-    if args.motion_gain or any(log_scale is not None for log_scale in log_scales):
-        # Each horizon has a tile of log-scales or of motion in registers as well.
-        target, per_thread = TILE_ELEMENTS // 2, min(4, per_thread)
-        # On sm_100, ptxas spills 8 bytes to stay below limits of 40 and 64 registers that it chooses.
-        registers = 128
-    tiling = tiling_of(video, [args.factors[i] for i in horizons], channels_innermost(video, args.patch_sizes), target)
+    patches = [args.patch_sizes[i] if args.patch_sizes else 0 for i in horizons]
+    target = TILE_ELEMENTS
+    # More predictions, frames n and log-scales need registers as well.
+    needs = (len(horizons) > 4, args.residual or args.motion_gain, any(t is not None for t in log_scales))
+    wide = args.preds[0].element_size() > 2
+    for needs_more in (*needs, any(needs[1:]) if wide else needs[1] and not needs[2] and set(kinds) != {"mse"}):
+        target //= 2 if needs_more else 1
+    factors = [args.factors[i] for i in horizons]
+    tiles, along = tiles_of(video, factors, patches if args.patch_sizes else None, target)
+    of_frame = math.prod(along)
+    levels = [tiles.level(args.factors[i]) for i in horizons]
     # Predictions of frames past the end of the video only receive a zero gradient.
     first = args.offsets[horizons[0]]
     last = positions + args.offsets[horizons[-1]]
     visited_frames = max(0, (last if any(g is not None for g in chain_gradients) else min(last, frames)) - first)
-    programs = batch * visited_frames * tiling.tiles if positions else 0
+    visits = batch * visited_frames if positions else 0
+    part_tiles = min(MOST_TILES, ceil_div(of_frame, ceil_div(LEAST_PROGRAMS, max(1, visits))))
+    programs = visits * ceil_div(of_frame, part_tiles)
     partial = torch.empty(len(members), programs, dtype=torch.float32, device=video.device)
-    levels = [tiling.level(args.factors[i]) for i in horizons]
     rows = tuple(row for row, t in enumerate(members) if t >= count)
     near = tuple(horizons.index(pairs[members[row] - count][0]) for row in rows)
     far = tuple(horizons.index(pairs[members[row] - count][1]) for row in rows)
-    steps = [(levels[i], levels[j]) for i, j in zip(near, far, strict=True)]
-    rank = 5 if args.patch_sizes is None else 4
+    pair_kinds = tuple(KIND_OF_MEANS.get(kinds[j], kinds[j]) for j in far)
+    runs = [Run(1)] * len(horizons)
+    if args.patch_sizes is not None:
+        moved = zip(levels, patches, preds, chain_gradients, strict=True)
+        runs = [run_of(tiles, level, patch, *tensors) for level, patch, *tensors in moved]
+    all_runs = tuple(dataclasses.astuple(run) for run in (*runs, video_run_of(tiles)))
+    is_identity = args.scale == 1 and args.shift == 0
+    computed = {*pair_kinds, *(kind for kind, row in zip(kinds, loss_rows, strict=True) if row >= 0)}
     launch(
         multi_horizon_loss, programs, video.device,
         preds, chain_gradients, log_scales, scale_gradients, video, args.segment_ids, args.position_weights,
-        counts, inverses, args.horizon_weights, args.consistency_weights, partial,
-        programs, visited_frames, first, frames, positions, channels, width,
-        height // tiling.factors[-1], width // tiling.factors[-1],
-        tiling.tiles_y, tiling.tiles_x, tiling.channel_blocks, args.scale, args.shift, args.delta, args.eps,
-        tuple(strides(p, rank) for p in preds), tuple(strides(g, rank) for g in chain_gradients),
-        strides(video, 5), strides(args.segment_ids, 2), args.horizon_weights.stride(0),
-        tuple(pair_offsets[t - count] for t in members if t >= count),
-        strides(args.position_weights, 3), args.motion_gain or None, args.beta,
-        OFFSETS=tuple(args.offsets[i] for i in horizons),
-        LEVELS=tuple(levels),
-        PATCHES=tuple(args.patch_sizes[i] if args.patch_sizes else 0 for i in horizons),
-        HORIZONS=tuple(horizons),
-        LOSS_ROWS=loss_rows, ADDED=added, TERMS=tuple(members), NEAR=near, FAR=far, PAIR_ROWS=rows,
-        PADDED=tuple(tiling.pads[i] // tiling.pads[j] for i, j in steps),
-        RATIOS=tuple(tiling.true[i] // tiling.true[j] for i, j in steps),
-        KINDS=tuple(kinds), PAIR_KINDS=tuple(KIND_OF_MEANS.get(kinds[j], kinds[j]) for j in far),
-        DETACH=args.detach, RESIDUAL=args.residual, TRUE=tiling.true, PADS=tiling.pads,
-        CELLS_Y=tiling.cells_y, CELLS_X=tiling.cells_x, CHANNELS=tiling.channels,
-        LONG=needs_long(video, *preds, *chain_gradients), num_warps=warps_of(tiling.elements, per_thread),
-        maxnreg=registers,
+        counts, inverses, args.horizon_weights, args.consistency_weights, partial, visited_frames, of_frame,
+        part_tiles, along[1], along[2], frames, positions, channels,
+        height // tiles.factors[-1], width // tiles.factors[-1],
+        None if is_identity else args.scale, None if is_identity else args.shift,
+        args.delta if "huber" in computed else None, args.eps if "charbonnier" in computed else None,
+        args.beta if "gaussian" in computed else None, args.motion_gain or None,
+        tuple(strides_unless_contiguous(pred) for pred in preds),
+        tuple(
+            None if gradient is None or gradient.stride() == pred.stride() else gradient.stride()
+            for gradient, pred in zip(chain_gradients, preds, strict=True)
+        ),
+        strides_unless_contiguous(video),
+        strides(args.segment_ids, 2) if args.segment_ids is not None else None,
+        strides(args.position_weights, 3) if args.position_weights is not None else None,
+        HORIZONS=tuple(horizons), OFFSETS=tuple(args.offsets[i] for i in horizons), LEVELS=tuple(levels),
+        PATCHES=tuple(patches), KINDS=tuple(kinds), LOSS_ROWS=loss_rows, ADDED=added, TERMS=tuple(members),
+        NEAR=near, FAR=far, PAIR_ROWS=rows, PAIR_KINDS=pair_kinds,
+        SLOTS=tuple(slots[t - count] for t in members if t >= count),
+        DETACH=args.detach, RESIDUAL=args.residual, TILES=tiles, RUNS=all_runs,
+        LONG=needs_long(video, *preds, *chain_gradients), num_warps=1,
+        # ptxas spills 16 bytes to stay below a limit of 128 that it chooses. 255 leave room for as many warps as 180.
+        maxnreg=255,
     )  # fmt: skip
-    return partial.sum(1)
+    return partial
+
+
+def strides_unless_contiguous(tensor: Tensor) -> tuple[int, ...] | None:
+    """None spares the launch the strides of most tensors."""
+    return None if tensor.is_contiguous() else tensor.stride()
 
 
 def parts_of(
