@@ -216,6 +216,14 @@ def test_asynchronous_copies_arrive_by_group() -> None:
     assert run_of(*lines).waits == [Wait(512, 1536), Wait(1024, 1024)]
 
 
+def test_a_matrix_product_forgets_only_its_result() -> None:
+    product = "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR12], R24, gsb0"
+    for name, runs in (("R31", 1), ("R32", 2)):
+        counter = f"IADD3 {name}, {name}, 0x1, RZ", f"ISETP.LT.AND P0, PT, {name}, 0x2, PT"
+        found = run_of(f"MOV {name}, RZ", product, *counter, "@P0 BRA 0x10", "EXIT")
+        assert found.counts[1] == runs
+
+
 def test_counts_of_a_launch() -> None:
     body = assembled(
         "S2R R0, SR_CTAID.X", "ISETP.GE.AND P0, PT, R0, 0x20, PT", "@P0 EXIT", "LDG.E.64 R4, desc[UR4][R2.64]",

@@ -90,6 +90,13 @@ class Instruction:
         return frozenset(self.operands[0].register(i) for i in range(count)) - {"RZ"}
 
     @cached_property
+    def warpgroup_shape(self) -> tuple[int, int, int] | None:
+        """(M, N, K) of a warpgroup's matrix product, such as HGMMA.64x16x16."""
+        shapes = [re.fullmatch(r"(\d+)x(\d+)x(\d+)", word) for word in self.modifiers if self.opcode == "HGMMA"]
+        found = next((shape for shape in shapes if shape), None)
+        return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
+
+    @cached_property
     def used(self) -> frozenset[str]:
         """The registers that it needs or overwrites: all that its text names, and those that follow in a vector."""
         found = set()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .interpreter import LANES, Constants, Program, Run
 from .listing import Instruction
@@ -99,10 +99,8 @@ def bytes_in_flight(runs: Sequence[Run]) -> float:
 
 def flops_of(instruction: Instruction) -> float:
     """The FLOPs of a tensor-core instruction per warp. Four warps execute an HGMMA together."""
-    shape: Any = next((re.fullmatch(r"(\d+)x(\d+)x(\d+)", word) for word in instruction.modifiers if "x" in word), None)
-    if instruction.opcode == "HGMMA" and shape:
-        m, n, k = map(int, shape.groups())
-        return 2 * m * n * k / 4
+    if instruction.warpgroup_shape is not None:
+        return 2 * math.prod(instruction.warpgroup_shape) / 4
     packed = next((re.fullmatch(r"(\d{2})(\d)(\d+)", word) for word in instruction.modifiers if word.isdigit()), None)
     if instruction.opcode == "HMMA" and packed:
         m, n, k = map(int, packed.groups())

@@ -118,10 +118,12 @@ def forgetting(instruction: Instruction) -> Step:
             names.append(operand.name)
             continue
         if operand.kind == "register":
-            # Of matrix products up to 128 registers; of other instructions up to 4.
             count = {"HGMMA": 128, "HMMA": 4, "LDSM": 4, "DMMA": 4}.get(
                 instruction.opcode, 4 if "128" in instruction.modifiers else 2 if "64" in instruction.modifiers else 1
             )
+            if instruction.warpgroup_shape is not None:
+                # In fp32, over the 128 threads of a warpgroup.
+                count = instruction.warpgroup_shape[0] * instruction.warpgroup_shape[1] // 128
             if instruction.opcode == "F2F":
                 count = 2
             names += [operand.register(i) for i in range(count)]
