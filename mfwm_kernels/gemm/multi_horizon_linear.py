@@ -53,6 +53,11 @@ class Passes(NamedTuple):
         writes product - sum_i c_i x_i to hidden_gradient; subtracts c_i x_i, summed over tokens, from sums_gradient
     monitor(args, rows, states, shares, hidden_gradient, sums_gradient, gram)
         reads P_i W_i' from states; writes hidden_gradient, adds to sums_gradient and gram
+    fused_width(args, monitored)
+        the columns that `scaled` needs for `products`: those of P, zeros, and last the K shares; None where torch's
+        products serve
+    products(args, rows, scaled, shares, heads, hidden_gradient, heads_gradient, sums_gradient)
+        for whole positions, both matrix products and what combine does; reads the sum of a row's shares from `shares`
     """
 
     window_sums: Callable[..., Tensor]
@@ -61,6 +66,8 @@ class Passes(NamedTuple):
     scale: Callable[..., None]
     combine: Callable[..., None]
     monitor: Callable[..., None]
+    fused_width: Callable[[Arguments, bool], int | None] = lambda args, monitored: None
+    products: Callable[..., None] | None = None
 
 
 class Rows(NamedTuple):
@@ -169,14 +176,18 @@ def backward(
     hidden_gradient = empty(*hidden.shape, dtype=hidden.dtype) if want["hidden"] else None
     sums_gradient = zeros(*sums.shape) if needs_sums else None
     heads_gradient = zeros(sum(columns), depth) if needs_heads else None
-    scaled_sums = zeros(positions, sum(columns)) if needs_heads or needs_sums else None
+    fused_width = passes.fused_width(args, monitored)
+    width = sum(columns) if fused_width is None else fused_width
+    scaled_sums = zeros(positions, width) if needs_heads or needs_sums else None
     gram = zeros(count, count, dtype=torch.float64) if monitored else None
 
     copies = count if monitored else 0 if dtype == hidden.dtype else 2
     needs_any = want["hidden"] or needs_heads or needs_sums
-    row_chunks = list(chunks(hidden, (sum(columns) + copies * depth) * dtype.itemsize)) if needs_any else []
+    row_bytes = (width + copies * depth) * dtype.itemsize
+    row_chunks = list(chunks(hidden, row_bytes, 1 if fused_width is None else tokens)) if needs_any else []
     size = row_chunks[0][1] if row_chunks else 0
-    scaled_all, shares_all = empty(size, sum(columns)), empty(size, count, dtype=computed)
+    scaled_all = empty(size, width)
+    shares_all = empty(size, count if fused_width is None else 1, dtype=computed)
     means_all = empty(size, dtype=computed) if layer else None
     product_all = empty(size, depth) if want["hidden"] and not monitored and dtype != hidden.dtype else None
     states_all = [empty(size, depth) if monitored and grad is not None else None for grad in upstream]
@@ -186,13 +197,21 @@ def backward(
         output_gradients = [None if grad is None else rows_of(grad, first, last) for grad in upstream]
         scaled, shares = scaled_all[: last - first], shares_all[: last - first]
         chunk_outputs = [rows_of(output, first, last) for output in outputs]
-        passes.scale(args, chunk, output_gradients, chunk_outputs, bias, scaled, shares, scaled_sums)
+        in_scale = scaled_sums if fused_width is None else None
+        passes.scale(args, chunk, output_gradients, chunk_outputs, bias, scaled, shares, in_scale)
+        target = None if hidden_gradient is None else rows_of(hidden_gradient, first, last)
+        if fused_width is not None:
+            assert passes.products is not None
+            if scaled_sums is not None:
+                of_positions = scaled_sums[first // tokens : last // tokens]
+                torch.sum(scaled.view(-1, tokens, width), 1, dtype=computed, out=of_positions)
+            passes.products(args, chunk, scaled, shares, heads, target, heads_gradient, sums_gradient)
+            continue
         if heads_gradient is not None and means is None:
             heads_gradient += scaled.t() @ chunk.hidden.to(dtype)
         elif heads_gradient is not None and means is not None:
             along = (scaled.t() @ means.to(dtype)).unsqueeze(1)
             heads_gradient += torch.addmm(along, scaled.t(), chunk.hidden.to(dtype), beta=-1)
-        target = None if hidden_gradient is None else rows_of(hidden_gradient, first, last)
         if monitored:
             states = [None if state is None else state[: last - first] for state in states_all]
             for p, head, state in zip(scaled.split(columns, 1), heads.split(columns), states, strict=True):
@@ -210,7 +229,11 @@ def backward(
 
     per_horizon: list[tuple[Tensor, Tensor, Tensor]] = []
     if scaled_sums is not None:
-        scaled_in_all, windows = scaled_sums.to(dtype).split(columns, 1), sums.flatten(0, 1).unbind(1)
+        all_windows = sums.flatten(0, 1)
+        if fused_width is not None and sums_gradient is not None and args.norm_weight is not None:
+            shares_of_positions = scaled_sums[:, -count:].unsqueeze(2)
+            sums_gradient.view(all_windows.shape).addcmul_(shares_of_positions, all_windows, value=-1)
+        scaled_in_all, windows = scaled_sums[:, : sum(columns)].to(dtype).split(columns, 1), all_windows.unbind(1)
         per_horizon = list(zip(scaled_in_all, heads.split(columns), windows, strict=True))
     gradients: Gradients = {"hidden": hidden_gradient}
     totals = None

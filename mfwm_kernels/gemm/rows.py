@@ -11,14 +11,15 @@ from torch import Tensor
 CHUNK_BYTES = 64 * 2**20
 
 
-def chunks(like: Tensor, temporary: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) for chunks of the rows of `like`.
+def chunks(like: Tensor, temporary: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) for chunks of the rows of `like`, `first` a multiple of `multiple`.
 
     The temporaries of a chunk, `temporary` bytes a row, take at most CHUNK_BYTES and half the bytes of `like`, but a
-    chunk has at least 256 rows.
+    chunk has at least 256 rows and at least `multiple`.
     """
     rows, row = like.shape[:-1].numel(), like.shape[-1] * like.element_size()
     size = max(256, min(rows * row // 2, CHUNK_BYTES) // temporary) if temporary else max(1, rows)
+    size = max(1, size // multiple) * multiple
     for first in range(0, rows, size):
         yield first, min(first + size, rows)
 

@@ -234,7 +234,7 @@ OP = register(
         },
         backends={
             "cpu": Backend(KERNELS, dtypes=check.FLOATING),
-            "triton": Backend((*KERNELS, "action_window_sum_gates")),
+            "triton": Backend((*KERNELS, "multi_horizon_linear_products", "action_window_sum_gates")),
         },
         outputs_in_backward=True,
         mutated_in_backward=("norms", "cosines"),

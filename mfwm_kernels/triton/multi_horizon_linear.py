@@ -5,8 +5,9 @@ forward   A program computes a tile of rows x columns of the concatenated heads.
           the projected window sums, multiplies by the rows' norm factors, adds the bias and stores each horizon's part.
           LayerNorm reads its rows once more, from L2, for their means.
           Bytes: hidden once for each block of columns (one block, up to 256 columns), the outputs.
-backward  torch's matrix products and three passes, see gemm/multi_horizon_linear.py. Each program sums over its tokens
-          of a position; torch adds up the programs' sums in a fixed order.
+backward  see gemm/multi_horizon_linear.py: a pass `scale`, and after it in 16-bit dtypes with few columns one for all
+          products (multi_horizon_linear_products.py), else torch's matrix products and a pass. Each program sums over
+          its tokens of a position; torch adds up the programs' sums in a fixed order.
 scale     Bytes: hidden, the outputs and their gradients once, P.
 combine   Bytes: hidden and the product once, d hidden.
 monitor   Bytes: hidden and K products once, d hidden.
@@ -28,6 +29,7 @@ from ..gemm.multi_horizon_linear import (
     columns_of,
     head_sums_of,
     heads_of,
+    is_layer,
     projected_of,
     shape_of,
     sums_of,
@@ -38,6 +40,7 @@ from ..ops.multi_horizon_linear import Arguments
 from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
 from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
+from .multi_horizon_linear_products import groups_of, multi_horizon_linear_products, widths_of
 
 
 @triton.jit
@@ -165,7 +168,8 @@ def load_states(hidden, means, row, d, in_rows, in_d, steps):
 def multi_horizon_linear_scale(
     hidden, sums, gradients, outputs, bias, scaled, shares, means, partial, counts, firsts, first, last, tokens, tiles,
     depth, columns, eps, hidden_strides, gradient_strides, output_strides,
-    COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     position, row, in_rows = rows_of_program(program, first, last, tokens, tiles, ROWS)
@@ -178,7 +182,7 @@ def multi_horizon_linear_scale(
         tl.store(means + row, mean, in_rows)
     squares = ()
     for _ in tl.static_range(COUNT):
-        squares = squares + (tl.zeros([ROWS], tl.float32),)
+        squares = squares + (tl.zeros([ROWS, BLOCK_D], tl.float32),)
     if NORM:
         for start in range(0, depth, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
@@ -189,17 +193,18 @@ def multi_horizon_linear_scale(
             added_squares = ()
             for i in tl.static_range(COUNT):
                 biased = state + tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
-                added_squares = added_squares + (squares[i] + tl.sum(biased * biased, 1),)
+                added_squares = added_squares + (squares[i] + biased * biased,)
             squares = added_squares
+    row_shares = ()
     for i in tl.static_range(COUNT):
         share = tl.zeros([ROWS], tl.float32)
         inverse_rms = tl.full([ROWS], 1.0, tl.float32)
         if NORM:
-            inverse_rms = tl.rsqrt(squares[i] / depth + eps)
-        for start in range(0, counts[i], BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
+            inverse_rms = tl.rsqrt(tl.sum(squares[i], 1) / depth + eps)
+        for start in range(0, counts[i], BLOCKS[i]):
+            n = start + tl.arange(0, BLOCKS[i])
             in_n = n < counts[i]
-            out = tl.zeros([ROWS, BLOCK_N], tl.float32)
+            out = tl.zeros([ROWS, n.shape[0]], tl.float32)
             if gradients[i] is not None:
                 gradient = load_tile(gradients[i], row, n, in_rows, in_n, gradient_strides[i])
                 if NORM:
@@ -214,7 +219,23 @@ def multi_horizon_linear_scale(
             if partial is not None:
                 tl.store(partial + program * columns + firsts[i] + n, tl.sum(out, 0), in_n)
         if NORM:
-            tl.store(shares + row * COUNT + i, share * inverse_rms * inverse_rms / depth, in_rows)
+            row_shares = row_shares + (share * inverse_rms * inverse_rms / depth,)
+    if TAIL == 0:
+        for i in tl.static_range(len(row_shares)):
+            tl.store(shares + row * COUNT + i, row_shares[i], in_rows)
+    else:
+        # The columns behind those of the heads: zeros, and last the shares.
+        n = firsts[COUNT] + tl.arange(0, TAIL)
+        in_n = n < columns
+        out = tl.zeros([ROWS, TAIL], tl.float32)
+        for i in tl.static_range(len(row_shares)):
+            out += tl.where(in_rows[:, None] & (n == columns - COUNT + i)[None, :], row_shares[i][:, None], 0)
+        offsets = (row * columns)[:, None] + n[None, :]
+        tl.store(scaled + offsets, out.to(scaled.dtype.element_ty), in_rows[:, None] & in_n[None, :])
+        if NORM:
+            tl.store(shares + row, tl.sum(out, 1), in_rows)
+        if partial is not None:
+            tl.store(partial + program * columns + n, tl.sum(out, 0), in_n)
 
 
 @triton.jit
@@ -353,21 +374,23 @@ def scale(
     shares: Tensor,
     scaled_sums: Tensor | None,
 ) -> None:
-    columns, (_, depth), device = columns_of(args), rows.hidden.shape, scaled.device
+    columns, width, depth, device = columns_of(args), scaled.shape[1], rows.hidden.shape[1], scaled.device
     split = Split(rows, 16)
     partial = None
     if scaled_sums is not None:
-        partial = torch.empty(split.programs, sum(columns), dtype=torch.float32, device=device)
+        partial = torch.empty(split.programs, width, dtype=torch.float32, device=device)
     launch(
         multi_horizon_linear_scale, split.programs, device,
         rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, rows.means, partial,
         tuple(columns), firsts_of(columns), rows.first, split.last, rows.tokens, split.tiles,
-        depth, sum(columns), args.norm_eps,
+        depth, width, args.norm_eps,
         strides(rows.hidden, 2), tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
-        COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=split.rows, BLOCK_N=64,
+        COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=split.rows,
+        BLOCKS=tuple(min(64, power_of_2(n)) for n in columns),
+        TAIL=power_of_2(width - sum(columns)) if width > sum(columns) else 0,
         # Without maxnreg, ptxas spills 8 bytes to stay below a limit that it chooses. 128 registers allow 4 programs
         # per SM; the masks of narrow rows need more.
-        BLOCK_D=min(128, power_of_2(depth)), num_warps=4, maxnreg=128 if depth >= 64 else 255,
+        BLOCK_D=min(64, power_of_2(depth)), num_warps=4, maxnreg=128 if depth >= 64 else 255,
     )  # fmt: skip
     split.add(partial, scaled_sums, 1)
 
@@ -424,4 +447,53 @@ def monitor(
     split.add(partial, sums_gradient, 1)
 
 
-PASSES = Passes(window_sums, gradients_of_window, lambda dtype: dtype, scale, combine, monitor)
+def fused_width(args: Arguments, monitored: bool) -> int | None:
+    if monitored or is_layer(args) or args.hidden.element_size() != 2:
+        return None
+    widths = widths_of(sum(columns_of(args)), 0 if args.norm_weight is None else len(args.offsets))
+    return None if widths is None else sum(widths)
+
+
+def products(
+    args: Arguments,
+    rows: Rows,
+    scaled: Tensor,
+    shares: Tensor,
+    heads: Tensor,
+    hidden_gradient: Tensor | None,
+    heads_gradient: Tensor | None,
+    sums_gradient: Tensor | None,
+) -> None:
+    norm, count, device = args.norm_weight is not None, len(args.offsets), scaled.device
+    columns, depth = heads.shape
+    widths = widths_of(columns, count if norm else 0)
+    assert widths is not None
+    positions, tile_rows = rows.hidden.shape[0] // rows.tokens, max(16, min(64, power_of_2(rows.tokens)))
+    block = max(16, min(128, power_of_2(depth)))
+    tiles, slices = ceil_div(rows.tokens, tile_rows), ceil_div(depth, block)
+    groups = groups_of(positions, tiles, slices)
+    of_chunk = slice(rows.first // rows.tokens, rows.first // rows.tokens + positions)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    heads_partial = None if heads_gradient is None else empty(groups.groups, columns, depth)
+    states_partial = None
+    if norm and sums_gradient is not None:
+        states_partial = empty(positions, groups.splits, count, depth)
+    launch(
+        multi_horizon_linear_products, groups.groups * slices, device,
+        rows.hidden, rows.sums.flatten(0, 1)[of_chunk], heads, scaled, shares, hidden_gradient, heads_partial,
+        states_partial,
+        positions, rows.tokens, tiles, groups.positions, groups.splits, groups.split_tiles, slices, depth, columns,
+        rows.hidden.stride(0), scaled.stride(0),
+        COUNT=count, NORM=norm, WIDTHS=widths, FIRSTS=tuple(sum(widths[:c]) for c in range(len(widths))),
+        ROWS=tile_rows, BLOCK_D=block, PRECISION=dot_precision(), num_warps=8, num_stages=1,
+    )  # fmt: skip
+    if heads_gradient is not None and heads_partial is not None:
+        heads_gradient += heads_partial.sum(0)
+    if sums_gradient is not None and states_partial is not None:
+        sums_gradient.flatten(0, 1)[of_chunk].sub_(states_partial.sum(1))
+
+
+PASSES = Passes(window_sums, gradients_of_window, lambda dtype: dtype, scale, combine, monitor, fused_width, products)

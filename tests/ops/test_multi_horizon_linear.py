@@ -64,6 +64,41 @@ def test_chunks_that_cut_positions(backend: str, norm: str, monitored: bool, mon
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend == "triton"])
+@pytest.mark.parametrize("programs", [1, 5, 1000])
+@pytest.mark.parametrize(
+    ("columns", "norm", "tokens"),
+    [((48, 12, 3, 3), "rms", 130), ((15,), "rms", 3), ((16,), None, 70), ((63,), "rms", 20), ((70, 70), "rms", 65)],
+)
+def test_all_products_in_one_pass(
+    backend: str, columns: tuple[int, ...], norm: str | None, tokens: int, programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Groups of positions, and positions split among programs; columns with and without padding, and too many."""
+    from mfwm_kernels.triton import multi_horizon_linear_products
+
+    monkeypatch.setattr(multi_horizon_linear_products, "PROGRAMS", programs)
+    count, depth = len(columns), 136
+    shapes = [(2, 2, tokens, depth), (2, 4, depth), *((n, depth) for n in columns), (depth,)]
+    scales = [1.0, 1.0, *(depth**-0.5 for _ in columns), 1.0]
+    given = [(torch.randn(shape) * scale).bfloat16() for shape, scale in zip(shapes, scales, strict=True)]
+    upstream = [torch.randn(2, 2, tokens, n).bfloat16() for n in columns]
+
+    def gradients(of: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        hidden, actions, *weights, norm_weight = (tensor.to(dtype).requires_grad_() for tensor in given)
+        leaves = [hidden, actions, *weights, *([] if norm is None else [norm_weight])]
+        with use_backend(of):
+            outputs = multi_horizon_linear(
+                hidden, actions, weights, Horizons((1, 2, 4, 8)[:count], (1,) * count),
+                norm_weight=None if norm is None else norm_weight,
+            )  # fmt: skip
+            return torch.autograd.grad(outputs, leaves, [grad.to(dtype) for grad in upstream])
+
+    wanted = gradients("reference", torch.float64)
+    for got, want in zip(gradients(backend, torch.bfloat16), wanted, strict=True):
+        assert relative_error(got, want) < 2e-2
+
+
 @pytest.mark.parametrize("absent", [None, 1])
 @pytest.mark.parametrize("norm", ["rms", "layer", None])
 @pytest.mark.parametrize("scale", [None, [0.5, 2.0, -1.0]])
