@@ -468,6 +468,10 @@ def products(
     columns, depth = heads.shape
     widths = widths_of(columns, count if norm else 0)
     assert widths is not None
+    hidden = rows.hidden
+    if hidden.stride(1) != 1 or hidden.stride(0) >= 2**24:
+        # The kernel reads features side by side, and computes offsets in a tile with 32 bits.
+        hidden = hidden.contiguous()
     positions, tile_rows = rows.hidden.shape[0] // rows.tokens, max(16, min(64, power_of_2(rows.tokens)))
     block = max(16, min(128, power_of_2(depth)))
     tiles, slices = ceil_div(rows.tokens, tile_rows), ceil_div(depth, block)
@@ -483,10 +487,10 @@ def products(
         states_partial = empty(positions, groups.splits, count, depth)
     launch(
         multi_horizon_linear_products, groups.groups * slices, device,
-        rows.hidden, rows.sums.flatten(0, 1)[of_chunk], heads, scaled, shares, hidden_gradient, heads_partial,
+        hidden, rows.sums.flatten(0, 1)[of_chunk], heads, scaled, shares, hidden_gradient, heads_partial,
         states_partial,
         positions, rows.tokens, tiles, groups.positions, groups.splits, groups.split_tiles, slices, depth, columns,
-        rows.hidden.stride(0), scaled.stride(0),
+        hidden.stride(0), scaled.stride(0),
         COUNT=count, NORM=norm, WIDTHS=widths, FIRSTS=tuple(sum(widths[:c]) for c in range(len(widths))),
         ROWS=tile_rows, BLOCK_D=block, PRECISION=dot_precision(), num_warps=8, num_stages=1,
     )  # fmt: skip

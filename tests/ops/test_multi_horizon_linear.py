@@ -82,6 +82,8 @@ def test_all_products_in_one_pass(
     shapes = [(2, 2, tokens, depth), (2, 4, depth), *((n, depth) for n in columns), (depth,)]
     scales = [1.0, 1.0, *(depth**-0.5 for _ in columns), 1.0]
     given = [(torch.randn(shape) * scale).bfloat16() for shape, scale in zip(shapes, scales, strict=True)]
+    # Features that are not side by side in memory.
+    given[0] = given[0].repeat_interleave(2, 3)[..., ::2]
     upstream = [torch.randn(2, 2, tokens, n).bfloat16() for n in columns]
 
     def gradients(of: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
