@@ -161,8 +161,8 @@ def multi_horizon_loss(
         )
         pyramid = pyramid_of(
             load_frame(
-                clip_video + m * video_steps[1], offsets, pixels, any_counts, channels, video_steps, scale, shift,
-                TILES, VIDEO_RUN,
+                clip_video + m.to(tl.int64) * video_steps[1], offsets, pixels, any_counts, channels,
+                video_steps, scale, shift, TILES, VIDEO_RUN,
             ),
             TILES, 0,
         )  # fmt: skip
@@ -193,8 +193,8 @@ def multi_horizon_loss(
             if RESIDUAL or motion_gain is not None:
                 current = pyramid_of(
                     load_frame(
-                        clip_video + (m - OFFSETS[i]) * video_steps[1], offsets, pixels, counted[i], channels,
-                        video_steps, scale, shift, TILES, VIDEO_RUN,
+                        clip_video + (m - OFFSETS[i]).to(tl.int64) * video_steps[1], offsets, pixels, counted[i],
+                        channels, video_steps, scale, shift, TILES, VIDEO_RUN,
                     ),
                     TILES, 0,
                 )[LEVELS[i]]  # fmt: skip
