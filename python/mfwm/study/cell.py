@@ -89,8 +89,8 @@ def train_cell(plan: Plan, cell: Cell, out: Path, budgets: dict[str, int]) -> No
             trained = Checkpoints(run / "checkpoints").steps()
             if trained and max(trained) > steps and steps not in trained:
                 raise ValueError(
-                    f"{run} has been trained past step {steps}, which no column had asked for: delete {run.parent}, "
-                    "or leave that column out"
+                    f"{run} was trained past step {steps} without keeping a checkpoint there: delete {run.parent}, or "
+                    "leave out the column that needs that step"
                 )
             train(config, run, progress=False, stop_after=steps)
             copy_run(run, snapshot, steps)
