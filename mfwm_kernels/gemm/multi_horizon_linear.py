@@ -54,8 +54,8 @@ class Passes(NamedTuple):
     monitor(args, rows, states, shares, hidden_gradient, sums_gradient, gram)
         reads P_i W_i' from states; writes hidden_gradient, adds to sums_gradient and gram
     fused_width(args, monitored)
-        the columns that `scaled` needs for `products`: those of P, zeros, and last the K shares; None where torch's
-        products serve
+        the columns that `scaled` needs for `products`: those of P, zeros, and last the K shares times D; None where
+        torch's products serve
     products(args, rows, scaled, shares, heads, hidden_gradient, heads_gradient, sums_gradient)
         for whole positions, both matrix products and what combine does; reads the sum of a row's shares from `shares`
     """
@@ -232,7 +232,7 @@ def backward(
         all_windows = sums.flatten(0, 1)
         if fused_width is not None and sums_gradient is not None and args.norm_weight is not None:
             shares_of_positions = scaled_sums[:, -count:].unsqueeze(2)
-            sums_gradient.view(all_windows.shape).addcmul_(shares_of_positions, all_windows, value=-1)
+            sums_gradient.view(all_windows.shape).addcmul_(shares_of_positions, all_windows, value=-1 / depth)
         scaled_in_all, windows = scaled_sums[:, : sum(columns)].to(dtype).split(columns, 1), all_windows.unbind(1)
         per_horizon = list(zip(scaled_in_all, heads.split(columns), windows, strict=True))
     gradients: Gradients = {"hidden": hidden_gradient}

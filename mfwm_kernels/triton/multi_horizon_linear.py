@@ -224,16 +224,17 @@ def multi_horizon_linear_scale(
         for i in tl.static_range(len(row_shares)):
             tl.store(shares + row * COUNT + i, row_shares[i], in_rows)
     else:
-        # The columns behind those of the heads: zeros, and last the shares.
+        # The columns behind those of the heads: zeros, and last the shares times depth, because these alone would
+        # underflow in fp16.
         n = firsts[COUNT] + tl.arange(0, TAIL)
         in_n = n < columns
         out = tl.zeros([ROWS, TAIL], tl.float32)
         for i in tl.static_range(len(row_shares)):
-            out += tl.where(in_rows[:, None] & (n == columns - COUNT + i)[None, :], row_shares[i][:, None], 0)
+            out += tl.where(in_rows[:, None] & (n == columns - COUNT + i)[None, :], row_shares[i][:, None] * depth, 0)
         offsets = (row * columns)[:, None] + n[None, :]
         tl.store(scaled + offsets, out.to(scaled.dtype.element_ty), in_rows[:, None] & in_n[None, :])
         if NORM:
-            tl.store(shares + row, tl.sum(out, 1), in_rows)
+            tl.store(shares + row, tl.sum(out, 1) / depth, in_rows)
         if partial is not None:
             tl.store(partial + program * columns + n, tl.sum(out, 0), in_n)
 
@@ -497,7 +498,7 @@ def products(
     if heads_gradient is not None and heads_partial is not None:
         heads_gradient += heads_partial.sum(0)
     if sums_gradient is not None and states_partial is not None:
-        sums_gradient.flatten(0, 1)[of_chunk].sub_(states_partial.sum(1))
+        sums_gradient.flatten(0, 1)[of_chunk].sub_(states_partial.sum(1), alpha=1 / depth)
 
 
 PASSES = Passes(window_sums, gradients_of_window, lambda dtype: dtype, scale, combine, monitor, fused_width, products)

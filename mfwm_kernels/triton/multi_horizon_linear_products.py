@@ -6,7 +6,7 @@ A program has BLOCK_D features of a group of positions. In one loop over tiles o
     P^T hidden                                 summed over the group in registers, in fp32
     c_i^T hidden                               summed over each position
 
-and keeps W' in shared memory. c_i are columns of `scaled` behind those of P, so one product serves the last two. P is
+and keeps W' in shared memory. D c_i are columns of `scaled` behind those of P, so one product serves the last two. P is
 read once per slice of BLOCK_D features, from L2 but for the first. Tiles are requested a tile ahead, in registers: with
 more stages, Triton 3.6 copies a later tile over one that wgmma still reads, where registers load that tile too.
 """
@@ -113,10 +113,12 @@ def multi_horizon_linear_products(
         last_weights = weights[CHUNKS - 1]
         gradient = tl.zeros([ROWS, BLOCK_D], tl.float32)
         if NORM:
-            # The shares' rows of W' are -sums_i of this position.
+            # The rows of W' for the shares, which are times depth, are -sums_i / depth of this position.
             place = position * tl.cast(COUNT, tl.int64) + horizon
             added = tl.load(sums + (place * depth)[:, None] + d[None, :], (horizon >= 0)[:, None] & in_d[None, :], 0)
-            last_weights = tl.where((horizon >= 0)[:, None], (-added).to(last_weights.dtype), last_weights)
+            last_weights = tl.where(
+                (horizon >= 0)[:, None], (added * (-1.0 / depth)).to(last_weights.dtype), last_weights
+            )
             share = tl.load(shares + row + tl.arange(0, ROWS), in_rows, 0)
             gradient -= share[:, None] * state.to(tl.float32)
         here_state, here_parts = tl.trans(state), parts

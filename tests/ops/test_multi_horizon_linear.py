@@ -66,12 +66,13 @@ def test_chunks_that_cut_positions(backend: str, norm: str, monitored: bool, mon
 
 @pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend == "triton"])
 @pytest.mark.parametrize("programs", [1, 5, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("columns", "norm", "tokens"),
     [((48, 12, 3, 3), "rms", 130), ((15,), "rms", 3), ((16,), None, 70), ((63,), "rms", 20), ((70, 70), "rms", 65)],
 )
 def test_all_products_in_one_pass(
-    backend: str, columns: tuple[int, ...], norm: str | None, tokens: int, programs: int,
+    backend: str, columns: tuple[int, ...], norm: str | None, tokens: int, dtype: torch.dtype, programs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Groups of positions, and positions split among programs; columns with and without padding, and too many."""
@@ -81,23 +82,23 @@ def test_all_products_in_one_pass(
     count, depth = len(columns), 136
     shapes = [(2, 2, tokens, depth), (2, 4, depth), *((n, depth) for n in columns), (depth,)]
     scales = [1.0, 1.0, *(depth**-0.5 for _ in columns), 1.0]
-    given = [(torch.randn(shape) * scale).bfloat16() for shape, scale in zip(shapes, scales, strict=True)]
+    given = [(torch.randn(shape) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)]
     # Features that are not side by side in memory.
     given[0] = given[0].repeat_interleave(2, 3)[..., ::2]
-    upstream = [torch.randn(2, 2, tokens, n).bfloat16() for n in columns]
+    upstream = [(torch.randn(2, 2, tokens, n) * 1e-4).to(dtype) for n in columns]
 
-    def gradients(of: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        hidden, actions, *weights, norm_weight = (tensor.to(dtype).requires_grad_() for tensor in given)
+    def gradients(of: str, computed: torch.dtype) -> tuple[torch.Tensor, ...]:
+        hidden, actions, *weights, norm_weight = (tensor.to(computed).requires_grad_() for tensor in given)
         leaves = [hidden, actions, *weights, *([] if norm is None else [norm_weight])]
         with use_backend(of):
             outputs = multi_horizon_linear(
                 hidden, actions, weights, Horizons((1, 2, 4, 8)[:count], (1,) * count),
                 norm_weight=None if norm is None else norm_weight,
             )  # fmt: skip
-            return torch.autograd.grad(outputs, leaves, [grad.to(dtype) for grad in upstream])
+            return torch.autograd.grad(outputs, leaves, [grad.to(computed) for grad in upstream])
 
     wanted = gradients("reference", torch.float64)
-    for got, want in zip(gradients(backend, torch.bfloat16), wanted, strict=True):
+    for got, want in zip(gradients(backend, dtype), wanted, strict=True):
         assert relative_error(got, want) < 2e-2
 
 
