@@ -512,14 +512,9 @@ def _launch_chain(
     preds, log_scales = parts_of([args.preds[i] for i in horizons], kinds, loss_rows, features)
     chain_gradients, scale_gradients = parts_of([gradients[i] for i in horizons], kinds, loss_rows, features)
     patches = [args.patch_sizes[i] if args.patch_sizes else 0 for i in horizons]
-    target = TILE_ELEMENTS
-    # More predictions, frames n and log-scales need registers as well.
-    needs = (len(horizons) > 4, args.residual or args.motion_gain, any(t is not None for t in log_scales))
-    wide = args.preds[0].element_size() > 2
-    for needs_more in (*needs, any(needs[1:]) if wide else needs[1] and not needs[2] and set(kinds) != {"mse"}):
-        target //= 2 if needs_more else 1
+    tile_elements, warps = tile_size_of(args, kinds, has_scales=any(t is not None for t in log_scales))
     factors = [args.factors[i] for i in horizons]
-    tiles, along = tiles_of(video, factors, patches if args.patch_sizes else None, target)
+    tiles, along = tiles_of(video, factors, patches if args.patch_sizes else None, tile_elements)
     of_frame = math.prod(along)
     levels = [tiles.level(args.factors[i]) for i in horizons]
     # Predictions of frames past the end of the video only receive a zero gradient.
@@ -563,11 +558,23 @@ def _launch_chain(
         NEAR=near, FAR=far, PAIR_ROWS=rows, PAIR_KINDS=pair_kinds,
         SLOTS=tuple(slots[t - count] for t in members if t >= count),
         DETACH=args.detach, RESIDUAL=args.residual, TILES=tiles, RUNS=all_runs,
-        LONG=needs_long(video, *preds, *chain_gradients), num_warps=1,
+        LONG=needs_long(video, *preds, *chain_gradients), num_warps=warps,
         # ptxas spills 16 bytes to stay below a limit of 128 that it chooses. 255 leave room for as many warps as 180.
         maxnreg=255,
     )  # fmt: skip
     return partial
+
+
+def tile_size_of(args: Arguments, kinds: list[str], has_scales: bool) -> tuple[int, int]:
+    """The elements of a tile and its warps, so few of the one and so many of the other that registers suffice."""
+    reads_present, is_wide = bool(args.residual or args.motion_gain), args.preds[0].element_size() > 2
+    # Many predictions need registers, and so do frames n and log-scales, in fp32 or beside losses other than mse more.
+    halvings = (len(kinds) > 4) + reads_present + has_scales
+    if is_wide:
+        halvings += reads_present or has_scales
+    else:
+        halvings += reads_present and not has_scales and set(kinds) != {"mse"}
+    return TILE_ELEMENTS >> halvings, 2 if has_scales and not is_wide else 1
 
 
 def strides_unless_contiguous(tensor: Tensor) -> tuple[int, ...] | None:
