@@ -269,7 +269,7 @@ def profile(run: Run) -> None:
         return
     # Do not lock the clocks, because others may use the machine too.
     ncu = ["ncu", "--set", "basic", "--clock-control", "none", "--profile-from-start", "off"]
-    ncu += ["--kernel-name", "regex:multi_horizon|fan_out|patch_kernel|gather_kernel"]
+    ncu += ["--kernel-name", "regex:multi_horizon|fan_out|strip_kernel|patch_kernel|gather_kernel"]
     run.stage("ncu", "kernels.log", 60, [*ncu, *command, "--for-ncu"])
 
 

@@ -71,7 +71,7 @@ FAULTS = [
     ),
     # ---- gradients
     Fault(
-        "the gradient of a pair's near side is too large", "gradient", "csrc/cuda/multi_horizon_loss.cu",
+        "the gradient of a pair's near side is too large", "gradient", "csrc/cuda/multi_horizon_loss_patches.cu",
         "1 << 2 * (far.level - h.level)", "1 << (far.level - h.level)",
         emulated("multi_horizon_loss-float32-start"),
     ),

@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../ops.h"
 
@@ -92,25 +93,77 @@ __device__ __forceinline__ void assign(float& to, float value) { to = value; }
 __device__ __forceinline__ void assign(__nv_bfloat16& to, float value) { to = __float2bfloat16(value); }
 __device__ __forceinline__ void assign(__half& to, float value) { to = __float2half(value); }
 
-// `size` contiguous elements, aligned for vector loads and stores of up to 16 bytes.
+// Element k of a word, which is a compile-time constant in every use. Words, rather than arrays of T, keep two or four
+// elements in one register until they are needed.
+template <class T>
+__device__ __forceinline__ float element_of(uint32_t word, int k) {
+  if constexpr (std::is_same_v<T, uint8_t>)
+    return static_cast<float>(word >> 8 * k & 255);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __uint_as_float(k == 0 ? word << 16 : word & 0xffff0000);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16 * k)));
+  else
+    return __uint_as_float(word);
+}
+
+// The bits of one or two values.
+template <class T>
+__device__ __forceinline__ uint32_t word_of(const float* values) {
+  if constexpr (std::is_same_v<T, float>) {
+    return __float_as_uint(values[0]);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(values[0], values[1]);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// `size` contiguous elements of one load or store: 1, 2, 4, 8 or 16 bytes, aligned.
 template <class T, int size>
-struct alignas(size * sizeof(T) < 16 ? size * sizeof(T) : 16) Vector {
-  T values[size];
+struct Vector {
+  static constexpr int bytes = size * sizeof(T), words = bytes < 4 ? 1 : bytes / 4, by_word = 4 / sizeof(T);
+  struct alignas(bytes) Memory {
+    std::conditional_t<bytes == 1, uint8_t, std::conditional_t<bytes == 2, uint16_t, uint32_t>> words[Vector::words];
+  };
+  Memory memory;
+
+  __device__ __forceinline__ float operator[](int k) const {
+    return element_of<T>(memory.words[k / by_word], k % by_word);
+  }
+  __device__ __forceinline__ void load(const T* from) { memory = *reinterpret_cast<const Memory*>(from); }
 };
 
 template <class T, int size>
 __device__ __forceinline__ void load_vector(float* to, const T* from) {
-  const auto vector = *reinterpret_cast<const Vector<T, size>*>(from);
+  constexpr int vector = size * sizeof(T) > 16 ? 16 / sizeof(T) : size;
 #pragma unroll
-  for (int k = 0; k < size; ++k) to[k] = to_float(vector.values[k]);
+  for (int first = 0; first < size; first += vector) {
+    Vector<T, vector> values;
+    values.load(from + first);
+#pragma unroll
+    for (int k = 0; k < vector; ++k) to[first + k] = values[k];
+  }
 }
 
 template <class T, int size>
 __device__ __forceinline__ void store_vector(const float* from, T* to) {
-  Vector<T, size> vector;
+  constexpr int vector = size * sizeof(T) > 16 ? 16 / sizeof(T) : size;
+  if constexpr (vector * sizeof(T) < 4) {
 #pragma unroll
-  for (int k = 0; k < size; ++k) assign(vector.values[k], from[k]);
-  *reinterpret_cast<Vector<T, size>*>(to) = vector;
+    for (int k = 0; k < size; ++k) assign(to[k], from[k]);
+  } else {
+#pragma unroll
+    for (int first = 0; first < size; first += vector) {
+      using Values = Vector<T, vector>;
+      typename Values::Memory memory;
+#pragma unroll
+      for (int k = 0; k < Values::words; ++k) memory.words[k] = word_of<T>(from + first + k * Values::by_word);
+      *reinterpret_cast<typename Values::Memory*>(to + first) = memory;
+    }
+  }
 }
 
 template <class V>

@@ -1,5 +1,5 @@
-// Frames in image or token layout, and patches of them in the registers of a warp: loads, stores and averages. The
-// kernels of multi_horizon_loss.cu use it.
+// Frames in image or token layout, and patches of them in the registers of a warp: loads, stores and averages, for
+// every layout and at run time. strips.cuh has them for the layouts that it serves.
 #pragma once
 
 #include <algorithm>
@@ -45,22 +45,14 @@ struct Region {
 struct Frames {
   void* data;
   DType dtype;
-  int patch, shift;  // patch 0: images; shift = log2(patch) if patch is a power of 2, else -1
+  int patch, shift;  // patch 0: images; shift = log2(patch) if patch is a power of 2, 31 for images, else -1
   bool vectors;      // a lane's part of a row is contiguous and aligned for vector loads
   int64_t batch, time, channel, row, column;
-  int64_t patch_row, patch_column;
+  int64_t row_jump, column_jump;  // what the steps from the last row or column of a token to the next have in addition
 
   __device__ int token_of(int place) const { return shift >= 0 ? place >> shift : place / patch; }
-  __device__ int64_t row_offset(int y) const {
-    if (!patch) return y * row;
-    const int token = token_of(y);
-    return token * patch_row + (y - token * patch) * row;
-  }
-  __device__ int64_t column_offset(int x) const {
-    if (!patch) return x * column;
-    const int token = token_of(x);
-    return token * patch_column + (x - token * patch) * column;
-  }
+  __device__ int64_t row_offset(int y) const { return y * row + token_of(y) * row_jump; }
+  __device__ int64_t column_offset(int x) const { return x * column + token_of(x) * column_jump; }
   __device__ int64_t offset(int64_t b, int64_t t, int c, int y, int x) const {
     return b * batch + t * time + c * channel + row_offset(y) + column_offset(x);
   }
@@ -70,15 +62,24 @@ struct Frames {
 
 inline Frames frames_of(const Array& array, int64_t patch, int64_t channels, int64_t width, int level) {
   const int64_t* s = array.stride;
-  Frames frames{array.data, array.dtype, static_cast<int>(patch), -1, false, s[0], s[1], s[2], s[3], s[4], 0, 0};
+  const int shift = patch > 1 ? -1 : 31;
+  Frames frames{array.data, array.dtype, static_cast<int>(patch), shift, false, s[0], s[1], s[2], s[3], s[4], 0, 0};
+  if (patch == 1) {
+    // Tokens of one pixel are images with the channels side by side.
+    frames.patch = 0;
+    frames.channel = s[3];
+    frames.row = width * s[2];
+    frames.column = s[2];
+    return frames;
+  }
   if (patch) {
-    for (int shift = 0; shift < 31; ++shift)
-      if (patch == int64_t(1) << shift) frames.shift = shift;
+    for (int bits = 0; bits < 31; ++bits)
+      if (patch == int64_t(1) << bits) frames.shift = bits;
     frames.channel = s[3];
     frames.column = channels * s[3];
     frames.row = patch * frames.column;
-    frames.patch_column = s[2];
-    frames.patch_row = width / patch * s[2];
+    frames.column_jump = s[2] - patch * frames.column;
+    frames.row_jump = width / patch * s[2] - patch * frames.row;
     return frames;
   }
   const int64_t bytes = bytes_of(array.dtype);
@@ -133,7 +134,7 @@ __device__ __forceinline__ void walk(const Frames& frames, int x, int columns, c
     offset += frames.column;
     if (++inside == frames.patch) {
       inside = 0;
-      offset += frames.patch_column - frames.patch * frames.column;
+      offset += frames.column_jump;
     }
   }
 }

@@ -1,5 +1,5 @@
-// Shared by the kernels of multi_horizon_loss.cu: their parameters, losses, counts and sums, and the unit of work of a
-// block.
+// Shared by the kernels of multi_horizon_loss: their parameters, losses, counts and sums, and the unit of work of a
+// block or of a warp.
 //
 // Kernels with the template flag `general` serve every call. Without it they serve those whose horizons share one kind
 // that is no distribution and that weigh neither motion nor positions, with fewer instructions.
@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "frames.cuh"
+#include "strips.cuh"
 
 namespace mfwm::cuda {
 
@@ -20,6 +20,7 @@ struct Horizon {
   int factor, height, width;
   int level;  // factor = 2^level in patch_kernel
   int slot;   // the slot that accumulates the gradients of the pairs whose far side it is; -1: none
+  int8_t next, pair;  // in strip_kernel: the next horizon of this level, and the pair with the nearest one; -1: none
   LossKind kind;
 };
 
@@ -47,9 +48,14 @@ struct Parameters {
   int64_t first_target, targets;  // the frames m to process: first_target .. first_target + targets - 1
   int channels, height, width, cells_y, cells_x, tiles;
   unsigned units;
+  Divisor by_tiles, by_targets;
+  Tiling tiling;             // of strip_kernel
+  int frame_tiles;           // in strip_kernel
+  int8_t first_at[levels];   // in strip_kernel: the first horizon of each level, -1: none
   bool channels_fastest, residual, near_learns, far_learns;
   LossKind kind;  // of every horizon, where `general` is false
   float scale, shift, delta, eps, motion_gain, beta;
+  float loss_factor, derivative_factor;  // in strip_kernel
   // Null without segments and position weights: every position whose target frame exists counts.
   const int64_t* term_counts;
   float* partial;              // [terms, blocks]
@@ -206,26 +212,64 @@ struct Work {
   unsigned active = 0, counted = 0;
 
   __device__ Work(const Parameters& p, unsigned unit) {
-    tile = static_cast<int>(unit % static_cast<unsigned>(p.tiles));
-    const unsigned frame = unit / static_cast<unsigned>(p.tiles), targets = static_cast<unsigned>(p.targets);
-    b = frame / targets;
-    m = p.first_target + frame % targets;
-    for (int i = 0; i < p.count; ++i) {
-      const int64_t n = m - p.horizons[i].offset;
-      if (n < 0 || n >= p.positions) continue;
-      active |= 1u << i;
-      if (m >= p.frames) continue;
-      if (p.segment_ids.rank < 0 || segment_at(p.segment_ids, b, n) == segment_at(p.segment_ids, b, m))
-        counted |= 1u << i;
-    }
+    const unsigned frame = p.by_tiles.quotient(unit), clip = p.by_targets.quotient(frame);
+    tile = static_cast<int>(unit - frame * p.by_tiles.divisor);
+    b = clip;
+    m = p.first_target + (frame - clip * p.by_targets.divisor);
+    for (int i = 0; i < p.count; ++i)
+      active |= unsigned(static_cast<uint64_t>(m - p.horizons[i].offset) < static_cast<uint64_t>(p.positions)) << i;
+    if (m >= p.frames) return;
+    counted = active;
+    if (p.segment_ids.rank < 0) return;
+    for (int i = 0; i < p.count; ++i)
+      if (is_active(i) && segment_at(p.segment_ids, b, m - p.horizons[i].offset) != segment_at(p.segment_ids, b, m))
+        counted &= ~(1u << i);
   }
   // Predictions without weight do not count.
   __device__ void drop_weightless(const Parameters& p) {
     for (int i = 0; i < p.count; ++i)
       if (is_counted(i) && !has_weight(p.position_weights, b, m - p.horizons[i].offset, i)) counted &= ~(1u << i);
   }
-  __device__ bool is_active(int i) const { return active >> i & 1; }
-  __device__ bool is_counted(int i) const { return counted >> i & 1; }
+  // False for horizon -1.
+  __device__ bool is_active(int i) const { return active >> (i & 31) & 1; }
+  __device__ bool is_counted(int i) const { return counted >> (i & 31) & 1; }
 };
+
+// ---- Host code: each function launches its kernel and returns the number of blocks, which the finish kernel needs, or
+// no_blocks if the kernel does not serve the call.
+
+constexpr int64_t no_blocks = -1;
+
+// What the functions choose by, beside the parameters.
+struct Choice {
+  const MultiHorizonLoss& op;
+  bool general;           // see above
+  bool powers_of_2;       // the factors are 1, 2, 4 or 8
+  bool channels_fastest;  // in memory
+};
+
+int64_t run_strips(Parameters& p, const Choice& choice, int64_t max_blocks, cudaStream_t stream);
+int64_t run_patches(Parameters& p, const Choice& choice, int64_t max_blocks, cudaStream_t stream);
+int64_t run_gather(Parameters& p, const Choice& choice, int64_t max_blocks, cudaStream_t stream);
+
+// Divide each frame into tiles. Returns the units of work, a tile of a frame each.
+inline int64_t divide(Parameters& p, int64_t tiles) {
+  const int64_t units = p.positions == 0 ? 0 : p.batch * p.targets * tiles, limit = int64_t(1) << 31;
+  const int64_t elements = int64_t(p.channels) * p.height * p.width;
+  if (elements >= limit || units >= limit)
+    throw std::invalid_argument("multi_horizon_loss: a frame of video must have fewer than 2**31 elements, all frames "
+                                "fewer than 2**31 tiles; they have " + std::to_string(elements) + " and " +
+                                std::to_string(units));
+  p.tiles = static_cast<int>(tiles);
+  p.units = static_cast<unsigned>(units);
+  if (units > 0) p.by_tiles = divisor_of(tiles), p.by_targets = divisor_of(p.targets);
+  return units;
+}
+
+// Of BlockSums.
+inline size_t shared_bytes_of(const Parameters& p) {
+  const size_t terms = p.count + p.pair_count;
+  return (terms + (terms + p.slots) * threads) * sizeof(float);
+}
 
 }  // namespace mfwm::cuda

@@ -1,13 +1,10 @@
-// video_pyramid in CUDA C++; bindings.cpp calls the function at the end. A block loads a tile of one channel of one
-// frame into shared memory, normalised, and writes the tile's part of every output. The tile's sides are multiples of
-// every factor. If such a tile does not fit into shared memory, the block reads the pixels from global memory for each
-// output.
-#include <algorithm>
+// video_pyramid in CUDA C++; bindings.cpp calls the function at the end. video_pyramid_strips.cu serves most calls. The
+// kernel here serves every call: a block loads a tile of one channel of one frame into shared memory, normalised, and
+// writes the tile's part of every output. The tile's sides are multiples of every factor. If such a tile does not fit
+// into shared memory, the block reads the pixels from global memory for each output.
 #include <numeric>
-#include <stdexcept>
-#include <string>
 
-#include "common.cuh"
+#include "video_pyramid.cuh"
 
 namespace mfwm::cuda {
 namespace {
@@ -123,6 +120,7 @@ void run(const VideoPyramid& op, cudaStream_t stream) {
 void video_pyramid(const VideoPyramid& op, void* stream) {
   if (op.video.data == nullptr) return;
   const DeviceGuard guard(op.video.data);
+  if (run_pyramid_strips(op, static_cast<cudaStream_t>(stream))) return;
   bool is_double = op.video.dtype == DType::float64;
   for (const Array& output : op.outputs) is_double = is_double || output.dtype == DType::float64;
   if (is_double)

@@ -59,6 +59,23 @@ T shuffle(unsigned mask, T value, unsigned from) {
 
 inline float __expf(float x) { return std::exp(x); }
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
+// c plus the dot product of the bytes of a and b.
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int shift = 0; shift < 32; shift += 8) c += (a >> shift & 255) * (b >> shift & 255);
+  return c;
+}
+
 inline void __syncthreads() { emulator::sync_threads(); }
 inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, 0); }
 
