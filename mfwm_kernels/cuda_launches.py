@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .aot import binary, usage_of
 from .native import CODES
-from .sass.listing import Instruction, instructions_of
+from .sass.listing import Instruction, constants_of, instructions_of
 from .sass.occupancy import RESERVED_BYTES
 
 SOURCES = Path(__file__).parent.parent / "csrc"
@@ -129,22 +129,22 @@ def _functions_of(compiled: Path) -> dict[str, Function]:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     found = {name: Function(code) for name, code in instructions_of(listed("-sass")).items()}
-    name = section = ""
+    name = ""
     for line in listed("--dump-resource-usage").splitlines():
         if line.strip().startswith("Function "):
             name = line.split()[1].rstrip(":")
         elif "REG:" in line and name in found:
             for resource, value in usage_of(line).items():
                 setattr(found[name], resource, value)
+    sections = listed("-elf")
+    for name, constants in constants_of(sections).items():
+        found[name].constants = constants
     sizes: dict[str, dict[int, int]] = {}
-    for line in listed("-elf").splitlines():
-        heading = re.match(r"\.(nv\.info|nv\.constant2)\.(\S+)\s*$|\.", line)
+    for line in sections.splitlines():
+        heading = re.match(r"\.(?:nv\.info\.(\S+)\s*$)?", line)
         if heading:
-            section, name = heading.groups("") if heading[1] else ("", "")
-        elif section == "nv.constant2" and re.fullmatch(r"\s*(0x[0-9a-f]{8}\s*)+", line):
-            words = [int(word, 16) for word in line.split()]
-            found[name].constants += b"".join(word.to_bytes(4, "little") for word in words)
-        elif section == "nv.info":
+            name = heading[1] or ""
+        elif name:
             argument = re.search(r"Ordinal : (0x\w+)\s+Offset\s+: 0x\w+\s+Size\s+: (0x\w+)", line)
             if argument:
                 sizes.setdefault(name, {})[int(argument[1], 16)] = int(argument[2], 16)

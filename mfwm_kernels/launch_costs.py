@@ -14,7 +14,7 @@ from .aot import Variant, binary, compile_for, key_of, name_of, resources
 from .cuda_launches import ARCHITECTURE, CudaLaunch
 from .launches import Launch
 from .sass.interpreter import LANES, Program
-from .sass.listing import Instruction, instructions_of
+from .sass.listing import Instruction, constants_of, instructions_of
 from .sass.measure import Measures, measured
 from .traffic import Argument, accesses_of, fewest_bytes
 
@@ -78,7 +78,8 @@ def measures_of(work: Work) -> list[dict[str, Any]]:
 def measures_of_triton(variant: Variant, launches: Sequence[tuple[tuple[Argument, ...], int]]) -> list[dict[str, Any]]:
     compiled = compile_for(ARCHITECTURE, variant)
     used = resources(compiled)
-    program = Program(code_of(compiled.asm["cubin"]))
+    code, constants = code_of(compiled.asm["cubin"])
+    program = Program(code)
     accesses = accesses_of(compiled.asm["ttir"])
     warps = int(compiled.metadata.num_warps)
     # Triton passes two more pointers, to scratch memory that none of these kernels has.
@@ -86,7 +87,7 @@ def measures_of_triton(variant: Variant, launches: Sequence[tuple[tuple[Argument
     rows = []
     for arguments, programs in launches:
         sized = [(argument.value, argument.size) for argument in (*arguments, *scratch)]
-        found = measured(program, sized, programs, warps, used["registers"], used["shared_bytes"])
+        found = measured(program, sized, programs, warps, used["registers"], used["shared_bytes"], constants)
         rows.append(row_of(found, fewest_bytes(arguments, accesses), used, warps, programs))
     return rows
 
@@ -129,10 +130,17 @@ def row_of(found: Measures, nbytes: int, used: dict[str, int], warps: int, progr
     }
 
 
-def code_of(cubin: bytes) -> list[Instruction]:
+def code_of(cubin: bytes) -> tuple[list[Instruction], bytes]:
+    """The instructions and the compiler's constants of a binary of one function."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        done = subprocess.run([binary("cuobjdump"), "-sass", str(file)], check=True, capture_output=True, text=True)
-    (code,) = instructions_of(done.stdout).values()
-    return code
+
+        def listed(option: str) -> str:
+            command = [binary("cuobjdump"), option, str(file)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        (code,) = instructions_of(listed("-sass")).values()
+        # Only a switch reads such constants here, and listing them takes as long as disassembling.
+        constants = constants_of(listed("-elf")) if any(found.opcode == "BRX" for found in code) else {}
+    return code, b"".join(constants.values())

@@ -152,6 +152,20 @@ def instructions_of(text: str) -> dict[str, list[Instruction]]:
     return functions
 
 
+def constants_of(text: str) -> dict[str, bytes]:
+    """The compiler's constants (bank 2) of each function in the text of cuobjdump -elf, by the function's name."""
+    found: dict[str, bytes] = {}
+    name = ""
+    for line in text.splitlines():
+        heading = re.match(r"\.(?:nv\.constant2\.(\S+)\s*$)?", line)
+        if heading:
+            name = heading[1] or ""
+        elif name and re.fullmatch(r"\s*(0x[0-9a-f]{8}\s*)+", line):
+            words = b"".join(int(word, 16).to_bytes(4, "little") for word in line.split())
+            found[name] = found.get(name, b"") + words
+    return found
+
+
 def split_operands(text: str) -> list[str]:
     """Operands are separated by commas; `RET.REL.NODEC R4 0x0` and BRX have a space instead."""
     return [part.strip() for part in re.split(r",|\s+(?=-?0x[0-9a-f]+$)", text) if part.strip()]
