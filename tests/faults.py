@@ -61,7 +61,7 @@ FAULTS = [
     ),
     Fault(
         "the second state meets the first one's weights", "kernel", "mfwm_kernels/triton/mtp_combine.py",
-        "(half * depth + d)[:, None]", "d[:, None]",
+        "(half * depth + d)[None, :]", "d[None, :]",
         values_of("mtp_combine-triton-float32"),
     ),
     Fault(

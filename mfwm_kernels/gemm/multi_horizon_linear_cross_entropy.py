@@ -23,16 +23,13 @@ from ..dtypes import stored_dtype
 from ..horizon_loss import gradients_of_weights
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
+from .products import ADDS_IN_FP32, add_product
 from .rows import by_clip, clip_views, flat, rows_at, rows_of
 from .token_targets import Pair, Targets, pairs_of
 
 # Parts at least this large a share of a chunk get a matrix product of their own, in place: copying them together with
 # the others would cost more than the extra launch.
 LARGE = 1 / 8
-
-# Whether torch adds a product of bf16 matrices to an fp32 matrix on a GPU: versions from 2.8 on have the overload of
-# addmm, but before 2.10 it refuses an fp32 matrix to add to.
-ADDS_IN_FP32 = torch.__version__ >= "2.10"
 
 
 class Passes(NamedTuple):
@@ -380,11 +377,7 @@ class Heads:
             assert total is not None
             return total
         if self.adds_in_fp32:
-            # The product is added to the total in registers: a product of its own would be written in bf16 and read.
-            left = logits_gradient.t()
-            if total is None:
-                return torch.mm(left, states, out_dtype=self.computed)
-            return torch.addmm(total, left, states, out_dtype=self.computed, out=total)
+            return add_product(total, logits_gradient.t(), states, self.computed)
         if total is None:
             return multiply(logits_gradient.t(), states, self._empty(logits_gradient.shape[1], states.shape[1]))
         total = total.to(self.computed)

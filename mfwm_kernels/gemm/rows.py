@@ -7,18 +7,31 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# The most bytes of temporaries that a chunk may need.
+# The most bytes of temporaries that a chunk may need on a CPU.
 CHUNK_BYTES = 64 * 2**20
+# A chunk on a GPU may need this share of its memory. mfwm_kernels.aot reports launches on an H200, without a GPU.
+GPU_SHARE, H200_BYTES = 64, 139 * 2**30
+
+
+def chunk_bytes(like: Tensor) -> int:
+    """The most bytes of temporaries of a chunk of the rows of `like`.
+
+    On a CPU, chunks stay in its cache. On a GPU each chunk costs launches, so only memory limits them.
+    """
+    every = like.numel() * like.element_size()
+    if like.device.type == "cuda":
+        return min(every, torch.cuda.get_device_properties(like.device).total_memory // GPU_SHARE)
+    return min(every, H200_BYTES // GPU_SHARE) if like.device.type == "meta" else min(every // 2, CHUNK_BYTES)
 
 
 def chunks(like: Tensor, temporary: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Yield (first, last) for chunks of the rows of `like`, `first` a multiple of `multiple`.
 
-    The temporaries of a chunk, `temporary` bytes a row, take at most CHUNK_BYTES and half the bytes of `like`, but a
-    chunk has at least 256 rows and at least `multiple`.
+    The temporaries of a chunk, `temporary` bytes a row, take at most chunk_bytes, but a chunk has at least 256 rows and
+    at least `multiple`.
     """
-    rows, row = like.shape[:-1].numel(), like.shape[-1] * like.element_size()
-    size = max(256, min(rows * row // 2, CHUNK_BYTES) // temporary) if temporary else max(1, rows)
+    rows = like.shape[:-1].numel()
+    size = max(256, chunk_bytes(like) // temporary) if temporary else max(1, rows)
     size = max(1, size // multiple) * multiple
     for first in range(0, rows, size):
         yield first, min(first + size, rows)

@@ -168,7 +168,7 @@ OP = register(
         },
         backends={
             "cpu": Backend(KERNELS, dtypes=check.FLOATING),
-            "triton": Backend(("mtp_combine_forward", *KERNELS)),
+            "triton": Backend((*KERNELS, "mtp_combine_finish")),
         },
     )
 )

@@ -1,11 +1,12 @@
-"""mtp_combine in Triton, called by autograd.call: both matrix products in one tile, scaled by row statistics.
+"""mtp_combine in Triton, called by autograd.call: passes over rows around torch's matrix products.
 
-forward   A program computes a tile of rows x columns. For each state it sums squares along the rows, then multiplies.
-          Norms are factors of a row, so they scale the two products, not the states. Bytes: both states once for each
-          block of columns; the second read of a state hits L2.
-backward  torch's matrix products and two passes over rows, see gemm/mtp_combine.py.
 norm      Bytes: both states once, the normed states.
 gradient  Bytes: both states and the gradients of the normed states once, the gradients of the states.
+finish    Bytes: the weight and its gradient in fp32 once, the gradients of the weight and the norm weights.
+
+A kernel that multiplies the states and scales the products by row statistics moves half of the forward's bytes, but at
+D = 512 the tensor cores already take longer than these, and at D = 2048 they take three times as long: it would have to
+multiply as fast as cuBLAS.
 """
 
 from __future__ import annotations
@@ -17,47 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemm.mtp_combine import Passes, norm_weights_of, ordered
-from ..gemm.mtp_combine import backward as shared_backward
-from ..gemm.rows import chunks, flat, rows_of
+from ..gemm import mtp_combine as around_products
+from ..gemm.mtp_combine import Passes
 from ..op import Gradients, Want
 from ..ops.mtp_combine import Arguments
-from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
-
-
-@triton.jit
-def mtp_combine_forward(
-    states, weight, out, rows, depth, columns, column_blocks, eps, state_strides,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    first = program // column_blocks * ROWS
-    row = first + tl.arange(0, ROWS)
-    column = (program % column_blocks * COLUMNS).to(tl.int32) + tl.arange(0, COLUMNS)
-    in_rows, in_columns = row < rows, column < columns
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for half in tl.static_range(2):
-        # The statistics need a separate loop: Triton 3.6 allocates one buffer too few for a tile that wgmma reads and
-        # registers load too, so the copy of a later tile overwrites it while wgmma still reads. The second read hits
-        # L2.
-        squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for start in range(0, depth, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            state = load_tile(states[half], row, d, in_rows, d < depth, state_strides[half][0], state_strides[half][1])
-            squares += state * state
-        inverse_rms = tl.rsqrt(tl.sum(squares, 1) / depth + eps)
-        product = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, depth, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            in_d = d < depth
-            offsets = (row * state_strides[half][0])[:, None] + (d.to(tl.int64) * state_strides[half][1])[None, :]
-            state = tl.load(states[half] + offsets, in_rows[:, None] & in_d[None, :], 0)
-            offsets = (column.to(tl.int64) * (2 * depth))[None, :] + (half * depth + d)[:, None]
-            factor = tl.load(weight + offsets, in_columns[None, :] & in_d[:, None], 0)
-            product = add_product(product, state, factor, PRECISION)
-        total += product * inverse_rms[:, None]
-    offsets = (tl.arange(0, ROWS) * columns)[:, None] + column[None, :]
-    tl.store(out + first * columns + offsets, total.to(out.dtype.element_ty), in_rows[:, None] & in_columns[None, :])
+from .launch import ceil_div, launch, power_of_2, strides
 
 
 @triton.jit
@@ -117,31 +82,34 @@ def mtp_combine_gradient(
                 tl.store(gradients[half] + offsets, state_gradient.to(gradients[half].dtype.element_ty), mask)
 
 
+@triton.jit
+def mtp_combine_finish(
+    weight, norm_weights, product, weight_gradient, norm_gradient, rows, columns, weight_strides,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    in_columns = column < columns
+    factor = tl.load(norm_weights + column, in_columns, 0).to(tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & in_columns[None, :]
+        offsets = (row * columns)[:, None] + column[None, :]
+        gradient = tl.load(product + offsets, mask, 0)
+        given = (row * weight_strides[0])[:, None] + (column.to(tl.int64) * weight_strides[1])[None, :]
+        total += gradient * tl.load(weight + given, mask, 0).to(tl.float32)
+        tl.store(weight_gradient + offsets, (gradient * factor[None, :]).to(weight_gradient.dtype.element_ty), mask)
+    tl.store(norm_gradient + column, tl.sum(total, 0).to(norm_gradient.dtype.element_ty), in_columns)
+
+
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
-    hidden, (columns, depth) = args.hidden, args.weight.shape
-    weight = (args.weight.float() * norm_weights_of(args, torch.float32)).to(hidden.dtype).contiguous()
-    out = torch.empty(*hidden.shape[:-1], columns, dtype=hidden.dtype, device=hidden.device)
-    half = hidden.element_size() == 2
-    tile_rows, tile_columns = (128, min(128, max(16, power_of_2(columns)))) if half else (32, 64)
-    # A state whose strides allow no view of its rows is copied, one chunk at a time.
-    copies = sum(flat(state) is None for state in (hidden, args.embedding))
-    for first, last in chunks(hidden, copies * hidden.shape[-1] * hidden.element_size()):
-        states = [rows_of(state, first, last) for state in ordered(args, hidden, args.embedding)]
-        column_blocks = ceil_div(columns, tile_columns)
-        launch(
-            mtp_combine_forward, ceil_div(last - first, tile_rows) * column_blocks, hidden.device,
-            tuple(states), weight, rows_of(out, first, last), last - first, depth // 2, columns, column_blocks,
-            args.norm_eps, tuple(strides(state, 2) for state in states),
-            PRECISION=dot_precision(), ROWS=tile_rows, COLUMNS=tile_columns,
-            BLOCK_D=min(32, max(16, power_of_2(depth // 2))), num_warps=8 if half else 4, num_stages=3,
-        )  # fmt: skip
-    return [out], {}
+    return [around_products.forward(args, PASSES)], {}
 
 
 def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
     (out_gradient,) = upstream
     assert out_gradient is not None
-    return shared_backward(args, want, out_gradient, PASSES)
+    return around_products.backward(args, want, out_gradient, PASSES)
 
 
 def tile_of(depth: int) -> tuple[int, int]:
@@ -170,4 +138,16 @@ def gradient(states: Sequence[Tensor], joined: Tensor, eps: float, gradients: Se
     )  # fmt: skip
 
 
-PASSES = Passes(lambda dtype: dtype, norm, gradient)
+def finish(args: Arguments, norm_weights: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    weight, (rows, columns) = args.weight, args.weight.shape
+    weight_gradient = torch.empty(rows, columns, dtype=weight.dtype, device=weight.device)
+    norm_gradient = torch.empty(columns, dtype=weight.dtype, device=weight.device)
+    launch(
+        mtp_combine_finish, ceil_div(columns, 16), weight.device,
+        weight, norm_weights, product, weight_gradient, norm_gradient, rows, columns, strides(weight, 2),
+        ROWS=128, COLUMNS=16, num_warps=4,
+    )  # fmt: skip
+    return weight_gradient, norm_gradient
+
+
+PASSES = Passes(lambda dtype: dtype, norm, gradient, finish)
