@@ -52,9 +52,9 @@ FanOut fan_of(const py::handle& hidden, const py::handle& sums, const py::handle
           arrays_of(outputs), threads};
 }
 
-MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, const py::handle& means, int64_t first,
-                            int64_t tokens, bool norm, double norm_eps, int threads) {
-  return {array_of(hidden), array_of(sums), array_of(means), first, tokens, norm, norm_eps, threads};
+MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, const py::handle& inverse_rms,
+                            const py::handle& means, int64_t first, int64_t tokens, double norm_eps, int threads) {
+  return {array_of(hidden), array_of(sums), array_of(inverse_rms), array_of(means), first, tokens, norm_eps, threads};
 }
 
 // `numbers` is a dict, because the compiler cannot tell four doubles in a row apart: a swap would go unnoticed.
@@ -135,40 +135,40 @@ PYBIND11_MODULE(_native, module) {
                cpu::fan_out_backward(op, gradients);
              });
   module.def("multi_horizon_linear_forward",
-             [](py::object hidden, py::object sums, py::object means, int64_t first, int64_t tokens, bool norm,
-                double norm_eps, int threads, py::object product, py::object projected, py::object head_sums, py::object bias,
+             [](py::object hidden, py::object sums, py::object inverse_rms, py::object means, int64_t first,
+                int64_t tokens, double norm_eps, int threads, py::object product, py::object projected, py::object head_sums, py::object bias,
                 const py::list& outputs) {
-               const auto op = heads_of(hidden, sums, means, first, tokens, norm, norm_eps, threads);
+               const auto op = heads_of(hidden, sums, inverse_rms, means, first, tokens, norm_eps, threads);
                const MultiHorizonLinearOutputs to{array_of(product), array_of(projected), array_of(head_sums),
                                                   array_of(bias), arrays_of(outputs)};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_forward(op, to);
              });
   module.def("multi_horizon_linear_scale",
-             [](py::object hidden, py::object sums, py::object means, int64_t first, int64_t tokens, bool norm,
-                double norm_eps, int threads, const py::list& upstream, const py::list& outputs, py::object bias, py::object scaled,
+             [](py::object hidden, py::object sums, py::object inverse_rms, py::object means, int64_t first,
+                int64_t tokens, double norm_eps, int threads, const py::list& upstream, const py::list& outputs, py::object bias, py::object scaled,
                 py::object shares, py::object scaled_sums) {
-               const auto op = heads_of(hidden, sums, means, first, tokens, norm, norm_eps, threads);
+               const auto op = heads_of(hidden, sums, inverse_rms, means, first, tokens, norm_eps, threads);
                const MultiHorizonLinearScaled to{arrays_of(upstream), arrays_of(outputs), array_of(bias),
                                                  array_of(scaled),    array_of(shares),   array_of(scaled_sums)};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_scale(op, to);
              });
   module.def("multi_horizon_linear_combine",
-             [](py::object hidden, py::object sums, py::object means, int64_t first, int64_t tokens, bool norm,
-                double norm_eps, int threads, py::object product, py::object shares, py::object hidden_gradient,
+             [](py::object hidden, py::object sums, py::object inverse_rms, py::object means, int64_t first,
+                int64_t tokens, double norm_eps, int threads, py::object product, py::object shares, py::object hidden_gradient,
                 py::object sums_gradient) {
-               const auto op = heads_of(hidden, sums, means, first, tokens, norm, norm_eps, threads);
+               const auto op = heads_of(hidden, sums, inverse_rms, means, first, tokens, norm_eps, threads);
                const MultiHorizonLinearCombined to{array_of(product), array_of(shares), array_of(hidden_gradient),
                                                    array_of(sums_gradient)};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_combine(op, to);
              });
   module.def("multi_horizon_linear_monitor",
-             [](py::object hidden, py::object sums, py::object means, int64_t first, int64_t tokens, bool norm,
-                double norm_eps, int threads, const py::list& states, py::object shares, const Numbers& scale,
+             [](py::object hidden, py::object sums, py::object inverse_rms, py::object means, int64_t first,
+                int64_t tokens, double norm_eps, int threads, const py::list& states, py::object shares, const Numbers& scale,
                 py::object hidden_gradient, py::object sums_gradient, py::object gram) {
-               const auto op = heads_of(hidden, sums, means, first, tokens, norm, norm_eps, threads);
+               const auto op = heads_of(hidden, sums, inverse_rms, means, first, tokens, norm_eps, threads);
                const MultiHorizonLinearMonitored to{arrays_of(states), array_of(shares), scale,
                                                     array_of(hidden_gradient), array_of(sums_gradient), array_of(gram)};
                py::gil_scoped_release release;

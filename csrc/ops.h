@@ -67,9 +67,10 @@ struct FanOutGradients {
 struct MultiHorizonLinear {
   Array hidden;           // [R, D]
   Array sums;             // [B * T, K, D], contiguous, precision
-  Array means;            // [R] or none, precision: with LayerNorm, every kernel writes the means of hidden's rows here
+  // Both written by the forward and read by the others, precision. With a norm, [K, R], rows contiguous: 1 / the root
+  // mean square of row r conditioned on horizon i. With LayerNorm, [R]: the means of hidden's rows. Otherwise none.
+  Array inverse_rms, means;
   int64_t first, tokens;  // row r is at position (first + r) / tokens
-  bool norm;
   double norm_eps;
   int threads;
 };

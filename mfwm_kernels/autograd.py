@@ -38,10 +38,13 @@ def call(op: Op, args: Any) -> list[Tensor]:
             refuse_transforms(op.name, args)
             flags = flags_of(want)
             flat = getattr(torch.ops.mfwm, op.name).default(*args, flags, backend)
-            outputs = list(flat[: len(flat) - (sum(flags) if op.gradients_in_forward else 0)])
+            outputs = list(flat[: len(flat) - (sum(flags) if op.gradients_in_forward else op.statistics)])
         return [outputs[0], *(o.detach() for o in outputs[1:])] if op.gradients_in_forward else outputs
+    if not needed and backend == "reference":
+        return list(op.reference(args))
     if not needed:
-        return list(op.reference(args)) if backend == "reference" else load(op, backend).forward(args, want)[0]
+        outputs = load(op, backend).forward(args, want)[0]
+        return outputs[: len(outputs) - op.statistics]
     function = _Reference if backend == "reference" else _Kernel
     return list(function.apply(op, backend, args, want, *leaves))
 
@@ -150,7 +153,7 @@ class _Kernel(torch.autograd.Function):
             ctx.mark_non_differentiable(*outputs[1:])
         save(ctx, op, args, outputs if op.outputs_in_backward else ())
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return tuple(outputs[: len(outputs) - op.statistics])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

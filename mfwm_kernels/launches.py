@@ -163,7 +163,7 @@ def phases(call: Call, backend: str = "triton") -> dict[str, Phase]:
             with _TorchOps(current.torch_ops):
                 outputs, gradients = kernels.forward(args, want)
             if any(autograd.flags_of(want)):
-                given = _gradients(outputs, upstream)
+                given = _gradients(outputs[: len(outputs) - op.statistics], upstream)
                 current = found["backward"] = Phase([], [])
                 with _TorchOps(current.torch_ops):
                     if op.gradients_in_forward:

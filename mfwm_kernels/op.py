@@ -39,8 +39,8 @@ class Kernels(Protocol):
     def backward(
         self, args: Any, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]
     ) -> Gradients:
-        """`upstream`: the gradient of each output, or None. `outputs`: the forward's outputs if the record sets
-        `outputs_in_backward`, else empty."""
+        """`upstream`: the gradient of each output, or None. `outputs`: the forward's outputs and statistics if the
+        record sets `outputs_in_backward`, else empty."""
         ...
 
     def scale(self, gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -69,7 +69,7 @@ class Op:
                        lists the types that fields may have
     differentiable     its fields that may receive gradients
     reference          (args) -> outputs: the op as plain PyTorch
-    fake               (args) -> outputs as empty tensors: shapes and dtypes only
+    fake               (args) -> outputs and statistics as empty tensors: shapes and dtypes only
     public             the function users call
     samples            (dtype, device) -> keyword arguments of `public`, odd shapes and strides included. The first
                        three are not empty: finite differences and opcheck take them, torch.compile takes the first,
@@ -82,6 +82,8 @@ class Op:
     backends           name -> Backend, fastest first: `auto` takes the first that serves the call
     gradients_in_forward  the forward computes the gradients of outputs[0]; only that output is differentiable
     outputs_in_backward   autograd saves the forward's outputs and passes them to the backward
+    statistics         the number of tensors that a backend's forward returns behind the outputs for its backward alone;
+                       needs outputs_in_backward
     mutated_in_backward   fields that the backward writes (a gradient monitor)
     counts_flops          torch's FlopCounterMode counts the op, whose FLOPs are those of matrix products: a third of
                           the cost in the forward, two thirds in the backward
@@ -100,6 +102,7 @@ class Op:
     backends: Mapping[str, Backend] = field(default_factory=dict)
     gradients_in_forward: bool = False
     outputs_in_backward: bool = False
+    statistics: int = 0
     mutated_in_backward: tuple[str, ...] = ()
     counts_flops: bool = False
 

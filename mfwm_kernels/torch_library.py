@@ -57,7 +57,7 @@ def define(op: Op) -> None:
     """Define torch.ops.mfwm.<op>, its fake and its gradient. An op with only a reference needs none: torch traces it.
 
     The op takes the fields of its arguments, a flag per leaf (is its gradient needed?) and the backend. It returns the
-    outputs and, if the forward computes gradients, the needed ones.
+    outputs, then the statistics or, if the forward computes gradients, the needed ones.
     """
     if not op.backends:
         return
@@ -106,6 +106,7 @@ def define(op: Op) -> None:
             gradients = nested(op, args, [next(scaled).to(leaf.dtype) if flag else None for leaf, flag in leaves])
         else:
             want = nested(op, args, ctx.flags)
+            upstream = upstream[: len(upstream) - op.statistics]
             gradients = registered_backward(op, args, upstream, want, ctx.backend, outputs)
         # torch.library cannot tell an empty int[] from an empty Tensor[], and expects a list as the gradient of either.
         by_field = [gradients.get(n, [] if getattr(args, n) == [] else None) for n in args._fields]

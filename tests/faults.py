@@ -69,6 +69,22 @@ FAULTS = [
         "difference * difference + eps * eps", "difference * difference + eps",
         emulated("multi_horizon_loss-float32-start"),
     ),
+    Fault(
+        "every horizon takes the near one's statistics", "kernel", "mfwm_kernels/triton/multi_horizon_linear.py",
+        "tl.load(inverse_rms + i * rows + row, in_rows, 0)", "tl.load(inverse_rms + row, in_rows, 0)",
+        values_of("multi_horizon_linear-triton-float32"),
+    ),
+    Fault(
+        "shares are summed without the conditioning sums", "kernel",
+        "mfwm_kernels/triton/multi_horizon_linear_heads.py",
+        "share[:, None] * tl.load(sums + offsets, mask, 0)", "share[:, None]",
+        values_of("multi_horizon_linear-triton-bfloat16"),
+    ),
+    Fault(
+        "a launch more than is needed", "launches", "mfwm_kernels/triton/multi_horizon_linear.py",
+        "total = heads_partial.sum(0)", "total = heads_partial.sum(0).clone()",
+        "tests/test_launch_counts.py -k 'linear and not cross'",
+    ),
     # ---- gradients
     Fault(
         "the gradient of a pair's near side is too large", "gradient", "csrc/cuda/multi_horizon_loss_patches.cu",

@@ -43,17 +43,32 @@ struct Heads {
   MFWM_INLINE const C* window_sum(int64_t position, int64_t i) const {
     return static_cast<const C*>(op.sums.data) + (position * horizons + i) * depth;
   }
-  // Row r of hidden, with LayerNorm less its mean. The mean needs a pass of its own: mean(x^2) - mean(x)^2 would cancel
-  // where a row's mean is large.
+  // Row r of hidden, with LayerNorm less its mean.
   MFWM_INLINE const C* hidden(C* scratch, int64_t r) const {
-    if (r + 1 < rows) prefetch_row(op.hidden, (r + 1) * op.hidden.stride[0], depth);
-    const C* h = row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
+    const C* h = raw_hidden(scratch, r);
     if constexpr (!layer) return h;
-    const C mean = sum_of<C>(depth, [=](int64_t d) __attribute__((always_inline)) { return h[d]; }) /
-                   static_cast<C>(depth);
+    const C mean = means()[r];
     for (int64_t d = 0; d < depth; ++d) scratch[d] = h[d] - mean;
-    static_cast<C*>(op.means.data)[r] = mean;
     return scratch;
+  }
+  MFWM_INLINE const C* raw_hidden(C* scratch, int64_t r) const {
+    if (r + 1 < rows) prefetch_row(op.hidden, (r + 1) * op.hidden.stride[0], depth);
+    return row_of(scratch, op.hidden, r * op.hidden.stride[0], op.hidden.stride[1], depth);
+  }
+  MFWM_INLINE C* means() const { return static_cast<C*>(op.means.data); }
+  MFWM_INLINE C& inverse_rms(int64_t i, int64_t r) const {
+    return static_cast<C*>(op.inverse_rms.data)[i * op.inverse_rms.stride[0] + r];
+  }
+
+  // Like hidden, which reads the mean that this computes. It needs a pass of its own: mean(x^2) - mean(x)^2 would cancel
+  // where a row's mean is large.
+  MFWM_INLINE const C* measured_hidden(C* scratch, int64_t r) const {
+    if constexpr (layer) {
+      const C* h = raw_hidden(scratch, r);
+      means()[r] = sum_of<C>(depth, [=](int64_t d) __attribute__((always_inline)) { return h[d]; }) /
+                   static_cast<C>(depth);
+    }
+    return hidden(scratch, r);
   }
 
   // scales[i] = r_i. Four horizons at a time, because four independent sums hide each other's latency.
@@ -118,17 +133,20 @@ struct Heads {
     const C* bias = static_cast<const C*>(to.bias.data);
     const C* __restrict head_sums = static_cast<const C*>(to.head_sums.data);
     for (int64_t r = unit.begin; r < unit.end; ++r) {
-      if (op.norm) scales_of(hidden(token, r), unit.position, scales);
+      if (op.inverse_rms) {
+        scales_of(measured_hidden(token, r), unit.position, scales);
+        for (int64_t i = 0; i < horizons; ++i) inverse_rms(i, r) = scales[i];
+      }
       load_row(out, to.product.data, to.product.dtype, r * to.product.stride[0], to.product.stride[1], columns);
       if constexpr (layer) {
-        const C mean = static_cast<const C*>(op.means.data)[r];
+        const C mean = means()[r];
         for (int64_t n = 0; n < columns; ++n) out[n] -= mean * head_sums[n];
       }
       int64_t first = 0;
       for (int64_t i = 0; i < horizons; ++i) {
         const Array& output = to.outputs[i];
         const int64_t last = first + output.size[1];
-        const C scale = op.norm ? scales[i] : C(1);
+        const C scale = op.inverse_rms ? scales[i] : C(1);
         for (int64_t n = first; n < last; ++n) out[n] = (out[n] + add[n]) * scale;
         if (bias)
           for (int64_t n = first; n < last; ++n) out[n] += bias[n];
@@ -150,12 +168,10 @@ struct Heads {
 
   MFWM_SIMD void scale_rows(const MultiHorizonLinearScaled& to, const Unit& unit, C* scratch, C* sums) const {
     const int64_t columns = to.scaled.size[1];
-    C *token = scratch, *scales = scratch + row, *out = scales + padded<C>(horizons),
-      *__restrict unbiased = out + padded<C>(columns);
+    C *out = scratch, *__restrict unbiased = scratch + padded<C>(columns);
     const C* bias = static_cast<const C*>(to.bias.data);
     C* shares = static_cast<C*>(to.shares.data) + unit.begin * horizons;
     for (int64_t r = unit.begin; r < unit.end; ++r, shares += horizons) {
-      if (op.norm) scales_of(hidden(token, r), unit.position, scales);
       int64_t first = 0;
       for (int64_t i = 0; i < horizons; ++i) {
         const Array &gradient = to.gradients[i], &output = to.outputs[i];
@@ -166,12 +182,12 @@ struct Heads {
           std::fill(own, own + count, C(0));
         } else {
           load_row(own, gradient.data, gradient.dtype, r * gradient.stride[0], gradient.stride[1], count);
-          if (op.norm) {
+          if (op.inverse_rms) {
             load_row(unbiased, output.data, output.dtype, r * output.stride[0], output.stride[1], count);
             if (bias)
               for (int64_t n = 0; n < count; ++n) unbiased[n] -= bias[first + n];
             for (int64_t n = 0; n < count; ++n) product += own[n] * unbiased[n];
-            const C scale = scales[i];
+            const C scale = inverse_rms(i, r);
             shares[i] = product * scale * scale / static_cast<C>(depth);
             for (int64_t n = 0; n < count; ++n) own[n] *= scale;
           }
@@ -187,7 +203,7 @@ struct Heads {
   void scale(const MultiHorizonLinearScaled& to) const {
     const int64_t columns = to.scaled.size[1];
     const auto body = [&](int64_t, const Unit& unit, C* scratch, C* sums) { scale_rows(to, unit, scratch, sums); };
-    by_position(row + padded<C>(horizons) + 2 * padded<C>(columns), to.sums, columns, body);
+    by_position(2 * padded<C>(columns), to.sums, columns, body);
   }
 
   // ---- With G_i = scaled_i W_i: d x_i = G_i - shares_i x_i; d hidden = the sum of d x_i over i; d sums_i = the sum of
@@ -247,14 +263,14 @@ struct Heads {
       *each = scratch + 4 * row;
     std::fill(scratch, scratch + 4 * row, C(0));
     for (int64_t r = unit.begin; r < unit.end; ++r) {
-      const C* h = op.norm ? hidden(token, r) : token;
+      const C* h = op.inverse_rms ? hidden(token, r) : token;
       const C* shares = static_cast<const C*>(to.shares.data) + r * horizons;
       std::fill(total, total + depth, C(0));
       for (int64_t i = 0; i < horizons; ++i) {
         const Array& gradient = to.states[i];
         if (!gradient) continue;
         const C* g = row_of(state, gradient, r * gradient.stride[0], gradient.stride[1], depth);
-        const C* add = op.norm ? window_sum(unit.position, i) : token;
+        const C* add = op.inverse_rms ? window_sum(unit.position, i) : token;
         C *own = each + i * row, *into = sums ? sums + i * depth : discarded;
         const C weight = to.scale.empty() ? C(1) : static_cast<C>(to.scale[i]);
         subtract_share(own, into, total, g, h, add, shares[i], weight, depth);

@@ -15,7 +15,7 @@ from ..gemm.multi_horizon_linear import (
     columns_of,
     head_sums_of,
     heads_of,
-    is_layer,
+    parts_of,
     projected_of,
     shape_of,
     sums_of,
@@ -24,7 +24,7 @@ from ..gemm.multi_horizon_linear import backward as shared_backward
 from ..gemm.rows import chunks, rows_of
 from ..native import Array, kernels, raw
 from ..op import Gradients, Want
-from ..ops.multi_horizon_linear import Arguments
+from ..ops.multi_horizon_linear import Arguments, statistics_of
 from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
 
@@ -41,9 +41,9 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     row_chunks = list(chunks(hidden, (sum(columns) + copies * hidden.shape[-1]) * dtype.itemsize))
     size = row_chunks[0][1] if row_chunks else 0
     product = torch.empty(size, sum(columns), dtype=dtype, device=hidden.device)
-    means = torch.empty(size, dtype=computed, device=hidden.device) if is_layer(args) else None
+    statistics = statistics_of(args)
     for first, last in row_chunks:
-        rows = Rows(rows_of(hidden, first, last), first, tokens, sums, None if means is None else means[: last - first])
+        rows = Rows(rows_of(hidden, first, last), first, tokens, sums, *parts_of(args, statistics[:, first:last]))
         torch.mm(rows.hidden.to(dtype), heads.t(), out=product[: last - first])
         targets = [rows_of(output, first, last) for output in outputs]
         kernels.multi_horizon_linear_forward(
@@ -54,18 +54,17 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
             raw(bias),
             [raw(target) for target in targets],
         )
-    return outputs, {}
+    return [*outputs, statistics], {}
 
 
 def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
     return shared_backward(args, want, upstream, outputs, PASSES)
 
 
-def leading(args: Arguments, rows: Rows) -> tuple[Array, Array, Array | None, int, int, bool, float, int]:
+def leading(args: Arguments, rows: Rows) -> tuple[Array, Array, Array | None, Array | None, int, int, float, int]:
     """The leading arguments of all kernels."""
-    norm = args.norm_weight is not None
-    return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), raw(rows.means), rows.first, rows.tokens, norm,
-            args.norm_eps, torch.get_num_threads())  # fmt: skip
+    return (raw(rows.hidden), raw(rows.sums.flatten(0, 1)), raw(rows.inverse_rms), raw(rows.means), rows.first,
+            rows.tokens, args.norm_eps, torch.get_num_threads())  # fmt: skip
 
 
 def scale(

@@ -11,6 +11,8 @@ out_i, a row of the backward is
     d W_i' = P_i^T x_i = P_i^T hidden + (P_i summed over tokens)^T sums_i       one matrix product P^T hidden
     d W_i = d W_i' diag(norm_weight_i),  d norm_weight_i = column sums of W_i d W_i'
 
+The forward returns the rows' r_i as statistics, behind its outputs.
+
 LayerNorm is the same formula on centred rows: x_i less its mean, which is (hidden less its mean m) plus centred sums.
 
     out_i = r_i x_i W_i'^T + bias_i + W_i norm_bias_i                           the latter two are one bias from here on
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,47 +42,19 @@ from ..grad_monitor import write_gram
 from ..op import Gradients, Want
 from ..ops.conditioning import conditioning_sums, gradients_of_sums, wants_sums
 from ..ops.multi_horizon_linear import Arguments
+from .products import add_product
 from .rows import chunks, rows_of
 
 
-class Passes(NamedTuple):
-    """The functions of a backend that `backward` calls around its matrix products.
-
-    window_sums, gradients_of_window   of the backend's action_window_sum
-    product_dtype(dtype)               the dtype of the operands of matrix products
-    scale(args, rows, upstream, outputs, bias, scaled, shares, scaled_sums)
-        writes P to scaled, c to shares and m to rows.means; adds P, summed over tokens, to scaled_sums
-    combine(args, rows, product, shares, hidden_gradient, sums_gradient)
-        writes product - sum_i c_i x_i to hidden_gradient; subtracts c_i x_i, summed over tokens, from sums_gradient
-    monitor(args, rows, states, shares, hidden_gradient, sums_gradient, gram)
-        reads P_i W_i' from states; writes hidden_gradient, adds to sums_gradient and gram
-    fused_width(args, monitored)
-        the columns that `scaled` needs for `products`: those of P, zeros, and last the K shares times D; None where
-        torch's products serve
-    products(args, rows, scaled, shares, heads, hidden_gradient, heads_gradient, sums_gradient)
-        for whole positions, both matrix products and what combine does; reads the sum of a row's shares from `shares`
-    """
-
-    window_sums: Callable[..., Tensor]
-    gradients_of_window: Callable[..., Gradients]
-    product_dtype: Callable[[torch.dtype], torch.dtype]
-    scale: Callable[..., None]
-    combine: Callable[..., None]
-    monitor: Callable[..., None]
-    fused_width: Callable[[Arguments, bool], int | None] = lambda args, monitored: None
-    products: Callable[..., None] | None = None
-
-
 class Rows(NamedTuple):
-    """A chunk: rows [R, D] of hidden from row number `first`, the tokens per position, and all conditioning sums.
-
-    With LayerNorm, means [R] holds the mean of each row of hidden once a kernel has written it; else it is None.
-    """
+    """A chunk: rows [R, D] of hidden from row number `first`, the tokens per position, all conditioning sums, and the
+    rows' statistics: r [K, R] with a norm, and with LayerNorm the means m [R] of hidden; else None."""
 
     hidden: Tensor
     first: int
     tokens: int
     sums: Tensor
+    inverse_rms: Tensor | None
     means: Tensor | None
 
 
@@ -147,6 +122,91 @@ def projected_of(args: Arguments, sums: Tensor, heads: Tensor) -> Tensor:
     return torch.cat(parts, 1).to(sums.dtype)
 
 
+def heads_and_bias(args: Arguments, dtype: torch.dtype, computed: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return heads_of(args, dtype), bias_of(args, computed)
+
+
+def finish_sums(args: Arguments, scaled_sums: Tensor, heads: Tensor, sums: Tensor, sums_gradient: Tensor) -> None:
+    """Add (P_i summed over tokens) W_i' to the gradient of the sums."""
+    parts = zip(sums_gradient.flatten(0, 1).unbind(1), of_horizons(args, scaled_sums, heads), strict=True)
+    for gradient, (p, head) in parts:
+        gradient += p @ head
+
+
+def of_horizons(args: Arguments, scaled_sums: Tensor, heads: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per horizon P_i summed over tokens, in the dtype of the heads, and W_i'."""
+    columns = columns_of(args)
+    scaled = scaled_sums[:, : sum(columns)].to(heads.dtype)
+    return list(zip(scaled.split(columns, 1), heads.split(columns), strict=True))
+
+
+def finish_heads(
+    args: Arguments,
+    want: Want,
+    scaled_sums: Tensor,
+    heads: Tensor,
+    sums: Tensor,
+    heads_gradient: Tensor,
+    totals: Tensor | None,
+) -> Gradients:
+    """The gradients of weights and norm_weight, given P^T hidden [sum N_i, D], which it overwrites, and with a norm
+    bias the sums of the columns of all dout_i, [sum N_i, 1]."""
+    columns, computed = columns_of(args), heads_gradient.dtype
+    windows = sums.flatten(0, 1).unbind(1)
+    parts = zip(heads_gradient.split(columns), of_horizons(args, scaled_sums, heads), windows, strict=True)
+    for gradient, (p, head), window in parts:
+        gradient += p.t() @ window.to(head.dtype)
+    if is_layer(args):
+        heads_gradient = centred(heads_gradient)
+    norm_weights, norm_bias = (of_heads(args, p, computed) for p in (args.norm_weight, args.norm_bias))
+    weights_gradient = heads_gradient if norm_weights is None else heads_gradient * norm_weights
+    if totals is not None and norm_bias is not None:
+        weights_gradient = weights_gradient + totals * norm_bias
+    wanted = zip(weights_gradient.to(args.hidden.dtype).split(columns), want["weights"], strict=True)
+    gradients: Gradients = {"weights": [weight if wants else None for weight, wants in wanted]}
+    if want["norm_weight"]:
+        assert args.norm_weight is not None
+        gradients["norm_weight"] = norm_gradient_of(args, args.norm_weight, heads_gradient)
+    return gradients
+
+
+class Passes(NamedTuple):
+    """The functions of a backend that `backward` calls around its matrix products.
+
+    window_sums, gradients_of_window   of the backend's action_window_sum
+    product_dtype(dtype)               the dtype of the operands of matrix products
+    scale(args, rows, upstream, outputs, bias, scaled, shares, scaled_sums)
+        writes P to scaled and c to shares; adds P, summed over tokens, to scaled_sums
+    combine(args, rows, product, shares, hidden_gradient, sums_gradient)
+        writes product - sum_i c_i x_i to hidden_gradient; subtracts c_i x_i, summed over tokens, from sums_gradient
+    monitor(args, rows, states, shares, hidden_gradient, sums_gradient, gram)
+        reads P_i W_i' from states; writes hidden_gradient, adds to sums_gradient and gram
+    fused_width(args, monitored)
+        the columns that `scaled` needs for `products`: those of P, zeros, and last the K shares times D; None where
+        torch's products serve
+    products(args, rows, scaled, shares, heads, hidden_gradient, needs_heads, heads_gradient, sums_gradient)
+        both matrix products and what combine does; reads the sum of a row's shares from `shares`; returns P^T hidden,
+        added to heads_gradient unless that is None. It leaves D c_i hidden, summed over tokens, in sums_gradient
+    whole_positions
+        a chunk has all rows of its positions, and all that the functions add to slices of those positions replaces
+        their contents instead
+    heads_and_bias, finish_sums, finish_heads   replace the functions above of the same names
+    """
+
+    window_sums: Callable[..., Tensor]
+    gradients_of_window: Callable[..., Gradients]
+    product_dtype: Callable[[torch.dtype], torch.dtype]
+    scale: Callable[..., None]
+    combine: Callable[..., None]
+    monitor: Callable[..., None]
+    fused_width: Callable[[Arguments, bool], int | None] = lambda args, monitored: None
+    products: Callable[..., Tensor | None] | None = None
+    whole_positions: bool = False
+    heads_and_bias: Callable[..., tuple[Tensor, Tensor | None]] = heads_and_bias
+    finish_sums: Callable[..., None] = finish_sums
+    finish_heads: Callable[..., Gradients] = finish_heads
+
+
 def backward(
     args: Arguments,
     want: Want,
@@ -154,9 +214,9 @@ def backward(
     outputs: Sequence[Tensor],
     passes: Passes,
 ) -> Gradients:
+    *outputs, statistics = outputs
     needs_heads = any(want["weights"]) or want["norm_weight"]
     needs_totals = args.norm_bias is not None and (any(want["weights"]) or want["norm_bias"])
-    layer = is_layer(args)
     needs_sums = wants_sums(want)
     monitored = want["hidden"] and args.norms is not None
     hidden, columns = args.hidden, columns_of(args)
@@ -165,7 +225,7 @@ def backward(
     computed = torch.promote_types(hidden.dtype, torch.float32)
     dtype = passes.product_dtype(hidden.dtype)
     sums = sums_of(args, passes.window_sums, computed)
-    heads, bias = heads_of(args, dtype), bias_of(args, computed)
+    heads, bias = passes.heads_and_bias(args, dtype, computed)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
@@ -173,27 +233,26 @@ def backward(
     def zeros(*shape: int, dtype: torch.dtype = computed) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=hidden.device)
 
+    by_position = partial(empty, dtype=computed) if passes.whole_positions else zeros
     hidden_gradient = empty(*hidden.shape, dtype=hidden.dtype) if want["hidden"] else None
-    sums_gradient = zeros(*sums.shape) if needs_sums else None
-    heads_gradient = zeros(sum(columns), depth) if needs_heads else None
+    sums_gradient = by_position(*sums.shape) if needs_sums else None
+    heads_gradient = None
     fused_width = passes.fused_width(args, monitored)
     width = sum(columns) if fused_width is None else fused_width
-    scaled_sums = zeros(positions, width) if needs_heads or needs_sums else None
+    scaled_sums = by_position(positions, width) if needs_heads or needs_sums else None
     gram = zeros(count, count, dtype=torch.float64) if monitored else None
 
     copies = count if monitored else 0 if dtype == hidden.dtype else 2
     needs_any = want["hidden"] or needs_heads or needs_sums
     row_bytes = (width + copies * depth) * dtype.itemsize
-    row_chunks = list(chunks(hidden, row_bytes, 1 if fused_width is None else tokens)) if needs_any else []
+    row_chunks = list(chunks(hidden, row_bytes, tokens if passes.whole_positions else 1)) if needs_any else []
     size = row_chunks[0][1] if row_chunks else 0
     scaled_all = empty(size, width)
     shares_all = empty(size, count if fused_width is None else 1, dtype=computed)
-    means_all = empty(size, dtype=computed) if layer else None
     product_all = empty(size, depth) if want["hidden"] and not monitored and dtype != hidden.dtype else None
     states_all = [empty(size, depth) if monitored and grad is not None else None for grad in upstream]
     for first, last in row_chunks:
-        means = None if means_all is None else means_all[: last - first]
-        chunk = Rows(rows_of(hidden, first, last), first, tokens, sums, means)
+        chunk = Rows(rows_of(hidden, first, last), first, tokens, sums, *parts_of(args, statistics[:, first:last]))
         output_gradients = [None if grad is None else rows_of(grad, first, last) for grad in upstream]
         scaled, shares = scaled_all[: last - first], shares_all[: last - first]
         chunk_outputs = [rows_of(output, first, last) for output in outputs]
@@ -205,13 +264,16 @@ def backward(
             if scaled_sums is not None:
                 of_positions = scaled_sums[first // tokens : last // tokens]
                 torch.sum(scaled.view(-1, tokens, width), 1, dtype=computed, out=of_positions)
-            passes.products(args, chunk, scaled, shares, heads, target, heads_gradient, sums_gradient)
+            heads_gradient = passes.products(
+                args, chunk, scaled, shares, heads, target, needs_heads, heads_gradient, sums_gradient
+            )
             continue
-        if heads_gradient is not None and means is None:
-            heads_gradient += scaled.t() @ chunk.hidden.to(dtype)
-        elif heads_gradient is not None and means is not None:
-            along = (scaled.t() @ means.to(dtype)).unsqueeze(1)
-            heads_gradient += torch.addmm(along, scaled.t(), chunk.hidden.to(dtype), beta=-1)
+        if needs_heads and chunk.means is None:
+            heads_gradient = add_product(heads_gradient, scaled.t(), chunk.hidden.to(dtype), computed)
+        elif needs_heads and chunk.means is not None:
+            along = (scaled.t() @ chunk.means.to(dtype)).unsqueeze(1)
+            added = torch.addmm(along, scaled.t(), chunk.hidden.to(dtype), beta=-1)
+            heads_gradient = added.to(computed) if heads_gradient is None else heads_gradient.add_(added)
         if monitored:
             states = [None if state is None else state[: last - first] for state in states_all]
             for p, head, state in zip(scaled.split(columns, 1), heads.split(columns), states, strict=True):
@@ -227,43 +289,24 @@ def backward(
             elif target is not None and product is not None and product is not target:
                 target.copy_(product)
 
-    per_horizon: list[tuple[Tensor, Tensor, Tensor]] = []
-    if scaled_sums is not None:
-        all_windows = sums.flatten(0, 1)
-        if fused_width is not None and sums_gradient is not None and args.norm_weight is not None:
-            shares_of_positions = scaled_sums[:, -count:].unsqueeze(2)
-            sums_gradient.view(all_windows.shape).addcmul_(shares_of_positions, all_windows, value=-1 / depth)
-        scaled_in_all, windows = scaled_sums[:, : sum(columns)].to(dtype).split(columns, 1), all_windows.unbind(1)
-        per_horizon = list(zip(scaled_in_all, heads.split(columns), windows, strict=True))
     gradients: Gradients = {"hidden": hidden_gradient}
-    totals = None
-    if needs_totals:
-        pairs = zip(args.weights, upstream, strict=True)
-        totals = torch.cat([totals_of(weight[:, 0], grad, computed) for weight, grad in pairs]).unsqueeze(1)
     if gram is not None:
         assert args.norms is not None and args.cosines is not None
         write_gram(gram, args.norms, args.cosines)
     if sums_gradient is not None:
+        assert scaled_sums is not None
         if not monitored:
-            for horizon_gradient, (p, head, _) in zip(sums_gradient.flatten(0, 1).unbind(1), per_horizon, strict=True):
-                horizon_gradient += p @ head
+            passes.finish_sums(args, scaled_sums, heads, sums, sums_gradient)
         gradients |= gradients_of_sums(args, want, sums_gradient, passes.gradients_of_window)
-    if heads_gradient is not None:
-        for head_gradient, (p, _, a) in zip(heads_gradient.split(columns), per_horizon, strict=True):
-            head_gradient += p.t() @ a.to(dtype)
-        if layer:
-            heads_gradient = centred(heads_gradient)
-        norm_weights, norm_bias = (of_heads(args, p, computed) for p in (args.norm_weight, args.norm_bias))
-        weights_gradient = heads_gradient if norm_weights is None else heads_gradient * norm_weights
-        if totals is not None and norm_bias is not None:
-            weights_gradient = weights_gradient + totals * norm_bias
-        gradients["weights"] = [
-            w if wants else None
-            for w, wants in zip(weights_gradient.to(hidden.dtype).split(columns), want["weights"], strict=True)
-        ]
-        if want["norm_weight"]:
-            assert args.norm_weight is not None
-            gradients["norm_weight"] = norm_gradient_of(args, args.norm_weight, heads_gradient)
+    totals = None
+    if needs_totals:
+        pairs = zip(args.weights, upstream, strict=True)
+        totals = torch.cat([totals_of(weight[:, 0], grad, computed) for weight, grad in pairs]).unsqueeze(1)
+    if needs_heads:
+        assert scaled_sums is not None
+        if heads_gradient is None:
+            heads_gradient = zeros(sum(columns), depth)
+        gradients |= passes.finish_heads(args, want, scaled_sums, heads, sums, heads_gradient, totals)
     if want["norm_bias"]:
         assert args.norm_bias is not None and totals is not None
         gradients["norm_bias"] = norm_gradient_of(args, args.norm_bias, totals)
@@ -272,6 +315,14 @@ def backward(
         for wants, bias, grad in zip(want["biases"], args.biases, upstream, strict=False)
     ]
     return gradients
+
+
+def parts_of(args: Arguments, statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(r [K, R], m [R]) of the statistics; each None without the norm that needs it."""
+    if args.norm_weight is None:
+        return None, None
+    count = len(args.offsets)
+    return statistics[:count], statistics[count] if is_layer(args) else None
 
 
 def norm_gradient_of(args: Arguments, parameter: Tensor, gradient: Tensor) -> Tensor:

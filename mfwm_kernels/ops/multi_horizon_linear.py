@@ -5,6 +5,7 @@ out_i = F.linear(fan_out_i(pool 1), weights[i], biases[i])
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -130,8 +131,17 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
     return tuple(outputs)
 
 
+def statistics_of(args: Arguments) -> Tensor:
+    """Empty statistics [S, rows] in fp32 (fp64 for fp64): with a norm, K rows of 1 / the root mean square of a row's
+    conditioned states, and with LayerNorm one of the means of hidden."""
+    size = 0 if args.norm_weight is None else len(args.offsets) + (args.norm == "layer")
+    dtype = torch.promote_types(args.hidden.dtype, torch.float32)
+    return args.hidden.new_empty(size, math.prod(args.hidden.shape[:-1]), dtype=dtype)
+
+
 def fake(args: Arguments) -> list[Tensor]:
-    return [args.hidden.new_empty(*args.hidden.shape[:-1], weight.shape[0]) for weight in args.weights]
+    outputs = [args.hidden.new_empty(*args.hidden.shape[:-1], weight.shape[0]) for weight in args.weights]
+    return [*outputs, statistics_of(args)]
 
 
 def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -214,6 +224,13 @@ KERNELS = (
     "action_window_sum_backward",
 )
 
+AROUND = (
+    "multi_horizon_linear_prepare",
+    "multi_horizon_linear_project",
+    "multi_horizon_linear_finish_sums",
+    "multi_horizon_linear_finish_heads",
+)
+
 OP = register(
     Op(
         name="multi_horizon_linear",
@@ -234,9 +251,10 @@ OP = register(
         },
         backends={
             "cpu": Backend(KERNELS, dtypes=check.FLOATING),
-            "triton": Backend((*KERNELS, "multi_horizon_linear_products", "action_window_sum_gates")),
+            "triton": Backend((*KERNELS, *AROUND, "multi_horizon_linear_products", "action_window_sum_gates")),
         },
         outputs_in_backward=True,
+        statistics=1,
         mutated_in_backward=("norms", "cosines"),
     )
 )

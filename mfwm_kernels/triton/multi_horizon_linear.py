@@ -5,10 +5,12 @@ forward   A program computes a tile of rows x columns of the concatenated heads.
           the projected window sums, multiplies by the rows' norm factors, adds the bias and stores each horizon's part.
           LayerNorm reads its rows once more, from L2, for their means.
           Bytes: hidden once for each block of columns (one block, up to 256 columns), the outputs.
+          It stores the norm factors, and with LayerNorm the means, for the backward.
 backward  see gemm/multi_horizon_linear.py: a pass `scale`, and after it in 16-bit dtypes with few columns one for all
           products (multi_horizon_linear_products.py), else torch's matrix products and a pass. Each program sums over
           its tokens of a position; torch adds up the programs' sums in a fixed order.
-scale     Bytes: hidden, the outputs and their gradients once, P.
+both      see multi_horizon_linear_heads.py for what precedes and follows the passes over rows.
+scale     Bytes: the outputs and their gradients once, P.
 combine   Bytes: hidden and the product once, d hidden.
 monitor   Bytes: hidden and K products once, d hidden.
 """
@@ -25,28 +27,30 @@ from torch import Tensor
 from ..gemm.multi_horizon_linear import (
     Passes,
     Rows,
-    bias_of,
     columns_of,
     head_sums_of,
-    heads_of,
     is_layer,
-    projected_of,
+    parts_of,
     shape_of,
     sums_of,
 )
 from ..gemm.multi_horizon_linear import backward as shared_backward
 from ..op import Gradients, Want
-from ..ops.multi_horizon_linear import Arguments
+from ..ops.multi_horizon_linear import Arguments, statistics_of
 from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
 from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
+from .multi_horizon_linear_heads import finish_heads, finish_sums, firsts_of, heads_and_bias, projected_of
 from .multi_horizon_linear_products import groups_of, multi_horizon_linear_products, widths_of
+
+# The fewest programs of the pass `combine`: 4 per SM of an H200.
+PROGRAMS = 528
 
 
 @triton.jit
 def multi_horizon_linear_forward(
-    hidden, sums, heads, projected, head_sums, bias, outputs, firsts, positions, width, tokens, rows, depth, columns,
-    column_blocks, tiles, eps, hidden_strides,
+    hidden, sums, heads, projected, head_sums, bias, outputs, inverse_rms, means, firsts, positions, width, tokens,
+    rows, depth, columns, column_blocks, tiles, eps, hidden_strides,
     COUNT: tl.constexpr, NORM: tl.constexpr, ONE_POSITION: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +75,7 @@ def multi_horizon_linear_forward(
 
     # The statistics need a separate loop: Triton 3.6 allocates one buffer too few for a tile that wgmma reads and
     # registers load too, so the copy of a later tile overwrites it while wgmma still reads. The second read hits L2.
-    inverse_rms = ()
+    factors = ()
     if head_sums is not None:
         totals = tl.zeros([ROWS, STEP], tl.float32)
         for start in tl.range(0, depth, STEP):
@@ -101,7 +105,7 @@ def multi_horizon_linear_forward(
                 added_squares = added_squares + (squares[i] + biased * biased,)
             squares = added_squares
         for i in tl.static_range(COUNT):
-            inverse_rms = inverse_rms + (tl.rsqrt(tl.sum(squares[i], 1) / depth + eps),)
+            factors = factors + (tl.rsqrt(tl.sum(squares[i], 1) / depth + eps),)
 
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, depth, BLOCK_D):
@@ -127,7 +131,7 @@ def multi_horizon_linear_forward(
         in_head = (column >= firsts[i]) & (column < firsts[i + 1])
         out = total
         if NORM:
-            out = total * inverse_rms[i][:, None]
+            out = total * factors[i][:, None]
         out += shift[None, :]
         # Offsets one_position the tile are 32-bit, because 64-bit ones would spill registers.
         count = firsts[i + 1] - firsts[i]
@@ -137,6 +141,12 @@ def multi_horizon_linear_forward(
             out.to(outputs[i].dtype.element_ty),
             in_rows[:, None] & in_head[None, :],
         )
+    # Every block of columns computes the statistics, and the first one stores them.
+    stores = in_rows & (program % column_blocks == 0)
+    if head_sums is not None:
+        tl.store(means + first + tl.arange(0, ROWS), mean, stores)
+    for i in tl.static_range(len(factors)):
+        tl.store(inverse_rms + i * tl.cast(rows, tl.int64) + first + tl.arange(0, ROWS), factors[i], stores)
 
 
 @triton.jit
@@ -166,60 +176,36 @@ def load_states(hidden, means, row, d, in_rows, in_d, steps):
 
 @triton.jit
 def multi_horizon_linear_scale(
-    hidden, sums, gradients, outputs, bias, scaled, shares, means, partial, counts, firsts, first, last, tokens, tiles,
-    depth, columns, eps, hidden_strides, gradient_strides, output_strides,
-    COUNT: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr,
-    TAIL: tl.constexpr,
+    gradients, outputs, bias, inverse_rms, scaled, shares, partial, counts, firsts, first, last, tokens, tiles, depth,
+    columns, rows, gradient_strides, output_strides,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    position, row, in_rows = rows_of_program(program, first, last, tokens, tiles, ROWS)
-    if means is not None:
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, depth, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            total += tl.sum(load_tile(hidden, row, d, in_rows, d < depth, hidden_strides), 1)
-        mean = total / depth
-        tl.store(means + row, mean, in_rows)
-    squares = ()
-    for _ in tl.static_range(COUNT):
-        squares = squares + (tl.zeros([ROWS, BLOCK_D], tl.float32),)
-    if NORM:
-        for start in range(0, depth, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            in_d = d < depth
-            state = load_tile(hidden, row, d, in_rows, in_d, hidden_strides)
-            if means is not None:
-                state = tl.where(in_d[None, :], state - mean[:, None], 0)
-            added_squares = ()
-            for i in tl.static_range(COUNT):
-                biased = state + tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :]
-                added_squares = added_squares + (squares[i] + biased * biased,)
-            squares = added_squares
+    _, row, in_rows = rows_of_program(program, first, last, tokens, tiles, ROWS)
     row_shares = ()
     for i in tl.static_range(COUNT):
         share = tl.zeros([ROWS], tl.float32)
-        inverse_rms = tl.full([ROWS], 1.0, tl.float32)
-        if NORM:
-            inverse_rms = tl.rsqrt(tl.sum(squares[i], 1) / depth + eps)
+        factor = tl.full([ROWS], 1.0, tl.float32)
+        if inverse_rms is not None:
+            factor = tl.load(inverse_rms + i * rows + row, in_rows, 0)
         for start in range(0, counts[i], BLOCKS[i]):
             n = start + tl.arange(0, BLOCKS[i])
             in_n = n < counts[i]
             out = tl.zeros([ROWS, n.shape[0]], tl.float32)
             if gradients[i] is not None:
                 gradient = load_tile(gradients[i], row, n, in_rows, in_n, gradient_strides[i])
-                if NORM:
+                if inverse_rms is not None:
                     product = load_tile(outputs[i], row, n, in_rows, in_n, output_strides[i])
                     if bias is not None:
                         product -= tl.load(bias + firsts[i] + n, in_n, 0)[None, :]
                     share += tl.sum(gradient * product, 1)
-                # Rows past the end may have an infinite factor.
-                out = tl.where(in_rows[:, None], gradient * inverse_rms[:, None], 0)
+                out = gradient * factor[:, None]
             offsets = (row * columns)[:, None] + (firsts[i] + n)[None, :]
             tl.store(scaled + offsets, out.to(scaled.dtype.element_ty), in_rows[:, None] & in_n[None, :])
             if partial is not None:
                 tl.store(partial + program * columns + firsts[i] + n, tl.sum(out, 0), in_n)
-        if NORM:
-            row_shares = row_shares + (share * inverse_rms * inverse_rms / depth,)
+        if inverse_rms is not None:
+            row_shares = row_shares + (share * factor * factor / depth,)
     if TAIL == 0:
         for i in tl.static_range(len(row_shares)):
             tl.store(shares + row * COUNT + i, row_shares[i], in_rows)
@@ -233,7 +219,7 @@ def multi_horizon_linear_scale(
             out += tl.where(in_rows[:, None] & (n == columns - COUNT + i)[None, :], row_shares[i][:, None] * depth, 0)
         offsets = (row * columns)[:, None] + n[None, :]
         tl.store(scaled + offsets, out.to(scaled.dtype.element_ty), in_rows[:, None] & in_n[None, :])
-        if NORM:
+        if inverse_rms is not None:
             tl.store(shares + row, tl.sum(out, 1) / depth, in_rows)
         if partial is not None:
             tl.store(partial + program * columns + n, tl.sum(out, 0), in_n)
@@ -241,27 +227,49 @@ def multi_horizon_linear_scale(
 
 @triton.jit
 def multi_horizon_linear_combine(
-    hidden, sums, product, shares, means, hidden_gradient, partial, first, last, tokens, tiles, blocks_d, depth,
-    hidden_strides, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden, sums, product, shares, means, hidden_gradient, partial, first_position, tokens, parts, part_tiles, blocks_d,
+    depth, hidden_strides, COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    tile = program // blocks_d
-    position, row, in_rows = rows_of_program(tile, first, last, tokens, tiles, ROWS)
+    part = program // blocks_d
+    position = part // parts
     d = (program % blocks_d * BLOCK_D).to(tl.int32) + tl.arange(0, BLOCK_D)
     in_d = d < depth
-    mask = in_rows[:, None] & in_d[None, :]
-    offsets = (row * depth)[:, None] + d[None, :]
-    state = load_states(hidden, means, row, d, in_rows, in_d, hidden_strides)
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    added = ()
+    totals = ()
+    counted = ()
     for i in tl.static_range(COUNT):
-        share = tl.load(shares + row * COUNT + i, in_rows, 0)
-        part = share[:, None] * (state + tl.load(sums + (position * COUNT + i) * depth + d, in_d, 0)[None, :])
-        total += part
-        if partial is not None:
-            tl.store(partial + (tile * COUNT + i) * depth + d, tl.sum(part, 0), in_d)
-    if hidden_gradient is not None:
-        gradient = tl.load(product + offsets, mask, 0).to(tl.float32) - total
-        tl.store(hidden_gradient + offsets, gradient.to(hidden_gradient.dtype.element_ty), mask)
+        place = (first_position + position) * COUNT + i
+        added = added + (tl.load(sums + place * depth + d, in_d, 0)[None, :],)
+        totals = totals + (tl.zeros([ROWS, BLOCK_D], tl.float32),)
+        counted = counted + (tl.zeros([ROWS], tl.float32),)
+    start = (part % parts).to(tl.int32) * part_tiles * ROWS
+    for first_token in range(start, tl.minimum(tokens, start + part_tiles * ROWS), ROWS):
+        token = first_token + tl.arange(0, ROWS)
+        in_rows = token < tokens
+        row = position * tokens + token
+        mask = in_rows[:, None] & in_d[None, :]
+        offsets = (row * depth)[:, None] + d[None, :]
+        state = load_states(hidden, means, row, d, in_rows, in_d, hidden_strides)
+        subtracted = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        share_sum = tl.zeros([ROWS], tl.float32)
+        next_totals = ()
+        next_counted = ()
+        for i in tl.static_range(COUNT):
+            share = tl.load(shares + row * COUNT + i, in_rows, 0)
+            subtracted += share[:, None] * added[i]
+            share_sum += share
+            next_totals = next_totals + (totals[i] + share[:, None] * state,)
+            next_counted = next_counted + (counted[i] + share,)
+        totals = next_totals
+        counted = next_counted
+        if hidden_gradient is not None:
+            gradient = tl.load(product + offsets, mask, 0).to(tl.float32) - subtracted - share_sum[:, None] * state
+            tl.store(hidden_gradient + offsets, gradient.to(hidden_gradient.dtype.element_ty), mask)
+    if partial is not None:
+        for i in tl.static_range(COUNT):
+            total = tl.sum(totals[i], 0)[None, :] + tl.sum(counted[i], 0) * added[i]
+            tl.store(partial + (part * COUNT + i) * depth + d[None, :], total, in_d[None, :])
 
 
 @triton.jit
@@ -308,8 +316,9 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     depth, total, count = hidden.shape[-1], sum(columns), len(columns)
     outputs = [torch.empty(*args.hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
     sums = sums_of(args, window_sums, torch.float32)
-    heads, bias = heads_of(args, hidden.dtype), bias_of(args, torch.float32)
+    heads, bias = heads_and_bias(args, hidden.dtype, torch.float32)
     projected, head_sums = projected_of(args, sums, heads), head_sums_of(args, heads, torch.float32)
+    statistics = statistics_of(args)
     half = hidden.element_size() == 2
     # fp32 products use FMA instructions, so the tile must fit into registers.
     tile_rows, tile_columns = (64, min(256, max(16, power_of_2(total)))) if half else (32, 64)
@@ -320,16 +329,16 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     tiles = positions * position_tiles if one_position else ceil_div(positions * tokens, tile_rows)
     launch(
         multi_horizon_linear_forward, tiles * column_blocks, hidden.device,
-        hidden, sums, heads, projected, head_sums, bias, tuple(outputs), firsts_of(columns),
-        hidden.shape[1], hidden.shape[3], tokens, positions * tokens, depth, total, column_blocks, position_tiles,
-        args.norm_eps, strides(hidden, 5),
+        hidden, sums, heads, projected, head_sums, bias, tuple(outputs), *parts_of(args, statistics),
+        firsts_of(columns), hidden.shape[1], hidden.shape[3], tokens, positions * tokens, depth, total, column_blocks,
+        position_tiles, args.norm_eps, strides(hidden, 5),
         COUNT=count, NORM=args.norm_weight is not None, ONE_POSITION=one_position, PRECISION=dot_precision(),
         ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
         STEP=min(32, power_of_2(depth)), num_warps=8 if tile_columns >= 128 else 4,
         # In fp32, whose FMA loops hide the loads in two stages, a third costs registers that ptxas spills on sm_100.
         num_stages=3 if half else 2,
     )  # fmt: skip
-    return outputs, {}
+    return [*outputs, statistics], {}
 
 
 def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
@@ -339,11 +348,6 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
 def on_grid(states: Tensor) -> Tensor:
     """[B, T, S, D] -> [B, T, 1, S, D]."""
     return states.unsqueeze(2) if states.dim() == 4 else states
-
-
-def firsts_of(columns: Sequence[int]) -> tuple[int, ...]:
-    """The first column of each head among all columns, and the total number of columns."""
-    return tuple(sum(columns[:i]) for i in range(len(columns) + 1))
 
 
 class Split:
@@ -357,12 +361,18 @@ class Split:
         self.positions = end - self.first_position
         self.programs = self.positions * self.tiles
 
-    def add(self, partial: Tensor | None, sums: Tensor | None, factor: int) -> None:
-        """sums += factor * partial, for each position summed over its programs."""
-        if partial is not None and sums is not None:
-            added = partial.view(self.positions, self.tiles, -1).sum(1)
-            last_position = self.first_position + self.positions
-            sums.view(-1, added.shape[1])[self.first_position : last_position].add_(added, alpha=factor)
+    def slices(self, sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The programs' partial sums, and where `sum_up` writes them: the chunk's positions of sums [B * T, ...]."""
+        if sums is None:
+            return None, None
+        to = sums[self.first_position : self.first_position + self.positions]
+        # A position's only program writes its sums itself.
+        partial = to if self.tiles == 1 else to.new_empty(self.programs, *to.shape[1:])
+        return partial, to
+
+    def sum_up(self, partial: Tensor | None, to: Tensor | None) -> None:
+        if partial is not None and to is not None and self.tiles > 1:
+            torch.sum(partial.view(self.positions, self.tiles, *to.shape[1:]), 1, out=to)
 
 
 def scale(
@@ -375,25 +385,20 @@ def scale(
     shares: Tensor,
     scaled_sums: Tensor | None,
 ) -> None:
-    columns, width, depth, device = columns_of(args), scaled.shape[1], rows.hidden.shape[1], scaled.device
+    columns, width = columns_of(args), scaled.shape[1]
     split = Split(rows, 16)
-    partial = None
-    if scaled_sums is not None:
-        partial = torch.empty(split.programs, width, dtype=torch.float32, device=device)
+    partial, to = split.slices(scaled_sums)
+    inverse_rms = rows.inverse_rms
     launch(
-        multi_horizon_linear_scale, split.programs, device,
-        rows.hidden, rows.sums, tuple(upstream), tuple(outputs), bias, scaled, shares, rows.means, partial,
-        tuple(columns), firsts_of(columns), rows.first, split.last, rows.tokens, split.tiles,
-        depth, width, args.norm_eps,
-        strides(rows.hidden, 2), tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
-        COUNT=len(columns), NORM=args.norm_weight is not None, ROWS=split.rows,
-        BLOCKS=tuple(min(64, power_of_2(n)) for n in columns),
-        TAIL=power_of_2(width - sum(columns)) if width > sum(columns) else 0,
-        # Without maxnreg, ptxas spills 8 bytes to stay below a limit that it chooses. 128 registers allow 4 programs
-        # per SM; the masks of narrow rows need more.
-        BLOCK_D=min(64, power_of_2(depth)), num_warps=4, maxnreg=128 if depth >= 64 else 255,
+        multi_horizon_linear_scale, split.programs, scaled.device,
+        tuple(upstream), tuple(outputs), bias, inverse_rms, scaled, shares, partial,
+        tuple(columns), firsts_of(columns), rows.first, split.last, rows.tokens, split.tiles, rows.hidden.shape[1],
+        width, 0 if inverse_rms is None else inverse_rms.stride(0),
+        tuple(strides(g, 2) for g in upstream), tuple(strides(o, 2) for o in outputs),
+        COUNT=len(columns), ROWS=split.rows, BLOCKS=tuple(min(64, power_of_2(n)) for n in columns),
+        TAIL=power_of_2(width - sum(columns)) if width > sum(columns) else 0, num_warps=1,
     )  # fmt: skip
-    split.add(partial, scaled_sums, 1)
+    split.sum_up(partial, to)
 
 
 def combine(
@@ -404,19 +409,24 @@ def combine(
     hidden_gradient: Tensor | None,
     sums_gradient: Tensor | None,
 ) -> None:
-    (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
-    split, block = Split(rows, 64), min(64, power_of_2(depth))
-    partial = (
-        None if sums_gradient is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
-    )
-    blocks = ceil_div(depth, block)
+    (chunk, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
+    # The sums of a position stay in registers: 64 of each thread.
+    tile_rows, block = max(1, 32 // power_of_2(ceil_div(count, 4))), min(64, power_of_2(depth))
+    positions, first_position = chunk // rows.tokens, rows.first // rows.tokens
+    tiles, blocks = ceil_div(rows.tokens, tile_rows), ceil_div(depth, block)
+    # A program takes all tokens of a position, unless few positions would leave multiprocessors idle.
+    part_tiles = ceil_div(tiles, min(tiles, ceil_div(PROGRAMS, max(1, positions * blocks))))
+    parts = ceil_div(tiles, part_tiles)
+    to = None if sums_gradient is None else sums_gradient.flatten(0, 1)[first_position : first_position + positions]
+    partial = to if to is None or parts == 1 else to.new_empty(positions, parts, count, depth)
     launch(
-        multi_horizon_linear_combine, split.programs * blocks, device,
-        rows.hidden, rows.sums, product, shares, rows.means, hidden_gradient, partial,
-        rows.first, split.last, rows.tokens, split.tiles, blocks, depth, strides(rows.hidden, 2),
-        COUNT=count, ROWS=split.rows, BLOCK_D=block, num_warps=4,
+        multi_horizon_linear_combine, positions * parts * blocks, device,
+        rows.hidden, rows.sums, product, shares, rows.means, hidden_gradient, partial, first_position, rows.tokens,
+        parts, part_tiles, blocks, depth, strides(rows.hidden, 2),
+        COUNT=count, ROWS=tile_rows, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    split.add(partial, sums_gradient, -1)
+    if partial is not None and parts > 1:
+        torch.sum(partial, 1, out=to)
 
 
 def monitor(
@@ -430,9 +440,7 @@ def monitor(
 ) -> None:
     (_, depth), device, count = rows.hidden.shape, shares.device, len(args.offsets)
     split, block = Split(rows, 16), min(64, power_of_2(depth))
-    partial = (
-        None if sums_gradient is None else torch.empty(split.programs, count, depth, dtype=torch.float32, device=device)
-    )
+    partial, to = split.slices(None if sums_gradient is None else sums_gradient.flatten(0, 1))
     blocks = ceil_div(depth, block)
     grams = torch.empty(split.programs * blocks, count, count, dtype=torch.float32, device=device)
     monitor_scale = None if args.scale is None else args.scale.contiguous()
@@ -445,7 +453,7 @@ def monitor(
         maxnreg=None if rows.means is None else 128,
     )  # fmt: skip
     gram += grams.sum(0, dtype=torch.float64)
-    split.add(partial, sums_gradient, 1)
+    split.sum_up(partial, to)
 
 
 def fused_width(args: Arguments, monitored: bool) -> int | None:
@@ -462,9 +470,10 @@ def products(
     shares: Tensor,
     heads: Tensor,
     hidden_gradient: Tensor | None,
+    needs_heads: bool,
     heads_gradient: Tensor | None,
     sums_gradient: Tensor | None,
-) -> None:
+) -> Tensor | None:
     norm, count, device = args.norm_weight is not None, len(args.offsets), scaled.device
     columns, depth = heads.shape
     widths = widths_of(columns, count if norm else 0)
@@ -482,10 +491,11 @@ def products(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    heads_partial = None if heads_gradient is None else empty(groups.groups, columns, depth)
-    states_partial = None
+    heads_partial = empty(groups.groups, columns, depth) if needs_heads else None
+    states_partial, states_sums = None, None
     if norm and sums_gradient is not None:
-        states_partial = empty(positions, groups.splits, count, depth)
+        states_sums = sums_gradient.flatten(0, 1)[of_chunk]
+        states_partial = states_sums if groups.splits == 1 else empty(positions, groups.splits, count, depth)
     launch(
         multi_horizon_linear_products, groups.groups * slices, device,
         hidden, rows.sums.flatten(0, 1)[of_chunk], heads, scaled, shares, hidden_gradient, heads_partial,
@@ -495,10 +505,25 @@ def products(
         COUNT=count, NORM=norm, WIDTHS=widths, FIRSTS=tuple(sum(widths[:c]) for c in range(len(widths))),
         ROWS=tile_rows, BLOCK_D=block, PRECISION=dot_precision(), num_warps=8, num_stages=1,
     )  # fmt: skip
-    if heads_gradient is not None and heads_partial is not None:
-        heads_gradient += heads_partial.sum(0)
-    if sums_gradient is not None and states_partial is not None:
-        sums_gradient.flatten(0, 1)[of_chunk].sub_(states_partial.sum(1), alpha=1 / depth)
+    if states_partial is not None and states_sums is not None and groups.splits > 1:
+        torch.sum(states_partial, 1, out=states_sums)
+    if heads_partial is None:
+        return None
+    total = heads_partial.sum(0)
+    return total if heads_gradient is None else heads_gradient.add_(total)
 
 
-PASSES = Passes(window_sums, gradients_of_window, lambda dtype: dtype, scale, combine, monitor, fused_width, products)
+PASSES = Passes(
+    window_sums,
+    gradients_of_window,
+    lambda dtype: dtype,
+    scale,
+    combine,
+    monitor,
+    fused_width,
+    products,
+    whole_positions=True,
+    heads_and_bias=heads_and_bias,
+    finish_sums=finish_sums,
+    finish_heads=finish_heads,
+)
