@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +31,7 @@ from ..op import Gradients, Want
 from ..ops.multi_horizon_loss import KIND_OF_MEANS, KINDS, Arguments
 from .frame_tiles import (
     Run,
+    Tiles,
     entry,
     finer,
     frame_offset,
@@ -59,6 +61,40 @@ MOST_TILES = 16
 SCALE_BLOCK = 4096
 
 
+class Chain(NamedTuple):
+    """What a launch of multi_horizon_loss is compiled for, by horizon, by pair, and for all.
+
+    horizons   numbers among all horizons of the call
+    levels     of the pyramid
+    loss_rows  the row of `partial` for the horizon's loss, -1 if another launch computes it
+    added      whether another launch has written gradients, to which this one adds
+    terms      of the rows of `partial`: a horizon, or the number of horizons plus a pair
+    near, far  the sides of each pair, among the launch's horizons
+    slots      places of the pairs' weights
+    runs       Run as tuples, of the horizons and last of the video
+    long       offsets in a frame may need 64 bits
+    """
+
+    horizons: tuple[int, ...]
+    offsets: tuple[int, ...]
+    levels: tuple[int, ...]
+    patches: tuple[int, ...]
+    kinds: tuple[str, ...]
+    loss_rows: tuple[int, ...]
+    added: tuple[bool, ...]
+    terms: tuple[int, ...]
+    near: tuple[int, ...]
+    far: tuple[int, ...]
+    pair_rows: tuple[int, ...]
+    pair_kinds: tuple[str, ...]
+    slots: tuple[int, ...]
+    detach: str
+    residual: bool
+    tiles: Tiles
+    runs: tuple[tuple[int, ...], ...]
+    long: bool
+
+
 @triton.jit
 def inverse_of(counts, inverses, term):
     """1 / count of a term, or 0 if the count is 0. The count is on the device, if it depends on values there."""
@@ -72,16 +108,30 @@ def inverse_of(counts, inverses, term):
 @triton.jit
 def multi_horizon_loss(
     preds, gradients, log_scales, scale_gradients, video, segments, position_weights, counts, inverses,
-    weights, pair_weights, partial, visited_frames, tiles, part_tiles, tiles_x, blocks,
-    frames, positions, channels, cells_y, cells_x,
-    scale, shift, delta, eps, beta, motion_gain,
-    pred_strides, gradient_strides, video_strides, segment_strides, position_strides,
-    HORIZONS: tl.constexpr, OFFSETS: tl.constexpr, LEVELS: tl.constexpr, PATCHES: tl.constexpr, KINDS: tl.constexpr,
-    LOSS_ROWS: tl.constexpr, ADDED: tl.constexpr, TERMS: tl.constexpr,
-    NEAR: tl.constexpr, FAR: tl.constexpr, PAIR_ROWS: tl.constexpr, PAIR_KINDS: tl.constexpr, SLOTS: tl.constexpr,
-    DETACH: tl.constexpr, RESIDUAL: tl.constexpr, TILES: tl.constexpr, RUNS: tl.constexpr,
-    LONG: tl.constexpr,
+    weights, pair_weights, partial, sizes, numbers, all_strides, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    # Few arguments, because Triton takes 0.2 us for each argument of a launch, and 0.5 us for each constant.
+    visited_frames, tiles, part_tiles, tiles_x, blocks, frames, positions, channels, cells_y, cells_x = sizes
+    scale, shift, delta, eps, beta, motion_gain = numbers
+    pred_strides, gradient_strides, video_strides, segment_strides, position_strides = all_strides
+    HORIZONS: tl.constexpr = CHAIN.horizons
+    OFFSETS: tl.constexpr = CHAIN.offsets
+    LEVELS: tl.constexpr = CHAIN.levels
+    PATCHES: tl.constexpr = CHAIN.patches
+    KINDS: tl.constexpr = CHAIN.kinds
+    LOSS_ROWS: tl.constexpr = CHAIN.loss_rows
+    ADDED: tl.constexpr = CHAIN.added
+    TERMS: tl.constexpr = CHAIN.terms
+    NEAR: tl.constexpr = CHAIN.near
+    FAR: tl.constexpr = CHAIN.far
+    PAIR_ROWS: tl.constexpr = CHAIN.pair_rows
+    PAIR_KINDS: tl.constexpr = CHAIN.pair_kinds
+    SLOTS: tl.constexpr = CHAIN.slots
+    DETACH: tl.constexpr = CHAIN.detach
+    RESIDUAL: tl.constexpr = CHAIN.residual
+    TILES: tl.constexpr = CHAIN.tiles
+    RUNS: tl.constexpr = CHAIN.runs
+    LONG: tl.constexpr = CHAIN.long
     COUNT: tl.constexpr = len(OFFSETS)
     TOP: tl.constexpr = len(TILES.true) - 1
     # Behind those of the horizons.
@@ -539,26 +589,35 @@ def _launch_chain(
     launch(
         multi_horizon_loss, programs, video.device,
         preds, chain_gradients, log_scales, scale_gradients, video, args.segment_ids, args.position_weights,
-        counts, inverses, args.horizon_weights, args.consistency_weights, partial, visited_frames, of_frame,
-        part_tiles, along[1], along[2], frames, positions, channels,
-        height // tiles.factors[-1], width // tiles.factors[-1],
-        None if is_identity else args.scale, None if is_identity else args.shift,
-        args.delta if "huber" in computed else None, args.eps if "charbonnier" in computed else None,
-        args.beta if "gaussian" in computed else None, args.motion_gain or None,
-        tuple(strides_unless_contiguous(pred) for pred in preds),
-        tuple(
-            None if gradient is None or gradient.stride() == pred.stride() else gradient.stride()
-            for gradient, pred in zip(chain_gradients, preds, strict=True)
+        counts, inverses, args.horizon_weights, args.consistency_weights, partial,
+        (
+            visited_frames, of_frame, part_tiles, along[1], along[2], frames, positions, channels,
+            height // tiles.factors[-1], width // tiles.factors[-1],
         ),
-        strides_unless_contiguous(video),
-        strides(args.segment_ids, 2) if args.segment_ids is not None else None,
-        strides(args.position_weights, 3) if args.position_weights is not None else None,
-        HORIZONS=tuple(horizons), OFFSETS=tuple(args.offsets[i] for i in horizons), LEVELS=tuple(levels),
-        PATCHES=tuple(patches), KINDS=tuple(kinds), LOSS_ROWS=loss_rows, ADDED=added, TERMS=tuple(members),
-        NEAR=near, FAR=far, PAIR_ROWS=rows, PAIR_KINDS=pair_kinds,
-        SLOTS=tuple(slots[t - count] for t in members if t >= count),
-        DETACH=args.detach, RESIDUAL=args.residual, TILES=tiles, RUNS=all_runs,
-        LONG=needs_long(video, *preds, *chain_gradients), num_warps=warps,
+        (
+            None if is_identity else args.scale, None if is_identity else args.shift,
+            args.delta if "huber" in computed else None, args.eps if "charbonnier" in computed else None,
+            args.beta if "gaussian" in computed else None, args.motion_gain or None,
+        ),
+        (
+            tuple(strides_unless_contiguous(pred) for pred in preds),
+            tuple(
+                None if gradient is None or gradient.stride() == pred.stride() else gradient.stride()
+                for gradient, pred in zip(chain_gradients, preds, strict=True)
+            ),
+            strides_unless_contiguous(video),
+            strides(args.segment_ids, 2) if args.segment_ids is not None else None,
+            strides(args.position_weights, 3) if args.position_weights is not None else None,
+        ),
+        CHAIN=Chain(
+            horizons=tuple(horizons), offsets=tuple(args.offsets[i] for i in horizons), levels=tuple(levels),
+            patches=tuple(patches), kinds=tuple(kinds), loss_rows=loss_rows, added=added, terms=tuple(members),
+            near=near, far=far, pair_rows=rows, pair_kinds=pair_kinds,
+            slots=tuple(slots[t - count] for t in members if t >= count),
+            detach=args.detach, residual=args.residual, tiles=tiles, runs=all_runs,
+            long=needs_long(video, *preds, *chain_gradients),
+        ),
+        num_warps=warps,
         # ptxas spills 16 bytes to stay below a limit of 128 that it chooses. 255 leave room for as many warps as 180.
         maxnreg=255,
     )  # fmt: skip
