@@ -41,7 +41,7 @@ from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
 from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
 from .multi_horizon_linear_heads import finish_heads, finish_sums, firsts_of, heads_and_bias, projected_of
-from .multi_horizon_linear_products import groups_of, multi_horizon_linear_products, widths_of
+from .multi_horizon_linear_products import FEW_COLUMNS, groups_of, multi_horizon_linear_products, widths_of
 
 # The fewest programs of the pass `combine`: 4 per SM of an H200.
 PROGRAMS = 528
@@ -483,7 +483,8 @@ def products(
         # The kernel reads features side by side, and computes offsets in a tile with 32 bits.
         hidden = hidden.contiguous()
     positions, tile_rows = rows.hidden.shape[0] // rows.tokens, max(16, min(64, power_of_2(rows.tokens)))
-    block = max(16, min(128, power_of_2(depth)))
+    few = sum(widths) <= FEW_COLUMNS
+    block = max(16, min(128 if few else 64, power_of_2(depth)))
     tiles, slices = ceil_div(rows.tokens, tile_rows), ceil_div(depth, block)
     groups = groups_of(positions, tiles, slices)
     of_chunk = slice(rows.first // rows.tokens, rows.first // rows.tokens + positions)
@@ -503,7 +504,8 @@ def products(
         positions, rows.tokens, tiles, groups.positions, groups.splits, groups.split_tiles, slices, depth, columns,
         hidden.stride(0), scaled.stride(0),
         COUNT=count, NORM=norm, WIDTHS=widths, FIRSTS=tuple(sum(widths[:c]) for c in range(len(widths))),
-        ROWS=tile_rows, BLOCK_D=block, PRECISION=dot_precision(), num_warps=8, num_stages=1,
+        ROWS=tile_rows, BLOCK_D=block, PRECISION=dot_precision(), AHEAD=few,
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     if states_partial is not None and states_sums is not None and groups.splits > 1:
         torch.sum(states_partial, 1, out=states_sums)

@@ -7,8 +7,9 @@ A program has BLOCK_D features of a group of positions. In one loop over tiles o
     c_i^T hidden                               summed over each position
 
 and keeps W' in shared memory. D c_i are columns of `scaled` behind those of P, so one product serves the last two. P is
-read once per slice of BLOCK_D features, from L2 but for the first. Tiles are requested a tile ahead, in registers: with
-more stages, Triton 3.6 copies a later tile over one that wgmma still reads, where registers load that tile too.
+read once per slice of BLOCK_D features, from L2 but for the first. Tiles of hidden are requested a tile ahead, in
+registers, and so are those of P if it has few columns: with more stages, Triton 3.6 copies a later tile over one that
+wgmma still reads, where registers load that tile too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from .launch import add_product, ceil_div
 
 # About two per SM. Each program stores a partial sum of P^T hidden.
 PROGRAMS = 264
-# The sums of as many columns fit in the registers of 8 warps with BLOCK_D = 128. With 272, ptxas spills 550 bytes; half
-# of BLOCK_D would read P from L2 16 times at D = 1024.
-MOST_COLUMNS = 144
+# With BLOCK_D = 128, the registers of 8 warps hold the sums of this many columns, and the next tile of P.
+FEW_COLUMNS = 144
+# With BLOCK_D = 64 they hold the sums of this many, but no next tile: ptxas would spill 16 bytes. P is then read from
+# L2 16 times at D = 1024, in half of the time that the instructions take.
+MOST_COLUMNS = 272
 
 
 class Groups(NamedTuple):
@@ -77,7 +80,7 @@ def multi_horizon_linear_products(
     positions, tokens, tiles, group_positions, splits, split_tiles, slices, depth, columns,
     hidden_step, scaled_step,
     COUNT: tl.constexpr, NORM: tl.constexpr, WIDTHS: tl.constexpr, FIRSTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = len(WIDTHS)
     program = tl.program_id(0)
@@ -104,9 +107,10 @@ def multi_horizon_linear_products(
     row, in_rows = tile_of(0, first_position, first_tile, own_tiles, tokens, ROWS)
     state = load_tile(hidden, row, d, in_rows, in_d, hidden_step)
     parts = ()
-    for c in tl.static_range(CHUNKS):
-        n = FIRSTS[c] + tl.arange(0, WIDTHS[c])
-        parts = parts + (load_tile(scaled, row, n, in_rows, n >= 0, scaled_step),)
+    if AHEAD:
+        for c in tl.static_range(CHUNKS):
+            n = FIRSTS[c] + tl.arange(0, WIDTHS[c])
+            parts = parts + (load_tile(scaled, row, n, in_rows, n >= 0, scaled_step),)
     for step in range(0, steps):
         position, tile = first_position + step // own_tiles, step % own_tiles
         row, in_rows = tile_of(step, first_position, first_tile, own_tiles, tokens, ROWS)
@@ -122,13 +126,18 @@ def multi_horizon_linear_products(
             share = tl.load(shares + row + tl.arange(0, ROWS), in_rows, 0)
             gradient -= share[:, None] * state.to(tl.float32)
         here_state, here_parts = tl.trans(state), parts
+        if not AHEAD:
+            for c in tl.static_range(CHUNKS):
+                n = FIRSTS[c] + tl.arange(0, WIDTHS[c])
+                here_parts = here_parts + (load_tile(scaled, row, n, in_rows, n >= 0, scaled_step),)
         after = tl.minimum(step + 1, steps - 1)
         next_row, next_in_rows = tile_of(after, first_position, first_tile, own_tiles, tokens, ROWS)
         state = load_tile(hidden, next_row, d, next_in_rows, in_d, hidden_step)
         parts = ()
-        for c in tl.static_range(CHUNKS):
-            n = FIRSTS[c] + tl.arange(0, WIDTHS[c])
-            parts = parts + (load_tile(scaled, next_row, n, next_in_rows, n >= 0, scaled_step),)
+        if AHEAD:
+            for c in tl.static_range(CHUNKS):
+                n = FIRSTS[c] + tl.arange(0, WIDTHS[c])
+                parts = parts + (load_tile(scaled, next_row, n, next_in_rows, n >= 0, scaled_step),)
         next_totals = ()
         for c in tl.static_range(CHUNKS):
             weight = last_weights if c == CHUNKS - 1 else weights[c]

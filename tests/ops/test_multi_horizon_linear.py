@@ -69,7 +69,14 @@ def test_chunks_that_cut_positions(backend: str, norm: str, monitored: bool, mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("columns", "norm", "tokens"),
-    [((48, 12, 3, 3), "rms", 130), ((15,), "rms", 3), ((16,), None, 70), ((63,), "rms", 20), ((70, 70), "rms", 65)],
+    [
+        ((48, 12, 3, 3), "rms", 130),
+        ((15,), "rms", 3),
+        ((16,), None, 70),
+        ((63,), "rms", 20),
+        ((192, 48, 12, 3), "rms", 65),
+        ((280,), "rms", 20),
+    ],
 )
 def test_all_products_in_one_pass(
     backend: str, columns: tuple[int, ...], norm: str | None, tokens: int, dtype: torch.dtype, programs: int,
