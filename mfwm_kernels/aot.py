@@ -72,16 +72,19 @@ class Driver:
 
 
 def use(architecture: str) -> None:
-    """Compile for this architecture from here on."""
+    """Record launches and compile for this architecture from here on."""
     from triton.runtime import driver
 
-    driver.set_active(Driver(architecture))
+    from .triton import launch
+
+    active = Driver(architecture)
+    driver.set_active(active)
+    launch.recorded_architecture = active.target.arch
 
 
-def variants(ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES) -> list[Variant]:
+def variants(ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES, architecture: str = "sm_90") -> list[Variant]:
     """The launches of calls of `ops` in these dtypes, one for each key by which Triton specialises."""
-    # The key is the same on every architecture.
-    use(ARCHITECTURES[0])
+    use(architecture)
     found: dict[Any, Variant] = {}
     for op in ops:
         for call in calls(op):
@@ -136,9 +139,9 @@ def compile_for(architecture: str, variant: Variant) -> Any:
     return compiled
 
 
-def compiled_rows(architectures: Sequence[str], found: Sequence[Variant], jobs: int) -> Iterator[dict[str, Any]]:
-    """A row for each variant and architecture, compiled in `jobs` processes."""
-    remaining = [(architecture, variant) for architecture in architectures for variant in found]
+def compiled_rows(found: Sequence[tuple[str, Variant]], jobs: int) -> Iterator[dict[str, Any]]:
+    """A row for each architecture and variant, compiled in `jobs` processes."""
+    remaining = list(found)
     while remaining:
         finished = 0
         with processes(jobs) as pool:
@@ -274,8 +277,11 @@ def main() -> None:
     chosen = [op for op in OPS.values() if op.name in arguments.op]
     if arguments.report is not None:
         sys.exit(reported([op for op in chosen if "triton" in op.backends], arguments))
-    found = variants([op for op in chosen if "triton" in op.backends], [NAMED[name] for name in arguments.dtype])
-    compiled = compiled_rows(arguments.arch, found, arguments.jobs)
+    served, dtypes = [op for op in chosen if "triton" in op.backends], [NAMED[name] for name in arguments.dtype]
+    found = [
+        (architecture, variant) for architecture in arguments.arch for variant in variants(served, dtypes, architecture)
+    ]
+    compiled = compiled_rows(found, arguments.jobs)
     built = (row for arch in arguments.arch for row in cuda_rows(arch) if row["op"] in arguments.op)
     rows = []
     print(f"{'kernel':36} {'arch':7} {'call':30} {'dtypes':30} registers     local    shared (bytes)")

@@ -22,6 +22,17 @@ IN_INTERPRETER = tl.constexpr(INTERPRETED)
 # mfwm_kernels.launches sets this to record launches: it is called instead of launching.
 recorder: Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None] | None = None
 
+# The architecture of launches without a GPU; mfwm_kernels.aot sets it.
+recorded_architecture = 90
+
+
+def architecture_of(device: torch.device) -> int:
+    """80 for compute capability 8.0, 90 for 9.0."""
+    if device.type != "cuda":
+        return recorded_architecture
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
     """kernel[(programs,)](*args, **options) on `device`; does nothing for 0 programs."""

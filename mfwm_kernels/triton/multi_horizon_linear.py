@@ -39,7 +39,7 @@ from ..op import Gradients, Want
 from ..ops.multi_horizon_linear import Arguments, statistics_of
 from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
-from .launch import add_product, ceil_div, dot_precision, launch, power_of_2, strides
+from .launch import add_product, architecture_of, ceil_div, dot_precision, launch, power_of_2, strides
 from .multi_horizon_linear_heads import finish_heads, finish_sums, firsts_of, heads_and_bias, projected_of
 from .multi_horizon_linear_products import FEW_COLUMNS, groups_of, multi_horizon_linear_products, widths_of
 
@@ -458,6 +458,10 @@ def monitor(
 
 def fused_width(args: Arguments, monitored: bool) -> int | None:
     if monitored or is_layer(args) or args.hidden.element_size() != 2:
+        return None
+    if architecture_of(args.hidden.device) // 10 != 9:
+        # Without wgmma the sums take registers that the operands need, and ptxas spills 344 bytes on sm_80; for
+        # sm_100, Triton 3.6 fails to move sums that change outside a product into tensor memory.
         return None
     widths = widths_of(sum(columns_of(args)), 0 if args.norm_weight is None else len(args.offsets))
     return None if widths is None else sum(widths)
