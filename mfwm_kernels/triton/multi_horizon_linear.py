@@ -334,7 +334,9 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
         position_tiles, args.norm_eps, strides(hidden, 5),
         COUNT=count, NORM=args.norm_weight is not None, ONE_POSITION=one_position, PRECISION=dot_precision(),
         ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
-        STEP=min(32, power_of_2(depth)), num_warps=8 if tile_columns >= 128 else 4,
+        STEP=min(32, power_of_2(depth)),
+        # With 4 warps, LayerNorm spills 32 bytes on sm_80.
+        num_warps=8 if tile_columns >= 128 or head_sums is not None else 4,
         # In fp32, whose FMA loops hide the loads in two stages, a third costs registers that ptxas spills on sm_100.
         num_stages=3 if half else 2,
     )  # fmt: skip

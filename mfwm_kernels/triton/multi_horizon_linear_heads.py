@@ -253,6 +253,8 @@ def finish_heads(
         tuple(strides(weight, 2) for weight in args.weights), norm_strides_of(args),
         COUNT=len(columns), ROWS=32, BLOCK_N=min(64, max(16, power_of_2(max(columns)))),
         BLOCK_D=block_d, PRECISION=dot_precision(), num_warps=8, num_stages=2,
+        # ptxas spills up to 32 bytes on sm_80 to stay below limits that it chooses.
+        maxnreg=255,
     )  # fmt: skip
     gradients: Gradients = {"weights": weights}
     if norm_gradient is not None:
