@@ -177,6 +177,12 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "hidden": normal(2, 3, 40, 512)[:, :2], "actions": normal(2, 2, 512), "horizons": cascade,
         "weights": [normal(n, 512) / 512**0.5 for n in (48, 12, 3, 3)], "norm_weight": normal(512),
     }  # fmt: skip
+    # Enough tokens per position for the GPU kernel that reads hidden once, and not a multiple of its tiles.
+    yield {
+        "hidden": normal(2, 3, 10, 13, 72)[:, :2], "actions": normal(2, 2, 72), "horizons": cascade,
+        "weights": [normal(n, 72) / 72**0.5 for n in (48, 12, 3, 3)], "norm_weight": normal(4, 72),
+        "biases": [normal(48), None, normal(3), normal(3)],
+    }  # fmt: skip
     # LayerNorm, with a bias per horizon, one for all of them, and none.
     yield {
         "hidden": normal(3, 2, 7, 17).transpose(0, 1), "actions": normal(2, 4, 17),
@@ -251,7 +257,15 @@ OP = register(
         },
         backends={
             "cpu": Backend(KERNELS, dtypes=check.FLOATING),
-            "triton": Backend((*KERNELS, *AROUND, "multi_horizon_linear_products", "action_window_sum_gates")),
+            "triton": Backend(
+                (
+                    *KERNELS,
+                    *AROUND,
+                    "multi_horizon_linear_narrow",
+                    "multi_horizon_linear_products",
+                    "action_window_sum_gates",
+                )
+            ),
         },
         outputs_in_backward=True,
         statistics=1,

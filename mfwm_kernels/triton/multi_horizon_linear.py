@@ -1,9 +1,11 @@
 """multi_horizon_linear in Triton, called by autograd.call: one kernel for row statistics and one matrix product.
 
-forward   A program computes a tile of rows x columns of the concatenated heads. It first reads its rows of hidden to
-          sum squares, with each horizon's window sum added, and then again, from L2, for the product. The epilogue adds
-          the projected window sums, multiplies by the rows' norm factors, adds the bias and stores each horizon's part.
-          LayerNorm reads its rows once more, from L2, for their means.
+forward   In 16-bit dtypes with few columns, at least 64 tokens per position and no LayerNorm, one pass over hidden
+          (multi_horizon_linear_narrow.py). Bytes: hidden once, the outputs. For all other calls, a program computes a
+          tile of rows x columns of the concatenated heads. It first reads its rows of hidden to sum squares, with each
+          horizon's window sum added, and then again, from L2, for the product. The epilogue adds the projected window
+          sums, multiplies by the rows' norm factors, adds the bias and stores each horizon's part. LayerNorm reads its
+          rows once more, from L2, for their means.
           Bytes: hidden once for each block of columns (one block, up to 256 columns), the outputs.
           It stores the norm factors, and with LayerNorm the means, for the backward.
 backward  see gemm/multi_horizon_linear.py: a pass `scale`, and after it in 16-bit dtypes with few columns one for all
@@ -41,6 +43,7 @@ from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
 from .launch import add_product, architecture_of, ceil_div, dot_precision, launch, power_of_2, strides
 from .multi_horizon_linear_heads import finish_heads, finish_sums, firsts_of, heads_and_bias, projected_of
+from .multi_horizon_linear_narrow import launch_narrow, narrow_shape_of
 from .multi_horizon_linear_products import FEW_COLUMNS, groups_of, multi_horizon_linear_products, widths_of
 
 # The fewest programs of the pass `combine`: 4 per SM of an H200.
@@ -320,6 +323,11 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     projected, head_sums = projected_of(args, sums, heads), head_sums_of(args, heads, torch.float32)
     statistics = statistics_of(args)
     half = hidden.element_size() == 2
+    inverse_rms, means = parts_of(args, statistics)
+    shape = None if means is not None else narrow_shape_of(hidden, columns, 0 if inverse_rms is None else count)
+    if shape is not None:
+        launch_narrow(shape, hidden, sums, heads, projected, bias, outputs, inverse_rms, args.norm_eps)
+        return [*outputs, statistics], {}
     # fp32 products use FMA instructions, so the tile must fit into registers.
     tile_rows, tile_columns = (64, min(256, max(16, power_of_2(total)))) if half else (32, 64)
     # Three stages of both tiles fit into the shared memory of every GPU from sm_80 on.
@@ -329,7 +337,7 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     tiles = positions * position_tiles if one_position else ceil_div(positions * tokens, tile_rows)
     launch(
         multi_horizon_linear_forward, tiles * column_blocks, hidden.device,
-        hidden, sums, heads, projected, head_sums, bias, tuple(outputs), *parts_of(args, statistics),
+        hidden, sums, heads, projected, head_sums, bias, tuple(outputs), inverse_rms, means,
         firsts_of(columns), hidden.shape[1], hidden.shape[3], tokens, positions * tokens, depth, total, column_blocks,
         position_tiles, args.norm_eps, strides(hidden, 5),
         COUNT=count, NORM=args.norm_weight is not None, ONE_POSITION=one_position, PRECISION=dot_precision(),

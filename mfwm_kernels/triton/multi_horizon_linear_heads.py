@@ -86,7 +86,11 @@ def multi_horizon_linear_project(
         added = tl.load(sums + ((position * COUNT + i) * depth)[:, None] + d[None, :],
                         in_positions[:, None] & in_d[None, :], 0)  # fmt: skip
         head = tl.load(heads + (column.to(tl.int64) * depth)[None, :] + d[:, None], in_n[None, :] & in_d[:, None], 0)
-        total = add_product(total, added.to(head.dtype), head, PRECISION)
+        rounded = added.to(head.dtype)
+        total = add_product(total, rounded, head, PRECISION)
+        if head.dtype != tl.float32:
+            # The sums have more digits than the heads, which count where they cancel hidden.
+            total = add_product(total, (added - rounded.to(tl.float32)).to(head.dtype), head, PRECISION)
     tl.store(projected + (position * columns)[:, None] + column[None, :], total, in_positions[:, None] & in_n[None, :])
 
 

@@ -109,6 +109,63 @@ def test_all_products_in_one_pass(
         assert relative_error(got, want) < 2e-2
 
 
+@pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend == "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("columns", "norm", "tokens", "depth", "rows"),
+    [
+        # Several pieces per head, and features and columns that fill no tile. The last tile overlaps the one before.
+        ((48, 12, 3, 3), "each", (10, 13), 72, 128),
+        ((20, 5), "one", (1, 66), 33, 64),
+        ((192, 48, 12, 3), "one", (130, 1), 130, 128),
+        ((200, 70), "one", (8, 9), 64, 64),
+        ((3, 3, 3, 3, 3, 3, 3, 3), "each", (65,), 24, 64),
+        ((100, 28), None, (128,), 256, 128),
+        # Too many columns, LayerNorm, and too few tokens per position: the kernel for all calls serves these.
+        ((300, 30), "one", (128,), 40, None),
+        ((9, 5), "layer", (128,), 40, None),
+        ((9, 5), "one", (63,), 40, None),
+    ],
+)
+def test_a_forward_of_few_columns(
+    backend: str, columns: tuple[int, ...], norm: str | None, tokens: tuple[int, ...], depth: int, rows: int | None,
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from mfwm_kernels.triton import multi_horizon_linear_narrow as narrow
+
+    launched: list[int] = []
+    launch = narrow.launch
+
+    def recorded(*args: Any, **options: Any) -> None:
+        launched.append(options["ROWS"])
+        launch(*args, **options)
+
+    monkeypatch.setattr(narrow, "launch", recorded)
+    count = len(columns)
+    # Means that are larger than deviations, and rows that are twice as far apart as they need to be.
+    hidden = (torch.randn(2, 3, *tokens, 2 * depth) + 2).to(dtype)[..., :depth]
+    actions = torch.randn(2, 2 + 2**count, depth).to(dtype)
+    weights = [(torch.randn(n, depth) / depth**0.5).to(dtype) for n in columns]
+    biases = [torch.randn(n).to(dtype) if i != 1 else None for i, n in enumerate(columns)]
+    shape = {"one": (depth,), "layer": (depth,), "each": (count, depth)}.get(norm or "")
+    norm_weight = None if shape is None else torch.randn(shape).to(dtype)
+
+    def outputs(of: str, computed: torch.dtype) -> tuple[torch.Tensor, ...]:
+        given = [None if b is None else b.to(computed) for b in biases]
+        with use_backend(of):
+            return multi_horizon_linear(
+                hidden.to(computed), actions.to(computed), [weight.to(computed) for weight in weights],
+                Horizons(tuple(2**i for i in range(count)), (1,) * count), biases=given,
+                norm="layer" if norm == "layer" else "rms",
+                norm_weight=None if norm_weight is None else norm_weight.to(computed),
+            )  # fmt: skip
+
+    bound = 3e-2 if dtype == torch.bfloat16 else 4e-3
+    for got, want in zip(outputs(backend, dtype), outputs("reference", torch.float64), strict=True):
+        assert relative_error(got, want) < bound
+    assert launched == ([] if rows is None else [rows])
+
+
 @pytest.mark.parametrize("absent", [None, 1])
 @pytest.mark.parametrize("norm", ["rms", "layer", None])
 @pytest.mark.parametrize("scale", [None, [0.5, 2.0, -1.0]])
