@@ -75,6 +75,11 @@ FAULTS = [
         values_of("multi_horizon_linear-triton-float32"),
     ),
     Fault(
+        "every piece of a head has its first columns", "kernel", "mfwm_kernels/triton/multi_horizon_linear_narrow.py",
+        "pieces.append((head, start, size))", "pieces.append((head, 0, size))",
+        "tests/ops/test_multi_horizon_linear.py -k few_columns",
+    ),
+    Fault(
         "shares are summed without the conditioning sums", "kernel",
         "mfwm_kernels/triton/multi_horizon_linear_heads.py",
         "share[:, None] * tl.load(sums + offsets, mask, 0)", "share[:, None]",

@@ -343,10 +343,12 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
         COUNT=count, NORM=args.norm_weight is not None, ONE_POSITION=one_position, PRECISION=dot_precision(),
         ROWS=tile_rows, COLUMNS=tile_columns, BLOCK_D=min(block_d, max(16, power_of_2(depth))),
         STEP=min(32, power_of_2(depth)),
-        # With 4 warps, LayerNorm spills 32 bytes on sm_80.
-        num_warps=8 if tile_columns >= 128 or head_sums is not None else 4,
+        # With 4 warps, fp32 spills up to 16 bytes on sm_100, and LayerNorm 32 on sm_80.
+        num_warps=8 if tile_columns >= 128 or not half or head_sums is not None else 4,
         # In fp32, whose FMA loops hide the loads in two stages, a third costs registers that ptxas spills on sm_100.
         num_stages=3 if half else 2,
+        # Without, ptxas spills 8 bytes on sm_100 to stay below a limit of 64 that it chooses.
+        maxnreg=112 if head_sums is not None and not half and depth >= 64 else None,
     )  # fmt: skip
     return [*outputs, statistics], {}
 
@@ -433,7 +435,9 @@ def combine(
         multi_horizon_linear_combine, positions * parts * blocks, device,
         rows.hidden, rows.sums, product, shares, rows.means, hidden_gradient, partial, first_position, rows.tokens,
         parts, part_tiles, blocks, depth, strides(rows.hidden, 2),
+        # ptxas spills 16 bytes on sm_100 to stay below a limit of 80 that it chooses, and 8 on sm_90 without a limit.
         COUNT=count, ROWS=tile_rows, BLOCK_D=block, num_warps=4,
+        maxnreg=255 if architecture_of(device) >= 100 else None,
     )  # fmt: skip
     if partial is not None and parts > 1:
         torch.sum(partial, 1, out=to)
@@ -497,7 +501,8 @@ def products(
         # The kernel reads features side by side, and computes offsets in a tile with 32 bits.
         hidden = hidden.contiguous()
     positions, tile_rows = rows.hidden.shape[0] // rows.tokens, max(16, min(64, power_of_2(rows.tokens)))
-    few = sum(widths) <= FEW_COLUMNS
+    # Masks of features take registers too.
+    few = sum(widths) <= FEW_COLUMNS and depth % 128 == 0
     block = max(16, min(128 if few else 64, power_of_2(depth)))
     tiles, slices = ceil_div(rows.tokens, tile_rows), ceil_div(depth, block)
     groups = groups_of(positions, tiles, slices)

@@ -205,8 +205,11 @@ def projected_of(args: Arguments, sums: Tensor, heads: Tensor) -> Tensor:
     launch(
         multi_horizon_linear_project, len(columns) * blocks * blocks_n, sums.device,
         sums, heads, projected, tuple(columns), firsts_of(columns), positions, blocks, blocks_n, depth, sum(columns),
-        COUNT=len(columns), ROWS=16, COLUMNS=tile_columns, BLOCK_D=min(64, max(16, power_of_2(depth))),
-        PRECISION=dot_precision(), num_warps=4, num_stages=2,
+        COUNT=len(columns), ROWS=16, COLUMNS=tile_columns,
+        # Products of fp32 keep both operands in registers.
+        BLOCK_D=min(64 if heads.element_size() == 2 else 32, max(16, power_of_2(depth))),
+        # ptxas spills 8 bytes to stay below limits that it chooses.
+        PRECISION=dot_precision(), num_warps=4, num_stages=2, maxnreg=255,
     )  # fmt: skip
     return projected
 
@@ -240,7 +243,7 @@ def finish_heads(
     if is_layer(args):
         return in_torch.finish_heads(args, want, scaled_sums, heads, sums, heads_gradient, totals)
     columns, (_, depth), device = columns_of(args), heads.shape, heads.device
-    positions = scaled_sums.shape[0]
+    positions, most, half = scaled_sums.shape[0], max(columns), heads.element_size() == 2
     weights = [
         torch.empty(weight.shape, dtype=weight.dtype, device=device) if wants else None
         for weight, wants in zip(args.weights, want["weights"], strict=True)
@@ -255,8 +258,10 @@ def finish_heads(
         scaled_sums, sums, heads_gradient, tuple(args.weights), args.norm_weight, tuple(weights), norm_gradient,
         tuple(columns), firsts_of(columns), positions, blocks_d, depth, scaled_sums.shape[1],
         tuple(strides(weight, 2) for weight in args.weights), norm_strides_of(args),
-        COUNT=len(columns), ROWS=32, BLOCK_N=min(64, max(16, power_of_2(max(columns)))),
-        BLOCK_D=block_d, PRECISION=dot_precision(), num_warps=8, num_stages=2,
+        # Products of fp32 keep both operands in registers. One stage, because in two, for sm_100, a copy of the next
+        # total overwrites the one that is being added to.
+        COUNT=len(columns), ROWS=64 if half else 32, BLOCK_N=min(64 if half else 32, max(16, power_of_2(most))),
+        BLOCK_D=block_d, PRECISION=dot_precision(), num_warps=8, num_stages=1,
         # ptxas spills up to 32 bytes on sm_80 to stay below limits that it chooses.
         maxnreg=255,
     )  # fmt: skip

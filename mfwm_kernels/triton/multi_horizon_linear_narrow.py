@@ -12,7 +12,8 @@ window sum, and multiplies hidden by the heads. What keeps its instructions few:
   moving data between threads, and its columns belong to one horizon. An accumulator per head needs more instructions
   for products, and one for all heads without order needs a masked store of every column for every horizon.
 - The last tile of a position overlaps the one before and stores the same values again, so rows need no masks.
-- The features per row and between rows are constants, so all loads of a tile share one address register.
+- The features per row and between rows are constants, so all loads of a tile share one address register. A model has
+  few of either: the kernel is compiled once for each.
 """
 
 from __future__ import annotations

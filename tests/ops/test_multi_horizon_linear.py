@@ -65,21 +65,21 @@ def test_chunks_that_cut_positions(backend: str, norm: str, monitored: bool, mon
 
 
 @pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend == "triton"])
-@pytest.mark.parametrize("programs", [1, 5, 1000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("columns", "norm", "tokens"),
+    ("columns", "norm", "tokens", "programs", "dtype"),
     [
-        ((48, 12, 3, 3), "rms", 130),
-        ((15,), "rms", 3),
-        ((16,), None, 70),
-        ((63,), "rms", 20),
-        ((192, 48, 12, 3), "rms", 65),
-        ((280,), "rms", 20),
+        ((48, 12, 3, 3), "rms", 130, 1, torch.bfloat16),
+        ((48, 12, 3, 3), "rms", 130, 5, torch.float16),
+        ((48, 12, 3, 3), "rms", 130, 1000, torch.bfloat16),
+        ((15,), "rms", 3, 5, torch.bfloat16),
+        ((16,), None, 70, 1000, torch.float16),
+        ((63,), "rms", 20, 1, torch.float16),
+        ((192, 48, 12, 3), "rms", 65, 5, torch.bfloat16),
+        ((280,), "rms", 20, 1, torch.float16),
     ],
 )
 def test_all_products_in_one_pass(
-    backend: str, columns: tuple[int, ...], norm: str | None, tokens: int, dtype: torch.dtype, programs: int,
+    backend: str, columns: tuple[int, ...], norm: str | None, tokens: int, programs: int, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Groups of positions, and positions split among programs; columns with and without padding, and too many."""
