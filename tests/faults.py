@@ -50,6 +50,11 @@ FAULTS = [
         values_of("video_pyramid-triton-float32"),
     ),
     Fault(
+        "a box's gradient is not divided among its pixels", "kernel", "mfwm_kernels/triton/video_pyramid.py",
+        "(scale * ((TRUE[level] / TRUE[0]) * (TRUE[level] / TRUE[0])))", "scale",
+        values_of("video_pyramid-triton-float32"),
+    ),
+    Fault(
         "actions of another episode are added", "kernel", "mfwm_kernels/triton/action_window_sum.py",
         "(tl.load(segments + (n + j) * segment_strides[1], counts, 0) == segment)", "(n + j >= 0)",
         values_of("action_window_sum-triton-float32"),

@@ -133,7 +133,7 @@ def unpatchify(tokens: Tensor, patch: int, channels: int, height: int, width: in
 
 
 def gradient_of_video(args: Arguments, upstream: Sequence[Tensor | None]) -> Gradients:
-    """The gradient of a floating video, for the backward of every backend.
+    """The gradient of a floating video, for the backward of the CPU and CUDA C++.
 
     Plain PyTorch, because a video that requires grad (latents of an encoder in training) is rare, and this is only K
     broadcasts.
@@ -230,7 +230,7 @@ OP = register(
         backends={
             "cpu": Backend(kernels=("video_pyramid",), dtypes=VIDEO),
             "triton": Backend(
-                kernels=("video_pyramid",),
+                kernels=("video_pyramid", "video_pyramid_backward"),
                 dtypes=(torch.uint8, torch.float32, torch.bfloat16, torch.float16),
                 refuses=lambda args: "it computes in fp32, dtype is float64" if args.dtype == torch.float64 else "",
             ),
