@@ -188,9 +188,9 @@ def heads_and_bias(args: Arguments, dtype: torch.dtype, computed: torch.dtype) -
     blocks = ceil_div(max(columns), 16)
     launch(
         multi_horizon_linear_prepare, len(columns) * blocks, device,
-        tuple(args.weights), args.norm_weight, tuple(args.biases), heads, bias, tuple(columns), firsts_of(columns),
-        blocks, depth, tuple(strides(weight, 2) for weight in args.weights), norm_strides_of(args),
-        tuple(bias.stride(0) for bias in args.biases),
+        tuple(args.weights), args.norm_weight, tuple(args.biases) or None, heads, bias, tuple(columns),
+        firsts_of(columns), blocks, depth, tuple(strides(weight, 2) for weight in args.weights), norm_strides_of(args),
+        tuple(bias.stride(0) for bias in args.biases) or None,
         COUNT=len(columns), ROWS=16, BLOCK_D=min(256, power_of_2(depth)), num_warps=4,
     )  # fmt: skip
     return heads, bias
