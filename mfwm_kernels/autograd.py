@@ -10,6 +10,7 @@ differentiable tensor of the arguments, field after field, with lists flattened 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def call(op: Op, args: Any) -> list[Tensor]:
         watched = True
         refuse_compiled_forward_mode(op.name)
     else:
-        args, watched = prepare(args)
+        args, watched = prepare(args, op.tensor_fields)
     backend = choose(op, args)
     leaves, want, needed = flatten(op, args, torch.is_grad_enabled())
     if watched:
@@ -163,7 +164,7 @@ class _Kernel(torch.autograd.Function):
             return (None, None, None, None, *_scaled(ctx, grads[0]))
         if all(grad is None for grad in grads):
             return (None,) * (4 + len(flags_of(want)))
-        grads, watched = prepare(grads)
+        grads, watched = prepare(grads, range(len(grads)))
         if watched or is_batched(grads):
             refuse_transforms(op.name, grads)
         args, outputs = saved(ctx, op)
@@ -182,7 +183,7 @@ def _scaled(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     op, dtypes = ctx.op, ctx.dtypes
     if upstream is None:
         return [None] * len(dtypes)
-    (upstream,), watched = prepare((upstream,))
+    (upstream,), watched = prepare((upstream,), (0,))
     if watched or is_batched((upstream,)):
         refuse_transforms(op.name, (upstream,))
     kernels = load(op, ctx.backend)
@@ -199,7 +200,7 @@ def _scaled(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
     return gradients
 
 
-# Placeholder for a tensor that autograd saves.
+# Placeholder for a tensor that autograd saves; for a list of tensors it is their number.
 _SAVED = object()
 
 
@@ -210,16 +211,15 @@ def save(ctx: Any, op: Op, args: Any, outputs: Sequence[Tensor]) -> None:
     writes are therefore stored on ctx: every backward may overwrite them.
     """
     tensors: list[Tensor] = []
-    rest: list[Any] = []
-    for name, value in zip(args._fields, args, strict=True):
-        if isinstance(value, Tensor) and name not in op.mutated_in_backward:
+    rest = list(args)
+    for field in op.saved_fields:
+        value = rest[field]
+        if isinstance(value, Tensor):
             tensors.append(value)
-            rest.append(_SAVED)
-        elif type(value) is list and value and isinstance(value[0], Tensor):
+            rest[field] = _SAVED
+        elif value:
             tensors += value
-            rest.append([_SAVED] * len(value))
-        else:
-            rest.append(value)
+            rest[field] = len(value)
     ctx.rest = rest
     ctx.save_for_backward(*tensors, *outputs)
 
@@ -227,13 +227,13 @@ def save(ctx: Any, op: Op, args: Any, outputs: Sequence[Tensor]) -> None:
 def saved(ctx: Any, op: Op) -> tuple[Any, list[Tensor]]:
     """The saved arguments and outputs."""
     tensors = iter(ctx.saved_tensors)
-    fields = []
-    for value in ctx.rest:
+    fields = list(ctx.rest)
+    for field in op.saved_fields:
+        value = fields[field]
         if value is _SAVED:
-            value = next(tensors)
-        elif type(value) is list and value and value[0] is _SAVED:
-            value = [next(tensors) for _ in value]
-        fields.append(value)
+            fields[field] = next(tensors)
+        elif value:
+            fields[field] = list(itertools.islice(tensors, value))
     return op.arguments(*fields), list(tensors)
 
 

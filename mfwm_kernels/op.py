@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -105,6 +106,17 @@ class Op:
     statistics: int = 0
     mutated_in_backward: tuple[str, ...] = ()
     counts_flops: bool = False
+
+    @functools.cached_property
+    def tensor_fields(self) -> tuple[int, ...]:
+        """The indices of the arguments that may be a tensor or a list of tensors, by their annotations."""
+        return tuple(i for i, kind in enumerate(self.arguments.__annotations__.values()) if "Tensor" in str(kind))
+
+    @functools.cached_property
+    def saved_fields(self) -> tuple[int, ...]:
+        """The `tensor_fields` that the backward reads and does not write."""
+        names = tuple(self.arguments.__annotations__)
+        return tuple(i for i in self.tensor_fields if names[i] not in self.mutated_in_backward)
 
 
 OPS: dict[str, Op] = {}

@@ -16,9 +16,6 @@ from torch._C import _functorch, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-# Types of flat arguments that hold no tensor. A list whose first entry is a number holds only numbers.
-PLAIN = frozenset({int, float, bool, str, torch.dtype})
-
 
 def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors of flat arguments, including those in lists."""
@@ -29,24 +26,22 @@ def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from (entry for entry in value if isinstance(entry, Tensor))
 
 
-def prepare(args: Any) -> tuple[Any, bool]:
+def prepare(args: Any, fields: Iterable[int]) -> tuple[Any, bool]:
     """Flat arguments with pending negations resolved, and whether torch must see the call as an op.
 
-    A kernel reads memory, which lacks the sign of a pending negation. Torch must see the call if something watches this
-    thread (a tracer, a dispatch mode, a transform of torch.func, a level of forward mode), or if a tensor is of a
-    subclass. One pass in plain loops, because every eager call pays for it.
+    `fields` are the indices of those that may be a tensor or a list of tensors. A kernel reads memory, which lacks the
+    sign of a pending negation. Torch must see the call if something watches this thread (a tracer, a dispatch mode, a
+    transform of torch.func, a level of forward mode), or if a tensor is of a subclass. One pass in plain loops, because
+    every eager call pays for it.
     """
     watched = is_thread_watched()
     negated = False
-    for value in args:
+    for field in fields:
+        value = args[field]
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             negated |= value.is_neg()
-        elif kind in PLAIN:
-            continue
         elif kind is list:
-            if value and type(value[0]) in PLAIN:
-                continue
             for entry in value:
                 kind = type(entry)
                 if kind is Tensor or kind is Parameter:

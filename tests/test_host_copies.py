@@ -68,7 +68,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(backends.ABSENT, backend, "")
     monkeypatch.setattr(backends, "served_devices", lambda backend: ("meta",))
     # The mode is to see what happens within an op.
-    monkeypatch.setattr(autograd, "prepare", lambda args: (args, False))
+    monkeypatch.setattr(autograd, "prepare", lambda args, fields: (args, False))
     for name in ("ops.multi_horizon_loss", "cuda.multi_horizon_loss", "cuda.video_pyramid"):
         module = importlib.import_module(f"mfwm_kernels.{name}")
         monkeypatch.setattr(module, "raw", lambda tensor: None)

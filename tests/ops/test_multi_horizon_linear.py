@@ -237,7 +237,7 @@ def test_no_temporary_as_large_as_hidden(
     dtype: torch.dtype, norm: str, monitored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Let the mode see the ops inside our op, instead of routing the call through the registered op.
-    monkeypatch.setattr(autograd, "prepare", lambda args: (args, False))
+    monkeypatch.setattr(autograd, "prepare", lambda args, fields: (args, False))
     kwargs = call_of(dtype, 30, 30, width=64, norm=norm)
     upstream = [torch.randn(2, 3, 30, 30, n).to(dtype) for n in (7, 3, 1)]
     if monitored:
