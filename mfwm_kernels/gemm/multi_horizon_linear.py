@@ -115,11 +115,9 @@ def bias_of(args: Arguments, dtype: torch.dtype) -> Tensor | None:
 
 def projected_of(args: Arguments, sums: Tensor, heads: Tensor) -> Tensor:
     """[B * T, sum N_i]: each horizon's conditioning sums, of [B, T, K, D], times its head, in the sums' dtype."""
-    parts = [
-        a.to(heads.dtype) @ head.t()
-        for a, head in zip(sums.flatten(0, 1).unbind(1), heads.split(columns_of(args)), strict=True)
-    ]
-    return torch.cat(parts, 1).to(sums.dtype)
+    windows = sums.flatten(0, 1).to(heads.dtype).unbind(1)
+    pairs = zip(windows, heads.split_with_sizes(columns_of(args)), strict=True)
+    return torch.cat([a @ head.t() for a, head in pairs], 1).to(sums.dtype)
 
 
 def heads_and_bias(args: Arguments, dtype: torch.dtype, computed: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -130,14 +128,14 @@ def finish_sums(args: Arguments, scaled_sums: Tensor, heads: Tensor, sums: Tenso
     """Add (P_i summed over tokens) W_i' to the gradient of the sums."""
     parts = zip(sums_gradient.flatten(0, 1).unbind(1), of_horizons(args, scaled_sums, heads), strict=True)
     for gradient, (p, head) in parts:
-        gradient += p @ head
+        add_product(gradient, p, head, gradient.dtype)
 
 
 def of_horizons(args: Arguments, scaled_sums: Tensor, heads: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Per horizon P_i summed over tokens, in the dtype of the heads, and W_i'."""
     columns = columns_of(args)
     scaled = scaled_sums[:, : sum(columns)].to(heads.dtype)
-    return list(zip(scaled.split(columns, 1), heads.split(columns), strict=True))
+    return list(zip(scaled.split_with_sizes(columns, 1), heads.split_with_sizes(columns), strict=True))
 
 
 def finish_heads(
@@ -153,16 +151,16 @@ def finish_heads(
     bias the sums of the columns of all dout_i, [sum N_i, 1]."""
     columns, computed = columns_of(args), heads_gradient.dtype
     windows = sums.flatten(0, 1).unbind(1)
-    parts = zip(heads_gradient.split(columns), of_horizons(args, scaled_sums, heads), windows, strict=True)
+    parts = zip(heads_gradient.split_with_sizes(columns), of_horizons(args, scaled_sums, heads), windows, strict=True)
     for gradient, (p, head), window in parts:
-        gradient += p.t() @ window.to(head.dtype)
+        add_product(gradient, p.t(), window.to(head.dtype), computed)
     if is_layer(args):
         heads_gradient = centred(heads_gradient)
     norm_weights, norm_bias = (of_heads(args, p, computed) for p in (args.norm_weight, args.norm_bias))
     weights_gradient = heads_gradient if norm_weights is None else heads_gradient * norm_weights
     if totals is not None and norm_bias is not None:
         weights_gradient = weights_gradient + totals * norm_bias
-    wanted = zip(weights_gradient.to(args.hidden.dtype).split(columns), want["weights"], strict=True)
+    wanted = zip(weights_gradient.to(args.hidden.dtype).split_with_sizes(columns), want["weights"], strict=True)
     gradients: Gradients = {"weights": [weight if wants else None for weight, wants in wanted]}
     if want["norm_weight"]:
         assert args.norm_weight is not None
@@ -276,7 +274,8 @@ def backward(
             heads_gradient = added.to(computed) if heads_gradient is None else heads_gradient.add_(added)
         if monitored:
             states = [None if state is None else state[: last - first] for state in states_all]
-            for p, head, state in zip(scaled.split(columns, 1), heads.split(columns), states, strict=True):
+            parts = zip(scaled.split_with_sizes(columns, 1), heads.split_with_sizes(columns), states, strict=True)
+            for p, head, state in parts:
                 if state is not None:
                     torch.mm(p, head, out=state)
             passes.monitor(args, chunk, states, shares, target, sums_gradient, gram)
@@ -328,7 +327,7 @@ def parts_of(args: Arguments, statistics: Tensor) -> tuple[Tensor | None, Tensor
 def norm_gradient_of(args: Arguments, parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of the norm's weight or bias: column sums of W times `gradient`, which is [sum N_i, D or 1]."""
     products = torch.cat(args.weights) * gradient
-    parts = [products] if parameter.dim() == 1 else products.split(columns_of(args))
+    parts = [products] if parameter.dim() == 1 else products.split_with_sizes(columns_of(args))
     return torch.stack([part.sum(0) for part in parts]).view(parameter.shape).to(parameter.dtype)
 
 

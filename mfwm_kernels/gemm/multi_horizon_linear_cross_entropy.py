@@ -146,7 +146,7 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     if accuracy is not None:
         outputs.append(accuracy)
     if predictions is not None:
-        for states, part in zip(args.inputs, predictions.split(terms), strict=True):
+        for states, part in zip(args.inputs, predictions.split_with_sizes(terms), strict=True):
             outputs.append(part.view(*states.shape[:-1], *args.tokens.shape[4:]).long())
     return outputs, gradients
 
@@ -279,7 +279,7 @@ class Heads:
                 multiply(logits_gradient, self.weights[index], product.gradient)
             elif product.gathered and any(self.want["inputs"][part.horizon] for part in product.parts):
                 multiply(logits_gradient, self.weights[index], product.states)
-                gradients = product.states.split([part.size for part in product.parts])
+                gradients = product.states.split_with_sizes([part.size for part in product.parts])
                 for part, gradient in zip(product.parts, gradients, strict=True):
                     self._scatter(part, gradient, added)
 
@@ -333,7 +333,7 @@ class Heads:
         """A copy of the parts' rows, concatenated."""
         counts = [part.size for part in parts]
         gathered = self._empty(sum(counts), self.args.inputs[0].shape[-1])
-        for part, target in zip(parts, gathered.split(counts), strict=True):
+        for part, target in zip(parts, gathered.split_with_sizes(counts), strict=True):
             states = self.args.inputs[part.horizon]
             if isinstance(part.rows, Tensor):
                 matrix = flat(states)
@@ -347,7 +347,7 @@ class Heads:
                 # The strides allow no view by clip.
                 views = [rows_of(states[:, : self.covered[part.horizon]], part.rows.start, part.rows.stop)]
             sizes = [view.shape[:-1].numel() for view in views]
-            for view, rows in zip(views, target.split(sizes), strict=True):
+            for view, rows in zip(views, target.split_with_sizes(sizes), strict=True):
                 rows.view(view.shape).copy_(view)
         return gathered
 
@@ -361,7 +361,8 @@ class Heads:
             rows[part.rows] = (rows[part.rows] + gradient if added else gradient).to(target.dtype)
             return
         views = self._views(self.clips[part.horizon].gradient, part)
-        for view, rows in zip(views, gradient.split([view.shape[:-1].numel() for view in views]), strict=True):
+        sizes = [view.shape[:-1].numel() for view in views]
+        for view, rows in zip(views, gradient.split_with_sizes(sizes), strict=True):
             view.copy_(view + rows.view(view.shape) if added else rows.view(view.shape))
 
     def _sum(self, total: Tensor | None, logits_gradient: Tensor, states: Tensor) -> Tensor:

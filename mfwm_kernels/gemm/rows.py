@@ -74,7 +74,7 @@ def rows_of(states: Tensor, first: int, last: int) -> Tensor:
     """Rows first .. last - 1 of [..., D]: a view if the strides allow one, else a copy."""
     rows = flat(states)
     if rows is not None:
-        return rows[first:last]
+        return rows if last - first == rows.shape[0] else rows[first:last]
     return rows_at(states, torch.arange(first, last, device=states.device))
 
 

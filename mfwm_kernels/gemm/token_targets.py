@@ -114,11 +114,11 @@ def means(
     """See gemm.multi_horizon_linear_cross_entropy.Passes."""
     computed, device, per_token = losses.dtype, losses.device, args.ids_per_token
     repeats = [size * per_token for size in targets.sizes]
-    rest = losses[sum(repeats) :].split([pair.far.shape[0] * per_token for pair in pairs])
+    rest = losses[sum(repeats) :].split_with_sizes([pair.far.shape[0] * per_token for pair in pairs])
     losses = losses[: sum(repeats)]
     if targets.weights is not None:
         losses = losses * targets.weights
-    per_horizon = torch.stack([sum_of(part) for part in losses.split(repeats)]) / targets.cells.clamp_min(1)
+    per_horizon = torch.stack([sum_of(part) for part in losses.split_with_sizes(repeats)]) / targets.cells.clamp_min(1)
     total = (args.horizon_weights.to(computed) * per_horizon).sum()
     shape = (len(args.inputs),) if args.consistency_weights is None else tuple(args.consistency_weights.shape)
     consistency = torch.zeros(shape, dtype=computed, device=device)
@@ -131,7 +131,7 @@ def means(
         total = total + torch.where(consistency_counts > 0, weighted, 0).sum()
     if hits is None:
         return total, per_horizon, consistency, consistency_counts, None
-    right = torch.stack([part.sum() for part in hits.split(repeats)])
+    right = torch.stack([part.sum() for part in hits.split_with_sizes(repeats)])
     accuracy = right.to(computed) / targets.terms.clamp_min(1)
     return total, per_horizon, consistency, consistency_counts, accuracy
 
