@@ -4,10 +4,10 @@ With --report [FILE] it prints instead what each kernel costs on an H200 at the 
 and with --compare FILE what got worse since a report was written to FILE (mfwm_kernels.aot_report, docs/gpu.md).
 
 Compiles everything that the launchers of each op launch (mfwm_kernels.launches), once for each of Triton's
-specialisations. A row fails if a kernel does not compile, spills registers, needs more shared memory than the GPU has,
-or overwrites a tile that a dot still reads (mfwm_kernels.pipelines). Registers, local and shared memory are read from
-the cubin; for CUDA C++ kernels, from the compiled module if it was built with nvcc. The exit status is 1 if a row
-fails.
+specialisations; with --fewer, once for each set of constants and dtypes, whatever is aligned, which are half as many. A
+row fails if a kernel does not compile, spills registers, needs more shared memory than the GPU has, or overwrites a
+tile that a dot still reads (mfwm_kernels.pipelines). Registers, local and shared memory are read from the cubin; for
+CUDA C++ kernels, from the compiled module if it was built with nvcc. The exit status is 1 if a row fails.
 """
 
 from __future__ import annotations
@@ -82,8 +82,11 @@ def use(architecture: str) -> None:
     launch.recorded_architecture = active.target.arch
 
 
-def variants(ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES, architecture: str = "sm_90") -> list[Variant]:
-    """The launches of calls of `ops` in these dtypes, one for each key by which Triton specialises."""
+def variants(
+    ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES, architecture: str = "sm_90", fewer: bool = False
+) -> list[Variant]:
+    """The launches of calls of `ops` in these dtypes, one for each key by which Triton specialises. If `fewer`, one for
+    each set of constants and dtypes."""
     use(architecture)
     found: dict[Any, Variant] = {}
     for op in ops:
@@ -92,7 +95,8 @@ def variants(ops: Sequence[Op], dtypes: Sequence[torch.dtype] = DTYPES, architec
                 function = launch.kernel.fn
                 name = (function.__module__, function.__name__)
                 variant = Variant(op.name, call.name, name, launch.given, launch.constants)
-                found.setdefault((name, key_of(launch)), variant)
+                key = config_of(launch.given, launch.constants) if fewer else key_of(launch)
+                found.setdefault((name, key), variant)
     return list(found.values())
 
 
@@ -258,6 +262,7 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS), metavar="OP")
     parser.add_argument("--dtype", nargs="+", default=list(NAMED), choices=list(NAMED), metavar="DTYPE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="number of compiling processes")
+    parser.add_argument("--fewer", action="store_true", help="compile each set of constants and dtypes once")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument(
         "--report", nargs="?", const="", metavar="FILE", help="what each kernel costs; write it to FILE"
@@ -279,7 +284,9 @@ def main() -> None:
         sys.exit(reported([op for op in chosen if "triton" in op.backends], arguments))
     served, dtypes = [op for op in chosen if "triton" in op.backends], [NAMED[name] for name in arguments.dtype]
     found = [
-        (architecture, variant) for architecture in arguments.arch for variant in variants(served, dtypes, architecture)
+        (architecture, variant)
+        for architecture in arguments.arch
+        for variant in variants(served, dtypes, architecture, arguments.fewer)
     ]
     compiled = compiled_rows(found, arguments.jobs)
     built = (row for arch in arguments.arch for row in cuda_rows(arch) if row["op"] in arguments.op)

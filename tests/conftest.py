@@ -99,6 +99,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
         if not here and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    if not ABSENT["triton"] and any("interpreter" in item.keywords for item in items):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 def cpu_seconds() -> float:
