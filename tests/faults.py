@@ -144,12 +144,12 @@ FAULTS = [
     Fault(
         "a mask excludes no target of a kernel", "kernel", "mfwm_kernels/triton/token_targets.py",
         "id = tl.where(is_trained, id, -1)", "id = tl.where(is_trained, id, id)",
-        "tests/ops/test_multi_horizon_linear_cross_entropy.py -k targets_of_a_launch",
+        "tests/ops/test_token_targets.py -k targets_of_a_launch",
     ),
     Fault(
         "the near side of a pair counts at another position", "kernel", "mfwm_kernels/triton/token_consistency.py",
         "weight_strides, b, n + APART, both, NEAR", "weight_strides, b, n, both, NEAR",
-        "tests/ops/test_multi_horizon_linear_cross_entropy.py -k pairs_of_a_launch",
+        "tests/ops/test_token_targets.py -k pairs_of_a_launch",
     ),
     Fault(
         "the other side of a pair is detached", "gradient", "mfwm_kernels/ops/multi_horizon_loss.py",
@@ -191,7 +191,7 @@ FAULTS = [
     Fault(
         "a negative id is used as an index", "arguments", "mfwm_kernels/ops/token_ids.py",
         "((ids < 0) | (ids >= vocabulary))", "(ids >= vocabulary)",
-        "tests/ops/test_multi_horizon_linear_cross_entropy.py -k out_of_range",
+        "tests/ops/test_token_targets.py -k out_of_range",
     ),
     # ---- dispatch, autograd and torch's transforms
     Fault(

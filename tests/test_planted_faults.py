@@ -68,3 +68,11 @@ def test_a_text_that_is_not_there_once_names_its_fault(tree: Path, tmp_path: Pat
 
 def test_every_fault_can_be_planted() -> None:
     check_texts(FAULTS, ROOT)
+
+
+def test_the_tests_of_every_fault_exist() -> None:
+    """A test that moved would judge nothing: its file must contain a word of the expression after -k."""
+    for planted in FAULTS:
+        path, _, expression = planted.tests.partition(" -k ")
+        words, text = set(expression.strip("'").split()) - {"and", "or", "not"}, (ROOT / path).read_text()
+        assert any(word in text for word in words), f"{planted.name}: {planted.tests}"
