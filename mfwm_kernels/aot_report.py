@@ -30,7 +30,8 @@ FLOPS_PER_S = {"bf16": 790e12, "fp32": 60e12}
 REACHED = {"bytes": 0.9, "issue": 0.55, "flops": 0.75}
 # With one block per SM nothing runs while it waits at a barrier.
 ISSUE_OF_ONE_BLOCK = 0.4
-# Fewer bytes in flight than this per SM do not keep the memory busy.
+# If a kernel only reads, fewer bytes in flight than this per SM do not keep the memory busy. Nothing waits for a store,
+# so a kernel that writes too needs as many as correspond to the share of its reads.
 BYTES_IN_FLIGHT = 24 * 1024
 LAUNCH_US = 2.0
 # Kernels that take less are at the end of the table.
@@ -97,7 +98,7 @@ def kernel_rows(case: Case, launched: Sequence[tuple[str, dict[str, Any]]]) -> I
     for name in dict.fromkeys(name for name, _ in launched):
         launches = [measures for kernel, measures in launched if kernel == name]
         row = {**case._asdict(), "kernel": name, "launches": len(launches)}
-        row |= {key: sum(m[key] for m in launches) for key in ("instructions", "bytes", "flops")}
+        row |= {key: sum(m[key] for m in launches) for key in ("instructions", "bytes", "read_bytes", "flops")}
         row |= {
             key: max(m[key] for m in launches)
             for key in ("barriers", "registers", "shared_bytes", "spilled_bytes", "warps", "programs")
@@ -120,10 +121,15 @@ def times_of(row: dict[str, Any]) -> dict[str, float]:
     issue, moved = row["instructions"] / ISSUED_PER_S * 1e6, row["bytes"] / BYTES_PER_S * 1e6
     flops = row["flops"] / FLOPS_PER_S["bf16"] * 1e6
     issued = ISSUE_OF_ONE_BLOCK if row["blocks_per_sm"] == 1 else REACHED["issue"]
-    starved = BYTES_IN_FLIGHT / row["bytes_in_flight"] if row["bytes_in_flight"] else 0
+    starved = needed_bytes(row) / row["bytes_in_flight"] if row["bytes_in_flight"] else 0
     predicted = max(moved * max(1 / REACHED["bytes"], starved), issue / issued, flops / REACHED["flops"])
     rounded = {"issue_us": issue, "byte_us": moved, "ratio": issue / moved if moved else 0.0, "predicted_us": predicted}
     return {name: round(value, 3) for name, value in rounded.items()}
+
+
+def needed_bytes(row: dict[str, Any]) -> float:
+    """The bytes in flight per SM that keep the memory busy with this share of reads."""
+    return BYTES_IN_FLIGHT * row["read_bytes"] / row["bytes"] if row["bytes"] else 0.0
 
 
 def call_row(case: Case, phase: Phase, call: Call, kernels: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def problems_of(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
 KERNEL_HEADER = (
     f"{'kernel (of op)':45}{'size':18}{'dtype':6}{'phase':9}{'times':>5}{'Minstr':>9}{'issue us':>10}{'byte us':>9}"
     f"{'ratio':>7}{'bar':>7} {'loads by width':30}{'stores by width':26}{'regs':>5}"
-    f"{'warps':>6}{'b/SM':>5}{'KB fly':>7}{'spill':>6}{'pred us':>9}"
+    f"{'warps':>6}{'b/SM':>5}{'KB fly':>7}{'need':>6}{'spill':>6}{'pred us':>9}"
 )
 CALL_HEADER = (
     f"{'op':36}{'backend':9}{'size':18}{'dtype':6}{'phase':9}{'launches':>9}{'products':>9}{'small ops':>10}"
@@ -200,7 +206,8 @@ def kernel_line(row: dict[str, Any]) -> str:
         f"{'~' if row['assumed_branches'] else ' '}{row['instructions'] / 1e6:8.2f}"
         f"{row['issue_us']:10.1f}{row['byte_us']:9.1f}{row['ratio']:7.2f}{row['barriers']:7.1f} {loads[:29]:30}"
         f"{stores[:25]:26}{row['registers']:5}{row['warps']:6}{row['blocks_per_sm']:5}"
-        f"{row['bytes_in_flight'] / 1024:7.1f}{row['spilled_bytes']:6}{row['predicted_us']:9.1f}"
+        f"{row['bytes_in_flight'] / 1024:7.1f}{needed_bytes(row) / 1024:6.1f}{row['spilled_bytes']:6}"
+        f"{row['predicted_us']:9.1f}"
     )
 
 

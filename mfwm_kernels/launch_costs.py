@@ -88,7 +88,7 @@ def measures_of_triton(variant: Variant, launches: Sequence[tuple[tuple[Argument
     for arguments, programs in launches:
         sized = [(argument.value, argument.size) for argument in (*arguments, *scratch)]
         found = measured(program, sized, programs, warps, used["registers"], used["shared_bytes"], constants)
-        rows.append(row_of(found, fewest_bytes(arguments, accesses), used, warps, programs))
+        rows.append(row_of(found, *fewest_bytes(arguments, accesses), used, warps, programs))
     return rows
 
 
@@ -107,14 +107,16 @@ def measures_of_cuda(name: str, launches: Sequence[CudaLaunch]) -> list[dict[str
         found = measured(
             program, sized, launch.blocks, warps, used["registers"], used["shared_bytes"], function.constants
         )
-        rows.append(row_of(found, launch.nbytes, used, warps, launch.blocks))
+        # Nothing says which of these bytes are read.
+        rows.append(row_of(found, launch.nbytes, 0, used, warps, launch.blocks))
     return rows
 
 
-def row_of(found: Measures, nbytes: int, used: dict[str, int], warps: int, programs: int) -> dict[str, Any]:
+def row_of(found: Measures, read: int, written: int, used: dict[str, int], warps: int, programs: int) -> dict[str, Any]:
     return {
         "instructions": found.warp_instructions,
-        "bytes": nbytes,
+        "bytes": read + written,
+        "read_bytes": read,
         "flops": found.flops,
         "barriers": found.barriers,
         "loads": found.loads,

@@ -98,13 +98,13 @@ def accesses_of(ttir: str) -> Accesses:
     return Accesses(frozenset(read), frozenset(written))
 
 
-def fewest_bytes(arguments: Sequence[Argument], accesses: Accesses) -> int:
-    """Of a launch with these arguments, in the kernel's order. A tensor that is read and written counts twice."""
-    total = 0
-    for places in accesses:
+def fewest_bytes(arguments: Sequence[Argument], accesses: Accesses) -> tuple[int, int]:
+    """(read, written) by a launch with these arguments, in the kernel's order."""
+
+    def distinct(places: frozenset[int]) -> int:
         tensors: dict[int, int] = {}
-        for place in places:
-            argument = arguments[place]
+        for argument in (arguments[place] for place in places):
             tensors[argument.value] = max(argument.tensor_bytes, tensors.get(argument.value, 0))
-        total += sum(tensors.values())
-    return total
+        return sum(tensors.values())
+
+    return distinct(accesses.read), distinct(accesses.written)
