@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mfwm_kernels.backends import ABSENT, served_devices, use_backend
-from mfwm_kernels.check import TOLERANCE, converted, doubled, relative_error, tensors_of
+from mfwm_kernels.check import TOLERANCE, converted, different, doubled, relative_error, tensors_of
 from mfwm_kernels.op import OPS, Op
 
 from . import rivals
@@ -90,7 +90,7 @@ def with_gradients(op: Op, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves_of(op: Op, kwargs: dict[str, Any]) -> list[Tensor]:
-    return [t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad]
+    return different([t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad])
 
 
 def call_of(op: Op, formula: Formula, kwargs: dict[str, Any], upstream: list[Tensor]) -> Callable[[], list[Tensor]]:

@@ -65,12 +65,27 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `convert` applied to its floating tensors, including those in lists and dicts."""
-    if isinstance(value, dict):
-        return {name: converted(entry, convert) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, type(None))) for entry in value):
-        return [converted(entry, convert) for entry in value]
-    return convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+    """`value` with `convert` applied to its floating tensors, including those in lists and dicts. A tensor that it has
+    several times is converted once, because an op may treat the same tensor otherwise than an equal one."""
+    results: dict[int, Tensor] = {}
+
+    def once(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {name: once(part) for name, part in entry.items()}
+        if isinstance(entry, (list, tuple)) and any(isinstance(part, (Tensor, type(None))) for part in entry):
+            return [once(part) for part in entry]
+        if not (isinstance(entry, Tensor) and entry.is_floating_point()):
+            return entry
+        if id(entry) not in results:
+            results[id(entry)] = convert(entry)
+        return results[id(entry)]
+
+    return once(value)
+
+
+def different(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors in order, each once."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def doubled(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +105,7 @@ def run(op: Op, kwargs: dict[str, Any], backend: str) -> tuple[list[Tensor], lis
     with use_backend(backend):
         result = op.public(**kwargs)
     outputs = tensors_of(result)
-    leaves = [t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad]
+    leaves = different([t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad])
     pairs = [(o, wave(o)) for o in outputs if o.requires_grad]
     if not pairs or not leaves:
         return [o.detach() for o in outputs], []
@@ -115,12 +130,16 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def tensor_names(op: Op, kwargs: dict[str, Any], outputs: int) -> list[str]:
     """The name of each tensor that `run` returns, in the same order."""
     names = [f"output {i}" for i in range(outputs)]
+    seen: set[int] = set()
     for name in op.differentiable:
         value = kwargs.get(name)
         entries = (
             [(name, value)] if isinstance(value, Tensor) else [(f"{name}[{i}]", t) for i, t in enumerate(value or ())]
         )
-        names += [f"gradient of {entry}" for entry, t in entries if isinstance(t, Tensor) and t.is_floating_point()]
+        for entry, t in entries:
+            if isinstance(t, Tensor) and t.is_floating_point() and id(t) not in seen:
+                seen.add(id(t))
+                names.append(f"gradient of {entry}")
     return names
 
 

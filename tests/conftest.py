@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mfwm_kernels import dtypes, info
 from mfwm_kernels.backends import ABSENT, served_devices
-from mfwm_kernels.check import tensors_of
+from mfwm_kernels.check import converted, different, tensors_of
 from mfwm_kernels.op import OPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,25 +193,21 @@ def fewest_horizons(op: Any, device: torch.device) -> dict[str, Any]:
 
 
 def require_grad(op: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same call, with its differentiable tensors copied to leaves that require grad."""
+    """The same call, with its differentiable tensors copied to leaves that require grad, each once."""
 
-    def leaf(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(leaf(entry) for entry in value)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
-                # An expanded tensor cannot be copied to; nothing writes to the one that is shared here.
-                return value.detach().requires_grad_()
-            # Keep the strides: clone() would make the leaf contiguous.
-            strided = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-            return strided.copy_(value).requires_grad_()
-        return value
+    def leaf(value: Tensor) -> Tensor:
+        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+            # An expanded tensor cannot be copied to; nothing writes to the one that is shared here.
+            return value.detach().requires_grad_()
+        # Keep the strides: clone() would make the leaf contiguous.
+        strided = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return strided.copy_(value).requires_grad_()
 
-    return {name: leaf(value) if name in op.differentiable else value for name, value in kwargs.items()}
+    return {name: converted(value, leaf) if name in op.differentiable else value for name, value in kwargs.items()}
 
 
 def leaves(op: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    return [t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad]
+    return different([t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad])
 
 
 def differentiable_outputs(result: Any) -> list[Tensor]:

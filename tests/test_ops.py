@@ -22,7 +22,7 @@ from conftest import (
 import mfwm_kernels
 from mfwm_kernels import autograd, backends
 from mfwm_kernels.backends import ABSENT, BackendError, served_devices, use_backend
-from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
+from mfwm_kernels.check import TOLERANCE, converted, doubled, relative_error, tensors_of
 from mfwm_kernels.op import OPS
 
 
@@ -90,10 +90,11 @@ def sample_of(op: Any, backend: str, number: int) -> dict[str, Any]:
     sample = samples(op, torch.float32, device_of(backend))[number]
     if not interpreted(backend):
         return sample
-    return {
-        name: value if name not in CLIPS else value[:1] if isinstance(value, torch.Tensor) else [t[:1] for t in value]
-        for name, value in sample.items()
-    }
+
+    def first(value: Any) -> Any:
+        return value[:1] if isinstance(value, torch.Tensor) else converted(value, lambda tensor: tensor[:1])
+
+    return {name: first(value) if name in CLIPS else value for name, value in sample.items()}
 
 
 def upstream_of(result: Any) -> list[torch.Tensor]:
