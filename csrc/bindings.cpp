@@ -176,12 +176,12 @@ PYBIND11_MODULE(_native, module) {
              });
   module.def("multi_horizon_linear_cross_entropy",
              [](py::object logits, py::object biases, py::object bias_rows, py::object ids, py::object starts,
-                py::object scales, py::object losses, py::object hits, py::object predictions, double label_smoothing,
-                double z_loss, double softcap, bool gradients, int threads) {
+                py::object scales, py::object losses, py::object hits, py::object predictions, int64_t entries,
+                double label_smoothing, double z_loss, double softcap, bool gradients, int threads) {
                const MultiHorizonLinearCrossEntropy op{
                    array_of(logits), array_of(biases), array_of(bias_rows), array_of(ids),
                    array_of(starts), array_of(scales), array_of(losses),    array_of(hits),
-                   array_of(predictions), label_smoothing, z_loss, softcap, gradients, threads};
+                   array_of(predictions), entries, label_smoothing, z_loss, softcap, gradients, threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_cross_entropy(op);
              });

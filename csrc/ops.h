@@ -115,19 +115,21 @@ struct MtpCombine {
   int threads;
 };
 
-// A chunk of rows, of any horizons, of multi_horizon_linear_cross_entropy. torch computes the matrix products. The
-// kernel overwrites a row's logits with the gradient of its loss times its scale. "Precision" is float64 for float64
+// A chunk of rows, of any horizons, of multi_horizon_linear_cross_entropy. torch computes the matrix products. A row has
+// E entries, one for each horizon that shares its logits; those without ids do not count. The kernel overwrites a row's
+// logits with the gradient of the sum of its entries' losses times their scales. "Precision" is float64 for float64
 // logits, else float32. All arrays but the logits are contiguous.
 struct MultiHorizonLinearCrossEntropy {
   Array logits;                             // [R, V], of unit stride
   Array biases;                             // [N, V], contiguous, precision; or none
   Array bias_rows;                          // [R] int32: the row of `biases` to add to each row of logits
-  Array ids;                                // int32: the target ids of each row's cell; negative ids are ignored
-  Array starts;                             // [R + 1] int64: row r's ids are ids[starts[r]] to ids[starts[r + 1] - 1]
-  Array scales;                             // [R], precision
-  Array losses;                             // [R], precision
-  Array hits;                               // [R] int32, or none: 1 where the argmax is the cell's most frequent id
+  Array ids;                                // int32: the target ids of each entry; negative ids are ignored
+  Array starts;                             // [R * E + 1] int64: entry x's ids are ids[starts[x]] to ids[starts[x + 1] - 1]
+  Array scales;                             // [R * E], precision
+  Array losses;                             // [R * E], precision
+  Array hits;                               // [R * E] int32, or none: 1 where the argmax is the entry's most frequent id
   Array predictions;                        // [R] int32, or none: the argmax before softcap, of every row
+  int64_t entries;                          // E
   double label_smoothing, z_loss, softcap;  // softcap 0: none
   bool gradients;                           // false: leave the logits alone
   int threads;

@@ -150,6 +150,7 @@ def multi_horizon_linear_cross_entropy(
     losses: Array,
     hits: Array | None,
     predictions: Array | None,
+    entries: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float,

@@ -69,8 +69,8 @@ def define(op: Op) -> None:
         outputs, gradients = load(op, backend).forward(args, want)
         if not op.gradients_in_forward:
             return outputs
-        pairs = zip(flatten(op, args)[0], gradient_of_leaves(want, gradients), strict=True)
-        return [*outputs, *(laid_out_like(leaf, gradient) for leaf, gradient in pairs if gradient is not None)]
+        leaves = zip(flatten(op, args)[0], flags, gradient_of_leaves(want, gradients), strict=True)
+        return [*outputs, *(laid_out_like(leaf, gradient) for leaf, flag, gradient in leaves if flag)]
 
     def forward_fake(*flat: Any) -> list[Tensor]:
         args, (flags, _) = op.arguments(*flat[:count]), flat[count:]
@@ -142,8 +142,11 @@ def _define_backward(op: Op, schema: str, count: int) -> None:
     torch.library.register_fake(f"mfwm::{op.name}_backward", backward_fake, lib=_library)
 
 
-def laid_out_like(leaf: Tensor, gradient: Tensor) -> Tensor:
-    """`gradient` in the strides of torch.empty_like(leaf), which the fake promises to the compiler."""
+def laid_out_like(leaf: Tensor, gradient: Tensor | None) -> Tensor:
+    """`gradient` in the strides of torch.empty_like(leaf), which the fake promises to the compiler. None, for a tensor
+    whose gradient is summed where it is given first, is zeros."""
+    if gradient is None:
+        return torch.zeros_like(leaf, dtype=stored_dtype(leaf))
     expected = torch.empty_like(leaf, device="meta").stride()
     return gradient if gradient.stride() == expected else torch.empty_like(leaf, dtype=gradient.dtype).copy_(gradient)
 

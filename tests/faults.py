@@ -119,7 +119,7 @@ FAULTS = [
     Fault(
         "a position weight does not reach the gradient", "gradient",
         "mfwm_kernels/gemm/token_targets.py",
-        "row_scales * weights", "row_scales",
+        "all_scales * weights", "all_scales",
         values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
     ),
     Fault(

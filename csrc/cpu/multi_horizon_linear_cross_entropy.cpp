@@ -133,13 +133,17 @@ struct Rowwise {
   }
 };
 
-// ---- Cross-entropy: the target of a row is the mean of its cell's ids
+// ---- Cross-entropy: the target of an entry is the mean of its ids. Entries of a row share its softmax
 
 template <class C>
 struct CrossEntropy {
   const MultiHorizonLinearCrossEntropy& op;
   const int64_t vocabulary = op.logits.size[1];
   const Rowwise<C> rowwise{vocabulary, padded<C>(vocabulary), static_cast<C>(op.softcap)};
+
+  static MFWM_INLINE int64_t valid_of(const int32_t* cell, int64_t ids) {
+    return std::count_if(cell, cell + ids, [](int32_t id) { return id >= 0; });
+  }
 
   // The most frequent id of a cell; the smallest of them in a tie.
   static MFWM_INLINE int32_t most_frequent(const int32_t* cell, int64_t ids) {
@@ -155,50 +159,66 @@ struct CrossEntropy {
 
   MFWM_SIMD void rows(int64_t begin, int64_t end, C* scratch) const {
     const C smooth = static_cast<C>(op.label_smoothing), z_loss = static_cast<C>(op.z_loss);
+    const int32_t* all_ids = static_cast<const int32_t*>(op.ids.data);
     Softmax<C> softmax{scratch, scratch + rowwise.row};
     C* __restrict e = softmax.powers;
     const C* __restrict z = softmax.logits;
     for (int64_t r = begin; r < end; ++r) {
-      const int64_t* starts = static_cast<const int64_t*>(op.starts.data) + r;
-      const int32_t* cell = static_cast<const int32_t*>(op.ids.data) + starts[0];
-      const int64_t ids = starts[1] - starts[0];
-      C& loss = static_cast<C*>(op.losses.data)[r];
-      int32_t* hit = op.hits ? static_cast<int32_t*>(op.hits.data) + r : nullptr;
+      const int64_t first = r * op.entries, last = first + op.entries;
+      const int64_t* starts = static_cast<const int64_t*>(op.starts.data);
       const C* bias = nullptr;
       if (op.biases)
         bias = static_cast<const C*>(op.biases.data) + static_cast<const int32_t*>(op.bias_rows.data)[r] * vocabulary;
-      int64_t valid = 0;
-      for (int64_t j = 0; j < ids; ++j) valid += cell[j] >= 0;
-      if (valid > 0 || op.predictions) rowwise.read(softmax.logits, op.logits, r, 0, bias);
+      const bool counts =
+          std::any_of(all_ids + starts[first], all_ids + starts[last], [](int32_t id) { return id >= 0; });
+      if (counts || op.predictions) rowwise.read(softmax.logits, op.logits, r, 0, bias);
       if (op.predictions) static_cast<int32_t*>(op.predictions.data)[r] = rowwise.argmax(z);
-      if (valid == 0) {
-        loss = 0;
-        if (hit) *hit = 0;
+      if (!counts) {
+        std::fill(static_cast<C*>(op.losses.data) + first, static_cast<C*>(op.losses.data) + last, C(0));
+        if (op.hits) std::fill(static_cast<int32_t*>(op.hits.data) + first, static_cast<int32_t*>(op.hits.data) + last, 0);
         std::fill(e, e + vocabulary, C(0));
         if (op.gradients) store_row(e, op.logits.data, op.logits.dtype, r * op.logits.stride[0], 1, vocabulary);
         continue;
       }
       rowwise.normalise(softmax);
-      const C each = 1 / static_cast<C>(valid), log_sum = softmax.normaliser;
-      C target_sum = 0;
-      for (int64_t j = 0; j < ids; ++j)
-        if (cell[j] >= 0) target_sum += z[cell[j]];
-      loss = (1 - smooth) * (log_sum - target_sum * each) + z_loss * log_sum * log_sum;
+      const C log_sum = softmax.normaliser;
+      C mean = 0;
       if (smooth > 0) {
         const double sum = long_sum<C>(vocabulary, [=](int64_t k) __attribute__((always_inline)) { return z[k]; });
-        loss += smooth * (log_sum - static_cast<C>(sum / static_cast<double>(vocabulary)));
+        mean = static_cast<C>(sum / static_cast<double>(vocabulary));
       }
-      if (hit) {
-        const int32_t target = most_frequent(cell, ids);
-        *hit = z[target] == softmax.largest && std::find(z, z + target, softmax.largest) == z + target;
+      C scale = 0;  // the sum of the scales of the entries that count
+      for (int64_t x = first; x < last; ++x) {
+        const int32_t* cell = all_ids + starts[x];
+        const int64_t ids = starts[x + 1] - starts[x], valid = valid_of(cell, ids);
+        C& loss = static_cast<C*>(op.losses.data)[x];
+        loss = 0;
+        if (op.hits) static_cast<int32_t*>(op.hits.data)[x] = 0;
+        if (valid == 0) continue;
+        C target_sum = 0;
+        for (int64_t j = 0; j < ids; ++j)
+          if (cell[j] >= 0) target_sum += z[cell[j]];
+        loss = (1 - smooth) * (log_sum - target_sum / static_cast<C>(valid)) + z_loss * log_sum * log_sum;
+        if (smooth > 0) loss += smooth * (log_sum - mean);
+        if (op.hits) {
+          const int32_t target = most_frequent(cell, ids);
+          static_cast<int32_t*>(op.hits.data)[x] =
+              z[target] == softmax.largest && std::find(z, z + target, softmax.largest) == z + target;
+        }
+        scale += static_cast<const C*>(op.scales.data)[x];
       }
       if (op.gradients) {
-        const C scale = static_cast<const C*>(op.scales.data)[r];
         const C factor = scale * (1 + 2 * z_loss * log_sum) / softmax.sum;
         const C shift = scale * smooth / static_cast<C>(vocabulary);
         for (int64_t k = 0; k < vocabulary; ++k) e[k] = e[k] * factor - shift;
-        for (int64_t j = 0; j < ids; ++j)
-          if (cell[j] >= 0) e[cell[j]] -= scale * (1 - smooth) * each;
+        for (int64_t x = first; x < last; ++x) {
+          const int32_t* cell = all_ids + starts[x];
+          const int64_t ids = starts[x + 1] - starts[x];
+          const C each = (1 - smooth) * static_cast<const C*>(op.scales.data)[x] /
+                         static_cast<C>(std::max<int64_t>(valid_of(cell, ids), 1));
+          for (int64_t j = 0; j < ids; ++j)
+            if (cell[j] >= 0) e[cell[j]] -= each;
+        }
         rowwise.store(e, z, op.logits, r, 0);
       }
     }

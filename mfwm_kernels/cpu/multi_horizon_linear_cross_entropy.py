@@ -57,13 +57,15 @@ def cross_entropy(
     learns: bool,
 ) -> None:
     last = first + logits.shape[0]
+    entries = targets.entries
     bias_rows = None if targets.bias_rows is None else targets.bias_rows[first:last]
-    hits = None if hits is None else hits[first:last]
     predictions = None if predictions is None else predictions[first:last]
+    first, last = first * entries, last * entries
+    hits = None if hits is None else hits[first:last]
     kernels.multi_horizon_linear_cross_entropy(
         raw(logits), raw(biases), raw(bias_rows), raw(targets.ids), raw(targets.starts[first : last + 1]),
-        raw(targets.scales[first:last]), raw(losses[first:last]), raw(hits), raw(predictions), args.label_smoothing,
-        args.z_loss, args.softcap, learns, torch.get_num_threads(),
+        raw(targets.scales[first:last]), raw(losses[first:last]), raw(hits), raw(predictions), entries,
+        args.label_smoothing, args.z_loss, args.softcap, learns, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -117,8 +117,8 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     pairs: list[Pair] = passes.pairs(args)
     heads.set_rows(targets.rows)
     terms = [size * args.ids_per_token for size in targets.sizes]
-    losses = empty(sum(terms) + sum(pair.far.shape[0] for pair in pairs) * args.ids_per_token)
-    hits = empty(sum(terms), dtype=torch.int32) if args.return_accuracy else None
+    losses = empty(targets.losses + sum(pair.far.shape[0] for pair in pairs) * args.ids_per_token)
+    hits = empty(targets.losses, dtype=torch.int32) if args.return_accuracy else None
     predictions = empty(sum(terms), dtype=torch.int32) if args.return_predictions else None
     vocabulary = args.weight[0].shape[0] // args.ids_per_token
     biases = None if heads.biases is None else heads.biases.view(-1, vocabulary)
@@ -134,7 +134,7 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
             heads.sum_biases(parts, rows)
             counted = None if targets.counted is None else targets.counted[first:last]
             heads.backpropagate(products, counted, added=False)
-    first_of_pair = sum(terms)
+    first_of_pair = targets.losses
     for pair in pairs:
         pair_losses = losses[first_of_pair : first_of_pair + pair.far.shape[0] * args.ids_per_token]
         first_of_pair += pair_losses.shape[0]
@@ -146,14 +146,15 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     if accuracy is not None:
         outputs.append(accuracy)
     if predictions is not None:
-        for states, part in zip(args.inputs, predictions.split_with_sizes(terms), strict=True):
-            outputs.append(part.view(*states.shape[:-1], *args.tokens.shape[4:]).long())
+        predicted = predictions.split_with_sizes(terms)
+        for states, leader in zip(args.inputs, args.leaders, strict=True):
+            outputs.append(predicted[leader].view(*states.shape[:-1], *args.tokens.shape[4:]).long())
     return outputs, gradients
 
 
 def teach(args: Arguments, passes: Passes, heads: Heads, pair: Pair, known: Tensor | None, losses: Tensor) -> None:
     """The losses [C, F] of a consistency pair, and its gradients."""
-    i, j = pair.horizons
+    i, j = (args.leaders[horizon] for horizon in pair.horizons)
     learns_near = args.detach != "near" and heads.learns(i)
     learns_far = args.detach != "far" and heads.learns(j)
     size = max(1, heads.size // (1 + pair.near.shape[1]))
@@ -192,13 +193,18 @@ class Heads:
         columns, depth = self.weights[0].shape
         # Count the gathered states too: with V < D they are larger than the logits.
         self.size = args.chunk_size or max(1, passes.chunk_bytes // ((columns + depth) * self.dtype.itemsize))
-        rows = sum(states.shape[:-1].numel() for states in args.inputs)
+        # A chunk of a pair may have the same rows twice, as near ones and as far ones.
+        buffered = range(len(args.inputs)) if args.pairs else set(args.leaders)
+        rows = sum(args.inputs[i].shape[:-1].numel() for i in buffered)
         # However small the chunk, the buffer must hold a far cell of a pair and the near rows that it covers.
         least = max((1 + (args.factors[j] // args.factors[i]) ** 2 for i, j in pairs_of(args)), default=0)
         self.buffer = self._empty(min(max(self.size, least), rows), columns)
+        wanted = [
+            wants and i == leader for i, (wants, leader) in enumerate(zip(want["inputs"], args.leaders, strict=True))
+        ]
         self.input_gradients = [
             torch.empty(states.shape, dtype=stored_dtype(states), device=states.device) if wants else None
-            for states, wants in zip(args.inputs, self.want["inputs"], strict=True)
+            for states, wants in zip(args.inputs, wanted, strict=True)
         ]
         self.weight_gradients: list[Tensor | None] = [None] * len(args.weight)
         self.biases = torch.stack([bias.to(self.computed) for bias in args.biases]) if args.biases else None
@@ -296,7 +302,8 @@ class Heads:
             first = last
 
     def gradients(self) -> Gradients:
-        """The needed gradients of inputs, weights and biases."""
+        """The needed gradients of inputs, weights and biases. That of states which are given several times is at the
+        first, with None at the others."""
 
         def stored(leaf: Tensor, total: Tensor | None, wants: bool) -> Tensor | None:
             if total is not None and wants:

@@ -44,6 +44,7 @@ class Arguments(NamedTuple):
     position_weights: Tensor | None
     offsets: list[int]
     factors: list[int]
+    leaders: list[int]  # the horizon whose logits each shares: the first given the same tensors
     pairs: list[int]
     ids_per_token: int
     ignore_index: int
@@ -147,8 +148,8 @@ def multi_horizon_linear_cross_entropy(
         check.tensor("tokens", tokens, (3, 4), "[B, T_v, S] or [B, T_v, S, F] with grid", check.INTEGER_IDS)
     check.non_zero_sizes("tokens", tokens)
     letters = "[B, T, Hp / f, Wp / f, D]" if grid is None else "[B, T, S / f^2, D]"
-    rank = letters.count(",") + 1
-    inputs = [cast(entry, tokens.device) for entry in check.tensors("inputs", inputs, count, rank, letters)]
+    given = check.tensors("inputs", inputs, count, letters.count(",") + 1, letters)
+    inputs = cast_once(given, tokens.device)
     if token_mask is not None:
         mask_letters = "[B, T_v, Hp, Wp]" if grid is None else "[B, T_v, S]"
         check.tensor("token_mask", token_mask, mask_letters.count(",") + 1, mask_letters, (torch.bool,))
@@ -164,7 +165,7 @@ def multi_horizon_linear_cross_entropy(
         heads = [check.tensor("weight", weight, 2, "[V, D]")]
     else:
         heads = check.tensors("weight", weight, count, 2, "[V, D]")
-    heads = [cast(head, device) for head in heads]
+    heads = cast_once(heads, device)
     batch, frames, height, width = tokens.shape[:4]
     positions, depth = inputs[0].shape[1], inputs[0].shape[-1]
     for i, (entry, factor) in enumerate(zip(inputs, horizons.factors, strict=True)):
@@ -220,6 +221,7 @@ def multi_horizon_linear_cross_entropy(
         position_weights=position_weights,
         offsets=list(horizons.offsets),
         factors=list(horizons.factors),
+        leaders=[first_with(i, given, weight, biases) for i in range(count)],
         pairs=pairs,
         ids_per_token=ids_per_token,
         **options,
@@ -231,6 +233,26 @@ def multi_horizon_linear_cross_entropy(
         predictions = tuple(ids if grid is None else ids.flatten(2, 3) for ids in rest[len(rest) - count :])
     loss = HorizonLoss(total, means, counts, consistencies, pair_counts, accuracy, predictions)
     return nan_if_invalid(loss, consistency, undivided, unread)
+
+
+def cast_once(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Each tensor as autocast needs it, copied once where the same tensor is given several times."""
+    results: list[Tensor] = []
+    for i, tensor in enumerate(tensors):
+        first = first_with(i, tensors)
+        results.append(cast(tensor, device) if first == i else results[first])
+    return results
+
+
+def first_with(i: int, *fields: Any) -> int:
+    """The first horizon that has in each field, a list or one for all, the very object that horizon i has.
+
+    Equal memory is not enough: the gradients of two views of it may differ, as those of x and x.detach() do.
+    """
+    for j in range(i):
+        if all(field[j] is field[i] for field in fields if isinstance(field, (list, tuple))):
+            return j
+    return i
 
 
 def check_biases(biases: Any, count: int, columns: int, first: Tensor) -> list[Tensor]:
@@ -409,6 +431,19 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
     def inputs(horizons: Horizons, batch: int, positions: int, height: int, width: int, depth: int) -> list[Tensor]:
         return [normal(batch, positions, height // f, width // f, depth) for f in horizons.factors]
 
+    # Each cell clearly has a largest logit, so that predictions are the same in every dtype.
+    def sure(*shape: int) -> Tensor:
+        return (4 * F.one_hot(ids(5, *shape), 6) + 0.3 * torch.randn(*shape, 6, device=device)).to(dtype)
+
+    def head(repeats: int = 1) -> Tensor:
+        return (
+            torch.eye(5, 6, device=device).repeat(repeats, 1) + 0.1 * torch.randn(5 * repeats, 6, device=device)
+        ).to(dtype)
+
+    def weights(*shape: int) -> Tensor:
+        drawn = torch.rand(*shape, device=device)
+        return torch.where(drawn < 0.3, 0, drawn)
+
     cascade = Horizons.cascade(3)
     segments = torch.tensor([[0, 0, 0, 1, 1], [2, 2, 2, 2, 2]], device=device)
     yield {
@@ -422,6 +457,15 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "horizons": cascade, "ignore_index": -1, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0,
         "horizon_weights": torch.tensor([1.0, 0.5, 0.25], device=device),
         "consistency_weights": [0, 0.5, 0.25], "detach": None,
+    }  # fmt: skip
+    # Three horizons share logits, in every order with one that has its own, at rows of which each counts at some.
+    states = sure(2, 3, 2, 4)
+    yield {
+        "inputs": [states, states, sure(2, 3, 1, 2), states], "weight": head(2), "tokens": ids(5, 2, 4, 2, 4, 2),
+        "horizons": Horizons((0, 1, 1, 2), (1, 1, 2, 1)), "biases": normal(10) / 4,
+        "segment_ids": torch.tensor([[0, 0, 0, 1], [2, 2, 2, 2]], device=device),
+        "token_mask": torch.rand(2, 4, 2, 4, device=device) < 0.5, "position_weights": weights(2, 3, 4),
+        "softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1, "return_accuracy": True,
     }  # fmt: skip
     maskgit = Horizons((0, 1), (1, 2))
     yield {
@@ -448,19 +492,6 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "consistency_weights": [0, 0.5, 0.25],
     }  # fmt: skip
 
-    # Each cell of the next three clearly has a largest logit, so that predictions are the same in every dtype.
-    def sure(*shape: int) -> Tensor:
-        return (4 * F.one_hot(ids(5, *shape), 6) + 0.3 * torch.randn(*shape, 6, device=device)).to(dtype)
-
-    def head(repeats: int = 1) -> Tensor:
-        return (
-            torch.eye(5, 6, device=device).repeat(repeats, 1) + 0.1 * torch.randn(5 * repeats, 6, device=device)
-        ).to(dtype)
-
-    def weights(*shape: int) -> Tensor:
-        drawn = torch.rand(*shape, device=device)
-        return torch.where(drawn < 0.3, 0, drawn)
-
     pair = Horizons((1, 2), (1, 2))
     yield {
         "inputs": [sure(2, 3, 2, 4), sure(2, 3, 1, 2)], "weight": head(2), "tokens": ids(5, 2, 4, 2, 4, 2),
@@ -475,6 +506,13 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]
         "horizons": Horizons((0, 1), (2, 4)), "biases": normal(5) / 4, "position_weights": weights(2, 3),
         "token_mask": torch.rand(2, 3, 4, 4, device=device) < 0.5, "consistency_weights": [0, 0.5], "detach": None,
         "return_predictions": True,
+    }  # fmt: skip
+    # A pair of horizons that share logits of cells of four ids.
+    tokens, states, both = ids(5, 1, 4, 2, 4), sure(1, 3, 1, 2), head()
+    tokens[0, 1, 0, 1:] = -100
+    yield {
+        "inputs": [states, states], "weight": [both, both], "tokens": tokens, "horizons": Horizons((1, 2), (2, 2)),
+        "consistency_weights": [0, 0.5], "detach": None, "return_accuracy": True, "return_predictions": True,
     }  # fmt: skip
     yield {
         "inputs": [sure(1, 2, 8), sure(1, 2, 2)], "weight": head(), "tokens": ids(5, 1, 3, 8), "grid": (2, 4),
@@ -512,10 +550,13 @@ def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any
 def cost(kwargs: dict[str, Any]) -> Cost:
     inputs, weight = kwargs["inputs"], kwargs["weight"]
     heads = [weight] if isinstance(weight, Tensor) else list(weight)
-    rows = [entry.numel() // entry.shape[-1] for entry in inputs]
+    # Horizons that are given the same tensors share a product. Arguments name the leaders, a call of the function not.
+    leaders = kwargs.get("leaders") or [first_with(i, inputs, weight, kwargs.get("biases")) for i in range(len(inputs))]
+    own = [inputs[i] for i in sorted(set(leaders))]
+    rows = [entry.numel() // entry.shape[-1] for entry in own]
     vocabulary, depth = heads[0].shape
     # Inputs and heads are read and their gradients written; logits need not reach memory.
-    elements = sum(entry.numel() for entry in inputs) + sum(head.numel() for head in heads)
+    elements = sum(entry.numel() for entry in own) + sum(head.numel() for head in heads)
     moved = 2 * elements * inputs[0].element_size()
     return Cost(moved, 6 * sum(rows) * vocabulary * depth)
 

@@ -120,14 +120,14 @@ def statistics_of_long_row(
     return row_largest, row_total, tl.sum(z_sum, 0), argmax_of_row
 
 
-def tile_of(vocabulary: int, itemsize: int, ids: int = 1) -> dict[str, Any]:
+def tile_of(vocabulary: int, itemsize: int, ids: int = 1, most_rows: int = 8) -> dict[str, Any]:
     """The tile of a program: ROWS rows in one block, or one row in blocks. FULL: without columns past the end. VECTOR
     and LANES are for `statistics_of_long_row`. `ids`: how many ids of each row a program holds as well."""
     block = max(16, power_of_2(vocabulary))
     one_block = block <= LONGEST
     # Every lane has the numbers of every row: two rows of 512 logits in a warp take 26 % more instructions than a warp
     # each.
-    rows = max(1, min(8, 512 // block, 512 // ids)) if one_block else 1
+    rows = max(1, min(most_rows, 512 // block, 512 // ids)) if one_block else 1
     block, warps = (block, max(1, block // WARP_LOGITS, ids // WARP_IDS)) if one_block else (LOOPED, 4)
     vector = min(16 // itemsize, block)
     return {

@@ -13,6 +13,7 @@ the order does not matter. The sums are of floats: each program writes its own, 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemm.token_targets import Pair, Targets, teaches_known_ids
+from ..gemm.token_targets import Pair, Targets, groups_of, teaches_known_ids
 from ..ops import token_ids
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
 from .launch import ceil_div, launch, power_of_2, strides
@@ -133,8 +134,8 @@ def multi_horizon_linear_targets(
     tokens, token_mask, segments, position_weights, ids, weights, counted, known, counts, found,
     token_strides, mask_strides, segment_strides, position_strides,
     batch, positions, frames, height, width, ids_per_token, vocabulary, ignore_index,
-    OFFSETS: tl.constexpr, FACTORS: tl.constexpr, PREDICTS: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    TILE: tl.constexpr, PER_TOKEN: tl.constexpr, PADS: tl.constexpr, ROWS: tl.constexpr,
+    OFFSETS: tl.constexpr, FACTORS: tl.constexpr, FIRST_OFFSETS: tl.constexpr, PREDICTS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, TILE: tl.constexpr, PER_TOKEN: tl.constexpr, PADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(OFFSETS)
     block = tl.program_id(0).to(tl.int64)
@@ -148,8 +149,8 @@ def multi_horizon_linear_targets(
         )  # fmt: skip
     for i in tl.static_range(COUNT):
         block -= blocks
-        # Positions past the end have no target, but logits, which only predictions need.
-        inside = positions if PREDICTS else tl.maximum(tl.minimum(positions, frames - OFFSETS[i]), 0)
+        # Positions past the end have no target, but logits, which only predictions need, and horizons that share them.
+        inside = positions if PREDICTS else tl.maximum(tl.minimum(positions, frames - FIRST_OFFSETS[i]), 0)
         rows = clips * inside * (height // FACTORS[i]) * (width // FACTORS[i])
         blocks = tl.cdiv(rows, ROWS[i])
         if (block >= 0) & (block < blocks):
@@ -222,18 +223,21 @@ def multi_horizon_linear_means(
 
 @dataclass(frozen=True)
 class TokenTargets(Targets):
-    """Targets whose place in `ids` follows from the number of the cell.
+    """Targets whose place in `ids` follows from the number of the cross-entropy. These are horizon after horizon, those
+    of horizons that share logits apart: each has as many as its leader.
 
-    ids       the ids of each of the R * F cells, concatenated, int32; -1 for excluded ids
-    weights   [R * F]: the position weight of each cell, or None
-    starts    the first cell of each horizon, and one past the last
-    shifts    horizon i's cell c has the f * f ids from c * f * f + shifts[i] on
+    ids       the ids of each cross-entropy, concatenated, int32; -1 for excluded ids
+    weights   the position weight of each cross-entropy, or None
+    starts    the first cross-entropy of each horizon, and one past the last
+    shifts    horizon i's cross-entropy c has the f * f ids from c * f * f + shifts[i] on
+    cells_at  the first of the R * F cells of each horizon, its leader's
     """
 
     ids: Tensor
     weights: Tensor | None
     starts: tuple[int, ...]
     shifts: tuple[int, ...]
+    cells_at: tuple[int, ...]
 
 
 def targets_of(args: Arguments) -> TokenTargets:
@@ -242,7 +246,8 @@ def targets_of(args: Arguments) -> TokenTargets:
         tokens = tokens.unsqueeze(-1)
     batch, frames, height, width, per_token = tokens.shape
     positions = args.inputs[0].shape[1]
-    rows = [max(0, min(positions, frames - offset)) for offset in args.offsets]
+    first_offsets = [args.offsets[leader] for leader in args.leaders]
+    rows = [max(0, min(positions, frames - offset)) for offset in first_offsets]
     if args.return_predictions:
         rows = [positions] * count
     sizes = [batch * n * (height // f) * (width // f) for n, f in zip(rows, args.factors, strict=True)]
@@ -272,14 +277,28 @@ def targets_of(args: Arguments) -> TokenTargets:
             found, tokens.stride(), strides(args.token_mask, 4), strides(args.segment_ids, 2),
             strides(args.position_weights, 3), batch, positions, frames, height, width, per_token, vocabulary,
             args.ignore_index,
-            OFFSETS=tuple(args.offsets), FACTORS=tuple(args.factors), PREDICTS=args.return_predictions,
+            OFFSETS=tuple(args.offsets), FACTORS=tuple(args.factors), FIRST_OFFSETS=tuple(first_offsets),
+            PREDICTS=args.return_predictions,
             CONTIGUOUS=tokens.is_contiguous(), TILE=TILE_IDS, PER_TOKEN=power_of_2(per_token), PADS=pads, ROWS=tiles,
             num_warps=4,
         )  # fmt: skip
+    if counted is not None and any(leader != i for i, leader in enumerate(args.leaders)):
+        counted = of_leaders(args, counted.split_with_sizes(sizes))
+    leads = [leader == i for i, leader in enumerate(args.leaders)]
+    own_sizes = [size if lead else 0 for size, lead in zip(sizes, leads, strict=True)]
+    firsts = [0, *itertools.accumulate(size * per_token for size in own_sizes)]
     return TokenTargets(
-        list(rows), sizes, counts[:count], counts[count : 2 * count], counted, known,
+        [n if lead else 0 for n, lead in zip(rows, leads, strict=True)], own_sizes, starts[-1],
+        counts[:count], counts[count : 2 * count], counted, known,
         ids=ids, weights=weights, starts=tuple(starts), shifts=tuple(shifts),
+        cells_at=tuple(firsts[leader] for leader in args.leaders),
     )  # fmt: skip
+
+
+def of_leaders(args: Arguments, counted: Sequence[Tensor]) -> Tensor:
+    """[R]: the rows that count for any of the horizons that share their logits, given those of each horizon."""
+    groups = groups_of(args).values()
+    return torch.cat([torch.stack([counted[i] for i in group]).any(0) for group in groups])
 
 
 def means(
