@@ -28,7 +28,7 @@ SHOWN = (
     "multi_horizon_linear",
     "multi_horizon_linear_cross_entropy",
 )
-ORDER = (PRODUCTS, "eager", "torch.compile", "F.linear_cross_entropy", "Liger", "CCE", "QuACK")
+ORDER = (PRODUCTS, "eager", "torch.compile", "F.linear_cross_entropy", "Liger", "CCE", "QuACK", "modded-nanogpt")
 
 
 def load() -> dict[str, dict[str, Any]]:

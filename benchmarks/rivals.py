@@ -7,13 +7,18 @@ the sizes use exist.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mfwm_kernels.check import different
 
 Outputs = tuple[Tensor, ...]
 
@@ -140,16 +145,24 @@ def multi_horizon_linear_cross_entropy(
     tokens: Tensor,
     horizons: Any,
     consistency_weights: list[float] | None = None,
+    softcap: float | None = None,
 ) -> Outputs:
-    """Logsumexp minus the mean of the gathered logits, without a dense one-hot target."""
+    """Logsumexp minus the mean of the gathered logits, without a dense one-hot target. Horizons that are given the same
+    state have the same logits, computed once."""
     total = torch.zeros((), device=tokens.device)
-    all_logits = []
-    for state, offset, factor in zip(inputs, horizons.offsets, horizons.factors, strict=True):
+    all_logits, normalisers = [], []
+    for i, (state, offset, factor) in enumerate(zip(inputs, horizons.offsets, horizons.factors, strict=True)):
         cells = _cells(tokens, state.shape[1], offset, factor)
-        logits = F.linear(state, weight).float().unflatten(-1, (cells.shape[-2], -1))
-        loss = logits.logsumexp(-1) - logits.gather(-1, cells).mean(-1)
+        first = next(j for j in range(i + 1) if inputs[j] is state)
+        if first == i:
+            logits = F.linear(state, weight).float().unflatten(-1, (cells.shape[-2], -1))
+            all_logits.append(logits if softcap is None else softcap * torch.tanh(logits / softcap))
+            normalisers.append(all_logits[i].logsumexp(-1))
+        else:
+            all_logits.append(all_logits[first])
+            normalisers.append(normalisers[first])
+        loss = normalisers[i] - all_logits[i].gather(-1, cells).mean(-1)
         total = total + loss.sum(-1).mean()
-        all_logits.append(logits)
     if consistency_weights is None:
         return (total,)
     teachers = all_logits[0].detach().softmax(-1)
@@ -186,8 +199,8 @@ def formula_of(name: str) -> Callable[..., Outputs]:
 
 
 def cross_entropy_products(kwargs: dict[str, Any], dtype: torch.dtype) -> Callable[[], None]:
-    """The bare matrix products, forward and backward: rows of all horizons at once, with logits as their gradients."""
-    rows = torch.cat([state.detach().flatten(0, 3) for state in kwargs["inputs"]]).to(dtype)
+    """The bare matrix products, forward and backward: all states' rows at once, with logits as their gradients."""
+    rows = torch.cat([state.detach().flatten(0, 3) for state in different(kwargs["inputs"])]).to(dtype)
     weight = kwargs["weight"].detach().to(dtype)
     logits, rows_gradient, weight_gradient = rows @ weight.t(), torch.empty_like(rows), torch.empty_like(weight)
 
@@ -220,14 +233,23 @@ PRODUCTS: dict[str, Callable[[dict[str, Any], torch.dtype], Callable[[], None]]]
 
 
 class Library(NamedTuple):
-    """A linear cross-entropy of rows [N, D] and ids [N], or if `mixes` of class probabilities [N, V] too."""
+    """The token loss by another library, whose formula `load` returns, or raises ImportError.
+
+    mixes      it takes class probabilities, not only ids
+    softcaps   it has a softcap
+    shares     it supports only horizons that are given one state, of the sizes of `is_text`
+    error      the relative error that its number format explains, if it is larger than that of the states
+    """
 
     needs_gpu: bool
     mixes: bool
-    load: Callable[[], Callable[..., Tensor]]
+    load: Callable[[], Callable[..., Outputs]]
+    softcaps: bool = False
+    shares: bool = False
+    error: float = 0.0
 
 
-def _torch_linear_cross_entropy() -> Callable[..., Tensor]:
+def _torch_linear_cross_entropy() -> Callable[..., Outputs]:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -236,49 +258,67 @@ def _torch_linear_cross_entropy() -> Callable[..., Tensor]:
         # It supports chunks only for ids.
         return F.linear_cross_entropy(rows, weight, target, options=None if target.is_floating_point() else options)
 
-    return loss
+    return of_library(loss)
 
 
-def _liger() -> Callable[..., Tensor]:
+def _liger() -> Callable[..., Outputs]:
     module = importlib.import_module("liger_kernel.transformers.functional")
 
-    def loss(rows: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        result = module.liger_fused_linear_cross_entropy(rows, weight, ids)
+    def loss(rows: Tensor, weight: Tensor, ids: Tensor, **softcap: float) -> Tensor:
+        result = module.liger_fused_linear_cross_entropy(rows, weight, ids, **softcap)
         return result[0] if isinstance(result, tuple) else result
 
-    return loss
+    return of_library(loss)
 
 
-def _cce() -> Callable[..., Tensor]:
+def _cce() -> Callable[..., Outputs]:
     module = importlib.import_module("cut_cross_entropy")
     # filter_eps=None turns off its filter, which drops small gradients.
-    return lambda rows, weight, ids: module.linear_cross_entropy(rows, weight, ids, filter_eps=None)
+    return of_library(functools.partial(module.linear_cross_entropy, filter_eps=None))
 
 
-def _quack() -> Callable[..., Tensor]:
+def _quack() -> Callable[..., Outputs]:
     module = importlib.import_module("quack.linear_cross_entropy")
-    return module.chunked_linear_cross_entropy
+    return of_library(module.chunked_linear_cross_entropy)
+
+
+@functools.cache
+def _modded_nanogpt() -> Callable[..., Outputs]:
+    path = os.environ.get("MFWM_MODDED_NANOGPT")
+    if not path:
+        raise ImportError("MFWM_MODDED_NANOGPT does not name its triton_kernels.py")
+    spec = importlib.util.spec_from_file_location("modded_nanogpt_triton_kernels", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise ImportError(f"MFWM_MODDED_NANOGPT names no Python file: {path}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return of_modded_nanogpt(module.FusedSoftcappedCrossEntropy)
+    except Exception as error:  # It compiles CUDA when it is imported.
+        raise ImportError(f"{path}: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 LIBRARIES = {
     "F.linear_cross_entropy": Library(False, True, _torch_linear_cross_entropy),
-    "Liger": Library(True, False, _liger),
-    "CCE": Library(True, False, _cce),
+    "Liger": Library(True, False, _liger, softcaps=True),
+    "CCE": Library(True, False, _cce, softcaps=True),
     "QuACK": Library(True, False, _quack),
+    # It stores the gradients of logits in fp8 with 2 bits after the point, so each may be wrong by an eighth.
+    "modded-nanogpt": Library(True, False, _modded_nanogpt, softcaps=True, shares=True, error=1 / 8),
 }
 
 
 def of_library(linear_cross_entropy: Callable[..., Tensor]) -> Callable[..., Outputs]:
     """The token loss of all horizons, for a library that takes one horizon and one of the F vocabularies at a time."""
 
-    def formula(inputs: list[Tensor], weight: Tensor, tokens: Tensor, horizons: Any) -> Outputs:
+    def formula(inputs: list[Tensor], weight: Tensor, tokens: Tensor, horizons: Any, **softcap: float) -> Outputs:
         total = torch.zeros((), device=tokens.device)
         for state, offset, factor in zip(inputs, horizons.offsets, horizons.factors, strict=True):
             rows, cells = state.flatten(0, 3), _cells(tokens, state.shape[1], offset, factor).flatten(0, 3)
             heads = weight.chunk(cells.shape[1])
             for head, ids in zip(heads, cells.unbind(1), strict=True):
                 target = ids[:, 0] if factor == 1 else _mixes(ids, head)
-                total = total + linear_cross_entropy(rows, head, target)
+                total = total + linear_cross_entropy(rows, head, target, **softcap)
         return (total,)
 
     return formula
@@ -290,6 +330,56 @@ def _mixes(ids: Tensor, head: Tensor) -> Tensor:
     return head.new_zeros(ids.shape[0], head.shape[0]).scatter_add_(1, ids, share)
 
 
+# Rows of zeros after each clip, so that no target is another clip's, and products have a multiple of 16 rows.
+GAP = 16
+
+
+def of_modded_nanogpt(fused: Any) -> Callable[..., Outputs]:
+    """The token loss of one state's K horizons by modded-nanogpt's FusedSoftcappedCrossEntropy: fp8 products, and one
+    pass over the logits for all K. Row n of its sequence has the targets n to n + K - 1."""
+
+    class Padded(torch.autograd.Function):
+        """Its backward returns fewer gradients than its forward takes arguments, and takes the gradient of the losses
+        to be 1."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            ctx.count = len(args)
+            return fused.forward(ctx, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+            gradients = fused.backward(ctx, *upstream)
+            return (*gradients, *(None,) * (ctx.count - len(gradients)))
+
+    def formula(inputs: list[Tensor], weight: Tensor, tokens: Tensor, horizons: Any, softcap: float) -> Outputs:
+        batch, positions, depth = *inputs[0].shape[:2], inputs[0].shape[-1]
+        rows = F.pad(inputs[0].flatten(1, 3), (0, 0, 0, GAP)).flatten(0, 1)
+        ids = tokens[:, horizons.offsets[0] :].flatten(1)
+        ids = F.pad(ids, (0, positions + GAP - ids.shape[1])).flatten()
+        scale = 1 / (batch * positions)
+        losses = Padded.apply(
+            rows, ids, torch.ones(len(inputs), device=tokens.device), None, None, weight.t().contiguous(),
+            # The largest of the benchmark's normal states and weights, and of the gradients, in fp8.
+            6 / 448, 6 / 448 / depth**0.5, scale * 0.75 / 448, scale,
+            # Its A * sigmoid((z + B) / C) is our softcap, plus a constant.
+            2 * softcap, 0.0, softcap / 2,
+        )  # fmt: skip
+        return (losses.view(batch, -1)[:, :positions].sum() * scale,)
+
+    return formula
+
+
+def is_text(kwargs: dict[str, Any]) -> bool:
+    """One state's bf16 rows against the next ids, of the vocabulary that modded-nanogpt's kernel is compiled for."""
+    states, offsets = kwargs["inputs"][0], kwargs["horizons"].offsets
+    shared = all(entry is states for entry in kwargs["inputs"]) and offsets == tuple(range(1, len(offsets) + 1))
+    cells = states.shape[2:4] == (1, 1) and states.dtype == torch.bfloat16
+    return shared and cells and kwargs["weight"].shape[0] == 50304 and "softcap" in kwargs
+
+
 def expresses(library: Library, kwargs: dict[str, Any]) -> bool:
     """Whether a library supports this call: pooled targets are mixes, and no library has a consistency term."""
-    return "consistency_weights" not in kwargs and (library.mixes or set(kwargs["horizons"].factors) == {1})
+    if "consistency_weights" in kwargs or ("softcap" in kwargs and not library.softcaps):
+        return False
+    return is_text(kwargs) if library.shares else library.mixes or set(kwargs["horizons"].factors) == {1}

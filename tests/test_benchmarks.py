@@ -16,7 +16,8 @@ import torch
 from mfwm.models.world_model import WorldModel, WorldModelConfig
 
 import benchmarks.__main__ as program
-from benchmarks import bench_ops, bench_train, measure
+from benchmarks import bench_ops, bench_train, measure, rivals
+from mfwm_kernels import Horizons
 from mfwm_kernels.op import OPS
 
 CPU = torch.device("cpu")
@@ -49,6 +50,83 @@ def clips(config: WorldModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ---- contenders
+
+
+class OneState(torch.autograd.Function):
+    """What modded-nanogpt's FusedSoftcappedCrossEntropy computes, by its interface: row n has the targets n, n + 1 ..."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, targets: Any, weights: Any, *rest: Any) -> torch.Tensor:
+        _, _, head, _, _, _, scale, a, b, c = rest
+        with torch.enable_grad():
+            x, head = x.detach().requires_grad_(), head.detach().requires_grad_()
+            logits = a * torch.sigmoid((x @ head + b) / c)
+            losses = logits.new_zeros(x.shape[0])
+            for k, weight in enumerate(weights.tolist()):
+                rows = slice(0, x.shape[0] - k)
+                ids = targets[k:, None]
+                losses = losses + torch.nn.functional.pad(
+                    weight * (logits[rows].logsumexp(-1) - logits[rows].gather(-1, ids)[:, 0]), (0, k)
+                )
+            ctx.gradients = torch.autograd.grad(losses.sum() * scale, (x, head))
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        return ctx.gradients[0], None, None, None, None, ctx.gradients[1], None, None, None
+
+
+def test_modded_nanogpt_computes_the_same_loss() -> None:
+    """Of clips in a row, without a target from the next clip."""
+    op = OPS["multi_horizon_linear_cross_entropy"]
+    state = torch.randn(3, 5, 1, 1, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    call = {
+        "inputs": [state] * 3, "weight": weight, "tokens": torch.randint(0, 11, (3, 8, 1, 1)),
+        "horizons": Horizons((1, 2, 3), (1, 1, 1)), "softcap": 2.0,
+    }  # fmt: skip
+    for formula in (rivals.of_modded_nanogpt(OneState), bench_ops.ours(op, "reference")):
+        found = [formula(**call)[0]]
+        found += torch.autograd.grad(found[0], (state, weight))
+        want = [rivals.multi_horizon_linear_cross_entropy(**call)[0]]
+        want += torch.autograd.grad(want[0], (state, weight))
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        (None, "does not name"),
+        ("", "does not name"),
+        ("absent.py", "names no Python file"),
+        ("broken.py", "ValueError: no GPU"),
+    ],
+)
+def test_a_checkout_of_modded_nanogpt_that_cannot_be_loaded_is_absent(
+    file: str | None, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("raise ValueError('no GPU')")
+    monkeypatch.delenv("MFWM_MODDED_NANOGPT", raising=False)
+    if file is not None:
+        monkeypatch.setenv("MFWM_MODDED_NANOGPT", str(tmp_path / file) if file else "")
+    rivals._modded_nanogpt.cache_clear()
+    with pytest.raises(ImportError, match=why):
+        rivals._modded_nanogpt()
+
+
+def test_libraries_for_shared_states() -> None:
+    """One call per horizon where a library takes ids alone; modded-nanogpt in its own sizes."""
+    bench = OPS["multi_horizon_linear_cross_entropy"].bench
+    meta = torch.device("meta")
+
+    def names(size: str, dtype: torch.dtype) -> set[str]:
+        kwargs = bench[size](dtype, meta)
+        return {name for name, library in rivals.LIBRARIES.items() if rivals.expresses(library, kwargs)}
+
+    assert names("text-shared", torch.bfloat16) == {"Liger", "CCE", "modded-nanogpt"}
+    assert names("text-shared", torch.float32) == {"Liger", "CCE"}
+    assert names("cpu-shared", torch.bfloat16) == {"F.linear_cross_entropy", "Liger", "CCE", "QuACK"}
 
 
 def compiled_as(factor: float, batches: list[int]) -> Callable[..., Any]:

@@ -545,6 +545,9 @@ def variants(dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any
             yield {**kwargs, **new, "softcap": softcap}
         for detach in DETACH:
             yield {**kwargs, **new, "consistency_weights": CONSISTENCY, "detach": detach}
+        # Three horizons share logits beside one of four ids a cell.
+        inputs, shared = [states, states, states, kwargs["inputs"][1]], Horizons((0, 1, 2, 4), (1, 1, 1, 2))
+        yield {**kwargs, **new, "inputs": inputs, "horizons": shared, "softcap": 30.0, "label_smoothing": 0.1}
 
 
 def cost(kwargs: dict[str, Any]) -> Cost:
@@ -564,6 +567,8 @@ def cost(kwargs: dict[str, Any]) -> Cost:
 CASCADE = Horizons.cascade(4)
 # Every horizon at full resolution, because most other libraries support only hard targets.
 FLAT = Horizons((1, 2, 4, 8), (1, 1, 1, 1))
+# Three targets on one state, as in a language model that predicts the next three ids from it.
+TARGETS = Horizons((1, 2, 3), (1, 1, 1))
 CONSISTENCY = [0, 0.1, 0.1, 0.1]
 
 
@@ -575,16 +580,17 @@ def _bench(
     depth: int,
     ids_per_token: int = 1,
     horizons: Horizons = CASCADE,
-    consistency_weights: list[float] | None = None,
+    shares: bool = False,
+    **options: Any,
 ) -> Any:
     def make(dtype: torch.dtype, device: torch.device, batch: int = batch) -> dict[str, Any]:
         # Tokens extend past the positions, so that every row counts.
         shape = (batch, time + horizons.offsets[-1], side, side, *((ids_per_token,) if ids_per_token > 1 else ()))
-        options = {} if consistency_weights is None else {"consistency_weights": consistency_weights}
+        inputs = [
+            torch.randn(batch, time, side // f, side // f, depth, device=device).to(dtype) for f in horizons.factors
+        ]
         return {
-            "inputs": [
-                torch.randn(batch, time, side // f, side // f, depth, device=device).to(dtype) for f in horizons.factors
-            ],
+            "inputs": inputs[:1] * len(horizons) if shares else inputs,
             "weight": (torch.randn(ids_per_token * vocabulary, depth, device=device) / depth**0.5).to(dtype),
             "tokens": torch.randint(0, vocabulary, shape, device=device),
             "horizons": horizons,
@@ -613,6 +619,7 @@ OP = register(
             "cpu-16k": _bench(4, 8, 16, 16384, 256),
             "cpu-flat": _bench(4, 8, 16, 1024, 512, horizons=FLAT),
             "cpu-consistency": _bench(4, 8, 16, 1024, 512, consistency_weights=CONSISTENCY),
+            "cpu-shared": _bench(4, 8, 16, 16384, 256, horizons=TARGETS, shares=True),
             "genie": _bench(36, 16, 16, 1024, 512),
             "genie-flat": _bench(36, 16, 16, 1024, 512, horizons=FLAT),
             "genie-consistency": _bench(36, 16, 16, 1024, 512, consistency_weights=CONSISTENCY),
@@ -620,6 +627,8 @@ OP = register(
             "1x-flat": _bench(16, 16, 16, 512, 256, ids_per_token=2, horizons=FLAT),
             "wide": _bench(16, 4, 16, 262144, 2048),
             "wide-near": _bench(16, 4, 16, 262144, 2048, horizons=Horizons.next_frame()),
+            # 1024 ids of text a clip, in the sizes of modded-nanogpt.
+            "text-shared": _bench(16, 1024, 1, 50304, 768, horizons=TARGETS, shares=True, softcap=15.0),
         },
         backends={
             "cpu": Backend((*KERNELS, "multi_horizon_linear_add"), dtypes=check.FLOATING),
