@@ -129,6 +129,36 @@ FAULTS = [
         values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
     ),
     Fault(
+        "of targets on one state the last alone has a softmax", "gradient",
+        "csrc/cpu/multi_horizon_linear_cross_entropy.cpp",
+        "scale += static_cast<const C*>(op.scales.data)[x];", "scale = static_cast<const C*>(op.scales.data)[x];",
+        "tests/ops/test_shared_states.py -k 'changes_nothing and cpu'",
+    ),
+    Fault(
+        "a second target on a state has no softmax", "gradient",
+        "mfwm_kernels/triton/multi_horizon_linear_cross_entropy.py",
+        "row_factor, learns = tl.sum(factor, 0),",
+        "row_factor, learns = tl.sum(tl.where(tl.arange(0, ENTRIES) == 0, factor, 0.0), 0),",
+        "tests/ops/test_shared_states.py -k 'changes_nothing and triton'",
+    ),
+    Fault(
+        "a target that several horizons have is theirs once", "gradient",
+        "mfwm_kernels/triton/multi_horizon_linear_cross_entropy.py",
+        "shares_of(target, share, ids, first_id, square, ENTRIES)", "share[:, None]",
+        "tests/ops/test_shared_states.py -k 'same_id and triton'",
+    ),
+    Fault(
+        "the loss of a shared state is another horizon's", "kernel", "mfwm_kernels/gemm/token_targets.py",
+        "[:, args.leaders[:i].count(leader)]", "[:, 0]",
+        "tests/ops/test_shared_states.py -k 'changes_nothing and cpu'",
+    ),
+    Fault(
+        "views of the same memory share a gradient", "dispatch",
+        "mfwm_kernels/ops/multi_horizon_linear_cross_entropy.py",
+        "if all(field[j] is field[i] for field", "if all(field[j].data_ptr() == field[i].data_ptr() for field",
+        "tests/ops/test_shared_states.py -k 'views_of_the_same_memory and cpu'",
+    ),
+    Fault(
         "the softcap comes before the prediction", "kernel",
         "mfwm_kernels/triton/multi_horizon_linear_cross_entropy.py",
         "load_biased(logits, start, biases, bias_start, v, in_row), v, in_row, AXIS",

@@ -53,7 +53,7 @@ def clips(config: WorldModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class OneState(torch.autograd.Function):
-    """What modded-nanogpt's FusedSoftcappedCrossEntropy computes, by its interface: row n has the targets n, n + 1 ..."""
+    """What modded-nanogpt's FusedSoftcappedCrossEntropy computes, by its interface: row n has targets n, n + 1, ..."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, targets: Any, weights: Any, *rest: Any) -> torch.Tensor:

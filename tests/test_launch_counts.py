@@ -22,7 +22,7 @@ MOST = {
     "fan_out": {"genie": (2, 6), "pixels": (2, 6), "latents": (2, 6), "1x": (2, 6), "wide": (2, 6)},
     "mtp_combine": {"genie": (6, 11), "pixels": (6, 11), "latents": (6, 11), "1x": (6, 11), "wide": (6, 11)},
     "multi_horizon_linear": {"genie": (4, 11), "pixels": (4, 12), "latents": (4, 11)},
-    "multi_horizon_linear_cross_entropy": {"genie": (24, 1), "1x": (20, 1)},
+    "multi_horizon_linear_cross_entropy": {"genie": (24, 1), "1x": (20, 1), "text-shared": (22, 1)},
     "multi_horizon_loss": {"genie": (4, 1), "pixels": (4, 1), "latents": (4, 1)},
     "video_pyramid": {"genie": (1, 0), "pixels": (1, 0), "latents": (1, 1)},
 }

@@ -85,11 +85,12 @@ def multi_horizon_linear_cross_entropy(
     `sum(horizon_weights[i] * F.cross_entropy(F.linear(inputs[i], weight, biases).flatten(0, 3),
     target_i.flatten(0, 3)))` with
     `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i : k_i + T]` as class probabilities. Softmaxes are in fp32
-    (fp64 for fp64). Under autocast, inputs and weight are cast as F.linear does.
+    (fp64 for fp64). Under autocast, inputs and weight are cast as F.linear does. Horizons that are given the same
+    tensors of states, weight and bias share one matrix product and one softmax, as in modded-nanogpt's loss.
 
     Args:
         inputs: K tensors [B, T, Hp / f_i, Wp / f_i, D], or [B, T, S / f_i^2, D] with grid; fp32, bf16, fp16 or fp64,
-            any strides.
+            any strides. To share logits, give the same tensor object: two views of it have gradients of their own.
         weight: [V, D] shared by the horizons, or K such tensors. With factored tokens [F * V, D], row f * V + v.
         tokens: [B, T_v, Hp, Wp] int32 or int64 with T_v >= T, or factored tokens [B, T_v, Hp, Wp, F], whose loss is the
             sum of F cross-entropies. With grid: [B, T_v, S] or [B, T_v, S, F].
@@ -136,7 +137,7 @@ def multi_horizon_linear_cross_entropy(
         ignore_index raises ValueError: on the CPU at once, on a GPU in the next call or `mfwm_kernels.check_errors()`.
 
     Source: "Multi-Frame Prediction for World Models"; z-loss: PaLM, arXiv 2204.02311; softcap: Gemma 2, arXiv
-    2408.00118.
+    2408.00118; K targets on one row of logits: KellerJordan/modded-nanogpt, FusedSoftcappedCrossEntropy.
     """
     raise_pending()
     check_horizons(horizons)

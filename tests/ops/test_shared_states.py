@@ -80,6 +80,19 @@ def test_sharing_changes_nothing(backend: str) -> None:
         assert_same(got, gradients_of("reference", views, [states, other]), backend)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_horizons_may_have_the_same_id(backend: str) -> None:
+    """In every frame: its logit loses the shares of all of them, also where cells have several ids."""
+    for horizons in (MIXED, Horizons((1, 2), (2, 2))):
+        kwargs = shared_call(backend)
+        kwargs["tokens"] = kwargs["tokens"][:, :1].expand_as(kwargs["tokens"])
+        states = kwargs["inputs"][0 if horizons is MIXED else 2].clone().requires_grad_()
+        kwargs["horizons"], own = horizons, kwargs["inputs"][2]
+        inputs = [states, states, own, states] if horizons is MIXED else [states, states]
+        want = gradients_of("reference", {**kwargs, "inputs": inputs}, [states])
+        assert_same(gradients_of(backend, {**kwargs, "inputs": inputs}, [states]), want, backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_of_the_same_memory_keep_their_gradients(backend: str) -> None:
     """Each has its own: equal memory is not the same tensor."""
