@@ -6,6 +6,9 @@ Each contender is checked before it is timed, with one clip, against the referen
 torch.compile is checked at the full size against the first contender that passed, normally the eager formula that it
 compiles; its error is the distance from that contender plus that contender's error.
 
+Libraries that are not installed have a row that says so. MFWM_MODDED_NANOGPT names the triton_kernels.py of a checkout
+of modded-nanogpt, whose loss of three targets on one state is a rival at *text-shared* on a GPU.
+
 With pytest-benchmark, `pytest benchmarks/` runs the CPU sizes one contender at a time.
 """
 

@@ -278,8 +278,9 @@ def cross_entropy(
         SQUARES=tuple(args.factors[i] ** 2 for i in groups), MEMBERS=tuple(members) if shares else None,
         SHARING=tuple(map(len, groups.values())) if shares else None, ENTRIES=entries, SOFTCAP=args.softcap > 0,
         SMOOTHS=args.label_smoothing > 0, LEARNS=learns, IDS=ids, **tile,
-        # With predictions, ptxas spills up to 16 bytes (sm_80, sm_90) to stay below a limit that it chooses.
-        maxnreg=None if predictions is None else 255 if tile["ONE_BLOCK"] else 128,
+        # With predictions or shared logits, ptxas spills up to 16 bytes (sm_80, sm_90) to stay below a limit that it
+        # chooses.
+        maxnreg=None if predictions is None and not shares else 255 if tile["ONE_BLOCK"] else 128,
     )  # fmt: skip
 
 
