@@ -35,6 +35,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "balanced gradients": {"weighting": "gradients", "blocks": (0, 1, 1), "patch_sizes": (4, 4, 2)},
     "surgery": {"surgery": True},
     "surgery on balanced gradients": {"surgery": True, "weighting": "gradients", "tap": 1},
+    "contrast": {"contrast": 0.5, "tap": 1},
+    "latent consistency": {"latent_consistency": 0.3},
+    "latent consistency of tokens": {**TOKENS, "latent_consistency": 0.3, "blocks": (0, 1, 1)},
+    "latent consistency with frames": {"latent_consistency": 0.3, "conditioning": "frames"},
+    "temporal difference": {"temporal_difference": 0.5},
     "no actions": {"conditioning": "none"},
     "frames": {"conditioning": "frames", "blocks": (0, 1, 1), "patch_sizes": (4, 4, 2)},
     "frames, no blocks, tap": {"conditioning": "frames", "tap": 1},
@@ -321,7 +326,8 @@ def test_tokenised_targets_are_read_from_the_small_frames() -> None:
 
 def test_accuracies_are_logged() -> None:
     """Each times its horizon's share of what counts, as the losses are."""
-    model, shares = build(**TOKENS), torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.1, 0.25]])
+    model = build(**TOKENS)
+    shares = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.1, 0.25], [0.1] * 3, [0.1] * 3])
     clips = {**clip(8, model), "segment_ids": torch.zeros(2, 8, dtype=torch.int64)}
     _, figures = WorldModelLoss(model)(clips, shares)
     accuracy = model(**clips).accuracy

@@ -13,7 +13,7 @@ import pytest
 
 import mfwm_kernels
 
-PACKAGES = ("mfwm", "mfwm.data", "mfwm.evaluation", "mfwm.metrics", "mfwm.models", "mfwm.training")
+PACKAGES = ("mfwm", "mfwm.data", "mfwm.evaluation", "mfwm.losses", "mfwm.metrics", "mfwm.models", "mfwm.training")
 # Modules of mfwm_kernels that are public beside its __all__.
 MODULES = {"mfwm_kernels": {*mfwm_kernels.__all__, "__version__", "arguments"}, "mfwm_kernels.info": {"cpu_name"}}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from .upsampler import Upsampler, unpatchify
 # Where predicted log standard deviations (of "laplace": log mean deviations) start: frames that move differ from the
 # last one by about 0.4 in pixels of -1..1, and latents usually have unit variance.
 LOG_SCALE_START = {"pixels": -1.0, "latents": 0.0}
+
+
+class OptionalInputs(TypedDict, total=False):
+    """What some heads read beside hidden states, actions and frames; described in MultiFrameHeads.forward."""
+
+    inputs: Tensor | None
+    near_hidden: Tensor | None
+    segment_ids: Tensor | None
 
 
 class Branches(nn.Module):
@@ -132,11 +140,9 @@ class Branches(nn.Module):
         actions: Tensor | None,
         video: Tensor,
         *,
-        inputs: Tensor | None = None,
-        near_hidden: Tensor | None = None,
-        segment_ids: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
         near_only: bool = False,
+        **optional: Unpack[OptionalInputs],
     ) -> tuple[Tensor, ...]:
         """What the loss reads of every horizon; arguments as in MultiFrameHeads.forward.
 
@@ -144,6 +150,25 @@ class Branches(nn.Module):
         for tokens, the states [B, T, H / f_i, W / f_i, D] that a linear head maps to logits.
         """
         check.flag("near_only", near_only)
+        options: dict[str, Any] = {"grad_monitor": grad_monitor, "near_only": near_only}
+        return self.outputs_and_states(hidden, actions, video, **options, **optional)[0]
+
+    def outputs_and_states(
+        self,
+        hidden: Tensor,
+        actions: Tensor | None,
+        video: Tensor,
+        *,
+        inputs: Tensor | None = None,
+        near_hidden: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        grad_monitor: GradMonitor | None = None,
+        near_only: bool = False,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """What `outputs` returns, and the state of each horizon, [B, T, H / f_i, W / f_i, D], that its head reads.
+
+        There is no state where near_head, the upsampler or the fused multi_horizon_linear computes the output.
+        """
         given = hidden if near_hidden is None else near_hidden
         hidden = self.layout.states("hidden", hidden)
         near_hidden = None if near_hidden is None else self.layout.states("near_hidden", near_hidden)
@@ -163,13 +188,17 @@ class Branches(nn.Module):
             groups = [(hidden, range(self.first, count), grad_monitor)]
         else:
             groups = [(near_state, near, None), (hidden, range(near.stop, count), grad_monitor)]
-        outputs: list[Tensor] = [] if self.near_head is None else [self._near_output(given)]
+        found: list[tuple[Tensor, Tensor | None]] = []
+        if self.near_head is not None:
+            found.append((self._near_output(given), None))
         for state, chosen, monitor in groups:
             if chosen:
-                outputs += self._branches(state, actions, inputs, chosen, segment_ids, monitor)
+                found += self._branches(state, actions, inputs, chosen, segment_ids, monitor)
         if self.upsampler is not None:
-            outputs = [self._upsample(outputs[0], video[:, : hidden.shape[1]])] + ([] if near_only else outputs)
-        return tuple(outputs)
+            upsampled = self._upsample(found[0][0], video[:, : hidden.shape[1]])
+            found = [(upsampled, None)] + ([] if near_only else found)
+        outputs, states = zip(*found, strict=True)
+        return outputs, states
 
     def _head(self, i: int) -> nn.Module:
         return self.heads[i] if i or self.near_head is None else self.near_head
@@ -238,8 +267,8 @@ class Branches(nn.Module):
         chosen: range,
         segment_ids: Tensor | None,
         grad_monitor: GradMonitor | None,
-    ) -> list[Tensor]:
-        """The outputs of the horizons `chosen`, which share `hidden`."""
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Outputs and states of the horizons `chosen`, which share `hidden`."""
         if self.config.conditioning == "frames":
             assert inputs is not None
             states = self._chained(hidden, inputs, chosen, segment_ids)
@@ -258,7 +287,8 @@ class Branches(nn.Module):
         }
         actions = None if actions is None else actions.to(hidden.dtype)
         heads = [self.heads[i] for i in chosen]
-        if not self.tokens and all(self.pools[i] == 1 and not self.blocks[i] for i in chosen):
+        plain = all(self.pools[i] == 1 and not self.blocks[i] for i in chosen)
+        if plain and not self.tokens and not self.config.latent_consistency:
             patches = multi_horizon_linear(
                 hidden,
                 actions,
@@ -267,7 +297,7 @@ class Branches(nn.Module):
                 biases=[head.bias for head in heads],  # type: ignore[misc]
                 **conditioning,
             )
-            return [out.flatten(2, 3) for out in patches]
+            return [(out.flatten(2, 3), None) for out in patches]
         conditioned = fan_out(hidden, actions, horizons, pool=self.pools[part], **conditioning)
         mask = time_mask(segment_ids, hidden.shape[1], self.window, hidden.device)
         pairs = zip(chosen, conditioned, strict=True)
@@ -311,9 +341,10 @@ class Branches(nn.Module):
             states[i] = self._transform(i, state, inputs, mask)
         return list(states.values())
 
-    def _read(self, i: int, state_BTHWD: Tensor) -> Tensor:
+    def _read(self, i: int, state_BTHWD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Horizon i's output and the state that its head reads."""
         normed = self.last_norms[i](state_BTHWD)
-        return normed if self.tokens else self.heads[i](normed).flatten(2, 3)
+        return normed if self.tokens else self.heads[i](normed).flatten(2, 3), normed
 
     def _upsample(self, patches: Tensor, video: Tensor) -> Tensor:
         """Patches of horizon 0, from those of horizon 1 and the last frame seen."""

@@ -20,19 +20,12 @@ from mfwm_kernels import arguments as check
 
 from ..checks import options_repr
 from .balance import GradientNorms, Uncertainty, set_surgery_scale, times_shares
-from .branches import Branches
+from .branches import Branches, OptionalInputs
 from .distributions import LOG_SCALE_LIMIT, Distribution, check_sampling
 from .heads_config import HeadsConfig
+from .terms import HeadsLoss, difference_term, hidden_terms
 from .tokenised import tokenised_loss
 from .upsampler import unpatchify
-
-
-class OptionalInputs(TypedDict, total=False):
-    """What some heads read beside hidden states, actions and frames; described in MultiFrameHeads.forward."""
-
-    inputs: Tensor | None
-    near_hidden: Tensor | None
-    segment_ids: Tensor | None
 
 
 class HeadInputs(OptionalInputs):
@@ -42,6 +35,21 @@ class HeadInputs(OptionalInputs):
     actions: Tensor | None
 
 
+class LossInputs(TypedDict, total=False):
+    """What the loss reads beside outputs and frames; described in MultiFrameHeads.forward."""
+
+    low_tokens: Mapping[int, Tensor] | None
+    token_mask: Tensor | None
+    position_weights: Tensor | None
+    return_predictions: bool
+    shares: Tensor | None
+    seen: Tensor | None
+
+
+class ForwardInputs(OptionalInputs, LossInputs, total=False):
+    pass
+
+
 class MultiFrameHeads(Branches):
     """Drop-in heads that predict several future frames from a hidden state [B, T, H, W, D].
 
@@ -49,7 +57,7 @@ class MultiFrameHeads(Branches):
 
         state_i = norm(avg_pool(hidden, pool_i) + sum(actions[:, n + 1 : n + k]))        (fan_out)
         pred_i  = linear_i(blocks_i(state_i))          patches of frame n + k at 1/f of its size
-        loss    = sum_i weights_i * kind_i(pred_i + frame n at 1/f, frame n + k at 1/f) + consistency
+        loss    = sum_i weights_i * kind_i(pred_i + frame n at 1/f, frame n + k at 1/f) + consistency + terms
 
     where kind_i is the mean squared error unless the config says otherwise; or, for tokens, the cross-entropy of
     linear_i's logits against the ids of frame n + k, pooled by f. With conditioning "frames", state_i is that of an
@@ -126,15 +134,9 @@ class MultiFrameHeads(Branches):
         actions: Tensor | None,
         video: Tensor,
         *,
-        low_tokens: Mapping[int, Tensor] | None = None,
-        token_mask: Tensor | None = None,
-        position_weights: Tensor | None = None,
-        return_predictions: bool = False,
         grad_monitor: GradMonitor | None = None,
-        shares: Tensor | None = None,
-        seen: Tensor | None = None,
-        **optional: Unpack[OptionalInputs],
-    ) -> HorizonLoss:
+        **optional: Unpack[ForwardInputs],
+    ) -> HeadsLoss:
         """The loss of all horizons.
 
         Args:
@@ -157,28 +159,14 @@ class MultiFrameHeads(Branches):
             grad_monitor: for the horizons that share `hidden`: all K, without the near one if near_hidden or near_head
                 is given, and without horizon 0 if the upsampler computes it. With weighting "gradients" or surgery, its
                 scale is set here.
-            shares: [K, K], for a part of a larger batch: factors of the weights of horizons (the diagonal) and of
-                consistency, such that the mean of the parts' losses is the loss of the batch.
+            shares: [K + 2, K], for a part of a larger batch: factors of the weights of horizons (the diagonal),
+                consistency (above it), latent_consistency (row K) and temporal_difference (row K + 1), such that the
+                mean of the parts' losses is the loss of the batch. There is none for contrast, whose negatives are
+                those of the part.
             seen: the frames that the hidden state has seen, of video's shape, where they are not those of `video`, such
                 as frames with noise or the model's own: a change is then predicted from these. The targets are those
                 of `video`.
         """
-
-        def loss_of(hidden: Tensor, optional: OptionalInputs, monitor: GradMonitor | None) -> HorizonLoss:
-            read = video if seen is None else seen
-            outputs = self.outputs(hidden, actions, read, grad_monitor=monitor, **optional)
-            return self.loss(
-                outputs,
-                video,
-                seen=seen,
-                segment_ids=optional.get("segment_ids"),
-                low_tokens=low_tokens,
-                token_mask=token_mask,
-                position_weights=position_weights,
-                return_predictions=return_predictions,
-                shares=shares,
-            )
-
         if torch.is_grad_enabled() and (self.gradient_norms is not None or self.config.surgery):
             # `outputs` checks these again, but this method reads them first.
             near = optional.get("near_hidden")
@@ -194,10 +182,40 @@ class MultiFrameHeads(Branches):
             if self.config.surgery:
                 probe = hidden.detach().requires_grad_()
                 measured = GradMonitor(self.sharing, device=hidden.device)
-                detached: OptionalInputs = {**optional, "near_hidden": None if near is None else near.detach()}
-                torch.autograd.grad(loss_of(probe, detached, measured).total, probe)
+                detached: ForwardInputs = {**optional, "near_hidden": None if near is None else near.detach()}
+                loss, _ = self.loss_and_outputs(probe, actions, video, grad_monitor=measured, **detached)
+                torch.autograd.grad(loss.total, probe)
                 set_surgery_scale(grad_monitor, measured, balanced=self.gradient_norms is not None)
-        return loss_of(hidden, optional, grad_monitor)
+        return self.loss_and_outputs(hidden, actions, video, grad_monitor=grad_monitor, **optional)[0]
+
+    def loss_and_outputs(
+        self,
+        hidden: Tensor,
+        actions: Tensor | None,
+        video: Tensor,
+        *,
+        inputs: Tensor | None = None,
+        near_hidden: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        grad_monitor: GradMonitor | None = None,
+        **of_loss: Unpack[LossInputs],
+    ) -> tuple[HeadsLoss, tuple[Tensor, ...]]:
+        """The loss of all horizons and what `outputs` returns, without balancing gradients; arguments as in forward."""
+        seen = of_loss.get("seen")
+        outputs, states = self.outputs_and_states(
+            hidden,
+            actions,
+            video if seen is None else seen,
+            inputs=inputs,
+            near_hidden=near_hidden,
+            segment_ids=segment_ids,
+            grad_monitor=grad_monitor,
+        )
+        loss = self.loss(outputs, video, segment_ids=segment_ids, **of_loss)
+        position_weights, shares = of_loss.get("position_weights"), of_loss.get("shares")
+        hidden = self.layout.states("hidden", hidden)
+        added, terms = hidden_terms(self.config, self.pools, hidden, states, segment_ids, position_weights, shares)
+        return HeadsLoss(loss.total + added, *loss[1:7], {**loss.terms, **terms}), outputs
 
     def loss(
         self,
@@ -211,8 +229,9 @@ class MultiFrameHeads(Branches):
         return_predictions: bool = False,
         shares: Tensor | None = None,
         seen: Tensor | None = None,
-    ) -> HorizonLoss:
-        """The loss of what `outputs` returned; arguments as in forward."""
+    ) -> HeadsLoss:
+        """The loss of what `outputs` returned, without contrast and latent_consistency, which read hidden states;
+        arguments as in forward."""
         config = self.config
         self._check_loss(low_tokens, token_mask, return_predictions, shares)
         if seen is not None and self.residual:
@@ -225,7 +244,7 @@ class MultiFrameHeads(Branches):
             weights = times_shares(weights, shares.diagonal())
             if consistency is not None:
                 pairs = torch.as_tensor(consistency).ndim == 2
-                consistency = times_shares(consistency, shares if pairs else shares[0])
+                consistency = times_shares(consistency, shares[: len(shares) - 2] if pairs else shares[0])
         options: dict[str, Any] = {"segment_ids": segment_ids, "position_weights": position_weights}
         if self.tokens:
             options |= {"return_accuracy": True, "return_predictions": return_predictions}
@@ -270,11 +289,17 @@ class MultiFrameHeads(Branches):
             )
         if self.grid is not None and loss.predictions is not None:
             loss = HorizonLoss(*loss[:6], tuple(ids.flatten(2, 3) for ids in loss.predictions))
-        if self.uncertainty is None:
-            return loss
-        counted = loss.counts > 0
-        cost = self.uncertainty.cost(counted if shares is None else counted * shares.diagonal())
-        return HorizonLoss(loss.total + cost, *loss[1:])
+        total = loss.total
+        terms: dict[str, Tensor] = {}
+        if self.uncertainty is not None:
+            counted = loss.counts > 0
+            total = total + self.uncertainty.cost(counted if shares is None else counted * shares.diagonal())
+        if config.temporal_difference:
+            added, terms = difference_term(
+                config, self.patches, self._means(outputs), video, segment_ids, position_weights, shares
+            )
+            total = total + added
+        return HeadsLoss(total, *loss[1:], terms)
 
     def _check_loss(self, low_tokens: Any, token_mask: Any, return_predictions: Any, shares: Any) -> None:
         """ValueError or TypeError for arguments of `loss` that the ops do not get as they are given."""
@@ -293,8 +318,8 @@ class MultiFrameHeads(Branches):
                 )
         if shares is not None:
             count = len(self.config.horizons)
-            check.tensor("shares", shares, 2, "[K, K]")
-            check.shape("shares", shares, (count, count), "[K, K]")
+            check.tensor("shares", shares, 2, "[K + 2, K]")
+            check.shape("shares", shares, (count + 2, count), "[K + 2, K]")
 
     def _from_seen(self, outputs: Sequence[Tensor], video: Tensor, seen: Tensor) -> list[Tensor]:
         """Changes from frame n of `video` that lead to the same frames as the changes `outputs` from that of `seen`."""
@@ -314,11 +339,15 @@ class MultiFrameHeads(Branches):
     @torch.no_grad()
     def squared_errors(self, outputs: Sequence[Tensor], video: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """[K] mean squared errors of the means, over what counts; arguments as in loss. For pixels and latents."""
-        means = [patches.chunk(parts, -1)[0] for patches, parts in zip(outputs, self.parts, strict=True)]
         video = self.layout.frames(video)
         options: dict[str, Any] = {"patch_sizes": self.patches, "residual": self.config.residual}
         segment_ids = None if segment_ids is None else segment_ids[:, : video.shape[1]]
+        means = self._means(outputs)
         return multi_horizon_loss(means, video, self.config.horizons, segment_ids=segment_ids, **options).per_horizon
+
+    def _means(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of pixels and latents without the log-scales of distributions."""
+        return [patches.chunk(parts, -1)[0] for patches, parts in zip(outputs, self.parts, strict=True)]
 
     def _token_weights(self) -> list[Tensor] | Tensor:
         weights: Any = [self._head(i).weight for i in range(len(self.heads))]

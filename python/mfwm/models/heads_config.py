@@ -60,6 +60,13 @@ class HeadsConfig:
     consistency: weight of the consistency term between each far prediction and the later near one (entry 0 is
         unused); or K rows of K, where [i][j] is for horizon j and a nearer one i.
     detach: which side of that term gets no gradient; None: both learn.
+    contrast: weight of temporal_contrast of the shared hidden state, averaged over its tokens, from one position to the
+        next; mfwm.losses has the formulas of these three.
+    latent_consistency: weight of latent_consistency of every far horizon: the state that its head reads against the
+        shared hidden state of the frame it predicts, both divided by their RMS. Of several far horizons of one offset,
+        the first.
+    temporal_difference: weight of temporal_difference of every horizon, times the weight of the horizon. For pixels and
+        latents; of a distribution, that of the means.
     tap: number of trunk layers, from the input, below the hidden state that the far horizons share; the layers above
         it serve the near horizon only. None: all horizons read the trunk's output.
     """
@@ -89,6 +96,9 @@ class HeadsConfig:
     surgery: bool = False
     consistency: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
     detach: Literal["near", "far"] | None = "near"
+    contrast: float = 0.0
+    latent_consistency: float = 0.0
+    temporal_difference: float = 0.0
     tap: int | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +112,11 @@ class HeadsConfig:
                 raise ValueError(f"{name} must have one entry per horizon, {len(self.horizons)}; got {value}")
         self._check_output()
         self._check_kinds()
+        if self.latent_consistency and not self.far:
+            raise ValueError(
+                "latent_consistency needs a horizon of a larger offset than the first, got "
+                f"{self.latent_consistency} with {self.horizons}"
+            )
         if self.attend == "inputs" and not any(self.blocks or ()):
             raise ValueError('blocks must be given with attend "inputs", which says what they attend to')
         if self.lag_gate and self.conditioning != "actions":
@@ -123,6 +138,16 @@ class HeadsConfig:
     def sharing(self) -> int:
         """The number of horizons that branch from the shared hidden state: the last ones."""
         return len(self.horizons) - (self.upsampler is not None) - (self.tap is not None)
+
+    @property
+    def far(self) -> tuple[int, ...]:
+        """The horizons of larger offsets than the first one; of several with one offset, the first.
+
+        >>> HeadsConfig(Horizons((1, 1, 2, 4, 4), (1, 2, 2, 2, 4))).far
+        (2, 3)
+        """
+        offsets = self.horizons.offsets
+        return tuple(i for i in range(1, len(offsets)) if offsets[i] > offsets[i - 1])
 
     @property
     def horizon_weights(self) -> tuple[float, ...]:
@@ -161,12 +186,12 @@ class HeadsConfig:
     def _check_kinds(self) -> None:
         if len(self.kinds) != len(self.horizons):
             raise ValueError(f"kind must be one or have one entry per horizon, {len(self.horizons)}; got {self.kind}")
-        for name in ("beta", "motion_gain"):
+        for name in ("beta", "motion_gain", "contrast", "latent_consistency", "temporal_difference"):
             check.number(name, getattr(self, name), least=0)
         for name in ("delta", "eps"):
             check.number(name, getattr(self, name), above=0)
         if self.output == "tokens":
-            for name, default in (("kind", "mse"), ("beta", 0), ("motion_gain", 0)):
+            for name, default in (("kind", "mse"), ("beta", 0), ("motion_gain", 0), ("temporal_difference", 0)):
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"{name} is of the loss of pixels and latents, and the output is tokens; got "

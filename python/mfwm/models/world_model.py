@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mfwm_kernels import GradMonitor, HorizonLoss, video_pyramid
+from mfwm_kernels import GradMonitor, video_pyramid
 from mfwm_kernels import arguments as check
 
 from ..checks import check_choices, check_frame, options_repr
@@ -20,6 +20,7 @@ from .distributions import Distribution
 from .heads import HeadInputs, MultiFrameHeads
 from .heads_config import HeadsConfig
 from .maskgit import training_mask
+from .terms import HeadsLoss
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class WorldModel(nn.Module):
         far_gradient: bool = True,
         grad_monitor: GradMonitor | None = None,
         shares: Tensor | None = None,
-    ) -> HorizonLoss:
+    ) -> HeadsLoss:
         """The loss over the first `context` positions of a clip.
 
         video [B, V, C, height, width] or ids [B, V, rows, columns(, ids_per_token)], actions [B, V] or [B, V, A],
@@ -372,6 +373,10 @@ def check_far_gradient(heads: HeadsConfig) -> None:
             'far_gradient must be True with conditioning "frames" and attend "inputs", whose horizons reach the '
             'trunk by its inputs too, and with weighting "gradients" and surgery, which balance gradients of the '
             f"trunk; got {heads.conditioning!r}, {heads.attend!r}, {heads.weighting!r} and {heads.surgery}"
+        )
+    if heads.contrast:
+        raise ValueError(
+            f"far_gradient must be True with contrast, which trains the trunk alone; got contrast {heads.contrast}"
         )
     if heads.consistency is not None and heads.detach != "near":
         raise ValueError(

@@ -17,8 +17,8 @@ CONTEXT = 4
 
 
 def validation_figures(model: WorldModel, clips: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses of the horizons [K], accuracies of tokens, squared errors where losses are of another kind, and, where
-    several horizons share a hidden state, the norms and cosines of their gradients into it.
+    """Losses of the horizons [K], further terms of the loss, accuracies of tokens, squared errors where losses are of
+    another kind, and, where several horizons share a hidden state, the norms and cosines of their gradients into it.
 
     Costs a forward of the model and a backward of the heads, and leaves no gradient in either.
     """
@@ -31,9 +31,8 @@ def validation_figures(model: WorldModel, clips: dict[str, Tensor]) -> dict[str,
         states = model.states(video, clips.get("actions"), segments, mask)
     with torch.enable_grad():
         states["hidden"] = states["hidden"].detach().requires_grad_()
-        outputs = model.heads.outputs(video=video, grad_monitor=monitor, **states)
-        loss = model.heads.loss(outputs, video, segment_ids=segments, token_mask=mask)
-        figures = {"per_horizon": loss.per_horizon}
+        loss, outputs = model.heads.loss_and_outputs(video=video, token_mask=mask, grad_monitor=monitor, **states)
+        figures = {"per_horizon": loss.per_horizon, **loss.terms}
         if loss.accuracy is not None:
             figures["accuracy"] = loss.accuracy
         if not model.tokens and (config.motion_gain or set(config.kinds) != {"mse"}):

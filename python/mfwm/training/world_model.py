@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mfwm_kernels import HorizonLoss, Horizons, video_pyramid
+from mfwm_kernels import Horizons, video_pyramid
 from mfwm_kernels import arguments as check
 
 from ..data.replay import Replay
 from ..metrics.quality import psnr
 from ..models.cost import cost_of
 from ..models.maskgit import training_mask
+from ..models.terms import HeadsLoss, counts_of_terms
 from ..models.world_model import WorldModel, WorldModelConfig, check_far_gradient
 from .run_config import read
 from .trainer import Objective, TrainerConfig, load_trained, train_on_replay
@@ -127,6 +128,11 @@ class WorldModelLoss(Objective):
                 'weighting "gradients" and surgery need the gradients of a whole batch at once: '
                 "processes * accumulate must be 1"
             )
+        if config.heads.contrast:
+            raise ValueError(
+                "contrast needs the negatives of a whole batch at once: processes * accumulate must be 1, got contrast "
+                f"{config.heads.contrast}"
+            )
         segments, mask = clips["segment_ids"], clips.get("token_mask")
         return positions_that_count(config.heads.horizons, segments, config.context, mask)
 
@@ -149,16 +155,16 @@ class WorldModelLoss(Objective):
             losses = list(self._losses_of_rollout(clips, scheduled))
             # The figures are those on true frames, as without this option.
             loss, total = losses[0], torch.stack([each.total for each in losses]).mean()
-        figures = {"per_horizon": loss.per_horizon, "consistency": loss.consistency}
+        figures = {"per_horizon": loss.per_horizon, "consistency": loss.consistency, **loss.terms}
         if loss.accuracy is not None:
             figures["accuracy"] = loss.accuracy
         if shares is not None:
-            for name, means in figures.items():
-                of_pairs = shares[0] if means.ndim == 1 else shares
-                figures[name] = means * (of_pairs if name == "consistency" else shares.diagonal())
+            of_pairs = shares[0] if loss.consistency.ndim == 1 else shares[:-2]
+            rows = {"consistency": of_pairs, "latent_consistency": shares[-2], "temporal_difference": shares[-1]}
+            figures = {name: means * rows.get(name, shares.diagonal()) for name, means in figures.items()}
         return total, figures
 
-    def _losses_of_rollout(self, clips: dict[str, Tensor], shares: Tensor | None) -> Iterator[HorizonLoss]:
+    def _losses_of_rollout(self, clips: dict[str, Tensor], shares: Tensor | None) -> Iterator[HeadsLoss]:
         """The loss on the true frames, then on those predicted from them, then on those predicted from these ..."""
         model, video, segment_ids = self.model, clips["video"], clips["segment_ids"]
         frames = video
@@ -167,8 +173,8 @@ class WorldModelLoss(Objective):
             states = model.states(
                 seen, clips.get("actions"), segment_ids, noise=clips.get("noise"), far_gradient=self.far_gradient
             )
-            outputs = model.heads.outputs(video=seen, **states)
-            yield model.heads.loss(outputs, video, seen=seen, segment_ids=segment_ids, shares=shares)
+            loss, outputs = model.heads.loss_and_outputs(video=video, seen=seen, shares=shares, **states)
+            yield loss
             if not last:
                 with torch.no_grad():
                     frames = fed_back(model.heads.frames(outputs[:1], seen)[0], video, segment_ids)
@@ -180,10 +186,10 @@ class WorldModelLoss(Objective):
         return pixels + clips["noise"].view(-1, 1, 1, 1, 1) * clips["noise_on_frames"]
 
     def _scheduled(self, shares: Tensor | None) -> Tensor | None:
-        """The shares times the factors of this step's weights; a pair for consistency has those of its far horizon."""
+        """The shares times the factors of this step's weights; consistency of a pair has those of its far horizon."""
         if self.weight_schedule == "constant":
             return shares
-        return self.factors.expand(len(self.factors), -1) * (1 if shares is None else shares)
+        return self.factors.expand(len(self.factors) + 2, -1) * (1 if shares is None else shares)
 
     def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         # Pictures first: the backward in validation_figures makes FSDP release the gathered weights.
@@ -252,7 +258,8 @@ def fed_back(predicted: Tensor, video: Tensor, segment_ids: Tensor) -> Tensor:
 def positions_that_count(
     horizons: Horizons, segment_ids: Tensor, context: int, token_mask: Tensor | None = None
 ) -> Tensor:
-    """[K, K]: on the diagonal the positions where each horizon counts, at [i, j] those of the consistency of i and j.
+    """[K + 2, K]: on the diagonal the positions where each horizon counts, at [i, j] those of the consistency of i and
+    j, in the last two rows those of latent_consistency and temporal_difference.
 
     segment_ids [B, V]; the horizons are predicted from the first `context` frames of it. With token_mask [B, V, H, W],
     a horizon of offset 0 counts in cells: those with a masked token.
@@ -269,7 +276,7 @@ def positions_that_count(
             cells = F.max_pool2d(token_mask[:, :positions].float(), horizons.factors[i]) > 0
             both = both[..., None, None] & cells
         counts[i, j] = both.sum()
-    return counts
+    return torch.cat([counts, counts_of_terms(horizons, positions, frames, segment_ids)])
 
 
 def training_flops(config: TrainingConfig) -> float:
