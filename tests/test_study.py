@@ -90,6 +90,19 @@ def test_a_plan_gives_each_cell_its_config(plan_path: Path) -> None:
     assert plan.worlds["balls"].collect_arguments()["balls"].count == 2
 
 
+def test_the_further_plan_is_the_core_with_a_term_for_each_arm() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks" / "study"
+    core, further = read_plan(folder / "core.toml"), read_plan(folder / "further.toml")
+    assert further.worlds["balls"] == core.worlds["balls"] and further.endpoint.steps == core.endpoint.steps
+    cascade = core.training_config("B4")
+    assert further.training_config("B4") == cascade
+    terms = {"B7": {"latent_consistency": 0.1}, "B9": {"temporal_difference": 0.5}, "B10": {"contrast": 0.1}}
+    assert {*terms, "B4"} == set(further.arms)
+    for arm, options in terms.items():
+        heads = replace(cascade.model.heads, **options)  # type: ignore[arg-type]
+        assert further.training_config(arm) == replace(cascade, model=replace(cascade.model, heads=heads))
+
+
 def test_the_other_columns_give_an_arm_what_the_named_one_costs(plan_path: Path) -> None:
     plan = read_plan(plan_path)
     costs = {"flops": {"noise": 2.0, "cascade": 3.0}, "time": {"noise": 4.0, "cascade": 3.0}}
