@@ -175,6 +175,15 @@ def test_temporal_difference(dtype: torch.dtype, segments: Tensor | None, layout
         assert count == pairs * frame[0, 0].numel()
 
 
+def test_differences_at_offset_zero_do_not_cross_a_border() -> None:
+    """There every prediction counts for itself, and a pair still needs both in one episode."""
+    preds, video, own = [torch.randn(1, 4, 3, 4, 4)], torch.randn(1, 4, 3, 4, 4), Horizons((0,), (1,))
+    found = temporal_difference(preds, video, own, segment_ids=torch.tensor([[0, 0, 1, 1]]))
+    parts = [temporal_difference([preds[0][:, n : n + 2]], video[:, n : n + 2], own).total for n in (0, 2)]
+    torch.testing.assert_close(found.total, torch.stack(parts).mean())
+    assert found.counts.tolist() == [2 * 48]
+
+
 def test_a_steady_error_costs_no_difference_in_time() -> None:
     video = torch.rand(1, 6, 3, 4, 4)
     steady, flickering = video[:, 1:] + 0.5, video[:, 1:] + 0.5 * torch.tensor([1, -1, 1, -1, 1]).view(1, 5, 1, 1, 1)
