@@ -74,7 +74,7 @@ MALFORMED: list[tuple[Any, dict[str, Any], str]] = [
     (pixel_call, {"low_tokens": {0: None}}, "low_tokens' factor must be >= 1, got 0"),
     (pixel_call, {"return_predictions": 0}, "return_predictions must be True or False, got 0"),
     (pixel_call, {"shares": [1.0]}, "shares must be a torch.Tensor, got list"),
-    (pixel_call, {"shares": torch.ones(2, 2)}, r"shares must have shape \[K \+ 2, K\] = \[4, 2\], got \[2, 2\]"),
+    (pixel_call, {"shares": torch.ones(2, 2)}, r"shares must have shape \[K \+ 3, K\] = \[5, 2\], got \[2, 2\]"),
     # A size of 1 would broadcast.
     (pixel_call, {"temperature": 0, "video": torch.zeros(1, 6, 3, 8, 8)}, r"video must have shape .*got \[1, 6, 3"),
     (pixel_call, {"temperature": 0, "video": torch.zeros(2, 6, 1, 8, 8)}, r"video must have shape .*got \[2, 6, 1"),

@@ -69,7 +69,7 @@ def test_the_terms_are_those_of_the_losses(options: dict[str, Any], weights: Any
     heads.config = bare
     expected = heads.loss(outputs, clips["video"], segment_ids=SEGMENTS, position_weights=weights).total
     heads.config = config
-    _, read = heads.outputs_and_states(video=clips["video"], **states)
+    read = heads.branched(video=clips["video"], **states).states
 
     hidden, segments = states["hidden"], SEGMENTS[:, :6]
     of_near = weights if weights is None or weights.dim() == 2 else weights[..., 0]

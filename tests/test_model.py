@@ -40,6 +40,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "latent consistency of tokens": {**TOKENS, "latent_consistency": 0.3, "blocks": (0, 1, 1)},
     "latent consistency with frames": {"latent_consistency": 0.3, "conditioning": "frames"},
     "temporal difference": {"temporal_difference": 0.5},
+    "latent": {"latent": 3},
+    "latent, blocks on inputs, tap": {"latent": 3, "blocks": (0, 1, 1), "attend": "inputs", "tap": 1},
     "no actions": {"conditioning": "none"},
     "frames": {"conditioning": "frames", "blocks": (0, 1, 1), "patch_sizes": (4, 4, 2)},
     "frames, no blocks, tap": {"conditioning": "frames", "tap": 1},
@@ -327,7 +329,7 @@ def test_tokenised_targets_are_read_from_the_small_frames() -> None:
 def test_accuracies_are_logged() -> None:
     """Each times its horizon's share of what counts, as the losses are."""
     model = build(**TOKENS)
-    shares = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.1, 0.25], [0.1] * 3, [0.1] * 3])
+    shares = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.5, 0.1], [0.1, 0.1, 0.25], [0.1] * 3, [0.1] * 3, [0.1] * 3])
     clips = {**clip(8, model), "segment_ids": torch.zeros(2, 8, dtype=torch.int64)}
     _, figures = WorldModelLoss(model)(clips, shares)
     accuracy = model(**clips).accuracy

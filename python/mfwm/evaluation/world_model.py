@@ -230,7 +230,7 @@ def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
         errors["horizon_persistence"].append(squared_error(pyramid[i][:, :end], truth))
         errors["horizon_shuffled"].append(squared_error(predicted_shuffled[i][:, :end], truth))
     measures = {name: torch.stack(columns, 1).cpu().numpy() for name, columns in errors.items()}
-    if model.heads.draws():
+    if set(model.config.heads.kinds) & set(DISTRIBUTIONS):
         found = model.distributions(clips["video"], clips["actions"], clips["segment_ids"])
         measures |= likelihood_measures(found, truths)
     return measures

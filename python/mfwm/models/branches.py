@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from mfwm_kernels import arguments as check
 from .blocks import Join, LayerNorm, RMSNorm, SpaceTimeBlock, compute_dtype, initialise, pool_grid, time_mask
 from .distributions import DISTRIBUTIONS
 from .heads_config import HeadsConfig
+from .latents import FrameLatents
 from .layout import Layout
 from .near_head import check_near_head, near_patches
 from .upsampler import Upsampler, unpatchify
@@ -28,6 +29,20 @@ class OptionalInputs(TypedDict, total=False):
     inputs: Tensor | None
     near_hidden: Tensor | None
     segment_ids: Tensor | None
+
+
+class Branched(NamedTuple):
+    """What the branches compute of every horizon.
+
+    outputs: as from Branches.outputs.
+    states: [B, T, H / f_i, W / f_i, D] that head i reads; None where near_head, the upsampler or the fused
+        multi_horizon_linear computes the output.
+    kl: [B, T, K], the divergence of inferred latents; None where none are inferred.
+    """
+
+    outputs: tuple[Tensor, ...]
+    states: tuple[Tensor | None, ...]
+    kl: Tensor | None
 
 
 class Branches(nn.Module):
@@ -120,6 +135,9 @@ class Branches(nn.Module):
         self.upsampler = None
         if config.upsampler is not None:
             self.upsampler = Upsampler(channels, config.horizons.factors[1], config.upsampler)
+        self.latents = None
+        if config.latent is not None:
+            self.latents = FrameLatents(width, config.latent, config.horizons, config.far, channels)
 
     def _initialise_head(self, i: int, head: nn.Linear) -> None:
         if head.bias is not None:
@@ -142,18 +160,22 @@ class Branches(nn.Module):
         *,
         grad_monitor: GradMonitor | None = None,
         near_only: bool = False,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
         **optional: Unpack[OptionalInputs],
     ) -> tuple[Tensor, ...]:
-        """What the loss reads of every horizon; arguments as in MultiFrameHeads.forward.
+        """What the loss reads of every horizon; arguments as in MultiFrameHeads.forward and predict. With
+        config.latent, for z drawn from its prior.
 
         Patches [B, T, S_i, P_i], of the change if config.residual, and for distributions twice as wide, means first;
         for tokens, the states [B, T, H / f_i, W / f_i, D] that a linear head maps to logits.
         """
         check.flag("near_only", near_only)
         options: dict[str, Any] = {"grad_monitor": grad_monitor, "near_only": near_only}
-        return self.outputs_and_states(hidden, actions, video, **options, **optional)[0]
+        options |= {"temperature": temperature, "generator": generator}
+        return self.branched(hidden, actions, video, **options, **optional).outputs
 
-    def outputs_and_states(
+    def branched(
         self,
         hidden: Tensor,
         actions: Tensor | None,
@@ -164,10 +186,16 @@ class Branches(nn.Module):
         segment_ids: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
         near_only: bool = False,
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """What `outputs` returns, and the state of each horizon, [B, T, H / f_i, W / f_i, D], that its head reads.
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        targets: Tensor | None = None,
+        counts: Tensor | None = None,
+        latent_noise: Tensor | None = None,
+    ) -> Branched:
+        """Outputs, states and the divergence of latents; arguments as in `outputs`.
 
-        There is no state where near_head, the upsampler or the fused multi_horizon_linear computes the output.
+        targets: the true frames, of video's shape, from which latents are inferred where `counts` [B, T, K] says that a
+            horizon has one; None: latents are drawn. latent_noise [B, T, far horizons, latent]: of the inferred ones.
         """
         given = hidden if near_hidden is None else near_hidden
         hidden = self.layout.states("hidden", hidden)
@@ -175,6 +203,13 @@ class Branches(nn.Module):
         inputs = None if inputs is None else self.layout.states("inputs", inputs)
         video = self.layout.frames(video)
         self._check(hidden, actions, video, inputs, near_hidden, segment_ids, grad_monitor)
+        condition, kl = None, None
+        if self.latents is not None and not near_only:
+            if targets is None:
+                condition = self.latents.drawn(hidden, temperature, generator)
+            else:
+                assert counts is not None
+                condition, kl = self.latents.inferred(hidden, self.layout.frames(targets), counts, latent_noise)
         dtype = compute_dtype(hidden)
         hidden, inputs = hidden.to(dtype), None if inputs is None else inputs.to(dtype)
         count, near = len(self.config.horizons), range(self.first, self.first + 1)
@@ -193,12 +228,12 @@ class Branches(nn.Module):
             found.append((self._near_output(given), None))
         for state, chosen, monitor in groups:
             if chosen:
-                found += self._branches(state, actions, inputs, chosen, segment_ids, monitor)
+                found += self._branches(state, actions, inputs, chosen, segment_ids, monitor, condition)
         if self.upsampler is not None:
             upsampled = self._upsample(found[0][0], video[:, : hidden.shape[1]])
             found = [(upsampled, None)] + ([] if near_only else found)
         outputs, states = zip(*found, strict=True)
-        return outputs, states
+        return Branched(outputs, states, kl)
 
     def _head(self, i: int) -> nn.Module:
         return self.heads[i] if i or self.near_head is None else self.near_head
@@ -267,6 +302,7 @@ class Branches(nn.Module):
         chosen: range,
         segment_ids: Tensor | None,
         grad_monitor: GradMonitor | None,
+        condition: Tensor | None,
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Outputs and states of the horizons `chosen`, which share `hidden`."""
         if self.config.conditioning == "frames":
@@ -277,6 +313,7 @@ class Branches(nn.Module):
         offsets, factors = self.config.horizons.offsets[part], self.config.horizons.factors[part]
         horizons = Horizons(offsets, factors)
         conditioning: dict[str, Any] = {
+            "condition": None if condition is None else condition[:, :, part].to(hidden.dtype),
             "norm": self.config.norm or "rms",
             "norm_weight": None if self.norm_weight is None else self.norm_weight[part].to(hidden.dtype),
             "norm_bias": None if self.norm_bias is None else self.norm_bias[part].to(hidden.dtype),

@@ -23,7 +23,7 @@ from .balance import GradientNorms, Uncertainty, set_surgery_scale, times_shares
 from .branches import Branches, OptionalInputs
 from .distributions import LOG_SCALE_LIMIT, Distribution, check_sampling
 from .heads_config import HeadsConfig
-from .terms import HeadsLoss, difference_term, hidden_terms
+from .terms import HeadsLoss, difference_term, hidden_terms, horizons_that_count, kl_term
 from .tokenised import tokenised_loss
 from .upsampler import unpatchify
 
@@ -47,7 +47,7 @@ class LossInputs(TypedDict, total=False):
 
 
 class ForwardInputs(OptionalInputs, LossInputs, total=False):
-    pass
+    latent_noise: Tensor | None
 
 
 class MultiFrameHeads(Branches):
@@ -159,8 +159,10 @@ class MultiFrameHeads(Branches):
             grad_monitor: for the horizons that share `hidden`: all K, without the near one if near_hidden or near_head
                 is given, and without horizon 0 if the upsampler computes it. With weighting "gradients" or surgery, its
                 scale is set here.
-            shares: [K + 2, K], for a part of a larger batch: factors of the weights of horizons (the diagonal),
-                consistency (above it), latent_consistency (row K) and temporal_difference (row K + 1), such that the
+            latent_noise: [B, T, far horizons, config.latent], standard normal, for the draws of inferred latents. None:
+                drawn here in training, and in evaluation the means are taken.
+            shares: [K + 3, K], for a part of a larger batch: factors of the weights of horizons (the diagonal),
+                consistency (above it), latent_consistency, temporal_difference and kl (the last rows), such that the
                 mean of the parts' losses is the loss of the batch. There is none for contrast, whose negatives are
                 those of the part.
             seen: the frames that the hidden state has seen, of video's shape, where they are not those of `video`, such
@@ -198,11 +200,21 @@ class MultiFrameHeads(Branches):
         near_hidden: Tensor | None = None,
         segment_ids: Tensor | None = None,
         grad_monitor: GradMonitor | None = None,
+        latent_noise: Tensor | None = None,
         **of_loss: Unpack[LossInputs],
     ) -> tuple[HeadsLoss, tuple[Tensor, ...]]:
         """The loss of all horizons and what `outputs` returns, without balancing gradients; arguments as in forward."""
-        seen = of_loss.get("seen")
-        outputs, states = self.outputs_and_states(
+        seen, shares = of_loss.get("seen"), of_loss.get("shares")
+        position_weights = of_loss.get("position_weights")
+        latents: dict[str, Any] = {}
+        if self.latents is not None:
+            positions = hidden.shape[1]
+            if latent_noise is None and self.training:
+                size = (hidden.shape[0], positions, len(self.latents.far), self.latents.size)
+                latent_noise = torch.randn(size, device=hidden.device)
+            counts = horizons_that_count(self.config.horizons, hidden, video, segment_ids, position_weights)
+            latents = {"targets": video, "counts": counts, "latent_noise": latent_noise}
+        outputs, states, kl = self.branched(
             hidden,
             actions,
             video if seen is None else seen,
@@ -210,12 +222,23 @@ class MultiFrameHeads(Branches):
             near_hidden=near_hidden,
             segment_ids=segment_ids,
             grad_monitor=grad_monitor,
+            **latents,
         )
         loss = self.loss(outputs, video, segment_ids=segment_ids, **of_loss)
-        position_weights, shares = of_loss.get("position_weights"), of_loss.get("shares")
-        hidden = self.layout.states("hidden", hidden)
-        added, terms = hidden_terms(self.config, self.pools, hidden, states, segment_ids, position_weights, shares)
-        return HeadsLoss(loss.total + added, *loss[1:7], {**loss.terms, **terms}), outputs
+        added, terms = hidden_terms(
+            self.config,
+            self.pools,
+            self.layout.states("hidden", hidden),
+            states,
+            segment_ids,
+            position_weights,
+            shares,
+        )
+        total = loss.total + added
+        if kl is not None:
+            added, of_latents = kl_term(self.config, kl, latents["counts"], position_weights, shares)
+            total, terms = total + added, {**terms, **of_latents}
+        return HeadsLoss(total, *loss[1:7], {**loss.terms, **terms}), outputs
 
     def loss(
         self,
@@ -244,7 +267,7 @@ class MultiFrameHeads(Branches):
             weights = times_shares(weights, shares.diagonal())
             if consistency is not None:
                 pairs = torch.as_tensor(consistency).ndim == 2
-                consistency = times_shares(consistency, shares[: len(shares) - 2] if pairs else shares[0])
+                consistency = times_shares(consistency, shares[: len(shares[0])] if pairs else shares[0])
         options: dict[str, Any] = {"segment_ids": segment_ids, "position_weights": position_weights}
         if self.tokens:
             options |= {"return_accuracy": True, "return_predictions": return_predictions}
@@ -318,8 +341,8 @@ class MultiFrameHeads(Branches):
                 )
         if shares is not None:
             count = len(self.config.horizons)
-            check.tensor("shares", shares, 2, "[K + 2, K]")
-            check.shape("shares", shares, (count + 2, count), "[K + 2, K]")
+            check.tensor("shares", shares, 2, "[K + 3, K]")
+            check.shape("shares", shares, (count + 3, count), "[K + 3, K]")
 
     def _from_seen(self, outputs: Sequence[Tensor], video: Tensor, seen: Tensor) -> list[Tensor]:
         """Changes from frame n of `video` that lead to the same frames as the changes `outputs` from that of `seen`."""
@@ -374,14 +397,16 @@ class MultiFrameHeads(Branches):
         [B, T, H / f_i, W / f_i, vocabulary], or [..., ids_per_token, vocabulary] if there are several. With a grid, of
         tokens in one dimension where the frames given are.
         near_only: only the near horizon, which a closed-loop rollout feeds back.
-        temperature: of horizons that predict distributions: 0 gives their means, 1 samples of them, drawn with
-            `generator`; in between, samples closer to the mean. Tokens are sampled from the logits, as rollouts do.
+        temperature: of horizons that predict distributions or have latents: 0 gives their means, 1 samples of them,
+            drawn with `generator`; in between, samples closer to the mean. Tokens are sampled from the logits, as
+            rollouts do.
         """
         check_sampling(temperature, generator, hidden)
         if temperature and not self.draws(near_only):
             raise ValueError(f"temperature must be 0 where no horizon predicts a distribution, got {temperature}")
-        outputs = self.outputs(hidden, actions, video, near_only=near_only, **optional)
-        return self.frames(outputs, video, temperature=temperature, generator=generator)
+        draws: dict[str, Any] = {"temperature": temperature, "generator": generator}
+        outputs = self.outputs(hidden, actions, video, near_only=near_only, **draws, **optional)
+        return self.frames(outputs, video, **draws)
 
     def frames(
         self,
@@ -404,6 +429,8 @@ class MultiFrameHeads(Branches):
 
     def draws(self, near_only: bool = False) -> bool:
         """Whether any horizon (or the near one) predicts a distribution of frames, which a temperature concerns."""
+        if self.latents is not None and not near_only:
+            return True
         return max(self.parts[:1] if near_only else self.parts) == 2
 
     def distributions(

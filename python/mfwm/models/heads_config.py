@@ -67,6 +67,10 @@ class HeadsConfig:
         the first.
     temporal_difference: weight of temporal_difference of every horizon, times the weight of the horizon. For pixels and
         latents; of a distribution, that of the means.
+    latent: size of a Gaussian z for each far horizon (FrameLatents), for what of its frame cannot be known: inferred
+        from that frame in training, and in a prediction drawn from what the hidden state tells of it. For pixels and
+        latents; of several far horizons of one offset, for the first. None: no z.
+    kl: weight of the KL divergence from inferred to predicted z, times the weight of the horizon.
     tap: number of trunk layers, from the input, below the hidden state that the far horizons share; the layers above
         it serve the near horizon only. None: all horizons read the trunk's output.
     """
@@ -99,6 +103,8 @@ class HeadsConfig:
     contrast: float = 0.0
     latent_consistency: float = 0.0
     temporal_difference: float = 0.0
+    latent: int | None = None
+    kl: float = 1e-4
     tap: int | None = None
 
     def __post_init__(self) -> None:
@@ -112,10 +118,16 @@ class HeadsConfig:
                 raise ValueError(f"{name} must have one entry per horizon, {len(self.horizons)}; got {value}")
         self._check_output()
         self._check_kinds()
-        if self.latent_consistency and not self.far:
+        for name in ("latent_consistency", "latent"):
+            if getattr(self, name) and not self.far:
+                raise ValueError(
+                    f"{name} needs a horizon of a larger offset than the first, got {getattr(self, name)} with "
+                    f"{self.horizons}"
+                )
+        if self.latent is not None and self.conditioning == "frames":
             raise ValueError(
-                "latent_consistency needs a horizon of a larger offset than the first, got "
-                f"{self.latent_consistency} with {self.horizons}"
+                'latent must be None with conditioning "frames", which is given what cannot be known; got '
+                f"{self.latent}"
             )
         if self.attend == "inputs" and not any(self.blocks or ()):
             raise ValueError('blocks must be given with attend "inputs", which says what they attend to')
@@ -173,7 +185,7 @@ class HeadsConfig:
         for name in ("lag_gate", "residual", "shared_head", "bias", "surgery"):
             check.flag(name, getattr(self, name))
         check.integer("vocabulary", self.vocabulary, least=0)
-        for name in ("upsampler", "tap"):
+        for name in ("upsampler", "tap", "latent"):
             if getattr(self, name) is not None:
                 check.integer(name, getattr(self, name), least=1)
         for name, least in (("blocks", 0), ("patch_sizes", 1), ("mlp_ratios", 1)):
@@ -186,12 +198,18 @@ class HeadsConfig:
     def _check_kinds(self) -> None:
         if len(self.kinds) != len(self.horizons):
             raise ValueError(f"kind must be one or have one entry per horizon, {len(self.horizons)}; got {self.kind}")
-        for name in ("beta", "motion_gain", "contrast", "latent_consistency", "temporal_difference"):
+        for name in ("beta", "motion_gain", "contrast", "latent_consistency", "temporal_difference", "kl"):
             check.number(name, getattr(self, name), least=0)
         for name in ("delta", "eps"):
             check.number(name, getattr(self, name), above=0)
         if self.output == "tokens":
-            for name, default in (("kind", "mse"), ("beta", 0), ("motion_gain", 0), ("temporal_difference", 0)):
+            for name, default in (
+                ("kind", "mse"),
+                ("beta", 0),
+                ("motion_gain", 0),
+                ("temporal_difference", 0),
+                ("latent", None),
+            ):
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"{name} is of the loss of pixels and latents, and the output is tokens; got "

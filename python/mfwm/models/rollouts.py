@@ -64,12 +64,22 @@ def rollout_with_drift(
 
 
 @torch.no_grad()
-def rollout_in_jumps(model: WorldModel, video: Tensor, actions: Tensor | None, jumps: int, horizon: int) -> Tensor:
+def rollout_in_jumps(
+    model: WorldModel,
+    video: Tensor,
+    actions: Tensor | None,
+    jumps: int,
+    horizon: int,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Frames [B, jumps, C, height / f, width / f], each k frames after the one before; k and f are those of `horizon`.
 
     Each jump takes one pass of the model, where a rollout takes k. actions: [B, T0 - 1 + jumps * k or more] for T0
     frames of video. The trunk reads approximations of the k frames jumped over: what the horizons up to `horizon`
     predict of them, enlarged to full size, and for the others an interpolation of the two nearest.
+    temperature, generator: of horizons that predict distributions or have latents, as in MultiFrameHeads.predict.
     """
     horizons = model.config.heads.horizons
     if model.tokens or model.config.heads.conditioning == "frames":
@@ -78,7 +88,8 @@ def rollout_in_jumps(model: WorldModel, video: Tensor, actions: Tensor | None, j
         raise ValueError(f"horizon must be the index of an offset above 0 in {horizons}, got {horizon}")
     check.integer("jumps", jumps, least=1)
     check_actions(model, video, actions, jumps * horizons.offsets[horizon])
-    return torch.cat(list(in_jumps(model, as_frames(model, video), actions, jumps, horizon)), dim=1)
+    draws = {"temperature": temperature, "generator": generator}
+    return torch.cat(list(in_jumps(model, as_frames(model, video), actions, jumps, horizon, draws)), dim=1)
 
 
 class Rollout:
@@ -358,15 +369,17 @@ def disagreement(model: WorldModel, prediction: Tensor, frame: Tensor, factor: i
     return -rows.log_softmax(-1).gather(-1, frame[..., None].long()).flatten(1).mean(1)
 
 
-def in_jumps(model: WorldModel, frames: Tensor, actions: Tensor | None, jumps: int, horizon: int) -> Iterator[Tensor]:
-    """The frames of rollout_in_jumps, [B, 1, C, height / f, width / f] each."""
+def in_jumps(
+    model: WorldModel, frames: Tensor, actions: Tensor | None, jumps: int, horizon: int, draws: dict[str, Any]
+) -> Iterator[Tensor]:
+    """The frames of rollout_in_jumps, [B, 1, C, height / f, width / f] each. draws: of MultiFrameHeads.predict."""
     horizons, context = model.config.heads.horizons, model.config.context
     stride = horizons.offsets[horizon]
     seen = frames.shape[1]
     for _ in range(jumps):
         start = max(0, frames.shape[1] - context)
         window = None if actions is None else actions[:, seen - (frames.shape[1] - start) : seen - 1 + stride]
-        predicted = [x[:, -1:] for x in model.predict(frames[:, start:], window)]
+        predicted = [x[:, -1:] for x in model.predict(frames[:, start:], window, **draws)]
         # By frames ahead: the frames predicted, at full size.
         full = {0: frames[:, -1]}
         for i in range(horizon + 1):

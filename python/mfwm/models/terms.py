@@ -1,5 +1,5 @@
-"""HeadsLoss: the loss of the horizons, with the further terms of HeadsConfig: contrast, latent_consistency and
-temporal_difference."""
+"""HeadsLoss: the loss of the horizons, with the further terms of HeadsConfig: contrast, latent_consistency,
+temporal_difference and kl."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def difference_term(
         means,
         video,
         config.horizons,
-        horizon_weights=weights if shares is None else times_shares(weights, shares[-1]),
+        horizon_weights=weights if shares is None else times_shares(weights, shares[len(weights) + 1]),
         patch_sizes=patch_sizes,
         residual=config.residual,
         segment_ids=segment_ids,
@@ -105,13 +105,47 @@ def difference_term(
     return config.temporal_difference * loss.total, {"temporal_difference": loss.per_horizon}
 
 
+def kl_term(
+    config: HeadsConfig,
+    kl_BTK: Tensor,
+    counts_BTK: Tensor,
+    position_weights: Tensor | None,
+    shares: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted divergence of inferred latents, and its mean over what counts, by name."""
+    if position_weights is not None:
+        kl_BTK = kl_BTK * (position_weights if position_weights.dim() == 3 else position_weights[..., None])
+    means = torch.where(counts_BTK, kl_BTK, 0).sum((0, 1)) / counts_BTK.sum((0, 1)).clamp_min(1)
+    weights = torch.tensor(config.horizon_weights, device=means.device)
+    total = (config.kl * (weights if shares is None else weights * shares[len(weights) + 2]) * means).sum()
+    return total, {"kl": means.detach()}
+
+
+def horizons_that_count(
+    horizons: Horizons,
+    hidden: Tensor,
+    video: Tensor,
+    segment_ids: Tensor | None,
+    position_weights: Tensor | None,
+) -> Tensor:
+    """[B, T, K] bool: where each horizon has a target and a weight; arguments as in MultiFrameHeads.forward."""
+    (batch, positions), frames = hidden.shape[:2], video.shape[1]
+    segments = None if segment_ids is None else segment_ids[:, :frames]
+    valid = [horizons.valid(i, positions, frames, segments, device=hidden.device) for i in range(len(horizons))]
+    counts = torch.stack(valid, dim=-1).expand(batch, -1, -1)
+    if position_weights is None:
+        return counts
+    return counts & ((position_weights if position_weights.dim() == 3 else position_weights[..., None]) > 0)
+
+
 def unit_rms(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def counts_of_terms(horizons: Horizons, positions: int, frames: int, segment_ids: Tensor) -> Tensor:
-    """[2, K]: in how many positions latent_consistency and temporal_difference count; segment_ids [B, frames]."""
+    """[3, K]: in how many positions latent_consistency, temporal_difference and kl count; segment_ids [B, frames]."""
     seen = segment_ids[:, :positions]
     states = [horizons.valid(i, positions, positions, seen).sum() for i in range(len(horizons))]
     pairs = pairs_that_count(horizons, positions, frames, segment_ids).sum((0, 1))
-    return torch.stack([torch.stack(states), pairs])
+    targets = [horizons.valid(i, positions, frames, segment_ids).sum() for i in range(len(horizons))]
+    return torch.stack([torch.stack(states), pairs, torch.stack(targets)])

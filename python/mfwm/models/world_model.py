@@ -273,12 +273,13 @@ class WorldModel(nn.Module):
         far_gradient: bool = True,
         grad_monitor: GradMonitor | None = None,
         shares: Tensor | None = None,
+        latent_noise: Tensor | None = None,
     ) -> HeadsLoss:
         """The loss over the first `context` positions of a clip.
 
         video [B, V, C, height, width] or ids [B, V, rows, columns(, ids_per_token)], actions [B, V] or [B, V, A],
-        segment_ids [B, V]; low_tokens, grad_monitor and shares as in MultiFrameHeads. Frames past the context are
-        targets only: with V = context + the longest offset every position has all its targets.
+        segment_ids [B, V]; low_tokens, grad_monitor, shares and latent_noise as in MultiFrameHeads. Frames past the
+        context are targets only: with V = context + the longest offset every position has all its targets.
         token_mask [B, V, rows, columns]: tokens that a masked model does not see; sampled as in Genie if not given.
         seen: what the model sees in place of `video`, of the same shape: frames with noise, or predicted ones. noise
             [B]: the standard deviation of the noise on them, for a model with noise_condition.
@@ -295,6 +296,7 @@ class WorldModel(nn.Module):
             token_mask=token_mask,
             grad_monitor=grad_monitor,
             shares=shares,
+            latent_noise=latent_noise,
             **states,
         )
 

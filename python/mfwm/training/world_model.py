@@ -44,6 +44,8 @@ class TrainingConfig(TrainerConfig):
             to 0 over the run; "grow": the horizons join one after another in the first half of the run.
         far_gradient: False: the far horizons' losses train their heads and not the trunk, whose gradient
             is that of the near horizon alone. A placebo, to compare with.
+        kl_warmup: the weight of the KL divergence of latents (model.heads.latent) rises linearly to model.heads.kl over
+            so many steps.
     """
 
     model: WorldModelConfig = field(default_factory=WorldModelConfig)
@@ -51,12 +53,15 @@ class TrainingConfig(TrainerConfig):
     rollout_loss: int = 1
     weight_schedule: WeightSchedule = "constant"
     far_gradient: bool = True
+    kl_warmup: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check.number("context_noise", self.context_noise, least=0)
         check.integer("rollout_loss", self.rollout_loss, least=1)
         check.flag("far_gradient", self.far_gradient)
+        if check.integer("kl_warmup", self.kl_warmup, least=0) and self.model.heads.latent is None:
+            raise ValueError(f"kl_warmup must be 0 for a model without model.heads.latent, got {self.kl_warmup}")
         if self.context_noise and self.model.heads.output == "tokens":
             raise ValueError(
                 f"context_noise must be 0 for tokens, which no Gaussian noise is added to, got {self.context_noise}"
@@ -85,6 +90,7 @@ class WorldModelLoss(Objective):
     """The multi-frame loss of a world model. The options, and `steps`, are those of TrainingConfig."""
 
     factors: Tensor
+    kl_factor: Tensor
 
     def __init__(
         self,
@@ -94,15 +100,17 @@ class WorldModelLoss(Objective):
         rollout_loss: int = 1,
         weight_schedule: WeightSchedule = "constant",
         far_gradient: bool = True,
+        kl_warmup: int = 0,
         steps: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
         self.context_noise, self.rollout_loss, self.far_gradient = context_noise, rollout_loss, far_gradient
-        self.weight_schedule, self.steps = weight_schedule, steps
+        self.weight_schedule, self.kl_warmup, self.steps = weight_schedule, kl_warmup, steps
         heads = model.config.heads
         # A tensor, because torch.compile would compile a new graph for each new number.
         self.register_buffer("factors", torch.ones(len(heads.horizons)), persistent=False)
+        self.register_buffer("kl_factor", torch.ones(()), persistent=False)
         # Losses of different kinds are in different units: viewers show "2_gaussian" beside "1".
         labels = zip(heads.horizons.labels, heads.kinds, strict=True)
         self.names = [label if kind == "mse" else f"{label}_{kind}" for label, kind in labels]
@@ -111,6 +119,8 @@ class WorldModelLoss(Objective):
         if self.weight_schedule != "constant":
             offsets = self.model.config.heads.horizons.offsets
             self.factors.copy_(torch.tensor(far_factors(self.weight_schedule, offsets, step / self.steps)))
+        if self.kl_warmup:
+            self.kl_factor.fill_(min(1.0, (step + 1) / self.kl_warmup))
 
     def random_inputs(self, clips: dict[str, Tensor]) -> dict[str, Tensor]:
         video, found = clips["video"], {}
@@ -119,6 +129,11 @@ class WorldModelLoss(Objective):
         if self.context_noise:
             found["noise"] = self.context_noise * torch.rand(video.shape[0], device=video.device)
             found["noise_on_frames"] = torch.randn(video.shape, device=video.device)
+        latents = self.model.heads.latents
+        if latents is not None:
+            positions = min(video.shape[1], self.model.config.context)
+            size = (video.shape[0], positions, len(latents.far), latents.size)
+            found["latent_noise"] = torch.randn(size, device=video.device)
         return found
 
     def counts(self, clips: dict[str, Tensor]) -> Tensor:
@@ -149,6 +164,7 @@ class WorldModelLoss(Objective):
                 noise=clips.get("noise"),
                 far_gradient=self.far_gradient,
                 shares=scheduled,
+                latent_noise=clips.get("latent_noise"),
             )
             total = loss.total
         else:
@@ -159,8 +175,9 @@ class WorldModelLoss(Objective):
         if loss.accuracy is not None:
             figures["accuracy"] = loss.accuracy
         if shares is not None:
-            of_pairs = shares[0] if loss.consistency.ndim == 1 else shares[:-2]
-            rows = {"consistency": of_pairs, "latent_consistency": shares[-2], "temporal_difference": shares[-1]}
+            count = len(self.factors)
+            rows = dict(zip(("latent_consistency", "temporal_difference", "kl"), shares[count:], strict=True))
+            rows["consistency"] = shares[0] if loss.consistency.ndim == 1 else shares[:count]
             figures = {name: means * rows.get(name, shares.diagonal()) for name, means in figures.items()}
         return total, figures
 
@@ -173,7 +190,9 @@ class WorldModelLoss(Objective):
             states = model.states(
                 seen, clips.get("actions"), segment_ids, noise=clips.get("noise"), far_gradient=self.far_gradient
             )
-            loss, outputs = model.heads.loss_and_outputs(video=video, seen=seen, shares=shares, **states)
+            loss, outputs = model.heads.loss_and_outputs(
+                video=video, seen=seen, shares=shares, latent_noise=clips.get("latent_noise"), **states
+            )
             yield loss
             if not last:
                 with torch.no_grad():
@@ -187,9 +206,10 @@ class WorldModelLoss(Objective):
 
     def _scheduled(self, shares: Tensor | None) -> Tensor | None:
         """The shares times the factors of this step's weights; consistency of a pair has those of its far horizon."""
-        if self.weight_schedule == "constant":
+        if self.weight_schedule == "constant" and not self.kl_warmup:
             return shares
-        return self.factors.expand(len(self.factors) + 2, -1) * (1 if shares is None else shares)
+        rows = torch.cat([self.factors.expand(len(self.factors) + 2, -1), self.kl_factor * self.factors[None]])
+        return rows * (1 if shares is None else shares)
 
     def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         # Pictures first: the backward in validation_figures makes FSDP release the gathered weights.
@@ -207,6 +227,7 @@ def objective_of(config: TrainingConfig) -> WorldModelLoss:
         rollout_loss=config.rollout_loss,
         weight_schedule=config.weight_schedule,
         far_gradient=config.far_gradient,
+        kl_warmup=config.kl_warmup,
         steps=config.steps,
     )
 
@@ -258,8 +279,8 @@ def fed_back(predicted: Tensor, video: Tensor, segment_ids: Tensor) -> Tensor:
 def positions_that_count(
     horizons: Horizons, segment_ids: Tensor, context: int, token_mask: Tensor | None = None
 ) -> Tensor:
-    """[K + 2, K]: on the diagonal the positions where each horizon counts, at [i, j] those of the consistency of i and
-    j, in the last two rows those of latent_consistency and temporal_difference.
+    """[K + 3, K]: on the diagonal the positions where each horizon counts, at [i, j] those of the consistency of i and
+    j, in the last rows those of latent_consistency, temporal_difference and kl.
 
     segment_ids [B, V]; the horizons are predicted from the first `context` frames of it. With token_mask [B, V, H, W],
     a horizon of offset 0 counts in cells: those with a masked token.
