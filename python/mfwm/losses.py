@@ -167,7 +167,9 @@ def temporal_difference(
         ValueError, TypeError: naming the argument, the rule and the value; where multi_horizon_loss raises them, their
         T and T_v are those of the changes, less by one.
 
-    Source: latent temporal discrepancies, arXiv 2601.20504; motion consistency, arXiv 2501.07563.
+    Source: the squared difference of successive errors, a plain form of motion consistency. arXiv 2501.07563 compares
+    how features of successive frames correlate; motion_gain of multi_horizon_loss weighs by change, as arXiv 2601.20504
+    does.
     """
     letters = "[B, T, C, H / f, W / f], or [B, T, S, C] in the layout of tokens"
     preds = check.tensors("preds", preds, len(horizons), (4, 5), letters)
