@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from mfwm import HeadsConfig
+from mfwm.commands import command_of
 from mfwm.models.world_model import WorldModel, WorldModelConfig
 
 import benchmarks.__main__ as program
-from benchmarks import bench_ops, bench_train, measure, rivals
+from benchmarks import bench_ops, bench_train, measure, reading_list, rivals
 from mfwm_kernels import Horizons
 from mfwm_kernels.op import OPS
 
@@ -230,3 +232,30 @@ def test_a_bare_machine_checks_and_measures(command: str, tmp_path: Path) -> Non
         results = json.loads((tmp_path / "results.json").read_text())
         rows = [*results["ops"], *results["train"]]
         assert {row["status"] for row in rows} == {"ok"} and len(rows) == 2
+
+
+# ---- the reading list
+
+
+@pytest.mark.parametrize("name", reading_list.OPTIONS)
+def test_every_row_of_the_reading_list_trains_an_option(name: str) -> None:
+    flags = ["train", "--data", "data", "--out", "out", *reading_list.flags(name, steps=7)]
+    config = command_of("plain", flags, "").config
+    heads, default = config.model.heads, HeadsConfig()
+    options = ("contrast", "latent_consistency", "temporal_difference", "latent")
+    assert config.steps == 7 and any(getattr(heads, option) != getattr(default, option) for option in options)
+
+
+def test_a_row_has_means_of_both_ends_and_no_nan() -> None:
+    log: list[dict[str, Any]] = [
+        {"step": n, "loss": float(n), "kl": [0.0, float(-n)], "seconds": 1.0} for n in range(100)
+    ]
+    found = reading_list.measures(log)
+    assert found == {
+        "steps": 100,
+        "first": {"loss": 4.5, "kl": [0.0, -4.5]},
+        "last": {"loss": 74.5, "kl": [0.0, -74.5]},
+    }
+    log[60]["kl"] = [0.0, float("nan")]
+    with pytest.raises(ValueError, match="kl must be finite in every step, got nan in step 60"):
+        reading_list.measures(log)
