@@ -262,6 +262,8 @@ GRID = (4, 8)
     [
         ({"output": "latents", "kind": MIXED}, 1),
         ({"output": "latents", "blocks": (0, 1, 1), "attend": "inputs"}, 1),
+        ({"output": "latents", "contrast": 1.0, "latent_consistency": 1.0, "temporal_difference": 1.0, "latent": 3}, 1),
+        ({**TOKENS, "contrast": 1.0, "latent_consistency": 1.0}, 1),
         ({**TOKENS, "bias": True, "consistency": (0.0, 0.1, 0.1)}, 1),
         ({**TOKENS, "shared_head": True}, 2),
         ({**TOKENS, "token_targets": "tokenised"}, 1),
@@ -293,6 +295,8 @@ def test_flat_tokens_are_those_of_the_grid(options: dict[str, Any], ids: int, ne
     flat_more = {**more, "low_tokens": {f: x.flatten(2, 3) for f, x in more.get("low_tokens", {}).items()}}
     if config.attend == "inputs":
         more["inputs"], flat_more["inputs"] = inputs, inputs.flatten(2, 3)
+    if config.latent is not None:
+        more["latent_noise"] = flat_more["latent_noise"] = torch.randn(2, 5, 2, config.latent)
     actions = torch.randn(2, 7, 32)
     results = []
     for heads, frames, state, extra in (
@@ -308,7 +312,12 @@ def test_flat_tokens_are_those_of_the_grid(options: dict[str, Any], ids: int, ne
         results.append((loss, leaf.grad.view_as(hidden), heads.predict(state, actions, frames, **reads)))
     (loss, gradient, predicted), (flat_loss, flat_gradient, flat_predicted) = results
     assert torch.equal(loss.total, flat_loss.total) and torch.equal(loss.per_horizon, flat_loss.per_horizon)
-    assert torch.equal(gradient, flat_gradient)
+    if near and config.contrast:
+        # One of three readers of the hidden state reads it as the host gave it, so gradients add up in another order.
+        torch.testing.assert_close(gradient, flat_gradient, rtol=1e-5, atol=1e-7)
+    else:
+        assert torch.equal(gradient, flat_gradient)
+    assert all(torch.equal(term, flat_loss.terms[name]) for name, term in loss.terms.items())
     for x, y in zip(predicted, flat_predicted, strict=True):
         assert torch.equal(x.flatten(2, 3) if config.output == "tokens" else x.flatten(3).mT, y)
     for i, (x, y) in enumerate(zip(loss.predictions or (), flat_loss.predictions or (), strict=True)):

@@ -37,11 +37,13 @@ class Branched(NamedTuple):
     outputs: as from Branches.outputs.
     states: [B, T, H / f_i, W / f_i, D] that head i reads; None where near_head, the upsampler or the fused
         multi_horizon_linear computes the output.
+    hidden: [B, T, H, W, D] that the branches share, as it was given.
     kl: [B, T, K], the divergence of inferred latents; None where none are inferred.
     """
 
     outputs: tuple[Tensor, ...]
     states: tuple[Tensor | None, ...]
+    hidden: Tensor
     kl: Tensor | None
 
 
@@ -210,7 +212,7 @@ class Branches(nn.Module):
             else:
                 assert counts is not None
                 condition, kl = self.latents.inferred(hidden, self.layout.frames(targets), counts, latent_noise)
-        dtype = compute_dtype(hidden)
+        shared, dtype = hidden, compute_dtype(hidden)
         hidden, inputs = hidden.to(dtype), None if inputs is None else inputs.to(dtype)
         count, near = len(self.config.horizons), range(self.first, self.first + 1)
         near_state = hidden if near_hidden is None else near_hidden.to(dtype)
@@ -233,7 +235,7 @@ class Branches(nn.Module):
             upsampled = self._upsample(found[0][0], video[:, : hidden.shape[1]])
             found = [(upsampled, None)] + ([] if near_only else found)
         outputs, states = zip(*found, strict=True)
-        return Branched(outputs, states, kl)
+        return Branched(outputs, states, shared, kl)
 
     def _head(self, i: int) -> nn.Module:
         return self.heads[i] if i or self.near_head is None else self.near_head

@@ -214,7 +214,7 @@ class MultiFrameHeads(Branches):
                 latent_noise = torch.randn(size, device=hidden.device)
             counts = horizons_that_count(self.config.horizons, hidden, video, segment_ids, position_weights)
             latents = {"targets": video, "counts": counts, "latent_noise": latent_noise}
-        outputs, states, kl = self.branched(
+        outputs, states, shared, kl = self.branched(
             hidden,
             actions,
             video if seen is None else seen,
@@ -225,15 +225,7 @@ class MultiFrameHeads(Branches):
             **latents,
         )
         loss = self.loss(outputs, video, segment_ids=segment_ids, **of_loss)
-        added, terms = hidden_terms(
-            self.config,
-            self.pools,
-            self.layout.states("hidden", hidden),
-            states,
-            segment_ids,
-            position_weights,
-            shares,
-        )
+        added, terms = hidden_terms(self.config, self.pools, shared, states, segment_ids, position_weights, shares)
         total = loss.total + added
         if kl is not None:
             added, of_latents = kl_term(self.config, kl, latents["counts"], position_weights, shares)
