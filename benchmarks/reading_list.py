@@ -2,9 +2,10 @@
 
     python -m benchmarks.reading_list --data data/coinrun
 
-Each row of benchmarks/results/reading-list.json is one run of `mfwm train`: its command, and the mean of every logged
-number over the first steps and over the last ones. A run replaces the row of its name and leaves the others. "measured
-alone" gives every term so small a weight that the log shows how it goes where nothing teaches it.
+Each row of benchmarks/results/reading-list.json is one run of `mfwm train`: its command, the mean of every logged
+number over the first steps and over the last ones, and the errors on levels that it never saw. A run replaces the row
+of its name and leaves the others. "measured alone" gives every term so small a weight that the log shows how it goes
+where nothing teaches it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from mfwm.data.replay import ClipSampler, Replay, split_levels
+from mfwm.training import load_model
 from mfwm.training.checkpoints import write_atomically
 from mfwm.training.run_log import read_log
+
+from mfwm_kernels import video_pyramid
 
 RESULTS = Path(__file__).parent / "results" / "reading-list.json"
 # Of both ends of a run, in steps.
@@ -57,6 +62,7 @@ def main() -> None:
             "command": shlex.join(["mfwm", *command]),
             "torch": torch.__version__,
             **measures(read_log(run / "log.jsonl")),
+            "held_out": held_out(run),
         }
         rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
         rows = [other for other in rows if other["name"] != name] + [row]
@@ -67,6 +73,37 @@ def main() -> None:
 def flags(name: str, steps: int) -> list[str]:
     """The flags of `mfwm train` for a row."""
     return [*MODEL.split(), *TRAINING.split(), "--steps", str(steps), *OPTIONS[name].split()]
+
+
+@torch.no_grad()
+def held_out(run: Path, clips: int = 32, samples: int = 10) -> dict[str, list[float]]:
+    """Mean squared error of every horizon on held-out clips: of its prediction, and where predictions are drawn, of the
+    best of some samples of each frame."""
+    torch.manual_seed(0)
+    model, config, _ = load_model(run)
+    replay, horizons = Replay(config.data), config.model.heads.horizons
+    _, episodes = split_levels(replay, config.held_out, seed=config.seed)
+    given = ClipSampler(replay, config.clip, clips, seed=config.seed, episodes=episodes).batch(0)
+    pyramid = video_pyramid(given["video"], horizons.factors, dtype=torch.float32)
+    positions, frames = config.model.context, config.clip
+
+    def errors(temperature: float) -> list[torch.Tensor]:
+        """Of each horizon, those of the frames that count."""
+        predicted = model.predict(given["video"], given["actions"], given["segment_ids"], temperature=temperature)
+        found = []
+        for i, offset in enumerate(horizons.offsets):
+            end = min(positions, frames - offset)
+            valid = horizons.valid(i, end, frames, given["segment_ids"])
+            error = (predicted[i][:, :end] - pyramid[i][:, offset : offset + end]).square().mean((2, 3, 4))
+            found.append(error[valid])
+        return found
+
+    result = {"prediction": [error.mean().item() for error in errors(0.0)]}
+    if model.heads.draws():
+        drawn = [errors(1.0) for _ in range(samples)]
+        best = [torch.stack(each).amin(0).mean().item() for each in zip(*drawn, strict=True)]
+        result |= {"one sample": [error.mean().item() for error in drawn[0]], f"best of {samples}": best}
+    return {name: [round(error, 5) for error in errors] for name, errors in result.items()}
 
 
 def measures(log: list[dict[str, Any]]) -> dict[str, Any]:
