@@ -136,11 +136,12 @@ def valid_at(offset: int, positions: int, frames: int, segment_ids: Tensor | Non
     This is the library's only validity rule; kernels repeat it in registers and are tested against it.
     """
     inside = max(0, min(positions, frames - offset))
+    if segment_ids is not None:
+        in_one = segment_ids[:, :inside] == segment_ids[:, offset : offset + inside]
+        if inside == positions:
+            return in_one
     valid = torch.zeros(batch, positions, dtype=torch.bool, device=device)
-    if segment_ids is None:
-        valid[:, :inside] = True
-    else:
-        valid[:, :inside] = segment_ids[:, :inside] == segment_ids[:, offset : offset + inside]
+    valid[:, :inside] = True if segment_ids is None else in_one
     return valid
 
 

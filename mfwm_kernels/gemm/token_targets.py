@@ -100,8 +100,10 @@ def listed_targets(args: Arguments, *, drops: bool) -> ListedTargets:
     starts, first = [], 0
     for _, ids, _ in each:
         of_cell = torch.arange(first, first + ids.numel(), ids.shape[2:].numel(), device=device)
-        of_entry = torch.arange(entries, device=device).clamp_max(ids.shape[2]) * ids.shape[3]
-        starts.append((of_cell[:, None] + of_entry).flatten())
+        if entries > 1:
+            of_entry = torch.arange(entries, device=device).clamp_max(ids.shape[2]) * ids.shape[3]
+            of_cell = (of_cell[:, None] + of_entry).flatten()
+        starts.append(of_cell)
         first += ids.numel()
     starts.append(torch.full((1,), first, device=device))
     counted = None
@@ -117,11 +119,14 @@ def listed_targets(args: Arguments, *, drops: bool) -> ListedTargets:
         if not drops and (args.return_predictions or any(tensor is not None for tensor in excluded)):
             counted = torch.cat([term.any(-1).any(-1) for term in term_counted])
     scales = (args.horizon_weights.to(computed) / cells.clamp_min(1)).unbind()
-    entry_scales = [
-        _padded(torch.stack([scales[i] for i in group]), entries).expand(sizes[leader] * per_token, -1)
+    of_groups = [
+        scales[leader] if entries == 1 else _padded(torch.stack([scales[i] for i in group]), entries)
         for leader, group in groups.items()
     ]
-    all_scales = torch.cat(entry_scales).flatten()
+    cells_of_groups = [sizes[leader] * per_token for leader in groups]
+    all_scales = torch.cat(
+        [scale.expand(count, *scale.shape) for scale, count in zip(of_groups, cells_of_groups, strict=True)]
+    ).flatten()
     weights = None
     if args.position_weights is not None:
         row_weights = torch.cat([_padded(weight, entries) for _, _, weight in each if weight is not None]).to(computed)
@@ -175,7 +180,10 @@ def means(
 
 def _by_horizon(args: Arguments, targets: ListedTargets, values: Tensor) -> list[Tensor]:
     """Each horizon's part of values [R * F * E]."""
-    cells = values.view(-1, targets.entries).split_with_sizes([size * args.ids_per_token for size in targets.sizes])
+    sizes = [size * args.ids_per_token for size in targets.sizes]
+    if targets.entries == 1:
+        return list(values.split_with_sizes(sizes))
+    cells = values.view(-1, targets.entries).split_with_sizes(sizes)
     return [cells[leader][:, args.leaders[:i].count(leader)] for i, leader in enumerate(args.leaders)]
 
 
