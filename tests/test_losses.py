@@ -252,7 +252,23 @@ HIDDEN, TWO = torch.zeros(1, 4, 4, 4, 8), Horizons((1, 2), (1, 2))
         ),
         (
             lambda: temporal_difference(CHANGES, VIDEO, Horizons.next_frame(), position_weights=torch.ones(1, 3)),
-            r"position_weights must have shape .* got \[1, 3, 1\]",
+            r"position_weights must have shape .* got \[1, 3\]",
+        ),
+        (
+            lambda: temporal_difference(CHANGES, VIDEO, Horizons.next_frame(), position_weights=-torch.ones(1, 4)),
+            "position_weights must be finite and >= 0",
+        ),
+        (
+            lambda: temporal_difference(
+                CHANGES, VIDEO, Horizons.next_frame(), position_weights=torch.ones(1, 4, device="meta")
+            ),
+            "position_weights must be on the device of video, cpu; got meta",
+        ),
+        (lambda: temporal_difference(CHANGES, VIDEO, (1,)), "horizons must be a Horizons, got tuple"),  # type: ignore[arg-type]
+        (lambda: latent_consistency([HIDDEN], HIDDEN, (1,)), "horizons must be a Horizons, got tuple"),  # type: ignore[arg-type]
+        (
+            lambda: temporal_contrast(torch.ones(1, 4, 8).half(), temperature=1e-6),
+            "temperature must be > 3.1e-05 for float16, got 1e-06",
         ),
     ],
 )

@@ -61,6 +61,11 @@ def temporal_contrast(
     check.non_zero_sizes("states", states, ())
     check.integer("offset", offset, least=1)
     check.number("temperature", temperature, above=0)
+    largest = torch.finfo(states.dtype).max
+    if 2 / temperature + 128 > largest:
+        raise ValueError(
+            f"temperature must be > {2 / (largest - 128):.2g} for {check.names([states.dtype])}, got {temperature}"
+        )
     batch, positions, _ = states.shape
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     z = F.normalize(wide, dim=-1).to(states.dtype)
@@ -115,6 +120,7 @@ def latent_consistency(
 
     Source: LSE-MTP, arXiv 2604.06155.
     """
+    check_horizons(horizons)
     check.tensor("hidden", hidden, 5, "[B, T, H, W, D]")
     states = check.tensors("states", states, len(horizons), 5, "[B, T, H / f, W / f, D]")
     batch, positions, height, width, depth = hidden.shape
@@ -171,6 +177,7 @@ def temporal_difference(
     how features of successive frames correlate; motion_gain of multi_horizon_loss weighs by change, as arXiv 2601.20504
     does.
     """
+    check_horizons(horizons)
     letters = "[B, T, C, H / f, W / f], or [B, T, S, C] in the layout of tokens"
     preds = check.tensors("preds", preds, len(horizons), (4, 5), letters)
     check.tensor("video", video, (4, 5), "[B, V, C, H, W], or [B, V, S, C] with grid", (torch.uint8, *check.FLOATING))
@@ -179,15 +186,17 @@ def temporal_difference(
         raise ValueError(f"preds must have T positions, 1 <= T <= V = {frames}, the frames of video; got {positions}")
     check.segments(segment_ids, video.shape[0], frames, "V", "video", video)
     pairs = pairs_that_count(horizons, positions, frames, segment_ids, device=video.device)
-    pairs = pairs.expand(video.shape[0], -1, -1)
+    weights = pairs.expand(video.shape[0], -1, -1).float()
     if position_weights is not None:
-        check.tensor(
-            "position_weights", position_weights, (2, 3), "[B, T] or [B, T, K]", (torch.float32, torch.float64)
-        )
+        letters = "[B, T] or [B, T, K]"
+        check.tensor("position_weights", position_weights, (2, 3), letters, (torch.float32, torch.float64))
+        size = (video.shape[0], positions, len(horizons))[: position_weights.dim()]
+        check.shape("position_weights", position_weights, size, letters)
+        check.same_device("position_weights", position_weights, "video", video)
         weighted = position_weights if position_weights.dim() == 3 else position_weights[..., None]
-        size = (video.shape[0], positions, len(horizons) if position_weights.dim() == 3 else 1)
-        check.shape("position_weights", weighted, size, "[B, T] or [B, T, K]")
-        pairs = pairs & (weighted[:, 1:] > 0) & (weighted[:, :-1] > 0)
+        least = torch.minimum(weighted[:, 1:], weighted[:, :-1])
+        # Negative and NaN weights stay as they are, and the op refuses them.
+        weights = torch.where(least > 0, weights, least)
     wide = video.to(torch.promote_types(video.dtype, torch.float32))
     return multi_horizon_loss(
         [pred[:, 1:] - pred[:, :-1] for pred in preds],
@@ -197,9 +206,14 @@ def temporal_difference(
         patch_sizes=patch_sizes,
         residual=residual,
         scale=1 / 127.5 if video.dtype == torch.uint8 else 1.0,
-        position_weights=pairs.float(),
+        position_weights=weights,
         grid=grid,
     )
+
+
+def check_horizons(horizons: object) -> None:
+    if not isinstance(horizons, Horizons):
+        raise TypeError(f"horizons must be a Horizons, got {type(horizons).__name__}")
 
 
 def pairs_that_count(

@@ -46,7 +46,7 @@ def hidden_terms(
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """The weighted sum of contrast and latent_consistency, and both by name.
 
-    states: of each horizon, as from Branches.outputs_and_states. The other arguments are those of MultiFrameHeads.
+    states: of each horizon, as Branches.branched returns them. The other arguments are those of MultiFrameHeads.
     """
     total: Tensor | float = 0.0
     terms: dict[str, Tensor] = {}
