@@ -257,3 +257,43 @@ def test_latents_compile_whole() -> None:
         total.backward()
         found.append((total.detach(), figures, [p.grad for p in made.parameters()]))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"latent_noise": torch.zeros(4, 2, 3)},
+            r"latent_noise must have 4 dimensions, \[B, T, far horizons, latent\]",
+        ),
+        (
+            {"latent_noise": torch.zeros(2, 3, 2, 3)},
+            r"latent_noise must have shape .* = \[2, 4, 2, 3\], got \[2, 3, 2, 3\]",
+        ),
+        ({"latent_noise": torch.zeros(2, 4, 2, 3).long()}, "latent_noise must have dtype"),
+        ({"latent_noise": torch.zeros(2, 4, 2, 3, device="meta")}, "latent_noise must be on the device of hidden, cpu"),
+        ({"position_weights": torch.ones(2)}, "position_weights must have 2 or 3 dimensions"),
+        ({"video": [1]}, "video must be a torch.Tensor, got list"),
+        ({"hidden": [1]}, "hidden must be a torch.Tensor, got list"),
+    ],
+)
+def test_arguments_of_the_loss_are_checked(given: dict[str, Any], message: str) -> None:
+    config = HeadsConfig(Horizons((1, 2, 4), (1, 2, 4)), patch_sizes=(4, 4, 2), latent=3)
+    clips = {
+        "hidden": torch.randn(2, 4, 4, 4, 16),
+        "actions": torch.randn(2, 7, 16),
+        "video": torch.rand(2, 8, 3, 16, 16),
+    }
+    heads = MultiFrameHeads(16, 4, config)
+    heads(**clips)
+    with pytest.raises((ValueError, TypeError), match=message):
+        heads(**{**clips, **given})
+
+
+def test_noise_without_latents_and_a_negative_temperature_are_refused() -> None:
+    heads = MultiFrameHeads(16, 4, HeadsConfig(Horizons((1, 2), (1, 2)), patch_sizes=(4, 4)))
+    inputs = (torch.randn(2, 4, 4, 4, 16), torch.randn(2, 7, 16), torch.rand(2, 8, 3, 16, 16))
+    with pytest.raises(ValueError, match="latent_noise must be None for heads without latent"):
+        heads(*inputs, latent_noise=torch.zeros(2, 4, 1, 3))
+    with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
+        heads.outputs(*inputs, temperature=-1.0)

@@ -173,6 +173,7 @@ class Branches(nn.Module):
         for tokens, the states [B, T, H / f_i, W / f_i, D] that a linear head maps to logits.
         """
         check.flag("near_only", near_only)
+        check.number("temperature", temperature, least=0)
         options: dict[str, Any] = {"grad_monitor": grad_monitor, "near_only": near_only}
         options |= {"temperature": temperature, "generator": generator}
         return self.branched(hidden, actions, video, **options, **optional).outputs

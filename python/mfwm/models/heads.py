@@ -207,11 +207,25 @@ class MultiFrameHeads(Branches):
         seen, shares = of_loss.get("seen"), of_loss.get("shares")
         position_weights = of_loss.get("position_weights")
         latents: dict[str, Any] = {}
+        if self.latents is None and latent_noise is not None:
+            raise ValueError("latent_noise must be None for heads without latent")
         if self.latents is not None:
-            positions = hidden.shape[1]
-            if latent_noise is None and self.training:
-                size = (hidden.shape[0], positions, len(self.latents.far), self.latents.size)
-                latent_noise = torch.randn(size, device=hidden.device)
+            # What counts is computed here, before Branches checks its arguments.
+            batch, positions = self.layout.states("hidden", hidden).shape[:2]
+            letters = "[B, V, C, H, W], or [B, V, S, C] with grid"
+            check.tensor("video", video, (4, 5), letters, (torch.uint8, *check.FLOATING))
+            if position_weights is not None:
+                letters, size = "[B, T] or [B, T, K]", (batch, positions, len(self.config.horizons))
+                check.tensor("position_weights", position_weights, (2, 3), letters, (torch.float32, torch.float64))
+                check.shape("position_weights", position_weights, size[: position_weights.dim()], letters)
+                check.same_device("position_weights", position_weights, "hidden", hidden)
+            noise_size = (batch, positions, len(self.latents.far), self.latents.size)
+            if latent_noise is not None:
+                check.tensor("latent_noise", latent_noise, 4, "[B, T, far horizons, latent]")
+                check.shape("latent_noise", latent_noise, noise_size, "[B, T, far horizons, latent]")
+                check.same_device("latent_noise", latent_noise, "hidden", hidden)
+            elif self.training:
+                latent_noise = torch.randn(noise_size, device=hidden.device)
             counts = horizons_that_count(self.config.horizons, hidden, video, segment_ids, position_weights)
             latents = {"targets": video, "counts": counts, "latent_noise": latent_noise}
         outputs, states, shared, kl = self.branched(
