@@ -313,6 +313,32 @@ def test_a_partial_study_is_reported_while_another_one_runs(done: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
+def test_cells_of_another_machine_are_merged_and_not_run(done: Path, tmp_path: Path) -> None:
+    """A plan that gained an arm runs that arm alone; cells of a plan that differs are refused by name."""
+    known, plan = done / "out" / "results.json", tmp_path / "more.toml"
+    text = (done / "plan.toml").read_text()
+    plan.write_text(
+        text + '\n[arms.plain]\ntitle = "plain"\ntrain.model.heads.horizons = { offsets = [1], factors = [1] }\n'
+    )
+    subprocess.run(command(plan, tmp_path / "out", "--merge", str(known)), check=True, capture_output=True, timeout=600)
+    assert [place.name for place in (tmp_path / "out" / "cells" / "balls").iterdir()] == ["plain"]
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert list(cells) == ["balls/noise/0", "balls/cascade/0", "balls/plain/0"]
+    before = json.loads(known.read_text())["cells"]
+    assert all(cells[name] == columns for name, columns in before.items())
+    assert "3 of 3 cells" in (page := (tmp_path / "out" / "index.html").read_text()) and "Rollouts" in page
+
+    for old, new in (("context_noise = 0.2", "context_noise = 0.1"), ("clips = 4", "clips = 3"), ("0.05", "0.06")):
+        assert old in text
+        plan.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=r"holds balls/(noise|cascade)/0 of another plan"):
+            study(plan, tmp_path / "empty", workers=1, merge=(known,))
+        assert not (tmp_path / "empty" / "cells").exists()
+        shutil.rmtree(tmp_path / "empty" / "worlds")
+
+
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     """The others are done, in a world without positions and with episodes shorter than the pictures' rollouts."""
     text = PLAN.replace("seeds = [0, 1]", "seeds = [0]").replace(

@@ -276,6 +276,9 @@ class Study:
     """Only measure how long a step of each arm takes, on a machine that does nothing else."""
     report: bool = False
     """Only write results and page from the cells that are done, also while the study runs."""
+    merge: tuple[Path, ...] = ()
+    """results.json files of the same plan from other machines: their cells are not run here, and are part of the
+    results."""
 
     def run(self) -> None:
         from .study.runner import report, study, time_arms
@@ -283,11 +286,11 @@ class Study:
         if self.time + self.report + self.train_only > 1:
             raise ValueError("only one of --train-only, --time and --report can be given")
         if self.report:
-            print(f"study: {report(self.plan, self.out)}")
+            print(f"study: {report(self.plan, self.out, self.merge)}")
         elif self.time:
             print(json.dumps(time_arms(self.plan, self.out), indent=2))
         else:
-            study(self.plan, self.out, workers=self.workers, train_only=self.train_only)
+            study(self.plan, self.out, workers=self.workers, train_only=self.train_only, merge=self.merge)
 
 
 @dataclass

@@ -1,14 +1,17 @@
 """What the cells of a study came to, in one JSON file from which every table, plot and sentence is computed.
 
 Each cell has an entry for each column (equal steps, FLOPs and time): the number of steps, curves over rollout steps,
-single figures, and for each clip the mean of the endpoint's measure over the endpoint's steps.
+single figures, and for each clip the mean of the endpoint's measure over the endpoint's steps. An identity beside it
+tells whether another file's cell of the same name was trained and measured in the same way, so that a study may be run
+on several machines.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from ..training.checkpoints import write_atomically
 from ..training.json_values import as_json
 from ..training.run_config import parsed
 from .cell import snapshot_path
-from .plan import BUDGETS, Cell, Endpoint, Plan
+from .plan import BUDGETS, Cell, Endpoint, Plan, World, merged
 from .statistics import Difference, difference
 
 NAME = "results.json"
@@ -66,22 +69,70 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def plan_digest(plan_path: Path) -> str:
-    return hashlib.sha256(Path(plan_path).read_bytes()).hexdigest()[:16]
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
-def write_results(plan: Plan, plan_path: Path, out: Path, budgets: dict[Cell, dict[str, int]]) -> dict[str, Any]:
-    """Write results.json with all cells that are evaluated; returns its contents."""
-    cells = {}
+def identity(plan: Plan, cell: Cell, budgets: Mapping[str, int]) -> str:
+    """A digest of all that a plan says of a cell: world, options, steps and measures.
+
+    What the plan leaves to defaults is left out, so options that mfwm gains later do not change it.
+    """
+    world = plan.worlds[cell.world].collect_arguments()
+    defaults = {f.name: f.default for f in dataclasses.fields(World)}
+    of_cell = {
+        "world": {name: value for name, value in world.items() if value != defaults[name]},
+        "train": merged(plan.train, plan.arms[cell.arm].train),
+        "seed": cell.seed,
+        "budgets": dict(budgets),
+        "clips": plan.clips,
+        "endpoint": [plan.endpoint.measure, plan.endpoint.steps],
+    }
+    return digest(json.dumps(of_cell, sort_keys=True, default=dataclasses.asdict).encode())
+
+
+def known_cells(plan: Plan, budgets: Mapping[Cell, Mapping[str, int]], paths: Iterable[Path]) -> dict[str, Any]:
+    """The plan's cells that other results files hold, by name. ValueError for a cell of another plan."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        results = read_results(path)
+        identities = results.get("identities", {})
+        for cell, of_cell in budgets.items():
+            name = str(cell)
+            if name not in results["cells"]:
+                continue
+            if identities.get(name) != identity(plan, cell, of_cell):
+                raise ValueError(
+                    f"{path} holds {name} of another plan: its world, options, steps, clips or endpoint differ"
+                )
+            found.setdefault(name, results["cells"][name])
+    return found
+
+
+def write_results(
+    plan: Plan, plan_path: Path, out: Path, budgets: dict[Cell, dict[str, int]], merge: Iterable[Path] = ()
+) -> dict[str, Any]:
+    """Write results.json with all cells that are evaluated here or are in other results files; returns its contents.
+
+    A cell that both have is the one that was evaluated here.
+    """
+    cells, identities, known = {}, {}, known_cells(plan, budgets, merge)
     for cell, of_cell in budgets.items():
         columns = {
             column: entry(snapshot, steps, plan.endpoint)
             for column, steps in of_cell.items()
             if ((snapshot := snapshot_path(out, cell, steps)) / "metrics.json").is_file()
         }
-        if len(columns) == len(of_cell):
-            cells[str(cell)] = columns
-    results = {"title": plan.title, "plan": plan_digest(plan_path), "cells": cells}
+        if len(columns) < len(of_cell):
+            columns = known.get(str(cell), {})
+        if columns:
+            cells[str(cell)], identities[str(cell)] = columns, identity(plan, cell, of_cell)
+    results = {
+        "title": plan.title,
+        "plan": digest(Path(plan_path).read_bytes()),
+        "identities": identities,
+        "cells": cells,
+    }
     write_atomically(out / NAME, as_json(results, indent=1).encode())
     return results
 
@@ -140,13 +191,3 @@ class Results:
 
 def load(path: Path) -> Results:
     return Results(read_results(path))
-
-
-def as_table(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def dumps(results: dict[str, Any]) -> str:
-    return json.dumps(results, indent=1)

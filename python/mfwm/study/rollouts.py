@@ -24,14 +24,26 @@ CLIPS = 2
 
 
 def rollout_pictures(plan: Plan, results: Results, out: Path) -> dict[str, str]:
-    """By world, an <img>: for two held-out clips, the truth and a rollout of each arm, of the first seed."""
+    """By world, an <img>: for two held-out clips, the truth and a rollout of each arm, all of one seed.
+
+    It is the seed with most runs in this directory, and the first of several such seeds.
+    """
     found = {}
     for world in results.worlds():
-        arms = results.arms(world)
-        seed = min(results.seeds(world, *arms), default=None)
-        if seed is not None:
-            found[world] = of_world(plan, results, out, world, arms, seed)
+        here: dict[int, list[str]] = {}
+        for arm in results.arms(world):
+            for seed in results.seeds(world, arm):
+                if snapshot_of(results, out, Cell(world, arm, seed)).is_dir():
+                    here.setdefault(seed, []).append(arm)
+        if here:
+            seed = max(sorted(here), key=lambda seed: len(here[seed]))
+            found[world] = of_world(plan, results, out, world, here[seed], seed)
     return found
+
+
+def snapshot_of(results: Results, out: Path, cell: Cell) -> Path:
+    """Where the run of a cell is kept, as it was after as many steps as all arms."""
+    return snapshot_path(out, cell, results.cells[cell.world, cell.arm, cell.seed]["steps"]["at"])
 
 
 def of_world(plan: Plan, results: Results, out: Path, world: str, arms: list[str], seed: int) -> str:
@@ -43,11 +55,7 @@ def of_world(plan: Plan, results: Results, out: Path, world: str, arms: list[str
     (truth,) = video_pyramid(clips["video"], (1,), dtype=torch.float32)
     rows = {"truth": truth[:, CONTEXT:]}
     for arm in arms:
-        cell = Cell(world, arm, seed)
-        snapshot = snapshot_path(out, cell, results.cells[world, arm, seed]["steps"]["at"])
-        if not snapshot.is_dir():
-            return ""
-        model, _, _ = load_model(snapshot)
+        model, _, _ = load_model(snapshot_of(results, out, Cell(world, arm, seed)))
         rows[arm] = rollout(model, clips["video"][:, :CONTEXT], clips["actions"], steps[-1])
     lines = len(rows) * len(held_out.chosen)
     figure, axes = plt.subplots(lines, len(steps) + 1, figsize=(len(steps) + 2, lines))

@@ -30,7 +30,7 @@ from ..training.run_lock import locked
 from .cell import budgets_of, check_done, check_endpoint, config_of, recorded, snapshot_path, world_path
 from .page import write_page
 from .plan import Cell, World, read_plan
-from .results import Results, write_results
+from .results import Results, known_cells, write_results
 from .rollouts import rollout_pictures
 from .timing import measure_seconds
 
@@ -47,10 +47,10 @@ class Running:
 
 
 class Study:
-    """A plan and the directory that it is run in."""
+    """A plan and the directory that it is run in. Cells that the results files in `merge` hold are not run."""
 
-    def __init__(self, plan_path: Path, out: Path) -> None:
-        self.plan_path, self.out = Path(plan_path), Path(out)
+    def __init__(self, plan_path: Path, out: Path, merge: tuple[Path, ...] = ()) -> None:
+        self.plan_path, self.out, self.merge = Path(plan_path), Path(out), merge
         self.plan = read_plan(self.plan_path)
 
     def record_worlds(self) -> None:
@@ -77,7 +77,8 @@ class Study:
         """Run all cells, `workers` at a time; returns those that failed, whose output is in their cell.log."""
         self.record_worlds()
         budgets = self.checked_budgets()
-        waiting = [cell for cell in budgets if not self.is_done(cell, budgets[cell], train_only)]
+        known = known_cells(self.plan, budgets, self.merge)
+        waiting = [c for c in budgets if str(c) not in known and not self.is_done(c, budgets[c], train_only)]
         total = sum(max(steps.values()) for steps in budgets.values())
         done = total - sum(max(budgets[cell].values()) for cell in waiting)
         failed: list[Cell] = []
@@ -120,7 +121,7 @@ class Study:
     def write(self) -> Path:
         """Write results.json and index.html from the cells that are evaluated; returns the page's path."""
         budgets = self.checked_budgets()
-        results = Results(write_results(self.plan, self.plan_path, self.out, budgets))
+        results = Results(write_results(self.plan, self.plan_path, self.out, budgets, self.merge))
         return write_page(self.plan, results, self.out, rollout_pictures(self.plan, results, self.out))
 
     def is_done(self, cell: Cell, budgets: dict[str, int], train_only: bool) -> bool:
@@ -193,10 +194,13 @@ def stopped(running: list[Running]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def study(plan_path: Path, out: Path, *, workers: int, train_only: bool = False) -> None:
-    """Run a plan in `out`. RuntimeError names the cells that failed, once all others are done."""
+def study(plan_path: Path, out: Path, *, workers: int, train_only: bool = False, merge: tuple[Path, ...] = ()) -> None:
+    """Run a plan in `out`, but for the cells that the results files in `merge` hold.
+
+    RuntimeError names the cells that failed, once all others are done.
+    """
     check.integer("workers", workers, least=1)
-    found = Study(plan_path, out)
+    found = Study(plan_path, out, merge)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         failed = found.run_cells(workers=workers, train_only=train_only)
@@ -206,9 +210,9 @@ def study(plan_path: Path, out: Path, *, workers: int, train_only: bool = False)
         raise RuntimeError(f"{len(failed)} cells failed: {', '.join(map(str, failed))}")
 
 
-def report(plan_path: Path, out: Path) -> Path:
+def report(plan_path: Path, out: Path, merge: tuple[Path, ...] = ()) -> Path:
     """Write results.json and the page from the cells that are done, also while a study runs in `out`."""
-    return Study(plan_path, out).write()
+    return Study(plan_path, out, merge).write()
 
 
 def time_arms(plan_path: Path, out: Path) -> dict[str, float]:
