@@ -80,8 +80,6 @@ def warn_of_horizons_that_never_count(horizons: Horizons, positions: int, frames
         _warn(horizons, tuple(i for i, offset in enumerate(horizons.offsets) if frames <= offset), name)
 
 
-# The compiler calls it once while tracing. Its arguments are constants there: not `frames`, which may be symbolic.
-@torch.compiler.assume_constant_result
 def _warn(horizons: Horizons, never: tuple[int, ...], name: str) -> None:
     for i in never:
         if (horizons, i) in _warned:
@@ -94,6 +92,9 @@ def _warn(horizons: Horizons, never: tuple[int, ...], name: str) -> None:
         )
 
 
+# The compiler calls it once while tracing. Its arguments are constants there: not `frames`, which may be symbolic.
+# torch.compiler.assume_constant_result does the same, but imports the whole compiler: 1.4 s at every start.
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warned: set[tuple[Horizons, int]] = set()
 
 

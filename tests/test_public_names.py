@@ -34,6 +34,12 @@ def test_mfwm_loads_torch_on_first_use() -> None:
         _ = mfwm.Rollouts
 
 
+def test_the_kernels_do_not_load_the_compiler() -> None:
+    """torch._dynamo takes 1.4 s to import, at every start of a program that may never compile."""
+    code = "import sys, mfwm_kernels; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_mfwm_uses_public_names_of_the_kernels() -> None:
     private = []
     for path in Path(mfwm.__file__).parent.rglob("*.py"):
