@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .aot import binary, usage_of
 from .native import CODES
-from .sass.listing import Instruction, constants_of, instructions_of
+from .sass.listing import Instruction, constants_of, functions_of, instructions_of
 from .sass.occupancy import RESERVED_BYTES
 
 SOURCES = Path(__file__).parent.parent / "csrc"
@@ -53,12 +53,17 @@ class CudaLaunch(NamedTuple):
 class Function:
     """A kernel's machine code. `constants` are the compiler's, in bank 2; `shared_bytes` are static."""
 
-    instructions: list[Instruction] = field(default_factory=list)
+    listing: str = ""
     argument_bytes: list[int] = field(default_factory=list)
     constants: bytes = b""
     registers: int = 0
     local_bytes: int = 0
     shared_bytes: int = 0
+
+    # Parsed on first use: the library has many times the functions that a report launches.
+    @functools.cached_property
+    def instructions(self) -> list[Instruction]:
+        return instructions_of(self.listing)
 
 
 class Library(NamedTuple):
@@ -128,7 +133,7 @@ def _functions_of(compiled: Path) -> dict[str, Function]:
         command = [binary("cuobjdump"), *options, str(compiled)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    found = {name: Function(code) for name, code in instructions_of(listed("-sass")).items()}
+    found = {name: Function(listing) for name, listing in functions_of(listed("-sass")).items()}
     name = ""
     for line in listed("--dump-resource-usage").splitlines():
         if line.strip().startswith("Function "):

@@ -14,7 +14,7 @@ from .aot import Variant, binary, compile_for, key_of, name_of, resources
 from .cuda_launches import ARCHITECTURE, CudaLaunch
 from .launches import Launch
 from .sass.interpreter import LANES, Program
-from .sass.listing import Instruction, constants_of, instructions_of
+from .sass.listing import Instruction, constants_of, functions_of, instructions_of
 from .sass.measure import Measures, measured
 from .traffic import Argument, accesses_of, fewest_bytes
 
@@ -142,7 +142,8 @@ def code_of(cubin: bytes) -> tuple[list[Instruction], bytes]:
             command = [binary("cuobjdump"), option, str(file)]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        (code,) = instructions_of(listed("-sass")).values()
+        (listing,) = functions_of(listed("-sass")).values()
+        code = instructions_of(listing)
         # Only a switch reads such constants here, and listing them takes as long as disassembling.
         constants = constants_of(listed("-elf")) if any(found.opcode == "BRX" for found in code) else {}
     return code, b"".join(constants.values())

@@ -10,7 +10,7 @@ import pytest
 
 from mfwm_kernels.sass import interpreter
 from mfwm_kernels.sass.interpreter import Constants, Program, Wait
-from mfwm_kernels.sass.listing import Instruction, instructions_of
+from mfwm_kernels.sass.listing import Instruction, functions_of, instructions_of
 from mfwm_kernels.sass.measure import arguments_at, measured
 from mfwm_kernels.sass.occupancy import blocks_per_sm
 
@@ -18,14 +18,14 @@ from mfwm_kernels.sass.occupancy import blocks_per_sm
 def assembled(*lines: str) -> list[Instruction]:
     """The instructions at 0x00, 0x10, ...; a line may start with `name:`, to which other lines may jump."""
     labels = {line.split(":")[0]: 16 * i for i, line in enumerate(lines) if ":" in line}
-    text = ["\tFunction : written_by_hand"]
+    text = ["\t\tcode for sm_90", "\t\tFunction : written_by_hand"]
     for place, line in enumerate(lines):
         body = line.split(":")[-1].strip()
         for name, address in labels.items():
             body = body.replace(f"<{name}>", hex(address))
         text.append(f"        /*{16 * place:04x}*/   {body} ;    /* 0x0000000000007918 */")
         text.append("                                   /* 0x000fe20000000f00 */")
-    return instructions_of("\n".join(text))["written_by_hand"]
+    return instructions_of(functions_of("\n".join(text))["written_by_hand"])
 
 
 def run_of(*lines: str, arguments: tuple[tuple[int, int], ...] = (), block: int = 0, warp: int = 0) -> Any:
@@ -38,6 +38,13 @@ def value_of(*lines: str, arguments: tuple[tuple[int, int], ...] = ()) -> int:
     """What R0 holds at the end: the number of times that a loop runs which counts it down."""
     ends = ("loop: ISETP.NE.AND P6, PT, R0, RZ, PT", "VIADD R0, R0, 0xffffffff", "@P6 BRA <loop>", "EXIT")
     return int(run_of(*lines, *ends, arguments=arguments).counts[len(lines)]) - 1
+
+
+def test_functions_of_a_library_are_told_apart() -> None:
+    text = (
+        "\tcode for sm_90\n\t\tFunction : a\n  /*0000*/ EXIT ;\n\t\tFunction : b\n  /*0000*/ NOP ;\n  /*0010*/ EXIT ;\n"
+    )
+    assert {name: len(instructions_of(listing)) for name, listing in functions_of(text).items()} == {"a": 1, "b": 2}
 
 
 def test_a_listing_has_operands_guards_and_targets_and_no_padding() -> None:

@@ -120,23 +120,24 @@ def vector_length(instruction: Instruction, place: int) -> int:
     return 1
 
 
-def instructions_of(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of each function in the text, by the function's name; "" if the text names none.
+def functions_of(text: str) -> dict[str, str]:
+    """The listing of each function in the text of cuobjdump -sass, by the function's name."""
+    parts = re.split(r"^\s*Function : (\S+)", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def instructions_of(listing: str) -> list[Instruction]:
+    """The instructions of one function.
 
     Padding after the last instruction is left out: NOPs and the jump to itself that ends a function.
     """
-    functions: dict[str, list[Instruction]] = {}
-    name = ""
-    for line in text.splitlines():
-        heading = re.match(r"\s*Function : (\S+)", line)
-        if heading:
-            name = heading[1]
-            continue
+    body: list[Instruction] = []
+    for line in listing.splitlines():
         match = LINE.match(line)
         if match is None:
             continue
         address, guard, opcode, modifiers, operands = match.groups()
-        functions.setdefault(name, []).append(
+        body.append(
             Instruction(
                 int(address, 16),
                 operand_of(guard) if guard else None,
@@ -146,10 +147,9 @@ def instructions_of(text: str) -> dict[str, list[Instruction]]:
                 f"{opcode}{modifiers} {operands}",
             )
         )
-    for body in functions.values():
-        while body and (body[-1].opcode == "NOP" or (body[-1].opcode == "BRA" and body[-1].target == body[-1].address)):
-            body.pop()
-    return functions
+    while body and (body[-1].opcode == "NOP" or (body[-1].opcode == "BRA" and body[-1].target == body[-1].address)):
+        body.pop()
+    return body
 
 
 def constants_of(text: str) -> dict[str, bytes]:
