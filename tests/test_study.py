@@ -115,7 +115,7 @@ def test_arms_and_worlds_may_be_restricted(plan_path: Path) -> None:
     moon = '[worlds.moon]\nenv = "balls"\nframes = 100\nseeds = [1]\n'
     plan_path.write_text(text.replace("[train]\n", moon + "\n[train]\n", 1))
     assert [str(cell) for cell in read_plan(plan_path).cells()] == [
-        "balls/noise/0", "balls/cascade/0", "balls/noise/1", "balls/cascade/1", "moon/noise/1",
+        "balls/noise/0", "balls/noise/1", "moon/noise/1", "balls/cascade/0", "balls/cascade/1",
     ]  # fmt: skip
     plan_path.write_text(text.replace("[train]\n", moon + 'arms = ["cascade"]\n\n[train]\n', 1))
     assert not [cell for cell in read_plan(plan_path).cells() if cell.world == "moon"]

@@ -197,8 +197,15 @@ class Plan:
                     )
 
     def cells(self) -> list[Cell]:
-        """All cells: every arm of a world and seed before the next seed, so that a study that stops early is paired."""
-        return [
+        """All cells: every arm of a world and seed before the next seed, so that a study that stops early is paired.
+
+        Arms that name their worlds, and worlds that name their arms, come last: they are variants of the others.
+        """
+
+        def variant(cell: Cell) -> bool:
+            return self.arms[cell.arm].worlds is not None or self.worlds[cell.world].arms is not None
+
+        cells = [
             Cell(place, name, seed)
             for seed in self.seeds
             for place, world in self.worlds.items()
@@ -208,6 +215,7 @@ class Plan:
             and seed in (arm.seeds or self.seeds)
             and seed in (world.seeds or self.seeds)
         ]
+        return sorted(cells, key=variant)
 
     def training_config(self, arm: str) -> TrainingConfig:
         """How an arm is trained, but for the data, the seed and the frames."""
