@@ -55,7 +55,9 @@ def cross_entropy(
     hits: Tensor | None,
     predictions: Tensor | None,
     learns: bool,
+    scale: Tensor | None,
 ) -> None:
+    assert scale is None
     last = first + logits.shape[0]
     entries = targets.entries
     bias_rows = None if targets.bias_rows is None else targets.bias_rows[first:last]
@@ -81,12 +83,13 @@ def consistency(
     losses: Tensor,
     learns_near: bool,
     learns_far: bool,
+    scale: Tensor | None,
 ) -> None:
-    assert counted is None and args.consistency_weights is not None
-    scale = args.consistency_weights[pair.horizons[1]].to(losses.dtype) / pair.cells.clamp_min(1)
+    assert counted is None and scale is None and args.consistency_weights is not None
+    factor = args.consistency_weights[pair.horizons[1]].to(losses.dtype) / pair.cells.clamp_min(1)
     kernels.multi_horizon_linear_consistency(
         raw(near), raw(far), raw(near_bias), raw(far_bias), raw(known), raw(losses), args.ids_per_token, args.softcap,
-        scale.item(), learns_near, learns_far, torch.get_num_threads(),
+        factor.item(), learns_near, learns_far, torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -7,7 +7,9 @@ for rows of any horizons, computes the losses and overwrites Z with d Z:
 
 Rows that share a weight are gathered into one product, so that a horizon of 1/64 the size costs 1/64 of the time. A
 chunk of a consistency pair has far cells and the near cells that they cover, with the logits of both in the buffer.
-Gradients are those of the total: d Z includes the factor horizon weight / number of cells that count.
+Gradients are those of the total: d Z includes the factor horizon weight / number of cells that count. In fp16 such
+factors are subnormal, so d Z is divided by the largest of them, and the gradients are multiplied by it at the end. A
+product that is a gradient is then stored in fp32: as a sum over rows it may exceed 65,504.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..dtypes import stored_dtype
 from ..horizon_loss import gradients_of_weights
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
-from .products import ADDS_IN_FP32, add_product
+from .products import ADDS_IN_FP32, add_product, multiply
 from .rows import by_clip, clip_views, flat, rows_at, rows_of
 from .token_targets import Pair, Targets, pairs_of
 
@@ -45,16 +47,16 @@ class Passes(NamedTuple):
     add(total, product)    total += product, for an fp32 total and a bf16 product
     column_sums(rows)      the sums [N] of rows [R, N], in fp32 (fp64 for fp64)
     targets(args)          the Targets, as the backend's next two functions read them
-    cross_entropy(args, logits, targets, first, biases, losses, hits, predictions, learns)
+    cross_entropy(args, logits, targets, first, biases, losses, hits, predictions, learns, scale)
         writes losses, hits and predictions [R * F] of a chunk's logits [r * F, V], whose first row is row `first` of
         the R * F, plus their bias in [N, V], N of F or of K * F. If `learns`, overwrites the logits with their
-        gradients. Position weights multiply these, and may multiply the losses
+        gradients times `scale` [], unless it is None. Position weights multiply these, and may multiply the losses
     pairs(args)            the consistency pairs
-    consistency(args, pair, near, far, near_bias, far_bias, counted, known, losses, learns_near, learns_far)
+    consistency(args, pair, near, far, near_bias, far_bias, counted, known, losses, learns_near, learns_far, scale)
         writes losses [C, F] of a chunk of the pair's far logits [C, F * V] against near ones [C * S, F * V], and
-        overwrites the logits that learn with their gradients. Both are 0 where `counted` is False. A bias is [F * V] or
-        None. Each id >= 0 in known [C * S, F, f * f] contributes its one-hot in place of a share of 1 / (f * f) of the
-        near distribution
+        overwrites the logits that learn with their gradients times `scale`. Both are 0 where `counted` is False. A bias
+        is [F * V] or None. Each id >= 0 in known [C * S, F, f * f] contributes its one-hot in place of a share of
+        1 / (f * f) of the near distribution
     means(args, targets, pairs, losses, hits)
         the total, the mean losses [K], those of consistency and how many far cells these count, both in the shape of
         the consistency weights, and the shares of hits or None. `losses` are those of the R * F cells, then those of
@@ -116,6 +118,8 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     targets: Targets = passes.targets(args)
     pairs: list[Pair] = passes.pairs(args)
     heads.set_rows(targets.rows)
+    if heads.dtype == torch.float16:
+        heads.set_unit(largest_factor(args, targets, pairs))
     terms = [size * args.ids_per_token for size in targets.sizes]
     losses = empty(targets.losses + sum(pair.far.shape[0] for pair in pairs) * args.ids_per_token)
     hits = empty(targets.losses, dtype=torch.int32) if args.return_accuracy else None
@@ -128,7 +132,7 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
         learns = any(heads.learns(part.horizon) for part in parts)
         passes.cross_entropy(
             args, rows.view(-1, vocabulary), targets, first * args.ids_per_token, biases, losses, hits, predictions,
-            learns,
+            learns, heads.scale,
         )  # fmt: skip
         if learns:
             heads.sum_biases(parts, rows)
@@ -152,6 +156,19 @@ def forward(args: Arguments, want: Want, passes: Passes) -> tuple[list[Tensor], 
     return outputs, gradients
 
 
+def largest_factor(args: Arguments, targets: Targets, pairs: Sequence[Pair]) -> Tensor:
+    """The largest factor [] of a row's gradient: its weights, divided by the number of cells that count."""
+    factors = args.horizon_weights.abs() / targets.cells.clamp_min(1)
+    if args.position_weights is not None and args.position_weights.numel():
+        factors = factors * args.position_weights.amax()
+    if args.consistency_weights is not None and pairs:
+        weights = torch.stack([args.consistency_weights[pair.horizons[1]] for pair in pairs])
+        cells = torch.stack([pair.cells for pair in pairs])
+        factors = torch.cat([factors, weights.abs() / cells.clamp_min(1)])
+    # Not 0, by which gradients would be divided.
+    return factors.amax().float().clamp_min(1e-30)
+
+
 def teach(args: Arguments, passes: Passes, heads: Heads, pair: Pair, known: Tensor | None, losses: Tensor) -> None:
     """The losses [C, F] of a consistency pair, and its gradients."""
     i, j = (args.leaders[horizon] for horizon in pair.horizons)
@@ -168,7 +185,7 @@ def teach(args: Arguments, passes: Passes, heads: Heads, pair: Pair, known: Tens
         counted = None if pair.counted is None else pair.counted[chunk]
         passes.consistency(
             args, pair, near, far, heads.bias_of(i), heads.bias_of(j), counted,
-            None if known is None else known[near_rows], losses[chunk], learns_near, learns_far,
+            None if known is None else known[near_rows], losses[chunk], learns_near, learns_far, heads.scale,
         )  # fmt: skip
         if learns_near:
             heads.sum_biases([near_part], near)
@@ -189,6 +206,10 @@ class Heads:
         self.dtype, self.add, self.column_sums = passes.product_dtype(dtype), passes.add, passes.column_sums
         self.batched = passes.batched
         self.adds_in_fp32 = ADDS_IN_FP32 and args.tokens.device.type != "cpu" and self.dtype != self.computed
+        # The dtype of products that are gradients of weights.
+        self.summed_dtype = self.computed if self.dtype == torch.float16 else self.dtype
+        self.unit: Tensor | None = None
+        self.scale: Tensor | None = None
         self.weights = [weight.to(self.dtype) for weight in args.weight]
         columns, depth = self.weights[0].shape
         # Count the gathered states too: with V < D they are larger than the logits.
@@ -209,6 +230,10 @@ class Heads:
         self.weight_gradients: list[Tensor | None] = [None] * len(args.weight)
         self.biases = torch.stack([bias.to(self.computed) for bias in args.biases]) if args.biases else None
         self.bias_gradients: list[Tensor | None] = [None] * len(args.biases)
+
+    def set_unit(self, unit: Tensor) -> None:
+        """Have all gradients in units of `unit` until `gradients` returns them."""
+        self.unit, self.scale = unit, unit.reciprocal()
 
     def learns(self, i: int) -> bool:
         """Whether the gradient of horizon i's logits is needed."""
@@ -305,6 +330,11 @@ class Heads:
         """The needed gradients of inputs, weights and biases. That of states which are given several times is at the
         first, with None at the others."""
 
+        if self.unit is not None:
+            for total in (*self.input_gradients, *self.weight_gradients, *self.bias_gradients):
+                if total is not None:
+                    total.mul_(self.unit)
+
         def stored(leaf: Tensor, total: Tensor | None, wants: bool) -> Tensor | None:
             if total is not None and wants:
                 return total.to(stored_dtype(leaf))
@@ -379,23 +409,24 @@ class Heads:
             # One [V, D] product per clip: as many at a time as a chunk holds.
             size = max(1, self.size // states.shape[-1])
             for left, right in zip(logits_gradient.split(size), states.split(size), strict=True):
-                products = self._empty(left.shape[0], left.shape[2], right.shape[2])
-                summed = torch.bmm(left.transpose(1, 2), right, out=products).sum(0, dtype=self.computed)
+                products = self._empty(left.shape[0], left.shape[2], right.shape[2], dtype=self.summed_dtype)
+                summed = multiply(left.transpose(1, 2), right, products).sum(0, dtype=self.computed)
                 total = summed if total is None else total.to(self.computed).add_(summed)
             assert total is not None
             return total
         if self.adds_in_fp32:
             return add_product(total, logits_gradient.t(), states, self.computed)
         if total is None:
-            return multiply(logits_gradient.t(), states, self._empty(logits_gradient.shape[1], states.shape[1]))
+            product = self._empty(logits_gradient.shape[1], states.shape[1], dtype=self.summed_dtype)
+            return multiply(logits_gradient.t(), states, product)
         total = total.to(self.computed)
         if self.dtype == self.computed:
             return torch.addmm(total, logits_gradient.t(), states, out=total)
-        self.add(total, multiply(logits_gradient.t(), states, self._empty(*total.shape)))
+        self.add(total, multiply(logits_gradient.t(), states, self._empty(*total.shape, dtype=self.summed_dtype)))
         return total
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.args.tokens.device)
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.args.tokens.device)
 
 
 def one_clip(clips: Clips) -> Clips | None:
@@ -405,13 +436,6 @@ def one_clip(clips: Clips) -> Clips | None:
     if any(rows is not None and matrix is None for rows, matrix in zip(clips, dense, strict=True)):
         return None
     return Clips(*(None if matrix is None else matrix.unsqueeze(0) for matrix in dense))
-
-
-def multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """out = left @ right, for `left` [R, D] or [clips, R, D]. `out=` keeps autocast from casting the product."""
-    if left.dim() == 2:
-        return torch.mm(left, right, out=out)
-    return torch.bmm(left, right.expand(left.shape[0], -1, -1), out=out)
 
 
 def packed(targets: Targets, size: int) -> Iterator[tuple[int, int, list[Part]]]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..gemm.multi_horizon_linear_cross_entropy import Passes
 from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
+from ..gemm.products import ADDS_IN_FP32
 from ..gemm.token_targets import groups_of
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
@@ -106,7 +107,7 @@ def entries_of(
 
 @triton.jit
 def multi_horizon_linear_cross_entropy(
-    logits, biases, ids, weights, horizon_weights, weight_stride, cells, losses, hits, predictions,
+    logits, biases, ids, weights, horizon_weights, weight_stride, cells, losses, hits, predictions, scale,
     first, rows, vocabulary, ids_per_token, bias_step, smoothing, z_loss, softcap, starts, places, shifts,
     SQUARES: tl.constexpr, MEMBERS: tl.constexpr, SHARING: tl.constexpr, ENTRIES: tl.constexpr,
     SOFTCAP: tl.constexpr, SMOOTHS: tl.constexpr, LEARNS: tl.constexpr,
@@ -209,6 +210,8 @@ def multi_horizon_linear_cross_entropy(
         if weights is not None:
             factor *= tl.load(weights + place, given, 0)
         factor /= tl.maximum(tl.load(cells + horizon), 1).to(tl.float32)
+        if scale is not None:
+            factor *= tl.load(scale)
         if ENTRIES == 1:
             row_factor, learns = factor, each(counted, ROWS)
         else:
@@ -258,6 +261,7 @@ def cross_entropy(
     hits: Tensor | None,
     predictions: Tensor | None,
     learns: bool,
+    scale: Tensor | None,
 ) -> None:
     rows, vocabulary = logits.shape
     ids = power_of_2(max(args.factors) ** 2)
@@ -270,7 +274,7 @@ def cross_entropy(
     launch(
         multi_horizon_linear_cross_entropy, ceil_div(rows, tile["ROWS"]), logits.device,
         logits, biases, targets.ids, targets.weights, args.horizon_weights, args.horizon_weights.stride(0),
-        targets.cells, losses, hits, predictions, first, rows, vocabulary, args.ids_per_token,
+        targets.cells, losses, hits, predictions, scale, first, rows, vocabulary, args.ids_per_token,
         0 if len(args.biases) == 1 else args.ids_per_token, args.label_smoothing, args.z_loss, args.softcap,
         tuple(targets.cells_at[i] for i in groups),
         tuple(targets.starts[i] - targets.cells_at[i] for i in members) if shares else None,
@@ -284,9 +288,14 @@ def cross_entropy(
     )  # fmt: skip
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp16 needs products that are stored in fp32, which torch has from the version on that adds in fp32."""
+    return torch.float32 if dtype == torch.float16 and not ADDS_IN_FP32 else dtype
+
+
 PASSES = Passes(
     chunk_bytes=CHUNK_BYTES,
-    product_dtype=lambda dtype: dtype if dtype == torch.bfloat16 else torch.float32,
+    product_dtype=product_dtype,
     drops=False,
     batched=True,
     add=Tensor.add_,

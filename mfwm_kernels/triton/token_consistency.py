@@ -109,7 +109,7 @@ def capped_row(row, bias, bias_start, column, mask, softcap, SOFTCAP: tl.constex
 @triton.jit
 def multi_horizon_linear_consistency(
     near, far, near_bias, far_bias, near_normalisers, far_normalisers, dots, counted, known, pair_weight, cells, losses,
-    ids_per_token, covered, vocabulary, softcap,
+    scale, ids_per_token, covered, vocabulary, softcap,
     KNOWN: tl.constexpr, SOFTCAP: tl.constexpr, LEARNS_NEAR: tl.constexpr, LEARNS_FAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -123,6 +123,8 @@ def multi_horizon_linear_consistency(
     bias_start = f * vocabulary
     far_sum = tl.load(far_normalisers + program)
     factor = tl.load(pair_weight).to(tl.float32) / tl.maximum(tl.load(cells), 1).to(tl.float32)
+    if scale is not None:
+        factor *= tl.load(scale)
     near_share = 1.0 / covered
     column = tl.arange(0, BLOCK)
 
@@ -234,6 +236,7 @@ def consistency(
     losses: Tensor,
     learns_near: bool,
     learns_far: bool,
+    scale: Tensor | None,
 ) -> None:
     assert args.consistency_weights is not None
     cells, vocabulary = far.shape[0], far.shape[1] // args.ids_per_token
@@ -244,7 +247,7 @@ def consistency(
     launch(
         multi_horizon_linear_consistency, cells * args.ids_per_token, far.device,
         near, far, near_bias, far_bias, near_sums, far_sums, dots, counted, known,
-        args.consistency_weights[pair.horizons[1]], pair.cells, losses,
+        args.consistency_weights[pair.horizons[1]], pair.cells, losses, scale,
         args.ids_per_token, near.shape[0] // cells, vocabulary, args.softcap,
         KNOWN=0 if known is None else known.shape[2], SOFTCAP=args.softcap > 0,
         LEARNS_NEAR=learns_near, LEARNS_FAR=learns_far,

@@ -200,22 +200,42 @@ def test_position_weights(backend: str) -> None:
     assert_same(results(backend, {**kwargs, "position_weights": each}), (loss, gradients), 0)
 
 
+def fp16_gradients(backend: str, dtype: torch.dtype, kwargs: dict[str, Any], upstream: float) -> list[Tensor]:
+    """Gradients in `dtype` of states, weights and biases that are exact in fp16."""
+    leaves = tree_map_only(
+        Tensor, lambda t: t.half().to(dtype).requires_grad_(), {n: kwargs[n] for n in ("inputs", "weight", "biases")}
+    )
+    with use_backend(backend):
+        loss = multi_horizon_linear_cross_entropy(**{**kwargs, **leaves})
+    return list(torch.autograd.grad(loss.total * upstream, tree_leaves(leaves)))
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_large_position_weights_of_fp16_states(backend: str) -> None:
-    """Gradients of logits are beyond fp16's largest number, 65,504, until the upstream gradient scales them."""
-    kwargs = call_of(backend, Horizons((1,), (1,)), batch=1)
-    weights = torch.full((1, 5), 1e9, device=device_of(backend))
+def test_fp16_gradients_of_any_size(backend: str, factor: float) -> None:
+    """Those of logits are below fp16's smallest number or above its largest until the upstream gradient scales them."""
+    kwargs = call_of(backend, Horizons((1, 2), (1, 2)), batch=1)
+    kwargs["biases"] = torch.randn_like(kwargs["weight"][:, 0])
+    if factor > 1:
+        kwargs["position_weights"] = torch.full((1, 5), factor, device=device_of(backend))
+    else:
+        kwargs |= {"horizon_weights": [factor, 0.5 * factor], "consistency_weights": [0.0, factor], "detach": None}
+    found = fp16_gradients(backend, torch.float16, kwargs, 1 / factor)
+    assert_same(found, fp16_gradients("reference", torch.float64, kwargs, 1 / factor), 2e-3)
 
-    def gradients_of(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [states.half().to(dtype).requires_grad_() for states in kwargs["inputs"]]
-        weight = kwargs["weight"].half().to(dtype).requires_grad_()
-        with use_backend(backend):
-            loss = multi_horizon_linear_cross_entropy(
-                inputs, weight, kwargs["tokens"], kwargs["horizons"], position_weights=weights
-            )
-        return list(torch.autograd.grad(loss.total * 1e-6, [*inputs, weight]))
 
-    assert_same(gradients_of(backend, torch.float16), gradients_of("reference", torch.float64), 2e-3)
+def test_triton_multiplies_fp16_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("mfwm_kernels.gemm.multi_horizon_linear_cross_entropy")
+    multiply, dtypes = module.multiply, set()
+
+    def recording_multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        dtypes.add((left.dtype, right.dtype))
+        return multiply(left, right, out)
+
+    monkeypatch.setattr(module, "multiply", recording_multiply)
+    kwargs = call_of("triton", Horizons((1, 2), (1, 2)), batch=1)
+    fp16_gradients("triton", torch.float16, {**kwargs, "biases": torch.randn_like(kwargs["weight"][:, 0])}, 1.0)
+    assert dtypes == {(torch.float16, torch.float16)}
 
 
 @pytest.mark.parametrize("softcap", [None, 1.0])
@@ -425,12 +445,12 @@ def evaluated(backend: str, kwargs: dict[str, Any]) -> Any:
 def test_horizons_share_chunks(backend: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """320, 64 and 8 rows in four chunks: one pass per chunk, and one product per chunk and weight.
 
-    The rows are fp16, which both backends copy to fp32, so none is multiplied in index. Accuracies cost no product.
+    The rows' strides allow no view by clip, so none is multiplied in place. Accuracies cost no product.
     """
     recorded = Launches(backend, monkeypatch)
     kwargs = call_of(backend, chunk_size=100)
-    kwargs["inputs"] = [states.half() for states in kwargs["inputs"]]
-    kwargs["weight"] = kwargs["weight"].half() if shared else [kwargs["weight"].half()] * 3
+    kwargs["inputs"] = [states.transpose(2, 3).contiguous().transpose(2, 3) for states in kwargs["inputs"]]
+    kwargs["weight"] = kwargs["weight"] if shared else [kwargs["weight"]] * 3
     evaluated(backend, kwargs)
     assert recorded.passes == [98] * 4
     assert recorded.products == (recorded.passes if shared else [98, 98, 98, 26, 64, 8])
