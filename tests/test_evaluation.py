@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -375,3 +376,21 @@ def test_other_horizons_are_evaluated(
     assert list(metrics["psnr"]) == list(metrics["psnr_gain_95"]) == names
     assert ("rollout_psnr" in metrics) == (horizons.offsets[0] == 1)
     assert "data:image/png" in write_report(tmp_path / "run").read_text()
+
+
+def test_latents_are_evaluated_by_their_draws(tmp_path: Path) -> None:
+    moving_squares(tmp_path / "data")
+    config = small_config(tmp_path / "data")
+    config = replace(config, model=replace(config.model, heads=replace(config.model.heads, latent=3)), steps=3)
+    train(config, tmp_path / "run", progress=False)
+    options: dict[str, Any] = {"clips": 6, "batch": 3, "steps": 2, "progress": False}
+    metrics = evaluate(tmp_path / "run", samples=3, **options)
+    assert metrics["latent_samples"] == 3
+    for k in ("2", "4"):
+        assert metrics["latent_draws_psnr"][k] < metrics["latent_best_psnr"][k]
+        assert metrics["latent_kl"][k] > 0
+        assert metrics["latent_prediction_psnr"][k] == pytest.approx(metrics["psnr"][k], abs=1e-4)
+    assert "best of 3" in write_report(tmp_path / "run").read_text()
+    assert evaluate(tmp_path / "run", samples=3, **options)["latent_best_psnr"] == metrics["latent_best_psnr"]
+    with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
+        evaluate(tmp_path / "run", samples=0, **options)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModelConfig
+from mfwm.evaluation.latents import latent_measures, latent_summary
 from mfwm.models.latents import kl_divergence
 from mfwm.models.rollouts import rollout, rollout_in_jumps, rollout_with_drift
 from mfwm.training import TrainingConfig, train
@@ -172,6 +173,35 @@ def test_latents_learn_what_cannot_be_known() -> None:
     still = heads.predict(hidden, None, video[:, :1])[1].mean((1, 2, 3, 4))
     assert drawn.std() > 0.5 and (drawn > 0.3).any() and (drawn < -0.3).any()
     assert still.std() < drawn.std()
+
+
+def test_the_best_of_several_draws_is_measured_frame_by_frame() -> None:
+    model, clips = latent_model().eval(), {**clip(9), "segment_ids": torch.zeros(2, 9, dtype=torch.long)}
+    pyramid = video_pyramid(clips["video"], HORIZONS.factors, dtype=torch.float32)
+    pairs = list(zip(pyramid, HORIZONS.offsets, strict=True))
+    truths = [frames[:, k : k + min(6, 9 - k)] for frames, k in pairs]
+    found = latent_measures(model, clips, truths, 4, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    still = model.predict(**clips)
+    draws = [model.predict(**clips, temperature=1.0, generator=generator) for _ in range(4)]
+    for column, i in enumerate((1, 2)):
+        end = truths[i].shape[1]
+        errors = torch.stack([(draw[i][:, :end] - truths[i]).square().mean((2, 3, 4)) for draw in draws])
+        expected = {
+            "latent_best": errors.amin(0).mean(1),
+            "latent_draws": errors.mean((0, 2)),
+            "latent_prediction": (still[i][:, :end] - truths[i]).square().mean((1, 2, 3, 4)),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(torch.from_numpy(found[name][:, column]), value, msg=name)
+    # The logged divergence is that of the whole batch; here each clip has as many positions that count.
+    kl = model(**clips).terms["kl"]
+    torch.testing.assert_close(torch.from_numpy(found["latent_kl"]).mean(0), kl[1:])
+    metrics: Any = latent_summary(found, ["2", "4"], 4, 0)
+    for k in ("2", "4"):
+        low, high = metrics["latent_best_gain_95"][k]
+        assert low <= metrics["latent_best_psnr"][k] - metrics["latent_prediction_psnr"][k] <= high
+        assert metrics["latent_draws_psnr"][k] < metrics["latent_best_psnr"][k]
 
 
 def objective(**options: Any) -> WorldModelLoss:

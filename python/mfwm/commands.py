@@ -248,6 +248,8 @@ class Evaluate:
     steps: int = 32
     """Steps of rollouts; fewer if most held-out episodes are shorter."""
     clips: int = 96
+    samples: int = 10
+    """Draws of each frame that a horizon with a latent predicts."""
     seed: int = 0
 
     def run(self) -> None:
@@ -256,7 +258,7 @@ class Evaluate:
 
         places: dict[str, Any] = {"data": self.data, "pixels": self.pixels, "tokenizer": self.tokenizer}
         options: dict[str, Any] = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
-        options |= {"reader": self.reader, "steps": self.steps}
+        options |= {"reader": self.reader, "steps": self.steps, "samples": self.samples}
         print(json.dumps(evaluate(self.run_directory, **places, **options), indent=2))
         print(f"report: {write_report(self.run_directory, **places)}")
 

@@ -100,6 +100,8 @@ def write_report(
         ]
         if "nll" in metrics:
             sections.insert(1, ("Predicted distributions", likelihood_table(metrics), LIKELIHOOD_NOTE))
+        if "latent_best_psnr" in metrics:
+            sections.insert(1, ("Drawn latents", latent_table(metrics), LATENT_NOTE))
     if "rollout_psnr" in metrics:
         seen, actions = clips["video"][:, :CONTEXT], clips["actions"]
         (truth,) = video_pyramid(
@@ -209,6 +211,23 @@ def likelihood_table(metrics: dict[str, Any]) -> str:
             row += [f"{metrics[name][k]:.1%}", between(metrics[f"{name}_95"][k], ".1%")]
         rows.append(row)
     return as_table(header, rows)
+
+
+LATENT_NOTE = (
+    "Held-out levels, PSNR in dB. Best: of the draws of each frame, the one nearest to what happened. Mean: of all "
+    "draws' squared errors. Gain: of the best over the prediction, which takes the mean of the prior. Divergence: KL "
+    "from the posterior, which sees the target, to the prior; near 0 the latent is not used."
+)
+
+
+def latent_table(metrics: dict[str, Any]) -> str:
+    header = ["frames ahead", "prediction", f"best of {metrics['latent_samples']}", "gain, 95% interval", "mean"]
+    rows = []
+    for k in metrics["latent_best_psnr"]:
+        row = [k, *(f"{metrics[f'latent_{name}_psnr'][k]:.2f}" for name in ("prediction", "best"))]
+        row += [between(metrics["latent_best_gain_95"][k], "+.2f"), f"{metrics['latent_draws_psnr'][k]:.2f}"]
+        rows.append([*row, f"{metrics['latent_kl'][k]:.2f}", between(metrics["latent_kl_95"][k], ".2f")])
+    return as_table([*header, "divergence, nats", "95% interval"], rows)
 
 
 def controlled_sentence(metrics: dict[str, Any]) -> str:

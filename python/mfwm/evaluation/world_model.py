@@ -3,7 +3,8 @@
 PSNR = 10 log10(2^2 / MSE), with pixels in -1..1 and the MSE over all clips. Everything is compared with persistence,
 which repeats the last frame seen. Rollouts are also compared with those of another run, such as one trained on the next
 frame only, and rollouts of tokens with the tokenizer's reconstruction of the true frames, their upper bound.
-Horizons that predict distributions are measured by the means, and by likelihood and coverage (distributions.py).
+Horizons that predict distributions are measured by the means, and by likelihood and coverage (distributions.py); those
+with a latent also by the best of several draws (latents.py).
 Intervals are 95% bootstrap intervals over clips; for a difference, both sides are resampled alike.
 """
 
@@ -38,6 +39,7 @@ from ..training.world_model import TrainingConfig, load_model
 from .closed_loop import CONTEXT, action_ratio, can_roll_out, closed_loop, mean_image, rollout_summary, shuffle
 from .distributions import likelihood_measures, likelihood_summary
 from .held_out import HeldOut, device_for_evaluation, write_metrics
+from .latents import SAMPLES, latent_measures, latent_summary
 from .positions import objects_of, position_summary, positions, reader_of
 from .probes import probe
 from .tokens import check_tokens, decoder_of, token_measures, token_summary
@@ -61,6 +63,7 @@ def evaluate(
     probes: bool = True,
     steps: int = STEPS,
     clips: int = 96,
+    samples: int = SAMPLES,
     batch: int = 8,
     seed: int = 0,
     progress: bool = True,
@@ -76,10 +79,12 @@ def evaluate(
         exists, else trained on this run's training levels and written.
     probes: whether to fit ridge probes to the hidden state, in sets that hold positions.
     steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
+    samples: draws of each frame that a horizon with a latent predicts.
     """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
     check.integer("steps", steps, least=1)
+    check.integer("samples", samples, least=1)
     config, digest = read(TrainingConfig, run)
     if config.model.heads.output == "pixels" and can_roll_out(config.model):
         check_size(config.model.frame)
@@ -126,6 +131,7 @@ def evaluate(
     if probes:
         read_out = probe(model, replay, held_out.trained, held_out.episodes, seed=seed, batch=batch)
     rolled_steps = min(steps, length - CONTEXT)
+    generator = torch.Generator(device).manual_seed(seed)
     parts: list[Measures] = []
     bar = Progress("evaluate", len(held_out.chosen), "clip", shown=progress)
     for indices in bar.over(held_out.batches(batch), len):
@@ -134,7 +140,7 @@ def evaluate(
         # As in training.
         first = {name: value[:, : config.clip] for name, value in held.items()}
         if not model.tokens:
-            part |= open_loop(model, first)
+            part |= open_loop(model, first, samples, generator)
         elif not config.model.masked:
             part |= token_measures(model, first, shuffle(first["actions"]))
         if decoder is not None:
@@ -155,7 +161,7 @@ def evaluate(
     write_atomically(run / "clips.npz", compressed.getvalue())
 
     metrics = {
-        **summary(measures, config.model.heads, seed, controlled=model.action is not None),
+        **summary(measures, config.model.heads, seed, controlled=model.action is not None, samples=samples),
         **({} if eye is None else position_summary(measures, eye.objects, seed)),
         **({} if eye is None else {"reader_seen_levels": eye.seen(replay.episode_level[held_out.episodes])}),
         **({} if read_out is None else {"probe": read_out}),
@@ -210,10 +216,10 @@ def check_comparable(run: Path, config: TrainingConfig, digest: str | None) -> N
             )
 
 
-def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
+def open_loop(model: WorldModel, clips: dict[str, Tensor], samples: int, generator: torch.Generator) -> Measures:
     """Mean squared errors [clips, K] of every horizon, at its own resolution, over the positions that count.
 
-    And where some predict distributions, likelihood_measures of them.
+    And likelihood_measures of those that predict distributions, latent_measures of those that have a latent.
     """
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
@@ -233,10 +239,12 @@ def open_loop(model: WorldModel, clips: dict[str, Tensor]) -> Measures:
     if set(model.config.heads.kinds) & set(DISTRIBUTIONS):
         found = model.distributions(clips["video"], clips["actions"], clips["segment_ids"])
         measures |= likelihood_measures(found, truths)
+    if model.heads.latents is not None:
+        measures |= latent_measures(model, clips, truths, samples, generator)
     return measures
 
 
-def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bool) -> dict[str, Any]:
+def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bool, samples: int) -> dict[str, Any]:
     """The metrics: those of rollouts only if the model can be rolled out, of actions only if it has some."""
     names = heads.horizons.labels
 
@@ -263,6 +271,8 @@ def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bo
     if "nll" in measures:
         drawn = [(kind, name) for kind, name in zip(heads.kinds, names, strict=True) if kind in DISTRIBUTIONS]
         metrics |= likelihood_summary(measures, [kind for kind, _ in drawn], [name for _, name in drawn], seed)
+    if "latent_best" in measures:
+        metrics |= latent_summary(measures, [names[i] for i in heads.far], samples, seed)
     if "rollout_mse" in measures:
         metrics |= rollout_summary(measures, seed, controlled=controlled)
     return metrics
