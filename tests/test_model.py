@@ -10,7 +10,7 @@ import torch
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.models.blocks import RMSNorm, SpaceTimeBlock, rotate, time_mask
 from mfwm.models.rollouts import rollout
-from mfwm.models.upsampler import Upsampler, unpatchify
+from mfwm.models.upsampler import Analogy, Upsampler, unpatchify
 from mfwm.training.validation import validation_figures
 from mfwm.training.world_model import WorldModelLoss
 from small_model import HORIZONS, build, clip
@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "conditioning": "frames",
     },
     "upsampler": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8},
+    "analogy": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8, "upsampling": "analogy"},
     "upsampler, tap": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8, "tap": 1, "residual": False},
     "latents": {"output": "latents"},
     "tokens": {**TOKENS, "consistency": (0.0, 0.1, 0.1)},
@@ -82,7 +83,9 @@ def other(video: Tensor) -> Tensor:
 
 # By value for what gradients do not see, the upsampler on detached inputs and the frame that predict adds, and for each
 # kind of input and of masked position.
-@pytest.mark.parametrize("name", ["plain", "upsampler", "upsampler, tap", "latents", "tokens", "masked", "frames"])
+@pytest.mark.parametrize(
+    "name", ["plain", "upsampler", "upsampler, tap", "analogy", "latents", "tokens", "masked", "frames"]
+)
 def test_causality(name: str) -> None:
     options = OPTIONS[name]
     model = build(**options).eval()
@@ -292,20 +295,40 @@ def test_patches_and_back() -> None:
     assert torch.equal(unpatchify(patches, 4, 4, 8, 12), images)
 
 
-def test_upsampler_is_trained_on_top() -> None:
+@pytest.mark.parametrize("upsampling", ["correction", "analogy"])
+def test_upsampler_is_trained_on_top(upsampling: str) -> None:
     """Its loss moves it alone: the hidden state learns from the small targets."""
-    model = build(horizons=Horizons((1, 1, 2), (1, 2, 2)), upsampler=8, weights=(1.0, 0.0, 0.0))
+    horizons = Horizons((1, 1, 2), (1, 2, 2))
+    model = build(horizons=horizons, upsampler=8, upsampling=upsampling, weights=(1.0, 0.0, 0.0))
     model(**clip(10)).total.backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.norm() > 0}
     assert moved == {name for name, _ in model.named_parameters() if name.startswith("heads.upsampler")}
 
 
-def test_upsampler_reads_one_position() -> None:
-    upsampler = Upsampler(3, 2, 8)
+@pytest.mark.parametrize("kind", [Upsampler, Analogy])
+def test_upsampler_reads_one_position(kind: Any) -> None:
+    upsampler = kind(3, 2, 8)
     nn.init.normal_(upsampler.conv_out.weight)
     small, seen = torch.randn(2, 4, 3, 4, 4, requires_grad=True), torch.randn(2, 4, 3, 8, 8, requires_grad=True)
     for found in torch.autograd.grad(upsampler(small, seen)[:, 2].square().sum(), (small, seen)):
         assert (found.flatten(2).norm(dim=-1) > 0).tolist() == [[False, False, True, False]] * 2
+
+
+def test_an_analogy_is_that_of_the_formula() -> None:
+    analogy = Analogy(3, 2, 8)
+    nn.init.normal_(analogy.conv_out.weight)
+    small, last = torch.randn(1, 1, 3, 4, 4), torch.randn(1, 1, 3, 8, 8)
+    low = nn.functional.avg_pool2d(last[0], 2)
+    x = analogy.structure(small[0]) - analogy.structure(low)
+    x = x + analogy.appearance(nn.functional.pixel_unshuffle(last[0], 2))
+    decoded = analogy.conv_out(nn.functional.gelu(analogy.conv_mid(nn.functional.gelu(x))))
+    decoded = nn.functional.pixel_shuffle(decoded, 2)
+    detail = last[0] - nn.functional.interpolate(low, scale_factor=2)
+    expected = nn.functional.interpolate(small[0], scale_factor=2) + torch.sigmoid(decoded[:, 3:]) * detail
+    torch.testing.assert_close(analogy(small, last)[0], expected + decoded[:, :3])
+    # Untrained, where nothing changed, it gives the small frame and half the detail of the last one.
+    fresh = Analogy(3, 2, 8)(low[None], last)
+    torch.testing.assert_close(fresh[0], nn.functional.interpolate(low, scale_factor=2) + detail / 2)
 
 
 def test_tokenised_targets_are_read_from_the_small_frames() -> None:
@@ -391,7 +414,9 @@ def test_compiles_whole() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["blocks", "blocks on inputs", "frames", "upsampler", "tokens", "masked, blocks, tap"])
+@pytest.mark.parametrize(
+    "name", ["blocks", "blocks on inputs", "frames", "upsampler", "analogy", "tokens", "masked, blocks, tap"]
+)
 def test_every_kind_of_model_compiles_whole(name: str) -> None:
     """By dynamo alone, which finds what breaks a graph. aot_eager takes as long again, and has test_compiles_whole."""
     model = build(**OPTIONS[name])
@@ -544,6 +569,7 @@ def test_frames_that_heads_do_not_divide_make_no_model(
         ({"shared_head": True}, "shared_head, bias and token_targets need output \"tokens\", got 'pixels'"),
         ({"surgery": True, "conditioning": "frames"}, "surgery need horizons that reach the hidden state on their own"),
         ({"surgery": True, "horizons": Horizons.next_frame()}, "need two horizons on one hidden state, got 1"),
+        ({"upsampling": "analogy"}, "upsampling 'analogy' needs an upsampler, a number of channels; got None"),
         ({"upsampler": 8}, "upsampler needs pixels or latents, and a horizon 0 of the offset of horizon 1"),
     ],
 )

@@ -379,6 +379,34 @@ def test_jumps_take_one_horizon_after_the_other() -> None:
     torch.testing.assert_close(jumped[:, 1], again)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("upsampling", ["analogy", "correction"])
+def test_jumps_at_low_resolution_are_enlarged(upsampling: Any, residual: bool) -> None:
+    """From the last frame that was given, in every jump; the jumps themselves stay the same."""
+    horizons = Horizons((2, 2, 4), (1, 2, 2))
+    model = build(horizons=horizons, upsampler=4, upsampling=upsampling, residual=residual)
+    assert model.heads.upsampler is not None
+    nn.init.normal_(model.heads.upsampler.conv_out.weight, std=0.05)
+    video, actions = begin(model)
+    assert actions is not None
+    video = 96 + video // 4  # Far enough from black and white that no prediction is clamped.
+    small = rollout_in_jumps(model, video, actions, 3, 1)
+    full = rollout_in_jumps(model, video, actions, 3, 1, full_size=True)
+    (last,) = video_pyramid(video[:, -1:], (1,))
+    for jump in range(3):
+        expected = model.heads.upsampled(small[:, jump : jump + 1], last).clamp(-1, 1)
+        torch.testing.assert_close(full[:, jump : jump + 1], expected)
+    # The first jump is what horizons 0 and 1 predict.
+    full_prediction, small_prediction, _ = (x[:, -1:] for x in model.predict(video, actions[:, :5]))
+    torch.testing.assert_close(small[:, :1], small_prediction)
+    torch.testing.assert_close(full[:, :1], full_prediction)
+    for horizon in (0, 2):
+        with pytest.raises(ValueError, match=r"full_size needs a model with an upsampler, and horizon 1, .* got hori"):
+            rollout_in_jumps(model, video, actions, 1, horizon, full_size=True)
+    with pytest.raises(ValueError, match=r"full_size needs a model with an upsampler, .* upsampler None"):
+        rollout_in_jumps(build(), video, actions, 1, 1, full_size=True)
+
+
 def test_what_cannot_be_rolled_out_is_refused() -> None:
     model = build()
     video, actions = begin(model)

@@ -245,6 +245,8 @@ class Evaluate:
     """A file with the weights of LPIPS: torch.save(lpips.LPIPS(net="alex").state_dict(), FILE)."""
     reader: Path | None = None
     """A file for the reader of positions, shared by evaluations on one data set: read if it exists, else written."""
+    jumps: bool = False
+    """Also roll out in jumps along every horizon of offset 2 or more."""
     steps: int = 32
     """Steps of rollouts; fewer if most held-out episodes are shorter."""
     clips: int = 96
@@ -258,7 +260,7 @@ class Evaluate:
 
         places: dict[str, Any] = {"data": self.data, "pixels": self.pixels, "tokenizer": self.tokenizer}
         options: dict[str, Any] = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
-        options |= {"reader": self.reader, "steps": self.steps, "samples": self.samples}
+        options |= {"reader": self.reader, "jumps": self.jumps, "steps": self.steps, "samples": self.samples}
         print(json.dumps(evaluate(self.run_directory, **places, **options), indent=2))
         print(f"report: {write_report(self.run_directory, **places)}")
 

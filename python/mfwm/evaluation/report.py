@@ -163,7 +163,15 @@ def table(metrics: dict[str, Any]) -> str:
         for k in metrics["psnr"]
     ]
     header += ["true minus shuffled actions"] if controlled else []
-    return as_table(header, rows) + controlled_sentence(metrics)
+    return as_table(header, rows) + enlarged_sentence(metrics) + controlled_sentence(metrics)
+
+
+def enlarged_sentence(metrics: dict[str, Any]) -> str:
+    return "".join(
+        f"<p>The small prediction of n + {k}, plainly enlarged, has {plain:.2f} dB; the upsampler gains "
+        f"{between(metrics['upsampler_gain_95'][k], '+.2f')} dB on it.</p>"
+        for k, plain in metrics.get("enlarged_psnr", {}).items()
+    )
 
 
 TOKEN_NOTE = (

@@ -26,6 +26,8 @@ def rollout_sections(run: Path, metrics: dict[str, Any]) -> list[Section]:
             ("Quality against steps ahead", content, note),
             ("Gain over the baselines", picture(gain_curve(metrics)) + gain_sentence(metrics), GAIN_NOTE),
         ]
+    if "jumps" in metrics:
+        sections.append(("Rollouts in jumps", jump_table(metrics["jumps"]), JUMP_NOTE))
     if "position_error" in metrics:
         content = picture(position_curves(metrics)) + position_table(metrics)
         sections.append(("Position error of objects", content, POSITION_NOTE))
@@ -89,6 +91,30 @@ def curve(axes: Axes, metrics: dict[str, Any], name: str, label: str, style: Any
     steps = np.arange(1, len(values) + 1)
     (line,) = axes.plot(steps, values, linestyle=style, label=label)
     axes.fill_between(steps, *intervals.T, alpha=0.2, color=line.get_color(), linewidth=0)
+
+
+JUMP_NOTE = (
+    "PSNR in dB. Each horizon is fed back alone, one pass of the model per jump, and measured at its own size, beside "
+    "the last frame seen and the rollout frame by frame at the same frames. Upsampled and enlarged: at full size, from "
+    "the small prediction with the upsampler and without."
+)
+
+
+def jump_table(found: dict[str, Any]) -> str:
+    columns = {"psnr": "jumps", "persistence_psnr": "last frame seen", "rollout_psnr": "frame by frame"}
+    columns |= {"full_size_psnr": "upsampled", "enlarged_psnr": "enlarged"}
+    columns = {name: title for name, title in columns.items() if any(name in of for of in found.values())}
+    header, rows = ["frames ahead", "jump"], []
+    for title in columns.values():
+        header += [title, "95% interval"]
+    for label, of in found.items():
+        for jump in (step - 1 for step in shown_steps(len(of["psnr"]))):
+            row = [label, str(jump + 1)]
+            for name in columns:
+                both = (f"{of[name][jump]:.2f}", between(of[f"{name}_95"][jump], ".2f")) if name in of else ("", "")
+                row += both
+            rows.append(row)
+    return as_table(header, rows)
 
 
 GAIN_NOTE = (

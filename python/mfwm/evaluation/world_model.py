@@ -29,6 +29,7 @@ from ..metrics.lpips import SMALLEST as SMALLEST_FOR_LPIPS
 from ..metrics.quality import check_size, psnr, squared_error
 from ..models.distributions import DISTRIBUTIONS
 from ..models.heads_config import HeadsConfig
+from ..models.upsampler import enlarged
 from ..models.world_model import WorldModel, WorldModelConfig, parameters_of
 from ..progress import Progress
 from ..training.checkpoints import write_atomically
@@ -39,6 +40,7 @@ from ..training.world_model import TrainingConfig, load_model
 from .closed_loop import CONTEXT, action_ratio, can_roll_out, closed_loop, mean_image, rollout_summary, shuffle
 from .distributions import likelihood_measures, likelihood_summary
 from .held_out import HeldOut, device_for_evaluation, write_metrics
+from .jumps import check_jumps, jump_measures, jump_summary
 from .latents import SAMPLES, latent_measures, latent_summary
 from .positions import objects_of, position_summary, positions, reader_of
 from .probes import probe
@@ -61,6 +63,7 @@ def evaluate(
     lpips: Path | None = None,
     reader: Path | None = None,
     probes: bool = True,
+    jumps: bool = False,
     steps: int = STEPS,
     clips: int = 96,
     samples: int = SAMPLES,
@@ -78,6 +81,7 @@ def evaluate(
     reader: a file for the reader of positions, which the evaluations of one data set may share: it is read if it
         exists, else trained on this run's training levels and written.
     probes: whether to fit ridge probes to the hidden state, in sets that hold positions.
+    jumps: whether to roll out in jumps along every horizon of offset 2 or more, too.
     steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
     samples: draws of each frame that a horizon with a latent predicts.
     """
@@ -89,6 +93,8 @@ def evaluate(
     if config.model.heads.output == "pixels" and can_roll_out(config.model):
         check_size(config.model.frame)
     check_tokens(config.model, pixels=pixels, tokenizer=tokenizer)
+    if check.flag("jumps", jumps):
+        check_jumps(config.model, config.clip)
     if lpips is not None:
         check_lpips(config.model)
     if against is not None:
@@ -150,6 +156,8 @@ def evaluate(
         if baseline is not None:
             options: dict[str, Any] = {"distance": distance, "decoder": decoder}
             part |= closed_loop(model, held, rolled_steps, baseline, reader=eye, **options)
+        if jumps:
+            part |= jump_measures(model, held, rolled_steps)
         if rival is not None:
             assert baseline is not None
             rolled = closed_loop(rival, held, rolled_steps, baseline, **options)
@@ -162,6 +170,7 @@ def evaluate(
 
     metrics = {
         **summary(measures, config.model.heads, seed, controlled=model.action is not None, samples=samples),
+        **({"jumps": jump_summary(measures, seed)} if jumps else {}),
         **({} if eye is None else position_summary(measures, eye.objects, seed)),
         **({} if eye is None else {"reader_seen_levels": eye.seen(replay.episode_level[held_out.episodes])}),
         **({} if read_out is None else {"probe": read_out}),
@@ -219,7 +228,9 @@ def check_comparable(run: Path, config: TrainingConfig, digest: str | None) -> N
 def open_loop(model: WorldModel, clips: dict[str, Tensor], samples: int, generator: torch.Generator) -> Measures:
     """Mean squared errors [clips, K] of every horizon, at its own resolution, over the positions that count.
 
-    And likelihood_measures of those that predict distributions, latent_measures of those that have a latent.
+    horizon_enlarged [clips, 1]: where an upsampler computes horizon 0, the error of the small prediction without it,
+    each pixel repeated. And likelihood_measures of horizons that predict distributions, latent_measures of those that
+    have a latent.
     """
     horizons = model.config.heads.horizons
     pyramid = video_pyramid(clips["video"], horizons.factors, dtype=torch.float32)
@@ -236,6 +247,9 @@ def open_loop(model: WorldModel, clips: dict[str, Tensor], samples: int, generat
         errors["horizon_persistence"].append(squared_error(pyramid[i][:, :end], truth))
         errors["horizon_shuffled"].append(squared_error(predicted_shuffled[i][:, :end], truth))
     measures = {name: torch.stack(columns, 1).cpu().numpy() for name, columns in errors.items()}
+    if model.heads.upsampler is not None:
+        plain = enlarged(predictions[1][:, : truths[0].shape[1]], horizons.factors[1])
+        measures["horizon_enlarged"] = squared_error(plain, truths[0])[:, None].cpu().numpy()
     if set(model.config.heads.kinds) & set(DISTRIBUTIONS):
         found = model.distributions(clips["video"], clips["actions"], clips["segment_ids"])
         measures |= likelihood_measures(found, truths)
@@ -268,6 +282,12 @@ def summary(measures: Measures, heads: HeadsConfig, seed: int, *, controlled: bo
             metrics["delta_psnr_by_horizon"] = by_horizon(psnr(means["horizon"]) - psnr(means["horizon_shuffled"]))
             found = action_ratio(measures["horizon_shuffled"], measures["horizon"], seed, "action_ratio")
             metrics |= {name: by_horizon(values) for name, values in found.items()}
+    if "horizon_enlarged" in measures:
+        plain, upsampled = measures["horizon_enlarged"], measures["horizon"][:, :1]
+        metrics |= {
+            "enlarged_psnr": {names[0]: float(psnr(plain.mean()))},
+            "upsampler_gain_95": {names[0]: gain(upsampled, plain)[0]},
+        }
     if "nll" in measures:
         drawn = [(kind, name) for kind, name in zip(heads.kinds, names, strict=True) if kind in DISTRIBUTIONS]
         metrics |= likelihood_summary(measures, [kind for kind, _ in drawn], [name for _, name in drawn], seed)

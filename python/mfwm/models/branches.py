@@ -16,7 +16,7 @@ from .heads_config import HeadsConfig
 from .latents import FrameLatents
 from .layout import Layout
 from .near_head import check_near_head, near_patches
-from .upsampler import Upsampler, unpatchify
+from .upsampler import Analogy, Upsampler, unpatchify
 
 # Where predicted log standard deviations (of "laplace": log mean deviations) start: frames that move differ from the
 # last one by about 0.4 in pixels of -1..1, and latents usually have unit variance.
@@ -134,9 +134,10 @@ class Branches(nn.Module):
         gated = config.lag_gate and self.first < count
         self.lag_weight = nn.Parameter(torch.ones(count, longest, width)) if gated else None
         self.joins = nn.ModuleList(Join(width) for _ in range(longest - 1) if chained)
-        self.upsampler = None
+        self.upsampler: Upsampler | Analogy | None = None
         if config.upsampler is not None:
-            self.upsampler = Upsampler(channels, config.horizons.factors[1], config.upsampler)
+            kind = Analogy if config.upsampling == "analogy" else Upsampler
+            self.upsampler = kind(channels, config.horizons.factors[1], config.upsampler)
         self.latents = None
         if config.latent is not None:
             self.latents = FrameLatents(width, config.latent, config.horizons, config.far, channels)
@@ -393,7 +394,20 @@ class Branches(nn.Module):
         means = patches.detach().chunk(self.parts[1], -1)[0]
         small = unpatchify(means, self.patches[1], self.channels, height // factor, width // factor)
         (seen,) = video_pyramid(video, (1,), dtype=small.dtype)
-        return video_pyramid(self.upsampler(small, seen), (1,), patch_sizes=(self.patches[0],))[0]
+        if self.residual and isinstance(self.upsampler, Analogy):
+            # It reads frames, where the other upsampler enlarges changes as they are.
+            full = self.upsampler(small + video_pyramid(seen, (factor,))[0], seen) - seen
+        else:
+            full = self.upsampler(small, seen)
+        return video_pyramid(full, (1,), patch_sizes=(self.patches[0],))[0]
+
+    def upsampled(self, small: Tensor, seen: Tensor) -> Tensor:
+        """Frames of the size of `seen` that the upsampler computes from small frames and the last ones seen."""
+        assert self.upsampler is not None
+        if self.residual and isinstance(self.upsampler, Upsampler):
+            change = small - video_pyramid(seen, (self.upsampler.factor,))[0]
+            return seen + self.upsampler(change, seen)
+        return self.upsampler(small, seen)
 
 
 def later(x_BVHWD: Tensor, lag: int, positions: int, segment_ids: Tensor | None) -> Tensor:

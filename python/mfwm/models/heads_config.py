@@ -45,6 +45,8 @@ class HeadsConfig:
     eps: of "charbonnier".
     upsampler: channels of a convolutional upsampler that computes horizon 0, at full size, from the prediction of
         horizon 1, the same frame at a lower size. The hidden state then learns from small targets only.
+    upsampling: what the upsampler computes. "correction": from the small prediction and the last frame seen. "analogy":
+        from that frame, and the change from its small version to the small prediction, as in Villegas et al.
     output: "pixels" in [-1, 1], "latents", which are unbounded, or "tokens".
     vocabulary: number of ids; for tokens.
     token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the smaller
@@ -90,6 +92,7 @@ class HeadsConfig:
     delta: float = 1.0
     eps: float = 1e-3
     upsampler: int | None = None
+    upsampling: Literal["correction", "analogy"] = "correction"
     output: Literal["pixels", "latents", "tokens"] = "pixels"
     vocabulary: int = 0
     token_targets: Literal["pooled", "tokenised"] = "pooled"
@@ -246,6 +249,8 @@ class HeadsConfig:
                 )
         elif self.shared_head or self.bias or self.token_targets != "pooled":
             raise ValueError(f'shared_head, bias and token_targets need output "tokens", got {self.output!r}')
+        if self.upsampler is None and self.upsampling != "correction":
+            raise ValueError(f"upsampling {self.upsampling!r} needs an upsampler, a number of channels; got None")
         if self.upsampler is not None:
             offsets, factors = self.horizons.offsets[:2], self.horizons.factors[:2]
             if self.output == "tokens" or len(offsets) < 2 or offsets[0] != offsets[1] or factors[0] != 1:

@@ -15,6 +15,7 @@ from ..checks import check_ids
 from .blocks import TimeCache
 from .distributions import check_sampling
 from .maskgit import sample, sample_frame
+from .upsampler import enlarged
 from .world_model import WorldModel
 
 # Maps the frames so far, [B, V, ...], to the action to take at the last one, [B] or [B, A].
@@ -71,6 +72,7 @@ def rollout_in_jumps(
     jumps: int,
     horizon: int,
     *,
+    full_size: bool = False,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -79,6 +81,8 @@ def rollout_in_jumps(
     Each jump takes one pass of the model, where a rollout takes k. actions: [B, T0 - 1 + jumps * k or more] for T0
     frames of video. The trunk reads approximations of the k frames jumped over: what the horizons up to `horizon`
     predict of them, enlarged to full size, and for the others an interpolation of the two nearest.
+    full_size: with an upsampler and `horizon` 1, of which it computes horizon 0: frames at full size, each from the
+        small prediction and the last frame of `video`, however many jumps lie between them.
     temperature, generator: of horizons that predict distributions or have latents, as in MultiFrameHeads.predict.
     """
     horizons = model.config.heads.horizons
@@ -87,9 +91,19 @@ def rollout_in_jumps(
     if not 0 <= horizon < len(horizons) or horizons.offsets[horizon] < 1:
         raise ValueError(f"horizon must be the index of an offset above 0 in {horizons}, got {horizon}")
     check.integer("jumps", jumps, least=1)
+    if check.flag("full_size", full_size) and (model.heads.upsampler is None or horizon != 1):
+        raise ValueError(
+            f"full_size needs a model with an upsampler, and horizon 1, which that enlarges; got horizon {horizon} and "
+            f"upsampler {model.config.heads.upsampler}"
+        )
     check_actions(model, video, actions, jumps * horizons.offsets[horizon])
     draws = {"temperature": temperature, "generator": generator}
-    return torch.cat(list(in_jumps(model, as_frames(model, video), actions, jumps, horizon, draws)), dim=1)
+    frames = as_frames(model, video)
+    small = torch.cat(list(in_jumps(model, frames, actions, jumps, horizon, draws)), dim=1)
+    if not full_size:
+        return small
+    found = model.heads.upsampled(small, frames[:, -1:].expand(-1, jumps, -1, -1, -1))
+    return found.clamp(-1, 1) if model.config.heads.output == "pixels" else found
 
 
 class Rollout:
@@ -383,9 +397,7 @@ def in_jumps(
         # By frames ahead: the frames predicted, at full size.
         full = {0: frames[:, -1]}
         for i in range(horizon + 1):
-            factor = horizons.factors[i]
-            enlarged = predicted[i][:, 0].repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-            full.setdefault(horizons.offsets[i], enlarged)
+            full.setdefault(horizons.offsets[i], enlarged(predicted[i][:, 0], horizons.factors[i]))
         filled = []
         for ahead in range(1, stride + 1):
             before, after = max(k for k in full if k <= ahead), min(k for k in full if k >= ahead)
