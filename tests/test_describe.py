@@ -35,6 +35,32 @@ def test_cost_is_that_of_the_products() -> None:
     assert with_far.flops - with_far.head_flops == cost.flops - head
 
 
+def test_the_posterior_of_latents_is_counted() -> None:
+    """As in training: the prior, an MLP on the target's 8 x 8 picture, and the embedding of z."""
+    far = HeadsConfig(Horizons((1, 4), (1, 4)), patch_sizes=(4, 1))
+    without, latents = (cost_of(replace(TINY, heads=heads)) for heads in (far, replace(far, latent=3)))
+    added = 2 * (32 * 6 + (32 + 3 * 64) * 32 + 32 * 6 + 3 * 32)
+    assert latents.head_flops == without.head_flops + added and latents.parameters > without.parameters
+
+
+def test_the_decoder_of_raster_order_is_counted() -> None:
+    """Its blocks attend to all pairs of the tokens of a frame, as the other blocks do."""
+    heads = HeadsConfig(Horizons.next_frame(), output="tokens", vocabulary=7)
+    tokens = replace(TINY, frame=(1, 4, 4), patch=1, heads=heads)
+    parallel, raster = (cost_of(replace(tokens, heads=each)) for each in (heads, replace(heads, raster=2)))
+    block = 2 * 16 * 12 * 32**2 + 4 * 16 * 16 * 32
+    assert raster.head_flops == parallel.head_flops + 2 * block
+
+
+def test_an_analogy_is_counted() -> None:
+    heads = HeadsConfig(Horizons((1, 1), (1, 2)), upsampler=8, upsampling="analogy")
+    small = cost_of(
+        replace(TINY, heads=replace(heads, horizons=Horizons((1,), (2,)), upsampler=None, upsampling="correction"))
+    )
+    convolutions = 2 * (3 * 8 + 8 * 8) + (12 * 8 + 8 * 8) + 8 * 8 + 8 * 16
+    assert cost_of(replace(TINY, heads=heads)).head_flops == small.head_flops + 2 * 9 * 64 * convolutions
+
+
 @pytest.mark.parametrize("size", TRUNKS)
 def test_trunks_have_the_parameters_of_their_names(size: str) -> None:
     with torch.device("meta"):

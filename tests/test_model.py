@@ -59,6 +59,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "latents": {"output": "latents"},
     "tokens": {**TOKENS, "consistency": (0.0, 0.1, 0.1)},
     "tokens, shared head": {**TOKENS, "shared_head": True, "blocks": (0, 1, 1)},
+    "raster": {**TOKENS, "raster": 2, "blocks": (0, 1, 1)},
+    "raster, three ids": {**TOKENS, "ids": 3, "raster": 1, "tap": 1},
     "tokens of three ids": {**TOKENS, "ids": 3, "blocks": (0, 1, 1), "attend": "inputs"},
     "tokens, tokenised": {**TOKENS, "token_targets": "tokenised"},
     "tokens, frames": {**TOKENS, "conditioning": "frames"},
@@ -84,7 +86,7 @@ def other(video: Tensor) -> Tensor:
 # By value for what gradients do not see, the upsampler on detached inputs and the frame that predict adds, and for each
 # kind of input and of masked position.
 @pytest.mark.parametrize(
-    "name", ["plain", "upsampler", "upsampler, tap", "analogy", "latents", "tokens", "masked", "frames"]
+    "name", ["plain", "upsampler", "upsampler, tap", "analogy", "latents", "tokens", "raster", "masked", "frames"]
 )
 def test_causality(name: str) -> None:
     options = OPTIONS[name]
@@ -415,7 +417,8 @@ def test_compiles_whole() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["blocks", "blocks on inputs", "frames", "upsampler", "analogy", "tokens", "masked, blocks, tap"]
+    "name",
+    ["blocks", "blocks on inputs", "frames", "upsampler", "analogy", "tokens", "raster", "masked, blocks, tap"],
 )
 def test_every_kind_of_model_compiles_whole(name: str) -> None:
     """By dynamo alone, which finds what breaks a graph. aot_eager takes as long again, and has test_compiles_whole."""

@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frames": ({}, {"conditioning": "frames", "blocks": (1, 0, 0)}),
     "no actions": ({}, {"conditioning": "none"}),
     "continuous actions": ({"actions": 0, "action_size": 2}, {"lag_gate": True}),
+    "raster": ({}, {**TOKENS, "raster": 1}),
     "upsampler": ({}, {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 4}),
     "tokens": ({}, TOKENS),
     "latents": ({}, {"output": "latents", "residual": False}),

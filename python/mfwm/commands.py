@@ -252,6 +252,8 @@ class Evaluate:
     clips: int = 96
     samples: int = 10
     """Draws of each frame that a horizon with a latent predicts."""
+    temperature: float = 0.0
+    """Of the tokens, or of a near distribution, that rollouts draw; 0: the most likely ones, the means."""
     seed: int = 0
 
     def run(self) -> None:
@@ -261,6 +263,7 @@ class Evaluate:
         places: dict[str, Any] = {"data": self.data, "pixels": self.pixels, "tokenizer": self.tokenizer}
         options: dict[str, Any] = {"against": self.against, "lpips": self.lpips, "clips": self.clips, "seed": self.seed}
         options |= {"reader": self.reader, "jumps": self.jumps, "steps": self.steps, "samples": self.samples}
+        options |= {"temperature": self.temperature}
         print(json.dumps(evaluate(self.run_directory, **places, **options), indent=2))
         print(f"report: {write_report(self.run_directory, **places)}")
 

@@ -42,23 +42,25 @@ def closed_loop(
     distance: LPIPS | None = None,
     decoder: Decoder | None = None,
     reader: PositionReader | None = None,
+    sampling: dict[str, Any] | None = None,
 ) -> Measures:
     """Measures [clips, steps] of a rollout of `steps` frames from CONTEXT frames: squared errors, also of persistence,
     of the mean image [C, height, width], and with shuffled actions; SSIM; LPIPS; drift, the mean over the far horizons,
     NaN where none had predicted the frame; and with a reader position_measures, for which clips["positions"] is
-    [clips, CONTEXT + steps or more, objects, 2]."""
+    [clips, CONTEXT + steps or more, objects, 2]. sampling: temperature and generator of the rollouts; None: nothing is
+    drawn."""
     video, actions = clips["video"], clips["actions"]
     (truth,) = video_pyramid(video if decoder is None else clips["pixels"], (1,), dtype=torch.float32)
     seen = video[:, :CONTEXT]
-    drift = None
+    drift, drawn = None, sampling or {}
     if has_drift(model):
-        rolled, drift_of_horizons = rollout_with_drift(model, seen, actions, steps)
+        rolled, drift_of_horizons = rollout_with_drift(model, seen, actions, steps, **drawn)
         far = [i for i, k in enumerate(model.config.heads.horizons.offsets) if k > 1]
         drift = drift_of_horizons[..., far].nanmean(-1)
     else:
-        rolled = rollout(model, seen, actions, steps)
+        rolled = rollout(model, seen, actions, steps, **drawn)
     shuffled = torch.cat([actions[:, : CONTEXT - 1], shuffle(actions)[:, CONTEXT - 1 :]], dim=1)
-    rolled_shuffled = rollout(model, seen, shuffled, min(steps, DELTA_STEP))
+    rolled_shuffled = rollout(model, seen, shuffled, min(steps, DELTA_STEP), **drawn)
     if decoder is not None:
         rolled, rolled_shuffled = (
             decoder.pictures(torch.cat([seen, ids], dim=1), CONTEXT) for ids in (rolled, rolled_shuffled)

@@ -108,27 +108,38 @@ def decoder_of(
 def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor) -> dict[str, np.ndarray]:
     """Measures [clips, K] of every horizon of a model that is not masked, over the positions that count and their ids.
 
-    bits: -log2 of the probability that a cell gives to an id it covers; bits_shuffled: with the `shuffled` actions.
-    hits: share of ids that are the most likely of their cell; hits_persistence: share of ids that do not change.
+    bits: -log2 of the probability that a cell gives to an id it covers. Where cells are tokens, that is the joint
+    likelihood of the frame, per token: with heads.raster each token is given the true ones before it, and else they are
+    independent. bits_shuffled: with the `shuffled` actions.
+    hits: share of ids that are the most likely of their cell, with heads.raster after the most likely ones before it.
+    hits_persistence: share of ids that do not change.
     """
     ids, horizons = clips["video"], model.config.heads.horizons
+
+    def of_ids(given: Tensor, end: int) -> Tensor:
+        """[B, end, H / f, W / f, 1, 1, F, V]."""
+        scores = given[:, :end].unsqueeze(-2) if model.config.frame[0] == 1 else given[:, :end]
+        return scores[:, :, :, :, None, None]
+
     ids = ids.unflatten(-1, (-1, 1)) if ids.ndim == 4 else ids
     found: dict[str, list[Tensor]] = {name: [] for name in ("bits", "bits_shuffled", "hits", "hits_persistence")}
-    logits = model.predict(clips["video"], clips["actions"], clips["segment_ids"])
-    predicted_shuffled = model.predict(clips["video"], shuffled, clips["segment_ids"])
+    with torch.no_grad():
+        outputs, outputs_shuffled = (
+            model.outputs(clips["video"], actions, clips["segment_ids"]) for actions in (clips["actions"], shuffled)
+        )
+        logits, logits_shuffled = (model.heads.logits(given, clips["video"]) for given in (outputs, outputs_shuffled))
+        greedy = logits if model.heads.decoder is None else model.heads.frames(outputs, clips["video"])
     for i, (offset, factor) in enumerate(zip(horizons.offsets, horizons.factors, strict=True)):
         end = min(logits[i].shape[1], ids.shape[1] - offset)
         truth, before = ids[:, offset : offset + end], ids[:, :end]
         # [B, T, H / f, W / f, f, f, F], beside the logits' [B, T, H / f, W / f, (F,) V].
         cells = truth.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).transpose(3, 4)
-        for name, given in (("bits", logits[i]), ("bits_shuffled", predicted_shuffled[i])):
-            scores = given[:, :end].unsqueeze(-2) if model.config.frame[0] == 1 else given[:, :end]
-            log_probabilities = scores.log_softmax(-1)[:, :, :, :, None, None].expand(*cells.shape, -1)
+        for name, given in (("bits", logits[i]), ("bits_shuffled", logits_shuffled[i])):
+            log_probabilities = of_ids(given, end).log_softmax(-1).expand(*cells.shape, -1)
             chosen = log_probabilities.gather(-1, cells[..., None])[..., 0]
             found[name].append(-chosen.flatten(1).mean(1) / np.log(2))
-            if name == "bits":
-                hits = (scores.argmax(-1)[:, :, :, :, None, None] == cells).float()
-                found["hits"].append(hits.flatten(1).mean(1))
+        hits = (of_ids(greedy[i], end).argmax(-1) == cells).float()
+        found["hits"].append(hits.flatten(1).mean(1))
         found["hits_persistence"].append((truth == before).float().flatten(1).mean(1))
     return {name: torch.stack(columns, 1).cpu().numpy() for name, columns in found.items()}
 

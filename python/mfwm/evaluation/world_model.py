@@ -67,6 +67,7 @@ def evaluate(
     steps: int = STEPS,
     clips: int = 96,
     samples: int = SAMPLES,
+    temperature: float = 0.0,
     batch: int = 8,
     seed: int = 0,
     progress: bool = True,
@@ -84,11 +85,13 @@ def evaluate(
     jumps: whether to roll out in jumps along every horizon of offset 2 or more, too.
     steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
     samples: draws of each frame that a horizon with a latent predicts.
+    temperature: of the tokens, or of a near distribution, that rollouts draw; 0: the most likely ones, the means.
     """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)
     check.integer("steps", steps, least=1)
     check.integer("samples", samples, least=1)
+    check.number("temperature", temperature, least=0)
     config, digest = read(TrainingConfig, run)
     if config.model.heads.output == "pixels" and can_roll_out(config.model):
         check_size(config.model.frame)
@@ -138,6 +141,7 @@ def evaluate(
         read_out = probe(model, replay, held_out.trained, held_out.episodes, seed=seed, batch=batch)
     rolled_steps = min(steps, length - CONTEXT)
     generator = torch.Generator(device).manual_seed(seed)
+    sampling = {"temperature": temperature, "generator": generator}
     parts: list[Measures] = []
     bar = Progress("evaluate", len(held_out.chosen), "clip", shown=progress)
     for indices in bar.over(held_out.batches(batch), len):
@@ -154,7 +158,7 @@ def evaluate(
         if objects:
             held["positions"] = torch.from_numpy(positions(shown, held_out.frames(indices), objects)).to(device)
         if baseline is not None:
-            options: dict[str, Any] = {"distance": distance, "decoder": decoder}
+            options: dict[str, Any] = {"distance": distance, "decoder": decoder, "sampling": sampling}
             part |= closed_loop(model, held, rolled_steps, baseline, reader=eye, **options)
         if jumps:
             part |= jump_measures(model, held, rolled_steps)
@@ -189,6 +193,7 @@ def evaluate(
             key: replay.attributes[key] for key in ("env", "package", "package_version") if key in replay.attributes
         },
         "against": None if against is None else str(against),
+        "temperature": temperature,
         "evaluation_seconds": time.perf_counter() - began,
         "versions": {"mfwm_kernels": __version__, "torch": torch.__version__},
     }

@@ -16,6 +16,7 @@ from .heads_config import HeadsConfig
 from .latents import FrameLatents
 from .layout import Layout
 from .near_head import check_near_head, near_patches
+from .raster import RasterDecoder
 from .upsampler import Analogy, Upsampler, unpatchify
 
 # Where predicted log standard deviations (of "laplace": log mean deviations) start: frames that move differ from the
@@ -77,6 +78,9 @@ class Branches(nn.Module):
         check.flag("rotary", rotary)
         if window is not None:
             check.integer("window", window, least=1)
+        if config.raster is not None:
+            if width % head_width or head_width % 2:
+                raise ValueError(f"head_width must be even and divide width = {width} with raster, got {head_width}")
         if any(config.blocks or ()) and width % head_width:
             raise ValueError(f"head_width must divide width = {width}, got {head_width}")
         if near_head is not None:
@@ -138,6 +142,9 @@ class Branches(nn.Module):
         if config.upsampler is not None:
             kind = Analogy if config.upsampling == "analogy" else Upsampler
             self.upsampler = kind(channels, config.horizons.factors[1], config.upsampler)
+        self.decoder = None
+        if config.raster is not None:
+            self.decoder = RasterDecoder(width, config.raster, head_width, config.vocabulary, ids_per_token)
         self.latents = None
         if config.latent is not None:
             self.latents = FrameLatents(width, config.latent, config.horizons, config.far, channels)
@@ -171,7 +178,8 @@ class Branches(nn.Module):
         config.latent, for z drawn from its prior.
 
         Patches [B, T, S_i, P_i], of the change if config.residual, and for distributions twice as wide, means first;
-        for tokens, the states [B, T, H / f_i, W / f_i, D] that a linear head maps to logits.
+        for tokens, the states [B, T, H / f_i, W / f_i, D] that a linear head maps to logits, or with config.raster, of
+        horizon 0, that its decoder reads.
         """
         check.flag("near_only", near_only)
         check.number("temperature", temperature, least=0)

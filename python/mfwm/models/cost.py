@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +39,13 @@ def cost_of(config: WorldModelConfig) -> Cost:
         with FlopCounterMode(display=False) as trunk:
             states = model.states(video, actions)
         with FlopCounterMode(display=False) as heads:
-            model.heads.predict(video=video, **states)
+            # As in training, which infers latents from their targets and is given the tokens that it predicts.
+            latents: dict[str, Any] = {}
+            if model.heads.latents is not None:
+                counts = torch.ones(1, T, len(config.heads.horizons), dtype=torch.bool)
+                latents = {"targets": video, "counts": counts}
+            outputs = model.heads.branched(video=video, **latents, **states).outputs
+            if ids:
+                model.heads.logits(outputs, video)
     flops, head_flops = trunk.get_total_flops() / T, heads.get_total_flops() / T
     return Cost(parameters_of(model), parameters_of(model.heads), flops + head_flops, head_flops)

@@ -23,6 +23,7 @@ from .balance import GradientNorms, Uncertainty, set_surgery_scale, times_shares
 from .branches import Branches, OptionalInputs
 from .distributions import LOG_SCALE_LIMIT, Distribution, check_sampling
 from .heads_config import HeadsConfig
+from .maskgit import sample
 from .terms import HeadsLoss, difference_term, hidden_terms, horizons_that_count, kl_term
 from .tokenised import tokenised_loss
 from .upsampler import unpatchify
@@ -63,6 +64,7 @@ class MultiFrameHeads(Branches):
     linear_i's logits against the ids of frame n + k, pooled by f. With conditioning "frames", state_i is that of an
     earlier horizon, after its blocks, joined with the real frames from there to n + k - 1 (mtp_combine), on the grid of
     horizon i.
+    With config.raster, a causal decoder over the tokens of the near frame comes before linear_0.
     If no horizon has blocks or pools, all K linear heads run as one multi_horizon_linear.
 
     A host that has a trained head for the near horizon keeps it, with its weights and its state_dict keys under
@@ -155,7 +157,8 @@ class MultiFrameHeads(Branches):
             token_mask: [B, V, H, W] bool, the tokens that the hidden state has not seen: at offset 0 only they count.
             position_weights: [B, T] or [B, T, K], >= 0, of the losses of the predictions made at each position; 0: they
                 do not count.
-            return_predictions: for tokens, also return the most likely ids of every horizon and position.
+            return_predictions: for tokens, also return the most likely ids of every horizon and position; with
+                config.raster, those of the near frame given the true tokens before each.
             grad_monitor: for the horizons that share `hidden`: all K, without the near one if near_hidden or near_head
                 is given, and without horizon 0 if the upsampler computes it. With weighting "gradients" or surgery, its
                 scale is set here.
@@ -266,6 +269,7 @@ class MultiFrameHeads(Branches):
         if seen is not None and self.residual:
             outputs = self._from_seen(outputs, video, seen)
         video, token_mask = self.layout.frames(video), self.layout.cells("token_mask", token_mask, 3)
+        outputs = self._decoded(outputs, video)
         segment_ids = None if segment_ids is None else segment_ids[:, : video.shape[1]]
         weights: Any = config.horizon_weights if self.uncertainty is None else self.uncertainty.weights()
         consistency: Any = config.consistency
@@ -400,7 +404,8 @@ class MultiFrameHeads(Branches):
         """The prediction of every horizon, in fp32; arguments as in forward.
 
         Frames [B, T, C, height / f_i, width / f_i], pixels clamped to [-1, 1]; for tokens, logits
-        [B, T, H / f_i, W / f_i, vocabulary], or [..., ids_per_token, vocabulary] if there are several. With a grid, of
+        [B, T, H / f_i, W / f_i, vocabulary], or [..., ids_per_token, vocabulary] if there are several. With
+        config.raster, those of horizon 0 follow the most likely tokens, each given those before it. With a grid, of
         tokens in one dimension where the frames given are.
         near_only: only the near horizon, which a closed-loop rollout feeds back.
         temperature: of horizons that predict distributions or have latents: 0 gives their means, 1 samples of them,
@@ -426,12 +431,54 @@ class MultiFrameHeads(Branches):
         if not self.tokens:
             drawn = [d.draw(temperature, generator) for d in self._distributions(outputs, video)]
             return tuple(frame.clamp(-1, 1) if self.config.output == "pixels" else frame for frame in drawn)
-        logits = [self._head(i)(state).float() for i, state in enumerate(outputs)]
-        if self.grid is not None:
-            logits = [z.flatten(2, 3) for z in logits]
-        if self.ids_per_token == 1:
-            return tuple(logits)
-        return tuple(z.unflatten(-1, (self.ids_per_token, self.config.vocabulary)) for z in logits)
+        if self.decoder is None:
+            return self._logits(outputs)
+        _, first = self.decoder.sample(outputs[0], self._head(0))
+        return (self._in_layout(first), *self._logits(outputs[1:], first=1))
+
+    def logits(self, outputs: Sequence[Tensor], video: Tensor) -> tuple[Tensor, ...]:
+        """Of tokens, the logits that the loss reads, from what `outputs` returned: those of `frames`, but with
+        config.raster each token of horizon 0 is given the true ones before it. video: as in loss."""
+        if not self.tokens:
+            raise ValueError(f'logits are of output "tokens", not of {self.config.output!r}')
+        return self._logits(self._decoded(outputs, self.layout.frames(video)))
+
+    def draw_ids(
+        self,
+        outputs: Sequence[Tensor],
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Ids of horizon 0, [B, T, H, W(, ids_per_token)], from what `outputs` returned: the most likely ones at
+        temperature 0, else samples from the top_k most likely; with config.raster, one token after another."""
+        if not self.tokens:
+            raise ValueError(f'draw_ids is for output "tokens", not for {self.config.output!r}')
+        check_sampling(temperature, generator, outputs[0])
+        if self.decoder is None:
+            return sample(self._logits(outputs[:1])[0], temperature, top_k, generator)
+        ids, _ = self.decoder.sample(outputs[0], self._head(0), temperature, top_k, generator)
+        ids = ids if self.grid is None else ids.flatten(2, 3)
+        return ids if self.ids_per_token > 1 else ids.squeeze(-1)
+
+    def _decoded(self, outputs: Sequence[Tensor], video: Tensor) -> Sequence[Tensor]:
+        """The states that linear heads map to logits, given the true tokens of `video` where the decoder reads them."""
+        if self.decoder is None:
+            return outputs
+        index = torch.arange(outputs[0].shape[1], device=video.device) + self.config.horizons.offsets[0]
+        truth = video[:, index.clamp_max(video.shape[1] - 1)]
+        return (self.decoder(outputs[0], truth), *outputs[1:])
+
+    def _logits(self, states: Sequence[Tensor], first: int = 0) -> tuple[Tensor, ...]:
+        """Of the horizons from `first` on."""
+        ids = (self.ids_per_token, self.config.vocabulary)
+        rows = (self._head(first + i)(state).float() for i, state in enumerate(states))
+        return tuple(self._in_layout(logits.unflatten(-1, ids)) for logits in rows)
+
+    def _in_layout(self, logits_BTHWFV: Tensor) -> Tensor:
+        """As `predict` returns logits: in rows with a grid, and without F where tokens have one id."""
+        z = logits_BTHWFV if self.grid is None else logits_BTHWFV.flatten(2, 3)
+        return z if self.ids_per_token > 1 else z.squeeze(-2)
 
     def draws(self, near_only: bool = False) -> bool:
         """Whether any horizon (or the near one) predicts a distribution of frames, which a temperature concerns."""

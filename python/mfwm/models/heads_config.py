@@ -51,6 +51,9 @@ class HeadsConfig:
     vocabulary: number of ids; for tokens.
     token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the smaller
         frame, tokenised on its own.
+    raster: number of blocks of a causal decoder that predicts the tokens of the near frame one after another in raster
+        order, each given those before it (RasterDecoder), so that their loss is a joint likelihood. None: all tokens at
+        once, independent of each other.
     shared_head: one matrix from states to tokens for all horizons.
     bias: whether heads of tokens have biases; those of pixels and latents always do.
     weights: of the horizons in the loss. None: 1, 0.5, 0.2, 0.1, 0.05, ... for the nearest offset, the next one and so
@@ -96,6 +99,7 @@ class HeadsConfig:
     output: Literal["pixels", "latents", "tokens"] = "pixels"
     vocabulary: int = 0
     token_targets: Literal["pooled", "tokenised"] = "pooled"
+    raster: int | None = None
     shared_head: bool = False
     bias: bool = False
     weights: tuple[float, ...] | None = None
@@ -188,7 +192,7 @@ class HeadsConfig:
         for name in ("lag_gate", "residual", "shared_head", "bias", "surgery"):
             check.flag(name, getattr(self, name))
         check.integer("vocabulary", self.vocabulary, least=0)
-        for name in ("upsampler", "tap", "latent"):
+        for name in ("upsampler", "tap", "latent", "raster"):
             if getattr(self, name) is not None:
                 check.integer(name, getattr(self, name), least=1)
         for name, least in (("blocks", 0), ("patch_sizes", 1), ("mlp_ratios", 1)):
@@ -249,6 +253,13 @@ class HeadsConfig:
                 )
         elif self.shared_head or self.bias or self.token_targets != "pooled":
             raise ValueError(f'shared_head, bias and token_targets need output "tokens", got {self.output!r}')
+        if self.raster is not None:
+            near = (self.horizons.offsets[0], self.horizons.factors[0])
+            if self.output != "tokens" or near[0] < 1 or near[1] != 1 or self.consistency is not None:
+                raise ValueError(
+                    'raster needs output "tokens", a near horizon of offset 1 or more and factor 1, and no consistency '
+                    f"term, which is of independent tokens; got {self.output!r}, {self.horizons}, {self.consistency}"
+                )
         if self.upsampler is None and self.upsampling != "correction":
             raise ValueError(f"upsampling {self.upsampling!r} needs an upsampler, a number of channels; got None")
         if self.upsampler is not None:

@@ -16,6 +16,10 @@ def check_near_head(near_head: object, config: HeadsConfig, width: int, ids_per_
         raise TypeError(f"near_head must be an nn.Module, got {type(near_head).__name__}")
     if config.upsampler is not None:
         raise ValueError(f"near_head must be None if an upsampler computes horizon 0, got upsampler {config.upsampler}")
+    if config.raster is not None:
+        raise ValueError(
+            f"near_head must be None with raster, whose decoder is in its place; got raster {config.raster}"
+        )
     if config.blocks is not None and config.blocks[0]:
         raise ValueError(f"blocks[0] must be 0 with near_head, which reads the hidden state; got {config.blocks[0]}")
     if config.output != "tokens":

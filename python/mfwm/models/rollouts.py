@@ -14,7 +14,7 @@ from mfwm_kernels import video_pyramid
 from ..checks import check_ids
 from .blocks import TimeCache
 from .distributions import check_sampling
-from .maskgit import sample, sample_frame
+from .maskgit import sample_frame
 from .upsampler import enlarged
 from .world_model import WorldModel
 
@@ -191,16 +191,15 @@ class Rollout:
         past = self.memory.frames
         return self.policy(self.last if past is None else torch.cat([past, self.last], dim=1))[:, None]
 
-    def near(self, states: dict[str, Tensor]) -> Tensor:
-        """The near horizon's prediction at the last position, or a sample of it. It needs no actions in between."""
+    def near(self, states: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The near horizon's output at the last position, as from MultiFrameHeads.outputs. It needs no actions in
+        between."""
         heads = self.model.heads
         if not (heads.config.blocks and heads.config.blocks[heads.first]):
             states = {name: x[:, -1:] for name, x in states.items()}
         hidden = states["hidden"]
         no_actions = None if self.model.window_action is None else torch.zeros_like(hidden[:, :, 0, 0])
-        temperature, _, generator = self.sampling
-        drawn: dict[str, Any] = {} if self.model.tokens else {"temperature": temperature, "generator": generator}
-        return self._predict(states, no_actions, near_only=True, **drawn)[0]
+        return self._outputs(states, no_actions, near_only=True)
 
     @torch.no_grad()
     def all_horizons(self) -> tuple[Tensor, ...]:
@@ -211,24 +210,32 @@ class Rollout:
             taken = self.memory.actions[:, -states["hidden"].shape[1] :]
             to_come = taken[:, :0] if self.actions is None else self.actions[:, self.count :]
             window = self.model.window_action(torch.cat([taken, to_come], dim=1))
-        return self._predict(states, window, near_only=False)
+        return self.model.heads.frames(self._outputs(states, window, near_only=False), self._last())
 
-    def _predict(self, states: dict[str, Tensor], window: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    def _outputs(self, states: dict[str, Tensor], window: Tensor | None, *, near_only: bool) -> tuple[Tensor, ...]:
+        """Of the horizons at the last position."""
         assert self.memory.frames is not None
         video = self.memory.frames[:, -states["hidden"].shape[1] :]
-        predicted = self.model.heads.predict(video=video, actions=window, **options, **states)  # type: ignore[arg-type]
-        return tuple(x[:, -1:] for x in predicted)
+        found = self.model.heads.outputs(video=video, actions=window, near_only=near_only, **states)  # type: ignore[arg-type]
+        return tuple(x[:, -1:] for x in found)
+
+    def _last(self) -> Tensor:
+        assert self.memory.frames is not None
+        return self.memory.frames[:, -1:]
 
     def _near_frame(self) -> Tensor:
-        near = self.near(self.memory.read())
-        return sample(near, *self.sampling) if self.model.tokens else near
+        outputs, (temperature, _, generator) = self.near(self.memory.read()), self.sampling
+        if self.model.tokens:
+            return self.model.heads.draw_ids(outputs, *self.sampling)
+        return self.model.heads.frames(outputs, self._last(), temperature=temperature, generator=generator)[0]
 
     def _masked_frame(self) -> Tensor:
         several = self.model.config.frame[0] > 1  # ids per token
 
         def logits_of(ids: Tensor, mask: Tensor) -> Tensor:
             candidate = ids[:, None] if several else ids[:, None, ..., 0]
-            logits = self.near(self.memory.read(candidate, mask[:, None]))[:, 0]
+            outputs = self.near(self.memory.read(candidate, mask[:, None]))
+            logits = self.model.heads.frames(outputs, candidate)[0][:, 0]
             return logits if several else logits[..., None, :]
 
         ids = self.last[:, 0] if several else self.last[:, 0, ..., None]

@@ -70,8 +70,12 @@ def variants(size: Size) -> dict[str, WorldModelConfig]:
         "cascade": HeadsConfig(cascade),
         "one offset at many sizes": HeadsConfig(Horizons.multi_resolution({1: (1, 2, 4), 2: (2,), 4: (4,), 8: (4,)})),
         "small, upsampled": HeadsConfig(Horizons((1, 1, 2, 4, 8), (1, 4, 4, 4, 4)), upsampler=64),
+        "small, by analogy": HeadsConfig(
+            Horizons((1, 1, 2, 4, 8), (1, 4, 4, 4, 4)), upsampler=64, upsampling="analogy"
+        ),
         "cascade, blocks": blocks,
         "cascade, far distributions": replace(blocks, kind=("mse", "gaussian", "gaussian", "gaussian")),
+        "cascade, latents": replace(blocks, latent=16),
         "cascade, narrow blocks": replace(blocks, mlp_ratios=(4, 2, 1, 1)),
         "cascade, blocks on inputs": replace(blocks, attend="inputs"),
         "cascade, tapped half way": replace(blocks, tap=pixels.layers // 2),
@@ -82,6 +86,7 @@ def variants(size: Size) -> dict[str, WorldModelConfig]:
     tokens, masked = trunk_of(size, tokens=True), trunk_of(size, masked=True)
     models["tokens, next frame"] = tokens
     models["tokens, cascade"] = replace(tokens, heads=token_cascade)
+    models["tokens, raster order"] = replace(tokens, heads=replace(tokens.heads, raster=1))
     models["tokens, masked"] = masked
     models["tokens, masked cascade"] = replace(
         masked, heads=replace(token_cascade, horizons=Horizons((0, 1, 3, 7), (1, 2, 4, 4)))

@@ -76,7 +76,8 @@ class WorldModelConfig:
             raise ValueError(f"patch must be 1 for frames of tokens, got {self.patch}")
         if self.width % self.head_width:
             raise ValueError(f"head_width must divide width = {self.width}, got {self.head_width}")
-        if self.head_width % 2 and (self.positions == "rope" or self.heads.attend == "inputs"):
+        rotary = self.positions == "rope" or self.heads.attend == "inputs" or self.heads.raster is not None
+        if self.head_width % 2 and rotary:
             raise ValueError(f"head_width must be even for rotary positions, got {self.head_width}")
         if self.window is not None and (self.window < 1 or self.positions != "rope"):
             raise ValueError(
