@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import zarr
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
 from mfwm import encode as encode_module
 from mfwm.data import Clips, Replay, ReplayWriter
+from mfwm.data.check import check
 from mfwm.encode import encode
 from mfwm.evaluation import evaluate, evaluate_latent_actions, evaluate_tokenizer, write_report
 from mfwm.evaluation.latent_actions import mutual_information
@@ -39,7 +41,7 @@ from mfwm.training.tokenizer import (
 )
 from small_run import moving_squares
 
-from mfwm_kernels import Horizons
+from mfwm_kernels import Horizons, video_pyramid
 
 SIZES: dict[str, Any] = {"patch": 4, "width": 32, "layers": 1, "head_width": 16}
 SMALL_ACTIONS = LatentActionsConfig(**{**SIZES, "patch": 8}, context=6)
@@ -207,6 +209,96 @@ def test_a_world_model_of_tokens_is_trained_and_shown(place: Path) -> None:
     with pytest.raises(ValueError, match=r"heads.vocabulary must be that of the data, 60 .*, got 61"):
         wrong = replace(config.model.heads, vocabulary=61)
         for_replay(replace(config, model=replace(config.model, heads=wrong)), replay)
+
+
+@pytest.fixture(scope="module")
+def low(place: Path) -> dict[int, Path]:
+    """Tokenizers of the frames at a half and at a quarter of their size."""
+    tokens = TokenizerConfig(**SIZES, levels=(5, 4, 3))
+    for factor in (2, 4):
+        config = TokenizerTraining(
+            str(place / "data"),
+            2,
+            4,
+            clip=6,
+            factor=factor,
+            model=tokens,
+            **TRAINER,
+        )
+        train_tokenizer(for_pixels(config), place / f"tok{factor}", progress=False)
+    return {factor: place / f"tok{factor}" for factor in (2, 4)}
+
+
+def test_frames_are_encoded_at_every_size(place: Path, low: dict[int, Path], tmp_path: Path) -> None:
+    metrics = evaluate_tokenizer(low[2], clips=4)
+    assert metrics["tokens_per_frame"] == 4
+    for name, options in (("both", {"low_tokenizers": tuple(low.values())}), ("plain", {})):
+        encode(place / "data", tmp_path / name, tokenizer=place / "tok", **options, progress=False)
+    replay, plain = Replay(tmp_path / "both"), Replay(tmp_path / "plain")
+    assert replay.low_factors == (2, 4) and plain.low_factors == ()
+    assert np.array_equal(replay.video, plain.video) and digest(replay) != digest(plain)
+    pixels = torch.from_numpy(Replay(place / "data").video[40:80]).permute(0, 3, 1, 2)[None]
+    numbers = np.arange(40, 80)
+    for factor, run in low.items():
+        (small,) = video_pyramid(pixels, (factor,), dtype=torch.float32)
+        expected = load_tokenizer(run)[0].encode(small)[0]
+        assert np.array_equal(replay.read_low(factor, numbers), expected) and expected.unique().numel() > 1
+        assert np.array_equal(Replay(tmp_path / "both", memory_limit=0).read_low(factor, numbers), expected)
+    clips = Clips(replay, 6).batch(np.array([0, 3]))
+    assert torch.equal(
+        clips["low_tokens_2"], torch.from_numpy(replay.read_low(2, np.arange(6)[None] + [[0], [3]])).long()
+    )
+    assert check(tmp_path / "both", 6) == []
+    array = zarr.open_group(str(tmp_path / "both"))["data/tokens_2"]
+    array[7, 0, 1] = 60
+    problem = r"data/tokens_2 must be in 0\.\.59, got 60 in frame 7, token \[0, 1\]"
+    assert any(re.search(problem, str(found)) for found in check(tmp_path / "both", 6))
+    with pytest.raises(ValueError, match=problem):
+        Replay(tmp_path / "both")
+    shutil.rmtree(tmp_path / "both" / "data" / "tokens_4")
+    with pytest.raises(ValueError, match="array data/tokens_4 is missing or unreadable"):
+        Replay(tmp_path / "both")
+    for low_tokenizers, message in (
+        ((low[2], low[2]), "low_tokenizers must be of one factor >= 2 each, got 2"),
+        ((place / "tok",), "low_tokenizers must be of one factor >= 2 each, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode(place / "data", tmp_path / "x", tokenizer=place / "tok", low_tokenizers=low_tokenizers)
+    with pytest.raises(ValueError, match=r"tokenizer must be of the frames themselves; .* is of frames smaller by 2"):
+        encode(place / "data", tmp_path / "x", tokenizer=low[2])
+    with pytest.raises(ValueError, match="low_tokenizers must go with a tokenizer"):
+        encode(place / "data", tmp_path / "x", latent_actions=place / "lam", low_tokenizers=(low[2],))
+    with pytest.raises(ValueError, match=r"factor must divide the frames of .*, 16 x 16, got 3"):
+        for_pixels(replace(read(TokenizerTraining, low[2])[0], factor=3))
+
+
+def test_a_world_model_learns_frames_that_were_tokenised_small(
+    place: Path, low: dict[int, Path], tmp_path: Path
+) -> None:
+    encode(
+        place / "data", tmp_path / "ids", tokenizer=place / "tok", low_tokenizers=tuple(low.values()), progress=False
+    )
+    replay = Replay(tmp_path / "ids")
+    model = token_model(token_targets="tokenised")
+    config = TrainingConfig(str(tmp_path / "ids"), 4, 4, clip=12, model=model, **{**TRAINER, "look_every": 4})
+    config = replace(for_replay(config, replay), accumulate=2)
+    whole = train(config, tmp_path / "whole", progress=False)
+    train(config, tmp_path / "run", progress=False, stop_after=2)
+    resumed = train(config, tmp_path / "run", progress=False)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert "held_out" in read_log(tmp_path / "run" / "log.jsonl")[-1]
+    clips = Clips(replay, 12).batch(np.array([0, 5, 50]))
+    given = {"video": clips["video"], "actions": clips["actions"], "segment_ids": clips["segment_ids"]}
+    loss = resumed.eval()(**given, low_tokens={2: clips["low_tokens_2"], 4: clips["low_tokens_4"]})
+    bits = token_measures(resumed, clips, clips["actions"].roll(1, 0))["bits"]
+    torch.testing.assert_close(torch.from_numpy(bits * np.log(2)).mean(0), loss.per_horizon, check_dtype=False)
+    metrics = evaluate(tmp_path / "run", clips=4, batch=2, steps=3, progress=False)
+    assert list(metrics["bits_per_token"]) == ["1", "2", "4"] and "rollout_psnr" in metrics and "drift" not in metrics
+    assert write_report(tmp_path / "run").exists()
+    encode(place / "data", tmp_path / "plain", tokenizer=place / "tok", progress=False)
+    with pytest.raises(ValueError, match=r'"tokenised" needs the ids of smaller frames .* has those of \[\]: mfwm enc'):
+        for_replay(replace(config, data=str(tmp_path / "plain")), Replay(tmp_path / "plain"))
 
 
 def test_masked_models_are_rolled_out(place: Path, tmp_path: Path) -> None:

@@ -211,6 +211,8 @@ class Encode:
     out: str
     tokenizer: Path | None = None
     """A run of train-tokenizer."""
+    low_tokenizers: tuple[Path, ...] = ()
+    """Runs of train-tokenizer with a --factor each: their ids of smaller frames are targets of far horizons."""
     latent_actions: Path | None = None
     """A run of train-latent-actions."""
     overwrite: bool = False
@@ -223,6 +225,7 @@ class Encode:
             self.data,
             self.out,
             tokenizer=self.tokenizer,
+            low_tokenizers=self.low_tokenizers,
             latent_actions=self.latent_actions,
             overwrite=self.overwrite,
         )

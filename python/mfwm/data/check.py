@@ -16,7 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from .stored import ACTION, ENDS, IMG, LEVELS, STATE, TOKENS, Stored, missing_and_damaged, open_stored, read_rows
+from .stored import (
+    ACTION,
+    ENDS,
+    IMG,
+    LEVELS,
+    STATE,
+    TOKENS,
+    Stored,
+    low_factors,
+    low_name,
+    missing_and_damaged,
+    open_stored,
+    read_rows,
+)
 
 # What the arrays of frames must hold.
 FRAMES = {
@@ -68,6 +81,7 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
             fits = array.dtype.kind in "iu" and array.ndim in (3, 4)
         if not fits or 0 in array.shape[1:]:
             yield Problem(f"{name} must be {FRAMES[name]}, got {array.dtype} {list(array.shape)}")
+    yield from low_problems(stored)
     for name, kinds, what in (
         (ACTION, (("i", 1), ("u", 1), ("f", 2)), "integers [N] or floats [N, A]"),
         (STATE, (("f", 2),), "floats [N, S]"),
@@ -94,6 +108,32 @@ def layout_problems(stored: Stored) -> Iterator[Problem]:
             yield Problem(
                 f"{STATE} must have {len(names)} columns, one per name in attribute state_names, "
                 f"got shape {list(arrays[STATE].shape)}"
+            )
+
+
+def low_problems(stored: Stored) -> Iterator[Problem]:
+    """Problems of the ids of smaller frames, and of the attribute that lists their factors."""
+    arrays, stated = stored.arrays, stored.attributes.get("low_factors")
+    if stated is None:
+        return
+    factors, tokens = low_factors(stored.attributes), arrays.get(TOKENS)
+    if not factors or tokens is None:
+        yield Problem(
+            f"attribute low_factors must be a list of increasing factors >= 2, in a set with {TOKENS}, got {stated!r}"
+        )
+        return
+    for factor in factors:
+        name = low_name(factor)
+        if name not in arrays:
+            if name not in stored.unreadable:
+                yield Problem(f"array {name} is missing or unreadable")
+            continue
+        _, rows, columns, *ids = tokens.shape
+        fits = rows % factor == columns % factor == 0 and arrays[name].dtype.kind in "iu"
+        if not fits or arrays[name].shape[1:] != (rows // factor, columns // factor, *ids):
+            yield Problem(
+                f"{name} must be integers with {factor} times fewer rows and columns than {TOKENS}, which is "
+                f"{list(tokens.shape)}, got {arrays[name].dtype} {list(arrays[name].shape)}"
             )
 
 
@@ -270,6 +310,11 @@ def value_problems(arrays: dict[str, Any], attributes: dict[str, Any], clip: int
     if LEVELS in arrays:
         yield from length_problems(LEVELS, arrays[LEVELS], len(ends), "episode")
         yield from integer_problems(LEVELS, rows(LEVELS, 0, len(ends)))
+    for low in map(low_name, low_factors(attributes)):
+        yield from length_problems(low, arrays[low], frames, "frame")
+        for first in range(0, frames, arrays[low].chunks[0]):
+            values = rows(low, first, min(first + arrays[low].chunks[0], frames))
+            yield from token_problems(low, values, attributes["vocabulary"], first)
     step = arrays[name].chunks[0]
     for first in range(0, frames if name == TOKENS or arrays[name].dtype.kind == "f" else 0, step):
         values = rows(name, first, min(first + step, frames))

@@ -4,6 +4,8 @@ On disk: the Zarr replay buffer of the robot-learning field (diffusion-policy's 
 
     data/img             uint8 [N, H, W, 3], chunks of 64 frames; or, if frames are tokens of F ids each,
     data/tokens          integers [N, rows, columns] or [N, rows, columns, F], each in 0..vocabulary - 1
+    data/tokens_2        integers [N, rows / 2, columns / 2(, F)]   optional: ids of the frames at half the size, from a
+                         tokenizer of their own; likewise for other factors, which the attribute low_factors lists
     data/action          int64 [N] or float32 [N, A]; absent if the attribute action_size is 0 and actions null
     data/state           float32 [N, S]            optional: what the world's state was at each frame
     meta/episode_ends    int64 [E]                 cumulative: episode e is frames ends[e - 1] .. ends[e] - 1
@@ -47,8 +49,10 @@ from .check import (
     written_ends,
 )
 from .place import absolute, identity, location
-from .stored import ACTION, ENDS, IMG, LEVELS, STATE, TOKENS, open_stored, read_rows
+from .stored import ACTION, ENDS, IMG, LEVELS, STATE, TOKENS, low_factors, low_name, open_stored, read_rows
 
+# Names of the ids of smaller frames in clips begin with it; their factor follows.
+LOW_TOKENS = "low_tokens_"
 MEMORY_LIMIT = 4 << 30  # bytes of frames; sets up to this size are read into memory when they are opened
 
 
@@ -57,7 +61,8 @@ class Replay:
 
     `video` uint8 [N, H, W, 3] or ids [N, rows, columns(, F)] (a NumPy array up to `memory_limit` bytes, else the Zarr
     array), `action` int64 [N] or float32 [N, A] (A = 0 in a set without actions), `episode_ends` and `episode_level`
-    int64 [E], `actions` (number of discrete actions, or None), `vocabulary` (of tokens; 0 for pixels) and `attributes`.
+    int64 [E], `actions` (number of discrete actions, or None), `vocabulary` (of tokens; 0 for pixels), `low_factors`
+    (of the smaller frames whose ids the set has, too) and `attributes`.
     A set without levels has one level per episode. If a set does not state its number of discrete actions, it is one
     more than the largest action. Frames after the end of the last episode were left by an interrupted writer and are
     not part of the set: a warning says how many.
@@ -105,7 +110,14 @@ class Replay:
         self.in_memory = self.frames * self._dtype.itemsize * int(np.prod(video.shape[1:])) <= memory_limit
         self.video: Any = video
         if self.in_memory:
-            self.video = self._frames(0, self.frames)
+            self.video = self._frames(self._name, video, 0, self.frames)
+        self.low_factors = tuple(low_factors(self.attributes))
+        self._low: dict[int, Any] = {}
+        for factor in self.low_factors:
+            name = low_name(factor)
+            self._check_rows(name, arrays[name], self.frames, "frame")
+            low = arrays[name]
+            self._low[factor] = self._frames(name, low, 0, self.frames) if self.in_memory else low
 
     def _check_rows(self, name: str, array: Any, rows: int, of: str) -> None:
         """Check that the array has its first `rows` rows, one per frame or episode."""
@@ -126,13 +138,13 @@ class Replay:
             raise ValueError(f"{self.path} has been replaced or removed since it was opened")
         return values
 
-    def _frames(self, begin: int, end: int) -> np.ndarray:
-        frames = self._read(self._name, self.video, begin, end)
+    def _frames(self, name: str, array: Any, begin: int, end: int) -> np.ndarray:
+        frames = self._read(name, array, begin, end)
         if self.vocabulary:
-            raise_invalid(self.path, token_problems(self._name, frames, self.vocabulary, begin))
+            raise_invalid(self.path, token_problems(name, frames, self.vocabulary, begin))
         elif frames.dtype.kind == "f":
-            raise_invalid(self.path, pixel_problems(self._name, frames, begin))
-        return frames.astype(self._dtype, copy=False)
+            raise_invalid(self.path, pixel_problems(name, frames, begin))
+        return frames.astype(self._dtype if name == self._name else np.int32, copy=False)
 
     @cached_property
     def state(self) -> np.ndarray:
@@ -168,17 +180,24 @@ class Replay:
 
     def read(self, frames: np.ndarray) -> np.ndarray:
         """The frames with these numbers, an integer array of any shape: uint8 [*frames.shape, H, W, 3], or ids."""
+        return self._chosen(self._name, self.video, frames)
+
+    def read_low(self, factor: int, frames: np.ndarray) -> np.ndarray:
+        """The ids of the smaller frames with these numbers, for a factor of `low_factors`."""
+        return self._chosen(low_name(factor), self._low[factor], frames)
+
+    def _chosen(self, name: str, array: Any, frames: np.ndarray) -> np.ndarray:
         if self.in_memory:
-            return self.video[frames]
+            return array[frames]
         flat = frames.reshape(-1)
-        out = np.empty((len(flat), *self.video.shape[1:]), self._dtype)
+        out = np.empty((len(flat), *array.shape[1:]), self._dtype if name == self._name else np.int32)
         # Read runs of consecutive frames, because each touches few chunks.
         borders = [0, *(np.flatnonzero(np.diff(flat) != 1) + 1).tolist(), len(flat)]
         for begin, end in itertools.pairwise(borders):
             if end > begin:
                 first = int(flat[begin])
-                out[begin:end] = self._frames(first, first + end - begin)
-        return out.reshape(*frames.shape, *self.video.shape[1:])
+                out[begin:end] = self._frames(name, array, first, first + end - begin)
+        return out.reshape(*frames.shape, *array.shape[1:])
 
 
 def split_levels(replay: Replay, held_out_fraction: float = 0.1, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -210,7 +229,8 @@ class Clips(Dataset[dict[str, Tensor]]):
 
     An item is {"video": uint8 [T, 3, H, W], a permuted view of [T, H, W, 3] memory, or ids int64 [T, rows, columns] or
     [T, rows, columns, F]; "actions": int64 [T] or float32 [T, A], where actions[t] was taken at frame t; "segment_ids":
-    int64 [T], the episode's number in the replay buffer}; with `state`, also "state": float32 [T, S].
+    int64 [T], the episode's number in the replay buffer}; with `state`, also "state": float32 [T, S]; in a set that has
+    them, the ids of smaller frames, "low_tokens_2": int64 [T, rows / 2, columns / 2(, F)] and so on.
 
     `too_short` is the number of chosen episodes that are shorter than a clip.
     """
@@ -269,7 +289,14 @@ class Clips(Dataset[dict[str, Tensor]]):
         }
         if self.state is not None:
             clips["state"] = torch.from_numpy(self.state[frames_BT])
+        for factor in self.replay.low_factors:
+            clips[f"{LOW_TOKENS}{factor}"] = torch.from_numpy(self.replay.read_low(factor, frames_BT)).long()
         return clips
+
+
+def low_tokens(clips: dict[str, Tensor]) -> dict[int, Tensor]:
+    """The ids of smaller frames that clips hold, by factor."""
+    return {int(name.removeprefix(LOW_TOKENS)): ids for name, ids in clips.items() if name.startswith(LOW_TOKENS)}
 
 
 class ClipSampler:

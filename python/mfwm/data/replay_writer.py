@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,7 @@ from .check import (
     token_problems,
 )
 from .place import Place, location
+from .stored import low_name
 
 CHUNK_FRAMES = 64
 
@@ -42,6 +43,7 @@ class ReplayWriter:
     actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; if that is 0, the set
         is video without actions.
     vocabulary: of tokens, each of which has `ids` ids; 0 for pixels.
+    low_factors: increasing factors >= 2 of smaller frames whose ids each episode has, too; for tokens.
     state_names, state_units: of the columns of a state that each episode has; None for a set without state.
     overwrite: replace the replay buffer at `path`.
     attributes: stored with the set as JSON; replay.py lists the names that readers use.
@@ -63,6 +65,7 @@ class ReplayWriter:
         action_size: int = 0,
         vocabulary: int = 0,
         ids: int = 1,
+        low_factors: Sequence[int] = (),
         state_names: Sequence[str] | None = None,
         state_units: Sequence[str] | None = None,
         overwrite: bool = False,
@@ -92,6 +95,16 @@ class ReplayWriter:
         if vocabulary:
             self.attributes["vocabulary"] = vocabulary
             self._frame = (height, width) if ids == 1 else (height, width, ids)
+        factors = [operator.index(factor) for factor in low_factors]
+        divide = all(factor >= 2 and height % factor == width % factor == 0 for factor in factors)
+        if factors and (not vocabulary or not divide or sorted(set(factors)) != factors):
+            raise ValueError(
+                f"low_factors must be increasing, >= 2 and divide frames of tokens, got {factors} for "
+                f"{height} x {width}" + ("" if vocabulary else " pixels")
+            )
+        self._low = {factor: (height // factor, width // factor, *self._frame[2:]) for factor in factors}
+        if factors:
+            self.attributes["low_factors"] = factors
         try:
             json.dumps(self.attributes, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -131,6 +144,7 @@ class ReplayWriter:
             actions, size = self.attributes["actions"], self.attributes["action_size"]
             layout: dict[str, tuple[tuple[int, ...], int, str]] = {
                 self._video: (self._frame, CHUNK_FRAMES, "int32" if self._vocabulary else "uint8"),
+                **{low_name(factor): (frame, CHUNK_FRAMES, "int32") for factor, frame in self._low.items()},
                 LEVELS: ((), 4096, "int64"),
                 ENDS: ((), 4096, "int64"),
             }
@@ -161,7 +175,8 @@ class ReplayWriter:
         # Write empty chunks too, so that a missing chunk always means damage.
         with zarr.config.set({"array.write_empty_chunks": True}):
             root = zarr.open_group(str(place), mode="r+", zarr_format=2)
-            found = {name: root.get(name) for name in (self._video, ACTION, STATE, LEVELS, ENDS)}
+            names = (self._video, *map(low_name, self._low), ACTION, STATE, LEVELS, ENDS)
+            found = {name: root.get(name) for name in names}
         self._arrays = {name: array for name, array in found.items() if array is not None}
 
     def append(
@@ -171,10 +186,12 @@ class ReplayWriter:
         level: int | None = None,
         *,
         state: np.ndarray | None = None,
+        low_tokens: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         """Add one episode: `video` uint8 [T, H, W, 3], or ids [T, rows, columns(, F)]; `action` integers [T] or floats
         [T, A], with `action[t]` taken at `video[t]`, or None in a set without actions; `state` floats [T, S], with
-        `state[t]` that of `video[t]` and NaN for what is not visible, or None in a set without state.
+        `state[t]` that of `video[t]` and NaN for what is not visible, or None in a set without state; `low_tokens` by
+        factor, the ids [T, rows / factor, columns / factor(, F)] of smaller frames, or None in a set without them.
 
         Two calls add two episodes, even if both are fragments of one. `level=None`: the episode's index.
         """
@@ -193,6 +210,18 @@ class ReplayWriter:
         if self._vocabulary:
             raise_invalid("", token_problems("video", video, self._vocabulary))
         rows: dict[str, np.ndarray] = {self._video: video}
+        low_tokens = low_tokens or {}
+        if sorted(low_tokens) != sorted(self._low):
+            raise ValueError(
+                f"low_tokens must have the factors {list(self._low)} of this set, got {sorted(low_tokens)}"
+            )
+        for factor, low in low_tokens.items():
+            expected = (len(video), *self._low[factor])
+            if not isinstance(low, np.ndarray) or low.dtype.kind not in "iu" or low.shape != expected:
+                got = f"{low.dtype} {list(low.shape)}" if isinstance(low, np.ndarray) else type(low).__name__
+                raise ValueError(f"low_tokens[{factor}] must be integers {list(expected)}, got {got}")
+            raise_invalid("", token_problems(f"low_tokens[{factor}]", low, self._vocabulary))
+            rows[low_name(factor)] = low
         has_actions = bool(self.attributes["actions"] or self.attributes["action_size"])
         if (action is not None) != has_actions:
             raise ValueError(f"action must be {'given' if has_actions else 'None'} for this set")

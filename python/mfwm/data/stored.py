@@ -25,6 +25,20 @@ from .place import METADATA, absolute, identity, location, restore
 IMG, TOKENS, ACTION, STATE = "data/img", "data/tokens", "data/action", "data/state"
 ENDS, LEVELS = "meta/episode_ends", "meta/episode_level"
 
+
+def low_name(factor: int) -> str:
+    """The array with the ids of the frames that are smaller by `factor`."""
+    return f"{TOKENS}_{factor}"
+
+
+def low_factors(attributes: dict[str, Any]) -> list[int]:
+    """The factors of smaller frames whose ids a set states that it has; none where that is not a list of factors."""
+    stated = attributes.get("low_factors")
+    if not isinstance(stated, list) or not all(type(factor) is int and factor >= 2 for factor in stated):
+        return []
+    return stated if sorted(set(stated)) == stated else []
+
+
 # Codecs that do nothing but decode. imagecodecs_* are picture codecs, such as JPEG XL, of the package imagecodecs.
 CODECS = re.compile(
     r"(numcodecs\.)?(blosc|zstd|zlib|gzip|bz2|lzma|lz4|crc32c?|adler32|fletcher32|jenkins_lookup3|shuffle|delta|astype"
@@ -83,7 +97,8 @@ def open_stored(path: str | Path) -> Stored:
     arrays, unreadable = {}, {}
     # Other projects' sets have an array of this name with a meaning of their own, and without names of its columns.
     state = (STATE,) if attributes.get("state_names") is not None else ()
-    for name in (IMG, TOKENS, ACTION, *state, ENDS, LEVELS):
+    low = map(low_name, low_factors(attributes))
+    for name in (IMG, TOKENS, *low, ACTION, *state, ENDS, LEVELS):
         try:
             metadata = metadata_of(root, name)
             if unknown := [codec for codec in codecs_of(metadata) if not CODECS.fullmatch(codec)]:

@@ -103,9 +103,9 @@ def mean_image(replay: Replay, episodes: np.ndarray) -> Tensor:
 
 
 def has_drift(model: WorldModel) -> bool:
-    """Whether far horizons forecast the frames of a rollout."""
+    """Whether far horizons forecast what the frames of a rollout show."""
     heads = model.config.heads
-    return heads.horizons.offsets[-1] > 1 and heads.conditioning != "frames"
+    return heads.horizons.offsets[-1] > 1 and heads.conditioning != "frames" and heads.token_targets == "pooled"
 
 
 def can_roll_out(config: WorldModelConfig) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mfwm_kernels import video_pyramid
 
@@ -14,7 +15,7 @@ from ..metrics.quality import check_size, psnr, similarity, squared_error
 from ..models.world_model import parameters_of
 from ..training.run_config import read
 from ..training.run_log import column, read_log
-from ..training.tokenizer import TokenizerTraining, load_tokenizer
+from ..training.tokenizer import TokenizerTraining, load_tokenizer, smaller
 from .held_out import HeldOut, device_for_evaluation, write_metrics
 
 
@@ -46,9 +47,9 @@ def evaluate_tokenizer(
     errors, similarities, used = [], [], np.zeros(config.model.vocabulary)
     for indices in held_out.batches(batch):
         part = held_out.read(indices, device)
-        ids = model.encode(part["video"], part["segment_ids"])
+        ids = model.encode(smaller(part["video"], config.factor), part["segment_ids"])
         frames = model.decode(ids, part["segment_ids"])
-        (truth,) = video_pyramid(part["video"], (1,))
+        (truth,) = video_pyramid(part["video"], (config.factor,), dtype=torch.float32)
         errors.append(squared_error(frames, truth).cpu().numpy())
         similarities.append(similarity(frames, truth))
         used += np.bincount(ids.flatten().cpu(), minlength=len(used))

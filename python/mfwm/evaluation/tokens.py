@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.replay import Clips, Replay
+from ..data.replay import Clips, Replay, low_tokens
 from ..metrics.intervals import interval
 from ..models.world_model import WorldModel, WorldModelConfig
 from ..training.data_identity import PIXELS_DIGEST, TOKENIZER_DIGEST, digest, weights_digest
@@ -108,20 +108,21 @@ def decoder_of(
 def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor) -> dict[str, np.ndarray]:
     """Measures [clips, K] of every horizon of a model that is not masked, over the positions that count and their ids.
 
+    Of targets that were tokenised on their own, the ids are those of the smaller frames.
     bits: -log2 of the probability that a cell gives to an id it covers. Where cells are tokens, that is the joint
     likelihood of the frame, per token: with heads.raster each token is given the true ones before it, and else they are
     independent. bits_shuffled: with the `shuffled` actions.
     hits: share of ids that are the most likely of their cell, with heads.raster after the most likely ones before it.
     hits_persistence: share of ids that do not change.
     """
-    ids, horizons = clips["video"], model.config.heads.horizons
+    horizons = model.config.heads.horizons
 
     def of_ids(given: Tensor, end: int) -> Tensor:
         """[B, end, H / f, W / f, 1, 1, F, V]."""
         scores = given[:, :end].unsqueeze(-2) if model.config.frame[0] == 1 else given[:, :end]
         return scores[:, :, :, :, None, None]
 
-    ids = ids.unflatten(-1, (-1, 1)) if ids.ndim == 4 else ids
+    low = low_tokens(clips) if model.config.heads.token_targets == "tokenised" else {}
     found: dict[str, list[Tensor]] = {name: [] for name in ("bits", "bits_shuffled", "hits", "hits_persistence")}
     with torch.no_grad():
         outputs, outputs_shuffled = (
@@ -130,6 +131,9 @@ def token_measures(model: WorldModel, clips: dict[str, Tensor], shuffled: Tensor
         logits, logits_shuffled = (model.heads.logits(given, clips["video"]) for given in (outputs, outputs_shuffled))
         greedy = logits if model.heads.decoder is None else model.heads.frames(outputs, clips["video"])
     for i, (offset, factor) in enumerate(zip(horizons.offsets, horizons.factors, strict=True)):
+        # A smaller frame that was tokenised on its own has an id per cell.
+        ids, factor = (low[factor], 1) if factor in low else (clips["video"], factor)
+        ids = ids.unsqueeze(-1) if model.config.frame[0] == 1 else ids
         end = min(logits[i].shape[1], ids.shape[1] - offset)
         truth, before = ids[:, offset : offset + end], ids[:, :end]
         # [B, T, H / f, W / f, f, f, F], beside the logits' [B, T, H / f, W / f, (F,) V].

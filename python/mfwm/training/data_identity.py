@@ -16,7 +16,7 @@ from ..data.replay import Replay
 
 PIXELS_DIGEST, TOKENIZER_DIGEST = "pixels_digest", "tokenizer_digest"
 # Where the models and frames of an encoded set were, and their digests. They do not change what the set holds.
-ORIGINS = ("pixels", "tokenizer", "latent_actions", PIXELS_DIGEST, TOKENIZER_DIGEST)
+ORIGINS = ("pixels", "tokenizer", "low_tokenizers", "latent_actions", PIXELS_DIGEST, TOKENIZER_DIGEST)
 SAMPLED_FRAMES = 16
 
 
@@ -34,7 +34,8 @@ def digest(replay: Replay) -> str:
     attributes = {name: value for name, value in replay.attributes.items() if name not in ORIGINS}
     sampled = np.linspace(0, replay.frames - 1, min(SAMPLED_FRAMES, replay.frames)).astype(np.int64)
     found = hashlib.sha256(json.dumps([replay.frame, replay.vocabulary, attributes], sort_keys=True).encode())
-    columns = (replay.episode_ends, replay.episode_level, replay.action, replay.read(sampled))
+    columns = [replay.episode_ends, replay.episode_level, replay.action, replay.read(sampled)]
+    columns += [replay.read_low(factor, sampled) for factor in replay.low_factors]
     for column in columns:
         found.update(f"{column.dtype.str} {column.shape}".encode())
         found.update(column.tobytes())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfwm_kernels import arguments as check
 from mfwm_kernels import video_pyramid
 
 from ..data.replay import Replay
@@ -25,14 +26,21 @@ class TokenizerTraining(TrainerConfig):
     Small batches on purpose: for the same compute, many noisy steps do better than a few precise ones.
 
     Args:
+        factor: the frames are box averages, smaller by this; mfwm encode then writes them as targets beside the ids of
+            the frames themselves.
         model: its sizes.
     """
 
+    factor: int = 1
     steps: int = 1500
     batch: int = 2
     clip: int = 8
     lr: float = 3e-3
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.integer("factor", self.factor, least=1)
 
 
 class TokenizerLoss(Objective):
@@ -40,14 +48,15 @@ class TokenizerLoss(Objective):
 
     def __init__(self, config: TokenizerTraining) -> None:
         super().__init__()
-        self.model = Tokenizer(config.model)
+        self.model, self.factor = Tokenizer(config.model), config.factor
 
     def forward(self, clips: dict[str, Tensor], shares: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model(clips["video"], clips["segment_ids"]).total, {}
+        return self.model(smaller(clips["video"], self.factor), clips["segment_ids"]).total, {}
 
     def validate(self, clips: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        frames = self.model.decode(self.model.encode(clips["video"], clips["segment_ids"]), clips["segment_ids"])
-        (truth,) = video_pyramid(clips["video"], (1,), dtype=torch.float32)
+        video = smaller(clips["video"], self.factor)
+        frames = self.model.decode(self.model.encode(video, clips["segment_ids"]), clips["segment_ids"])
+        (truth,) = video_pyramid(video, (1,), dtype=torch.float32)
         error = squared_error(frames, truth).mean().item()
         return {"psnr": [psnr(error)]}, {"frames": strip(list(truth[0]), list(frames[0]))}
 
@@ -65,9 +74,18 @@ def load_tokenizer(run: Path) -> tuple[Tokenizer, TokenizerTraining, int]:
     return objective.model.eval().requires_grad_(False), config, step
 
 
+def smaller(video: Tensor, factor: int) -> Tensor:
+    """Box averages of frames, in fp32; the frames as they are for a factor of 1."""
+    return video if factor == 1 else video_pyramid(video, (factor,), dtype=torch.float32)[0]
+
+
 def for_pixels(config: Any) -> Any:
     """The config of a tokenizer or latent action model with the frame size of its data, which must be pixels."""
     replay = Replay(config.data)
     if replay.vocabulary:
         raise ValueError(f"data must be pixels, but {config.data} holds tokens")
-    return replace(config, model=replace(config.model, frame=replay.frame))
+    channels, height, width = replay.frame
+    factor = config.factor if isinstance(config, TokenizerTraining) else 1
+    if height % factor or width % factor:
+        raise ValueError(f"factor must divide the frames of {config.data}, {height} x {width}, got {factor}")
+    return replace(config, model=replace(config.model, frame=(channels, height // factor, width // factor)))

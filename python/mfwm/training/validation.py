@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mfwm_kernels import GradMonitor, video_pyramid
 
+from ..data.replay import low_tokens
 from ..models.maskgit import training_mask
 from ..models.rollouts import rollout
 from ..models.world_model import WorldModel
@@ -31,7 +32,9 @@ def validation_figures(model: WorldModel, clips: dict[str, Tensor]) -> dict[str,
         states = model.states(video, clips.get("actions"), segments, mask)
     with torch.enable_grad():
         states["hidden"] = states["hidden"].detach().requires_grad_()
-        loss, outputs = model.heads.loss_and_outputs(video=video, token_mask=mask, grad_monitor=monitor, **states)
+        loss, outputs = model.heads.loss_and_outputs(
+            video=video, low_tokens=low_tokens(clips), token_mask=mask, grad_monitor=monitor, **states
+        )
         figures = {"per_horizon": loss.per_horizon, **loss.terms}
         if loss.accuracy is not None:
             figures["accuracy"] = loss.accuracy

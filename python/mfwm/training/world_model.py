@@ -15,7 +15,7 @@ from torch import Tensor
 from mfwm_kernels import Horizons, video_pyramid
 from mfwm_kernels import arguments as check
 
-from ..data.replay import Replay
+from ..data.replay import Replay, low_tokens
 from ..metrics.quality import psnr
 from ..models.cost import cost_of
 from ..models.maskgit import training_mask
@@ -159,6 +159,7 @@ class WorldModelLoss(Objective):
                 clips["video"],
                 clips.get("actions"),
                 clips["segment_ids"],
+                low_tokens=low_tokens(clips),
                 token_mask=clips.get("token_mask"),
                 seen=seen,
                 noise=clips.get("noise"),
@@ -191,7 +192,12 @@ class WorldModelLoss(Objective):
                 seen, clips.get("actions"), segment_ids, noise=clips.get("noise"), far_gradient=self.far_gradient
             )
             loss, outputs = model.heads.loss_and_outputs(
-                video=video, seen=seen, shares=shares, latent_noise=clips.get("latent_noise"), **states
+                video=video,
+                seen=seen,
+                low_tokens=low_tokens(clips),
+                shares=shares,
+                latent_noise=clips.get("latent_noise"),
+                **states,
             )
             yield loss
             if not last:
@@ -322,6 +328,13 @@ def for_replay(config: TrainingConfig, replay: Replay) -> TrainingConfig:
         raise ValueError(
             f"model.heads.vocabulary must be that of the data, {replay.vocabulary} (0 for pixels), "
             f"got {config.model.heads.vocabulary}"
+        )
+    heads = config.model.heads
+    if heads.token_targets == "tokenised" and not set(heads.horizons.factors) - {1} <= set(replay.low_factors):
+        raise ValueError(
+            f'model.heads.token_targets "tokenised" needs the ids of smaller frames at each factor of '
+            f"{heads.horizons}, and {replay.path} has those of {list(replay.low_factors)}: mfwm encode "
+            "--low-tokenizers writes them"
         )
     model = replace(
         config.model,
