@@ -1,11 +1,11 @@
-"""Trains a small model with each option of the heads that stands for a paper, and writes how its losses went.
+"""Trains the presets of the reading list on real frames, evaluates them, and writes what came out.
 
-    python -m benchmarks.reading_list --data data/coinrun
+    python -m benchmarks.reading_list --data data/coinrun --tokens data/ids
 
-Each row of benchmarks/results/reading-list.json is one run of `mfwm train`: its command, the mean of every logged
-number over the first steps and over the last ones, and the errors on levels that it never saw. A run replaces the row
-of its name and leaves the others. "measured alone" gives every term so small a weight that the log shows how it goes
-where nothing teaches it.
+Each row of benchmarks/results/reading-list.json is one run of `mfwm train`: its commands, the mean of every logged
+number over the first steps and over the last ones, and what `mfwm evaluate` measured on levels that it never saw. A run
+replaces the row of its name and leaves the others. "measured alone" gives every term so small a weight that the log
+shows how it goes where nothing teaches it.
 """
 
 from __future__ import annotations
@@ -16,94 +16,124 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mfwm.data.replay import ClipSampler, Replay, split_levels
-from mfwm.training import load_model
 from mfwm.training.checkpoints import write_atomically
 from mfwm.training.run_log import read_log
-
-from mfwm_kernels import video_pyramid
 
 RESULTS = Path(__file__).parent / "results" / "reading-list.json"
 # Of both ends of a run, in steps.
 FIRST, LAST = 10, 50
-MODEL = (
-    "--model.patch 8 --model.width 64 --model.layers 2 --model.head-width 32 --model.context 12 "
-    "--model.heads.patch-sizes 8 8 4 2 --model.heads.blocks 0 1 1 1 --model.heads.lag-gate"
-)
-TRAINING = "--batch 4 --clip 20 --lr 3e-3 --warmup 50 --look-every 0 --no-tensorboard --dtype float32"
-OPTIONS = {
-    "measured alone": "--model.heads.contrast 1e-6 --model.heads.latent-consistency 1e-6 "
-    "--model.heads.temporal-difference 1e-6",
-    "contrast": "--model.heads.contrast 0.1",
-    "latent consistency": "--model.heads.latent-consistency 0.1",
-    "temporal difference": "--model.heads.temporal-difference 0.5",
-    "latents": "--model.heads.latent 8 --model.heads.kl 1e-3 --kl-warmup 100",
+# What a row keeps of metrics.json, where it is there; of lists by step of a rollout, these steps.
+KEPT = (
+    "clips", "held_out_levels", "parameters", "psnr", "persistence_psnr", "psnr_gain_95", "action_ratio",
+    "latent_samples", "latent_best_psnr", "latent_draws_psnr", "latent_prediction_psnr", "latent_best_gain_95",
+    "latent_kl", "latent_kl_95", "enlarged_psnr", "upsampler_gain_95", "jumps", "bits_per_token", "bits_per_token_95",
+    "accuracy", "persistence_accuracy", "accuracy_gain_95", "temperature",
+)  # fmt: skip
+BY_STEP = (
+    "rollout_psnr", "rollout_ssim", "persistence_rollout_psnr", "persistence_rollout_ssim", "mean_image_rollout_psnr",
+    "tokenised_rollout_psnr", "tokenised_rollout_ssim", "against_rollout_psnr", "against_gain_95",
+)  # fmt: skip
+STEPS = (1, 2, 4, 8, 16, 32)
+
+
+class Row(NamedTuple):
+    """preset, train: of `mfwm train`. evaluate: flags of `mfwm evaluate`; "RUNS/" stands for the folder of the runs.
+    tokens: whether the data are ids."""
+
+    preset: str
+    train: str = ""
+    evaluate: str = ""
+    tokens: bool = False
+
+
+AGAINST = "--against RUNS/next-frame"
+DRAWN = "--temperature 1 --steps 8"
+ROWS = {
+    "measured alone": Row(
+        "reading-list",
+        "--model.heads.contrast 1e-6 --model.heads.latent-consistency 1e-6 --model.heads.temporal-difference 1e-6",
+    ),
+    "next frame": Row("reading-list-next-frame"),
+    "villegas": Row("villegas", evaluate="--jumps"),
+    "villegas, correction": Row("villegas", "--model.heads.upsampling correction", "--jumps"),
+    "mspred": Row("mspred", evaluate=f"--jumps {AGAINST}"),
+    "svg": Row("svg", evaluate="--samples 10"),
+    "var": Row("var", evaluate=AGAINST),
+    "contrast": Row("contrast"),
+    "latent consistency": Row("latent-consistency"),
+    "temporal difference": Row("temporal-difference"),
+    "motion weights": Row("motion-weights"),
+    "tokens at once": Row("reading-list-tokens", evaluate=DRAWN, tokens=True),
+    "videogpt": Row("videogpt", evaluate=DRAWN, tokens=True),
+    "maskgit": Row("maskgit", evaluate=DRAWN, tokens=True),
+    "tokenised": Row("tokenised", evaluate="--steps 8", tokens=True),
+    "tokens, pooled": Row("tokenised", "--model.heads.token-targets pooled", "--steps 8", tokens=True),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reading_list", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a replay buffer of pixels with actions")
-    parser.add_argument("--only", nargs="+", choices=tuple(OPTIONS), default=list(OPTIONS), metavar="NAME")
+    parser.add_argument("--tokens", help="the same frames as mfwm encode wrote them, at factors 2 and 4, too")
+    parser.add_argument("--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--clips", type=int, default=96, help="of the evaluation")
     parser.add_argument("--runs", type=Path, default=Path("runs/reading-list"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.tokens is None and (of_ids := [name for name in arguments.only if ROWS[name].tokens]):
+        parser.error(f"--tokens is needed for {', '.join(of_ids)}")
     for name in arguments.only:
-        run = arguments.runs / name.replace(" ", "-")
-        command = ["train", "--data", arguments.data, "--out", str(run), *flags(name, arguments.steps)]
-        subprocess.run([sys.executable, "-m", "mfwm.cli", *command], check=True)
+        data = arguments.tokens if ROWS[name].tokens else arguments.data
+        run = arguments.runs / name.replace(", ", "-").replace(" ", "-")
+        commands = commands_of(ROWS[name], run, data, arguments.steps, arguments.clips)
+        for command in commands:
+            subprocess.run([sys.executable, "-m", "mfwm.cli", *command], check=True)
         row = {
             "name": name,
-            "command": shlex.join(["mfwm", *command]),
+            "commands": [shlex.join(["mfwm", *command]) for command in commands],
             "torch": torch.__version__,
             **measures(read_log(run / "log.jsonl")),
-            "held_out": held_out(run),
+            "held_out": kept(json.loads((run / "metrics.json").read_text())),
         }
-        rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
-        rows = [other for other in rows if other["name"] != name] + [row]
-        write_atomically(arguments.out, (json.dumps(rows, indent=1) + "\n").encode())
+        write_row(arguments.out, row)
         print(json.dumps(row, indent=1))
 
 
-def flags(name: str, steps: int) -> list[str]:
-    """The flags of `mfwm train` for a row."""
-    return [*MODEL.split(), *TRAINING.split(), "--steps", str(steps), *OPTIONS[name].split()]
+def commands_of(row: Row, run: Path, data: str, steps: int, clips: int) -> list[list[str]]:
+    """Arguments of `mfwm train` and of `mfwm evaluate`."""
+    train = ["train", "--preset", row.preset, "--data", data, "--out", str(run), *row.train.split()]
+    evaluate = ["evaluate", str(run), "--clips", str(clips)]
+    evaluate += row.evaluate.replace("RUNS/", f"{run.parent}/").split()
+    return [[*train, "--steps", str(steps), "--no-tensorboard"], evaluate]
 
 
-@torch.no_grad()
-def held_out(run: Path, clips: int = 32, samples: int = 10) -> dict[str, list[float]]:
-    """Mean squared error of every horizon on held-out clips: of its prediction, and where predictions are drawn, of the
-    best of some samples of each frame."""
-    torch.manual_seed(0)
-    model, config, _ = load_model(run)
-    replay, horizons = Replay(config.data), config.model.heads.horizons
-    _, episodes = split_levels(replay, config.held_out, seed=config.seed)
-    given = ClipSampler(replay, config.clip, clips, seed=config.seed, episodes=episodes).batch(0)
-    pyramid = video_pyramid(given["video"], horizons.factors, dtype=torch.float32)
-    positions, frames = config.model.context, config.clip
+def write_row(out: Path, row: dict[str, Any]) -> None:
+    """Put the row in place of the one of its name, or after all others."""
+    rows = {other["name"]: other for other in (json.loads(out.read_text()) if out.exists() else [])}
+    rows[row["name"]] = row
+    write_atomically(out, (json.dumps(list(rows.values()), indent=1) + "\n").encode())
 
-    def errors(temperature: float) -> list[torch.Tensor]:
-        """Of each horizon, those of the frames that count."""
-        predicted = model.predict(given["video"], given["actions"], given["segment_ids"], temperature=temperature)
-        found = []
-        for i, offset in enumerate(horizons.offsets):
-            end = min(positions, frames - offset)
-            valid = horizons.valid(i, end, frames, given["segment_ids"])
-            error = (predicted[i][:, :end] - pyramid[i][:, offset : offset + end]).square().mean((2, 3, 4))
-            found.append(error[valid])
-        return found
 
-    result = {"prediction": [error.mean().item() for error in errors(0.0)]}
-    if model.heads.draws():
-        drawn = [errors(1.0) for _ in range(samples)]
-        best = [torch.stack(each).amin(0).mean().item() for each in zip(*drawn, strict=True)]
-        result |= {"one sample": [error.mean().item() for error in drawn[0]], f"best of {samples}": best}
-    return {name: [round(error, 5) for error in errors] for name, errors in result.items()}
+def kept(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The part of metrics.json that a row holds."""
+    found = {name: rounded(metrics[name]) for name in KEPT if name in metrics}
+    for name in BY_STEP:
+        if name in metrics:
+            found[name] = {str(s): rounded(metrics[name][s - 1]) for s in STEPS if s <= len(metrics[name])}
+    return found
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def measures(log: list[dict[str, Any]]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ MARKERS = {
     "emulator": r"test_cuda_emulated|test_cuda_strips",
     "aot": r"test_aot|test_triton_launcher",
     "process": r"test_(benchmarks|evaluation|jumps|examples|gpu_all|parallel|run_data|run_safety|token_path|tools)"
-    r"|test_training|tokens_train|killed|ctrl_c|mistake_is_one_line|moved_set_is_an_option|threads_that_wait|procgen|encode_keeps",
+    r"|test_training|test_reading_list|tokens_train|killed|ctrl_c|mistake_is_one_line|moved_set_is_an_option|threads_that_wait|procgen|encode_keeps",
     "alone": r"test_gpu\.py|test_gpu_all|ctrl_c|a_signal_saves|test_memory",
 }
 COSTLY = ("interpreter", "compile", "emulator", "aot", "process", "slow")

@@ -237,13 +237,28 @@ def test_a_bare_machine_checks_and_measures(command: str, tmp_path: Path) -> Non
 # ---- the reading list
 
 
-@pytest.mark.parametrize("name", reading_list.OPTIONS)
-def test_every_row_of_the_reading_list_trains_an_option(name: str) -> None:
-    flags = ["train", "--data", "data", "--out", "out", *reading_list.flags(name, steps=7)]
-    config = command_of("plain", flags, "").config
-    heads, default = config.model.heads, HeadsConfig()
-    options = ("contrast", "latent_consistency", "temporal_difference", "latent")
-    assert config.steps == 7 and any(getattr(heads, option) != getattr(default, option) for option in options)
+@pytest.mark.parametrize("name", reading_list.ROWS)
+def test_every_row_of_the_reading_list_is_trained_and_evaluated(name: str) -> None:
+    row = reading_list.ROWS[name]
+    train, evaluate = reading_list.commands_of(row, Path("runs/a"), "data", 7, 5)
+    at = train.index("--preset")
+    preset, flags = train[at + 1], [*train[:at], *train[at + 2 :]]
+    config = command_of(preset, flags, "").config
+    assert config.steps == 7 and row.tokens == (config.model.heads.output == "tokens")
+    assert config.model.heads != HeadsConfig() and (config.model.width, config.model.layers) == (64, 2)
+    measured = command_of("plain", evaluate, "")
+    assert measured.clips == 5 and str(measured.run_directory) == "runs/a"
+    assert measured.against in (None, Path("runs/next-frame"))
+
+
+def test_a_row_takes_the_place_of_the_one_of_its_name(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    for row in ({"name": "svg", "a": 1}, {"name": "var"}, {"name": "svg", "a": 2}):
+        reading_list.write_row(out, row)
+    assert json.loads(out.read_text()) == [{"name": "svg", "a": 2}, {"name": "var"}]
+    metrics = {"psnr": {"1": 20.123456}, "rollout_psnr": [3.00001, 2.0, 1.0], "seconds": 3, "latent_kl": None}
+    expected = {"psnr": {"1": 20.1235}, "latent_kl": None, "rollout_psnr": {"1": 3.0, "2": 2.0}}
+    assert reading_list.kept(metrics) == expected
 
 
 def test_a_row_has_means_of_both_ends_and_no_nan() -> None:

@@ -1,4 +1,5 @@
-"""Named configs: the runs behind the documented results, and one of every size with a block per far horizon.
+"""Named configs: the runs behind the documented results, one of every size with a block per far horizon, and those of
+the article's reading list.
 
 `mfwm train --preset NAME` takes its defaults from one; flags change them.
 """
@@ -13,6 +14,7 @@ from .models.heads_config import HeadsConfig
 from .models.sizes import DEMO_MODEL, TRUNKS, variants
 from .models.tokenizer import TokenizerConfig
 from .models.world_model import WorldModelConfig
+from .reading_list import READING_LIST
 from .training.world_model import TrainingConfig
 
 # The run of benchmarks/results/demo.json.
@@ -48,4 +50,5 @@ PRESETS: dict[str, TrainingConfig] = {
     # The demo's trunk with the next frame alone, to compare with.
     "demo-next-frame": replace(DEMO, model=replace(DEMO.model, heads=HeadsConfig(Horizons.next_frame()))),
     **{name: TrainingConfig(data="", model=variants(name)["cascade, blocks"]) for name in TRUNKS},
+    **READING_LIST,
 }
