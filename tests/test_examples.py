@@ -44,9 +44,9 @@ def test_comparison_trains_every_kind_of_frame(
     writer = ReplayWriter(tmp_path / "noise", 64, 64, actions=3, env="noise")
     writer.append(np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8), np.arange(24) % 3, 0)
     out = ""
-    for only in ("5 latents", "5 tokens, tokenised", "7 far laplaces", "8 masked"):
+    for only in ("5 latents", "5 tokens, tokenised", "5 tokens, raster order", "7 far laplaces", "8 masked"):
         out += run(
             "compare_heads", str(tmp_path / "noise"), "--steps", "1", "--only", only,
             monkeypatch=monkeypatch, capsys=capsys,
         )  # fmt: skip
-    assert out.count("per horizon") == 4 and out.count(" nats") == 3
+    assert out.count("per horizon") == 5 and out.count(" nats") == 3

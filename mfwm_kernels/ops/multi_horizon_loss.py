@@ -149,7 +149,8 @@ def multi_horizon_loss(
         ValueError, TypeError: naming the argument, the rule and the value.
 
     Source: "Multi-Frame Prediction for World Models" (cascade targets, consistency); Charbonnier et al., ICIP 1994;
-    beta: Seitzer et al., arXiv 2203.09168.
+    beta: Seitzer et al., arXiv 2203.09168; weights for what moves, there relative to the mean change: LTD, arXiv
+    2601.20504.
     """
     check_horizons(horizons)
     count = len(horizons)
