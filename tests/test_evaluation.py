@@ -300,7 +300,7 @@ def test_open_loop_measures_are_of_clips_as_in_training(tmp_path: Path, monkeypa
     seen: list[int] = []
     monkeypatch.setattr(
         "mfwm.evaluation.world_model.open_loop",
-        lambda model, clips: seen.append(clips["video"].shape[1]) or {"level": np.zeros(len(clips["video"]))},
+        lambda model, clips, *draws: seen.append(clips["video"].shape[1]) or {"level": np.zeros(len(clips["video"]))},
     )
     evaluate(tmp_path / "run", clips=4, batch=2, progress=False)
     assert seen == [config.clip] * 2

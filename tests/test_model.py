@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from mfwm import HeadsConfig, MultiFrameHeads, WorldModel, WorldModelConfig
 from mfwm.models.blocks import RMSNorm, SpaceTimeBlock, rotate, time_mask
 from mfwm.models.rollouts import rollout
@@ -400,6 +401,8 @@ def test_recomputing_changes_no_gradient() -> None:
 
 def compiled_equals_eager(model: WorldModel, clips: dict[str, Any], compiler: str = "aot_eager") -> None:
     """Without a graph break, forward and backward."""
+    # Else the models of earlier tests count towards the limit of graphs per function, 8.
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     found = []
     for run in (model, compiled):

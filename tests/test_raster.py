@@ -200,3 +200,5 @@ def test_sizes_and_heads_that_do_not_fit_are_refused() -> None:
         pixels.heads.logits((), torch.zeros(1))
     with pytest.raises(ValueError, match='draw_ids is for output "tokens", not for'):
         pixels.heads.draw_ids(())
+    with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
+        build(**TOKENS, raster=1).heads.draw_ids((torch.zeros(1, 1, 8, 8, 32),), top_k=0)

@@ -78,9 +78,8 @@ class Branches(nn.Module):
         check.flag("rotary", rotary)
         if window is not None:
             check.integer("window", window, least=1)
-        if config.raster is not None:
-            if width % head_width or head_width % 2:
-                raise ValueError(f"head_width must be even and divide width = {width} with raster, got {head_width}")
+        if config.raster is not None and (width % head_width or head_width % 2):
+            raise ValueError(f"head_width must be even and divide width = {width} with raster, got {head_width}")
         if any(config.blocks or ()) and width % head_width:
             raise ValueError(f"head_width must divide width = {width}, got {head_width}")
         if near_head is not None:

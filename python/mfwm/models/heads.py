@@ -63,8 +63,7 @@ class MultiFrameHeads(Branches):
     where kind_i is the mean squared error unless the config says otherwise; or, for tokens, the cross-entropy of
     linear_i's logits against the ids of frame n + k, pooled by f. With conditioning "frames", state_i is that of an
     earlier horizon, after its blocks, joined with the real frames from there to n + k - 1 (mtp_combine), on the grid of
-    horizon i.
-    With config.raster, a causal decoder over the tokens of the near frame comes before linear_0.
+    horizon i. With config.raster, a causal decoder over the tokens of the near frame comes before linear_0.
     If no horizon has blocks or pools, all K linear heads run as one multi_horizon_linear.
 
     A host that has a trained head for the near horizon keeps it, with its weights and its state_dict keys under
@@ -454,6 +453,8 @@ class MultiFrameHeads(Branches):
         temperature 0, else samples from the top_k most likely; with config.raster, one token after another."""
         if not self.tokens:
             raise ValueError(f'draw_ids is for output "tokens", not for {self.config.output!r}')
+        if top_k is not None:
+            check.integer("top_k", top_k, least=1)
         check_sampling(temperature, generator, outputs[0])
         if self.decoder is None:
             return sample(self._logits(outputs[:1])[0], temperature, top_k, generator)
