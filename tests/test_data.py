@@ -313,3 +313,35 @@ def test_real_frames(tmp_path: Path, env: str) -> None:
     collect(env, 150, tmp_path / "again", size=32, seed=3, progress=False)
     again = Replay(tmp_path / "again")
     assert np.array_equal(again.action, replay.action) and np.array_equal(again.video, replay.video)
+
+
+def test_ids_of_smaller_frames_are_checked(tmp_path: Path) -> None:
+    ids, low = np.zeros((5, 4, 4), np.int64), {2: np.zeros((5, 2, 2), np.int64)}
+    for factors, vocabulary in (((1,), 7), ((3,), 7), ((4, 2), 7), ((2, 2), 7), ((2,), 0)):
+        with pytest.raises(ValueError, match="low_factors must be increasing, >= 2 and divide frames of tokens, got"):
+            ReplayWriter(tmp_path / "set", 4, 4, actions=3, vocabulary=vocabulary, low_factors=factors)
+    writer = ReplayWriter(tmp_path / "set", 4, 4, actions=3, vocabulary=7, low_factors=(2,))
+    for given, message in (
+        (None, r"low_tokens must have the factors \[2\] of this set, got \[\]"),
+        ({4: low[2]}, r"low_tokens must have the factors \[2\] of this set, got \[4\]"),
+        ({2: low[2][:4]}, r"low_tokens\[2\] must be integers \[5, 2, 2\], got int64 \[4, 2, 2\]"),
+        ({2: low[2].astype(float)}, r"low_tokens\[2\] must be integers \[5, 2, 2\], got float64 \[5, 2, 2\]"),
+        ({2: low[2] + 7}, r"low_tokens\[2\] must be in 0\.\.6, got 7 in frame 0, token \[0, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            writer.append(ids, np.zeros(5, np.int64), low_tokens=given)
+    writer.append(ids, np.zeros(5, np.int64), low_tokens=low)
+    assert Replay(tmp_path / "set").low_factors == (2,) and check(tmp_path / "set", 4) == []
+    root = zarr.open_group(str(tmp_path / "set"))
+    for stated in ([1], "2", [4, 2], [2.0]):
+        root.attrs["low_factors"] = stated
+        with pytest.raises(ValueError, match="attribute low_factors must be a list of increasing factors >= 2"):
+            Replay(tmp_path / "set")
+    root.attrs["low_factors"] = [2]
+    root["data/tokens_2"].resize((4, 2, 2))
+    with pytest.raises(ValueError, match=r"data/tokens_2 must have 5 rows, one per frame, got shape \[4, 2, 2\]"):
+        Replay(tmp_path / "set")
+    del root["data/tokens_2"]
+    root.create_array("data/tokens_2", shape=(5, 4, 2), dtype="int32", chunks=(5, 4, 2), fill_value=0)[:] = 1
+    with pytest.raises(ValueError, match="data/tokens_2 must be integers with 2 times fewer rows and columns than"):
+        Replay(tmp_path / "set")
