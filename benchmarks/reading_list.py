@@ -61,7 +61,7 @@ ROWS = {
     "villegas": Row("villegas", evaluate="--jumps"),
     "villegas, correction": Row("villegas", "--model.heads.upsampling correction", "--jumps"),
     "mspred": Row("mspred", evaluate=f"--jumps {AGAINST}"),
-    "svg": Row("svg", evaluate="--samples 10"),
+    "svg": Row("svg", evaluate="--samples 10 --jumps"),
     "var": Row("var", evaluate=AGAINST),
     "contrast": Row("contrast"),
     "latent consistency": Row("latent-consistency"),

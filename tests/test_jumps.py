@@ -29,7 +29,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
 
 def test_jumps_are_measured_at_their_period_and_size() -> None:
     model, clips = build().eval(), clip(14)
-    found = jump_measures(model, clips, 10)
+    found = jump_measures(model, clips, 10, 1, torch.Generator())
     assert set(found) == {f"jumps {k}:{name}" for k in (2, 4) for name in ("mse", "persistence", "rollout")}
     seen, pyramid = clips["video"][:, :CONTEXT], video_pyramid(clips["video"], (1, 2, 4), dtype=torch.float32)
     near = rollout(model, seen, clips["actions"], 10)
@@ -47,7 +47,7 @@ def test_jumps_are_measured_at_their_period_and_size() -> None:
 
 def test_jumps_of_an_upsampler_are_measured_at_full_size() -> None:
     model, clips = build(horizons=UPSAMPLED, upsampler=8, upsampling="analogy").eval(), clip(9)
-    found = jump_measures(model, clips, 5)
+    found = jump_measures(model, clips, 5, 1, torch.Generator())
     small = rollout_in_jumps(model, clips["video"][:, :CONTEXT], clips["actions"], 2, 1)
     on_top = rollout_in_jumps(model, clips["video"][:, :CONTEXT], clips["actions"], 2, 1, full_size=True)
     (truth,) = video_pyramid(clips["video"][:, [5, 7]], (1,), dtype=torch.float32)
@@ -55,6 +55,23 @@ def test_jumps_of_an_upsampler_are_measured_at_full_size() -> None:
     assert found["jumps 2@1/2:full_size"] == pytest.approx(error(on_top, truth))
     assert found["jumps 2@1/2:enlarged"] == pytest.approx(error(plain, truth))
     assert "jumps 2@1/1:mse" in found and "jumps 2@1/1:full_size" not in found and "jumps 4:rollout" not in found
+
+
+def test_the_best_of_several_rollouts_of_a_clip_is_measured() -> None:
+    torch.manual_seed(0)
+    model, clips = build(latent=3).eval(), clip(14)
+    for embed in model.heads.latents.embed:  # type: ignore[union-attr]
+        torch.nn.init.normal_(embed.weight)
+    found = jump_measures(model, clips, 10, 3, torch.Generator().manual_seed(2))
+    generator, (seen, actions) = torch.Generator().manual_seed(2), (clips["video"][:, :CONTEXT], clips["actions"])
+    pyramid = video_pyramid(clips["video"], (1, 2, 4), dtype=torch.float32)
+    for i, k in ((1, 2), (2, 4)):
+        truth = pyramid[i][:, CONTEXT - 1 + k :: k][:, : 10 // k]
+        options: dict[str, Any] = {"temperature": 1.0, "generator": generator}
+        drawn = [error(rollout_in_jumps(model, seen, actions, 10 // k, i, **options), truth) for _ in range(3)]
+        best = [min((errors[b] for errors in drawn), key=np.mean) for b in range(2)]
+        assert found[f"jumps {k}:best"] == pytest.approx(np.stack(best))
+        assert found[f"jumps {k}:draws"] == pytest.approx(np.mean(drawn, axis=0))
 
 
 def test_a_run_with_an_analogy_is_evaluated(tmp_path: Path) -> None:

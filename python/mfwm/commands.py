@@ -254,7 +254,7 @@ class Evaluate:
     """Steps of rollouts; fewer if most held-out episodes are shorter."""
     clips: int = 96
     samples: int = 10
-    """Draws of each frame that a horizon with a latent predicts."""
+    """Draws of each frame that a horizon with a latent predicts, and of each rollout in jumps."""
     temperature: float = 0.0
     """Of the tokens, or of a near distribution, that rollouts draw; 0: the most likely ones, the means."""
     seed: int = 0

@@ -2,7 +2,7 @@
 
 Each is compared with the last frame seen and, where the model can be rolled out frame by frame, with that rollout at
 the same frames and size. With an upsampler, jumps at low resolution are also measured at full size, enlarged by it and
-without it.
+without it. With latents, several rollouts are drawn of each clip, and the best one is measured, as in SVG.
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ def check_jumps(config: WorldModelConfig, length: int) -> None:
         )
 
 
-def jump_measures(model: WorldModel, clips: dict[str, Tensor], steps: int) -> dict[str, np.ndarray]:
+def jump_measures(
+    model: WorldModel, clips: dict[str, Tensor], steps: int, samples: int, generator: torch.Generator
+) -> dict[str, np.ndarray]:
     """Squared errors [clips, jumps] of the jumps that fit into `steps` frames after the first CONTEXT of the clips.
 
     By "jumps LABEL:NAME", for the label of each horizon of offset 2 or more and the names mse, persistence and, where
     the model can be rolled out, rollout, all at the horizon's size; of the one that an upsampler enlarges, also
-    full_size and enlarged, both at full size.
+    full_size and enlarged, both at full size; with latents, best and draws: the rollout of the least mean error among
+    `samples` drawn ones of each clip, and the mean over all of them.
     """
     video, actions, horizons = clips["video"], clips["actions"], model.config.heads.horizons
-    seen, found = video[:, :CONTEXT], {}
+    seen = video[:, :CONTEXT]
+    found: dict[str, np.ndarray] = {}
     pyramid = video_pyramid(video, horizons.factors, dtype=torch.float32)
     (full,) = video_pyramid(video, (1,), dtype=torch.float32)
     rolled = rollout(model, seen, actions, steps) if can_roll_out(model.config) else None
@@ -66,10 +70,24 @@ def jump_measures(model: WorldModel, clips: dict[str, Tensor], steps: int) -> di
         if model.heads.upsampler is not None and i == 1:
             on_top = rollout_in_jumps(model, seen, actions, count, i, full_size=True)
             pairs |= {"full_size": (on_top, full[:, ahead]), "enlarged": (enlarged(jumped, factor), full[:, ahead])}
-        for name, (predicted, target) in pairs.items():
-            error = (predicted - target).square().mean((2, 3, 4))
-            found[f"{PREFIX}{label}:{name}"] = error.cpu().numpy()
+        errors = {name: squared_errors(*pair) for name, pair in pairs.items()}
+        if model.heads.latents is not None:
+            draws: dict[str, Any] = {"temperature": 1.0, "generator": generator}
+            drawn = (rollout_in_jumps(model, seen, actions, count, i, **draws) for _ in range(samples))
+            errors |= best_and_mean(torch.stack([squared_errors(frames, truth) for frames in drawn]))
+        found |= {f"{PREFIX}{label}:{name}": error.cpu().numpy() for name, error in errors.items()}
     return found
+
+
+def squared_errors(predicted: Tensor, truth: Tensor) -> Tensor:
+    """[B, T] of frames [B, T, C, h, w]."""
+    return (predicted - truth).square().mean((2, 3, 4))
+
+
+def best_and_mean(errors_SBT: Tensor) -> dict[str, Tensor]:
+    """Of S rollouts of each clip, the errors [B, T] of the one whose mean error is least, and the means over all."""
+    chosen = errors_SBT.mean(2).argmin(0)
+    return {"best": errors_SBT[chosen, torch.arange(len(chosen), device=chosen.device)], "draws": errors_SBT.mean(0)}
 
 
 def jump_summary(measures: dict[str, np.ndarray], seed: int) -> dict[str, Any]:

@@ -103,6 +103,7 @@ JUMP_NOTE = (
 def jump_table(found: dict[str, Any]) -> str:
     columns = {"psnr": "jumps", "persistence_psnr": "last frame seen", "rollout_psnr": "frame by frame"}
     columns |= {"full_size_psnr": "upsampled", "enlarged_psnr": "enlarged"}
+    columns |= {"best_psnr": "best draw of each clip", "draws_psnr": "mean of the draws"}
     columns = {name: title for name, title in columns.items() if any(name in of for of in found.values())}
     header, rows = ["frames ahead", "jump"], []
     for title in columns.values():

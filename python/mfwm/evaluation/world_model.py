@@ -84,7 +84,7 @@ def evaluate(
     probes: whether to fit ridge probes to the hidden state, in sets that hold positions.
     jumps: whether to roll out in jumps along every horizon of offset 2 or more, too.
     steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
-    samples: draws of each frame that a horizon with a latent predicts.
+    samples: draws of each frame that a horizon with a latent predicts, and of each rollout in jumps.
     temperature: of the tokens, or of a near distribution, that rollouts draw; 0: the most likely ones, the means.
     """
     run = Path(run)
@@ -161,7 +161,7 @@ def evaluate(
             options: dict[str, Any] = {"distance": distance, "decoder": decoder, "sampling": sampling}
             part |= closed_loop(model, held, rolled_steps, baseline, reader=eye, **options)
         if jumps:
-            part |= jump_measures(model, held, rolled_steps)
+            part |= jump_measures(model, held, rolled_steps, samples, generator)
         if rival is not None:
             assert baseline is not None
             rolled = closed_loop(rival, held, rolled_steps, baseline, **options)
