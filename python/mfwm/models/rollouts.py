@@ -224,7 +224,11 @@ class Rollout:
         return self.memory.frames[:, -1:]
 
     def _near_frame(self) -> Tensor:
-        outputs, (temperature, _, generator) = self.near(self.memory.read()), self.sampling
+        return self._drawn(self.near(self.memory.read()))
+
+    def _drawn(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """The near frame that outputs of the near horizon give, or a sample of it."""
+        temperature, _, generator = self.sampling
         if self.model.tokens:
             return self.model.heads.draw_ids(outputs, *self.sampling)
         return self.model.heads.frames(outputs, self._last(), temperature=temperature, generator=generator)[0]
@@ -296,6 +300,17 @@ class Memory:
         if self.model.config.window is not None and self.cached:
             self._drop_all_but(max(self.model.config.context, self.states_read))
         return states
+
+    def drop_last(self) -> None:
+        """Drop the newest frame and its action, to append it again with another action."""
+        assert self.frames is not None
+        self.frames = self.frames[:, :-1]
+        self.actions = None if self.actions is None else self.actions[:, :-1]
+        if self.cached_frames > self.frames.shape[1]:
+            self.cached_frames -= 1
+            for cache in self.caches:
+                cache.rewind(cache.length - 1)
+            self.states = {name: x[:, :-1] for name, x in self.states.items()}
 
     def _make_room(self, more: int) -> None:
         """Drop old frames until those left plus `more` fit into one pass of the trunk."""
