@@ -106,8 +106,9 @@ def test_the_stub_describes_the_build() -> None:
     )
 
 
-def test_type_information_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A type checker ignores a package without py.typed, and the compiled module without its stub."""
+def test_type_information_and_pages_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type checker ignores a package without py.typed, and the compiled module without its stub. `mfwm play` serves
+    the files of its page."""
     monkeypatch.chdir(ROOT)
     distribution = Distribution({"script_name": "setup.py"})
     distribution.parse_config_files(["pyproject.toml"])
@@ -116,3 +117,4 @@ def test_type_information_is_installed(tmp_path: Path, monkeypatch: pytest.Monke
     build.ensure_finalized()
     outputs = {str(Path(output).relative_to(tmp_path)) for output in build.get_outputs(include_bytecode=False)}
     assert {"mfwm_kernels/_native.pyi", "mfwm_kernels/py.typed", "mfwm/py.typed"} <= outputs
+    assert {f"mfwm/play/page/{name}" for name in ("index.html", "play.css", "play.js")} <= outputs

@@ -1,4 +1,4 @@
-"""The command line: mfwm collect | data | describe | train... | encode | evaluate | export | demo.
+"""The command line: mfwm collect | data | describe | train... | encode | evaluate | play | export | demo.
 
 An error in the arguments or the data prints one line and exits with code 2. --traceback, or MFWM_TRACEBACK=1, shows
 where it was raised.

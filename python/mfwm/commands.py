@@ -1,4 +1,4 @@
-"""The commands of the command line and their options: mfwm collect | data | train ... | export | demo."""
+"""The commands of the command line and their options: mfwm collect | data | train ... | play | export | demo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tyro
 from .data.recording import Balls
 from .demo import Demo
 from .describe import Describe
+from .play.command import Play
 from .presets import PRESETS
 from .training.latent_actions import LatentActionsTraining
 from .training.tokenizer import TokenizerTraining
@@ -329,6 +330,7 @@ def command_of(preset_name: str, arguments: list[str], description: str | None) 
         | Annotated[Encode, tyro.conf.subcommand("encode")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Study, tyro.conf.subcommand("study")]
+        | Annotated[Play, tyro.conf.subcommand("play")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Demo, tyro.conf.subcommand("demo")],
         prog="mfwm",

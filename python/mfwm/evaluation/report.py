@@ -26,10 +26,9 @@ from .closed_loop import CONTEXT
 from .held_out import HeldOut
 from .page import STYLE, as_table, between, embedded_gif, picture, plt
 from .report_rollouts import rollout_sections
-from .tokens import check_tokens, decoder_of
+from .tokens import TOP_K, check_tokens, decoder_of
 
 # How the tokens of a rollout are chosen: greedily, which can freeze, and sampled.
-TOP_K = 8
 SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": TOP_K}]
 
 # Keys of metrics.json that every report needs.

@@ -16,6 +16,9 @@ from ..models.world_model import WorldModel, WorldModelConfig
 from ..training.data_identity import PIXELS_DIGEST, TOKENIZER_DIGEST, digest, weights_digest
 from ..training.tokenizer import load_tokenizer
 
+# Tokens are sampled from that many most likely ones.
+TOP_K = 8
+
 
 class Decoder:
     """Decodes tokens of a set that mfwm encode wrote, by the tokenizer that encoded it, and reads the original frames.

@@ -1,0 +1,1 @@
+"""mfwm play: a trained world model in a browser, with what it expects at every step."""

@@ -1,0 +1,61 @@
+"""mfwm play: walk through the learned world of a run in a browser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mfwm_kernels import arguments as check
+
+
+@dataclass
+class Play:
+    """Walk through a run's learned world in a browser, and see what it expects one, two, four and eight frames ahead.
+
+    Prints a URL with a token, and opens it. Ctrl-C stops.
+    """
+
+    run_directory: tyro.conf.Positional[Path]
+    host: str = "127.0.0.1"
+    """The address to listen at; others than this machine's own can be reached by whoever has the token."""
+    port: int = 0
+    """0: any that is free."""
+    fps: float = 15.0
+    """Frames per second, at most."""
+    browser: bool = True
+    """Open the URL."""
+    seed: int = 0
+    """Of the starts, the random policy, and tokens and frames that are drawn."""
+    data: str | None = None
+    """Where the run's data set is, if it was moved."""
+    pixels: str | None = None
+    """For a run on tokens: where the frames are that they were encoded from, if they were moved."""
+    tokenizer: Path | None = None
+    """For a run on tokens: where the run of their tokenizer is, if it was moved."""
+
+    def run(self) -> None:
+        check.integer("seed", self.seed, least=0)
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be in 0..65535, got {self.port}")
+        if not 0.1 <= self.fps <= 120:
+            raise ValueError(f"fps must be in 0.1..120, got {self.fps}")
+        try:
+            import aiohttp  # noqa: F401
+        except ImportError as error:
+            raise ImportError("mfwm play needs the package aiohttp: pip install 'mfwm-kernels[play]'") from error
+        import asyncio
+        import gc
+
+        from .game_loop import GameLoop
+        from .server import Server, serve
+        from .world import load_world
+
+        world = load_world(self.run_directory, data=self.data, pixels=self.pixels, tokenizer=self.tokenizer)
+        if world.step < world.config.steps:
+            print(f"play: {self.run_directory} was trained for {world.step} of {world.config.steps} steps so far")
+        game = GameLoop(world, fps=self.fps, seed=self.seed)
+        asyncio.run(serve(Server(game), host=self.host, port=self.port, browser=self.browser))
+        # The collection at Python's exit goes through all objects of torch, which took 3 s on a busy machine.
+        gc.freeze()
