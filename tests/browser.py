@@ -50,3 +50,12 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition. Playwright's own wait evaluates text in the page, which its policy forbids."""
+    for _ in range(300):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"not within 15 s: {condition}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, served
+from browser import chromium, served, until
 from mfwm.data.check import check
 from play_run import trained
 
@@ -47,15 +47,6 @@ def page(url: str, browser: Any) -> Iterator[Any]:
     yield page
     page.close()
     assert told == []
-
-
-def until(page: Any, condition: str) -> None:
-    """Wait for a condition. Playwright's own wait evaluates text in the page, which its policy forbids."""
-    for _ in range(300):
-        if page.evaluate(condition):
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError(f"not within 15 s: {condition}")
 
 
 def press(page: Any, key: str, condition: str) -> None:
