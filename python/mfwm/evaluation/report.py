@@ -1,4 +1,7 @@
-"""Writes report.html, one file with the pictures of a run, and rollout.gif, truth above closed-loop rollouts."""
+"""Writes report.html, one file with the pictures of a run, and rollout.gif, truth above closed-loop rollouts.
+
+Where the run can be rolled out, the report links to play.html beside it, a page of recorded walks (mfwm play --export).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from mfwm_kernels import video_pyramid
 from ..models.distributions import DISTRIBUTIONS
 from ..models.rollouts import rollout
 from ..models.world_model import WorldModel
+from ..training.checkpoints import write_atomically
 from ..training.run_config import parsed, read
 from ..training.run_log import read_log
 from ..training.world_model import TrainingConfig, load_model
@@ -45,7 +49,7 @@ def write_report(
     tokenizer: Path | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write report.html and rollout.gif beside metrics.json; returns the report's path.
+    """Write report.html, rollout.gif and play.html beside metrics.json; returns the report's path.
 
     data, pixels, tokenizer: as in evaluate.
     """
@@ -126,6 +130,7 @@ def write_report(
                 ),
             ),
         ]
+        write_walks(run, data=data, pixels=pixels, tokenizer=tokenizer, seed=seed)
     sections += rollout_sections(run, metrics)
     body = "".join(
         f"<h2>{html.escape(title)}</h2>{content}" + (f'<p class="note">{html.escape(note)}</p>' if note else "")
@@ -140,11 +145,29 @@ def write_report(
     )
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>mfwm: {html.escape(env)}</title>"
-        f"<style>{STYLE}</style><h1>Multi-frame world model</h1><p>{html.escape(intro)}</p>{body}</html>"
+        f"<style>{STYLE}</style><h1>Multi-frame world model</h1><p>{html.escape(intro)}</p>"
+        f"{WALKS if 'rollout_psnr' in metrics else ''}{body}</html>"
     )
     path = run / "report.html"
     path.write_text(page)
     return path
+
+
+WALKS = (
+    '<p><a href="play.html">Walks through the model</a>, recorded: what every horizon expects at each step, and what '
+    "it became. <code>mfwm play</code> puts the keys in your hands.</p>"
+)
+WALK_STEPS = 48
+
+
+def write_walks(run: Path, *, seed: int, **places: Any) -> None:
+    """Write play.html, the page of recorded walks, beside the report."""
+    # Imported here, because mfwm.play reads what evaluation knows of a run.
+    from ..play.export import page_of
+    from ..play.world import load_world
+
+    page = page_of(load_world(run, **places), seed=seed, steps=WALK_STEPS)
+    write_atomically(run / "play.html", page.encode())
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from mfwm_kernels import arguments as check
+
+if TYPE_CHECKING:
+    from .world import World
 
 
 @dataclass
@@ -28,6 +32,8 @@ class Play:
     """Open the URL."""
     seed: int = 0
     """Of the starts, the random policy, and tokens and frames that are drawn."""
+    export: Path | None = None
+    """Write a page of recorded walks to this file instead, which needs no server."""
     data: str | None = None
     """Where the run's data set is, if it was moved."""
     pixels: str | None = None
@@ -41,6 +47,20 @@ class Play:
             raise ValueError(f"port must be in 0..65535, got {self.port}")
         if not 0.1 <= self.fps <= 120:
             raise ValueError(f"fps must be in 0.1..120, got {self.fps}")
+        from .world import load_world
+
+        world = load_world(self.run_directory, data=self.data, pixels=self.pixels, tokenizer=self.tokenizer)
+        if world.step < world.config.steps:
+            print(f"play: {self.run_directory} was trained for {world.step} of {world.config.steps} steps so far")
+        if self.export is not None:
+            from .export import export
+
+            export(world, self.export, seed=self.seed)
+            print(f"play: {self.export}")
+        else:
+            self._serve(world)
+
+    def _serve(self, world: World) -> None:
         try:
             import aiohttp  # noqa: F401
         except ImportError as error:
@@ -50,11 +70,7 @@ class Play:
 
         from .game_loop import GameLoop
         from .server import Server, serve
-        from .world import load_world
 
-        world = load_world(self.run_directory, data=self.data, pixels=self.pixels, tokenizer=self.tokenizer)
-        if world.step < world.config.steps:
-            print(f"play: {self.run_directory} was trained for {world.step} of {world.config.steps} steps so far")
         game = GameLoop(world, fps=self.fps, seed=self.seed)
         asyncio.run(serve(Server(game), host=self.host, port=self.port, browser=self.browser))
         # The collection at Python's exit goes through all objects of torch, which took 3 s on a busy machine.

@@ -3,6 +3,7 @@
 A moment, little-endian: HEADER, then for each panel a float32 error (NaN: none), then the pictures as RGB bytes: the
 frame; of each panel what it expects, and, if its bit is set in `have`, what it had expected of this frame; and with
 GAME in `flags` the real game's frame. With GAME, a float32 follows the panels' errors: that between both frames.
+With SHOWN, what was expected of this frame is left out, because the page has shown it.
 
 Thumbnails: STARTS with their number, height and width, then their RGB bytes.
 """
@@ -23,7 +24,8 @@ HEADER = struct.Struct("<BBBBHHIIf")
 # kind, 3 bytes of padding, number, height, width
 STARTS = struct.Struct("<B3xIHH")
 MOMENT_KIND, STARTS_KIND = 1, 2
-REAL, GAME = 1, 2  # flags: the frame is a real one; the real game's frame follows
+# flags: the frame is a real one; the real game's frame follows; what was expected is left out.
+REAL, GAME, SHOWN = 1, 2, 4
 
 MESSAGE_LIMIT = 4096  # bytes of a message from the page
 MOST_INPUT = 2**32
@@ -37,18 +39,22 @@ class GameFrame:
     error: float
 
 
-def pack(moment: Moment, *, number: int, milliseconds: float, game: GameFrame | None = None) -> bytes:
-    """number: of the newest input that the moment depends on."""
+def pack(
+    moment: Moment, *, number: int, milliseconds: float, game: GameFrame | None = None, past: bool = True
+) -> bytes:
+    """number: of the newest input that the moment depends on. past: False for a page that gets every moment."""
     height, width = moment.frame.shape[:2]
-    flags = (REAL if moment.step == 0 else 0) | (GAME if game is not None else 0)
-    have = sum(1 << i for i, past in enumerate(moment.past) if past is not None)
+    flags = (REAL if moment.step == 0 else 0) | (GAME if game is not None else 0) | (0 if past else SHOWN)
+    have = sum(1 << i for i, picture in enumerate(moment.past) if picture is not None)
     header = HEADER.pack(
         MOMENT_KIND, flags, len(moment.expected), have, height, width, moment.step % MOST_INPUT, number, milliseconds
     )
     errors = np.array([*moment.errors, *([] if game is None else [game.error])], "<f4")
     parts = [header, errors.tobytes(), moment.frame.tobytes()]
-    for expected, past in zip(moment.expected, moment.past, strict=True):
-        parts += [expected.tobytes(), b"" if past is None else past.tobytes()]
+    for expected, expected_before in zip(moment.expected, moment.past, strict=True):
+        parts.append(expected.tobytes())
+        if past and expected_before is not None:
+            parts.append(expected_before.tobytes())
     if game is not None:
         parts.append(game.frame.tobytes())
     return b"".join(parts)
