@@ -36,4 +36,4 @@ def walking(world: World, *, fps: float = 30.0, **options: Any) -> Iterator[Serv
     try:
         yield server
     finally:
-        server.game.thread.shutdown()
+        server.game.close()

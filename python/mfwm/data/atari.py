@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,37 +119,49 @@ KNOWN = {
 }
 
 
-def atari_episodes(env: str, recording: Recording) -> Iterator[Any]:
+def console(env: str, seed: int) -> Any:
+    """An ALEInterface with the game of `env`, "atari:<Game>", in it."""
     try:
-        from ale_py import ALEInterface, LoggerMode, __version__, roms
+        from ale_py import ALEInterface, LoggerMode, roms
     except ImportError as error:
-        raise ImportError("collecting Atari needs the package ale-py: pip install 'mfwm-kernels[data]'") from error
+        raise ImportError("Atari needs the package ale-py: pip install 'mfwm-kernels[data]'") from error
     ALEInterface.setLoggerMode(LoggerMode.Error)
     game = env.partition(":")[2]
     titles = {"".join(part.capitalize() for part in rom.split("_")): rom for rom in roms.get_all_rom_ids()}
     if game not in titles:
         raise ValueError(f"env must be atari:<Game> with one of {', '.join(sorted(titles))}; got {env!r}")
-    known = KNOWN.get(game)
     ale = ALEInterface()
-    ale.setInt("random_seed", recording.seed)
+    ale.setInt("random_seed", seed)
     # The default, 0.25, sometimes repeats the last action instead, so the recorded action would not be the one taken.
     ale.setFloat("repeat_action_probability", 0.0)
     rom = roms.get_rom_path(titles[game])
     assert rom is not None
     ale.loadROM(rom)
+    return ale
+
+
+def field_of(env: str, field: bool) -> tuple[int, int, int, int]:
+    """What of the screen is recorded: first row, end row, first column, end column."""
+    known = KNOWN.get(env.partition(":")[2])
+    return known.field if field and known else (0, HEIGHT, 0, WIDTH)
+
+
+def atari_episodes(env: str, recording: Recording) -> Iterator[Any]:
+    ale = console(env, recording.seed)
+    known = KNOWN.get(env.partition(":")[2])
     legal = ale.getMinimalActionSet()
     names = [action.name for action in legal]
     ticks = TICKS * recording.frame_skip
     description = {
         "action_names": names, "noop": 0, "ticks_per_frame": ticks, "package": "ale-py",
-        "package_version": __version__,
+        "package_version": version("ale-py"), "field": recording.field,
     }  # fmt: skip
     if known is not None:
         description["state_names"] = [p.name for p in known.positions]
         description["state_units"] = ["pixels"] * len(known.positions)
     yield description
     policy = Policy(known, names, recording)
-    top, bottom, left, right = known.field if recording.field and known else (0, HEIGHT, 0, WIDTH)
+    top, bottom, left, right = field_of(env, recording.field)
     frames = recording.frames
     while frames > 0:
         ale.reset_game()

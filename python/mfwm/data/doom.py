@@ -25,18 +25,19 @@ STATE = (
 )
 
 
-def doom_episodes(env: str, recording: Recording) -> Iterator[Any]:
+def started(env: str, seed: int) -> tuple[Any, Any]:
+    """A game of vizdoom that runs, and the temporary directory to clean up once it is closed."""
     try:
         import vizdoom
     except ImportError as error:
-        raise ImportError("collecting Doom needs the package vizdoom: pip install 'mfwm-kernels[data]'") from error
+        raise ImportError("Doom needs the package vizdoom: pip install 'mfwm-kernels[data]'") from error
     game = vizdoom.DoomGame()
     game.load_config(os.path.join(vizdoom.scenarios_path, (env.partition(":")[2] or SCENARIOS[0]) + ".cfg"))
     game.set_window_visible(False)
     game.set_mode(vizdoom.Mode.PLAYER)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
-    game.set_seed(recording.seed)
+    game.set_seed(seed)
     # Doom writes its settings to a file: keep it out of the user's working directory.
     settings = tempfile.TemporaryDirectory()
     game.set_doom_config_path(os.path.join(settings.name, "vizdoom.ini"))
@@ -47,6 +48,18 @@ def doom_episodes(env: str, recording: Recording) -> Iterator[Any]:
         game.init()
     finally:
         os.chdir(before)
+    return game, settings
+
+
+def pressed(buttons: int) -> list[list[float]]:
+    """By action, which buttons are pressed: none of them in the first action, then each on its own."""
+    return np.eye(buttons + 1)[:, 1:].tolist()
+
+
+def doom_episodes(env: str, recording: Recording) -> Iterator[Any]:
+    game, settings = started(env, recording.seed)
+    import vizdoom
+
     try:
         buttons = [button.name for button in game.get_available_buttons()]
         ticks = TICKS * recording.frame_skip
@@ -58,7 +71,7 @@ def doom_episodes(env: str, recording: Recording) -> Iterator[Any]:
         variables = [getattr(vizdoom.GameVariable, name) for _, name, _ in STATE]
         weights = np.array([0.2] + [1.0] * len(buttons))
         policy = HeldActions(weights, recording.action_repeat, 1, np.random.default_rng(recording.seed))
-        pressed = np.eye(len(buttons) + 1)[:, 1:].tolist()
+        presses = pressed(len(buttons))
         left = recording.frames
         while left > 0:
             game.new_episode()
@@ -68,7 +81,7 @@ def doom_episodes(env: str, recording: Recording) -> Iterator[Any]:
                 img.append(game.get_state().screen_buffer.copy())
                 states.append([game.get_game_variable(variable) for variable in variables])
                 action.append(taken)
-                game.make_action(pressed[taken], ticks)
+                game.make_action(presses[taken], ticks)
                 left -= 1
             yield Episode(np.stack(img), np.array(action), None, np.array(states, np.float32))
     finally:

@@ -32,6 +32,8 @@ class Play:
     """Open the URL."""
     seed: int = 0
     """Of the starts, the random policy, and tokens and frames that are drawn."""
+    game: bool = True
+    """Show the real game beside the model, where it is installed."""
     export: Path | None = None
     """Write a page of recorded walks to this file instead, which needs no server."""
     data: str | None = None
@@ -69,9 +71,11 @@ class Play:
         import gc
 
         from .game_loop import GameLoop
+        from .real_game import real_game
         from .server import Server, serve
 
-        game = GameLoop(world, fps=self.fps, seed=self.seed)
-        asyncio.run(serve(Server(game), host=self.host, port=self.port, browser=self.browser))
+        game = real_game(world) if self.game else None
+        loop = GameLoop(world, fps=self.fps, seed=self.seed, game=game)
+        asyncio.run(serve(Server(loop), host=self.host, port=self.port, browser=self.browser))
         # The collection at Python's exit goes through all objects of torch, which took 3 s on a busy machine.
         gc.freeze()

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import protocol
+from .beside import Beside
 from .clients import Client, Room
 from .policy import RandomPolicy
+from .real_game import RealGame
 from .recorder import Recorder, write
 from .session import Moment, Session
 from .starts import Start, choose_starts, picture_of
@@ -29,15 +31,18 @@ class GameLoop:
 
     Inputs are fields that messages overwrite, so that the newest wins, and `run` reads them at every tick. All
     computing is done by one thread, one call at a time, and the event loop stays free.
+
+    game: the real game to show beside the model, if there is one.
     """
 
-    def __init__(self, world: World, *, fps: float, seed: int) -> None:
+    def __init__(self, world: World, *, fps: float, seed: int, game: RealGame | None = None) -> None:
         self.world, self.fps, self.seed = world, fps, seed
         self.rng = np.random.default_rng(seed)
         self.session = Session(world, seed)
         self.policy = RandomPolicy(world.actions, seed)
         self.starts: list[Start] = choose_starts(world, self.rng)
         self.thumbnails = protocol.pack_starts([picture_of(world.pictures, start) for start in self.starts])
+        self.beside = Beside(game)
         self.recorder = Recorder(world)
         self.room = Room()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="mfwm-play")
@@ -50,12 +55,18 @@ class GameLoop:
         self.start_wanted: int | None = int(self.rng.integers(len(self.starts)))
         self.temperature_wanted: float | None = None
         self.record_wanted: bool | None = None
+        self.record_game = self.sync_wanted = False
         # Results: the start, the moment, the input and the plan that it was computed with, and as it was sent.
         self.start = self.start_wanted
         self.moment: Moment | None = None
         self.plan_shown: list[Any] = []
         self.packed: bytes | None = None
-        self.notice = ""
+        self.notice = self.told = ""
+
+    def close(self) -> None:
+        """End the threads and the real game."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.beside.close()
 
     # ---- inputs
 
@@ -110,6 +121,10 @@ class GameLoop:
             self.temperature_wanted = float(message["value"])
         elif kind == "record":
             self.record_wanted = message["on"]
+        elif kind == "source":
+            self.record_game = message["game"]
+        elif kind == "sync":
+            self.sync_wanted = True
         elif kind == "give":
             self.room.give(now)
 
@@ -126,17 +141,23 @@ class GameLoop:
             "temperature": self.session.temperature,
             "viewers": len(self.room.clients) - 1,
             "asking": len(self.room.asking),
-            "notice": self.notice,
+            "notice": self.notice or self.beside.notice,
+            "game": self.beside.game is not None,
+            "record_game": self.record_game,
         }
         for client in self.room.clients:
             player, asked = client is self.room.player, client in self.room.asking
             client.tell({**shared, "player": player, "asked": asked})
         self.wake.set()
 
-    def _show(self, moment: Moment, number: int, began: float) -> None:
+    async def _show(self, moment: Moment, number: int, began: float) -> None:
         self.moment = moment
+        beside = await self.beside.seen(moment.frame)
+        if self.beside.notice != self.told:
+            self.told = self.beside.notice
+            self.announce()
         milliseconds = 1000 * (time.perf_counter() - began)
-        self.packed = protocol.pack(moment, number=number, milliseconds=milliseconds)
+        self.packed = protocol.pack(moment, number=number, milliseconds=milliseconds, game=beside)
         for client in self.room.clients:
             client.show(self.packed)
 
@@ -159,7 +180,7 @@ class GameLoop:
 
     def _has_work(self) -> bool:
         asked = (self.start_wanted, self.temperature_wanted, self.record_wanted)
-        if not self.paused or self.steps_wanted or any(value is not None for value in asked):
+        if not self.paused or self.steps_wanted or self.sync_wanted or any(value is not None for value in asked):
             return True
         return self.plan_shown != self._plan()
 
@@ -180,10 +201,14 @@ class GameLoop:
             await self.record(wanted)
         if self.start_wanted is not None:
             self.start, self.start_wanted = self.start_wanted, None
-            if self.recorder.on and self.moment is not None:
-                self.recorder.cut(self.moment.frame)
-            await self._compute(lambda plan: self.session.reset(self.starts[self.start or 0], plan), number, began)
+            start = self.starts[self.start]
+            self._cut()
+            self.beside.start(start)
+            await self._compute(lambda plan: self.session.reset(start, plan), number, began)
             self.announce()
+        elif self.sync_wanted:
+            self.sync_wanted = False
+            await self._synchronise(number, began)
         elif not self.paused or self.steps_wanted:
             self.steps_wanted = max(0, self.steps_wanted - 1)
             await self._step(number, began)
@@ -192,17 +217,43 @@ class GameLoop:
 
     async def _step(self, number: int, began: float) -> None:
         action = self.policy.next() if self.random else self.action
-        if self.recorder.on and self.moment is not None:
-            self.recorder.add(self.moment.frame, action)
+        if self.recorder.on and (frame := self._recorded_frame()) is not None:
+            self.recorder.add(frame, action)
+        self.beside.step(action)
         await self._compute(lambda plan: self.session.step(action, plan), number, began)
         if self.recorder.on and self.recorder.full:
             await self.record(False)
+
+    async def _synchronise(self, number: int, began: float) -> None:
+        """Put the model where the game is: it starts again from the game's last frames."""
+        game = self.beside.game
+        if game is None or not self.beside.ready:
+            self.notice = "The game shows nothing to start from: choose a start."
+            self.announce()
+            return
+        self.beside.met = True
+        if self.recorder.source == "model":
+            self._cut()
+        frames, actions = np.stack(game.frames), list(game.actions)
+        await self._compute(lambda plan: self.session.begin_at(frames, actions, plan), number, began)
+
+    def _recorded_frame(self) -> np.ndarray | None:
+        """The frame that is shown, of the model or of the game, as is recorded; None where there is none."""
+        if self.recorder.source == "model":
+            return None if self.moment is None else self.moment.frame
+        game = self.beside.game
+        return game.frame if game is not None and self.beside.in_step and not game.over else None
+
+    def _cut(self) -> None:
+        """End the episode that is recorded."""
+        if self.recorder.on:
+            self.recorder.cut(self._recorded_frame())
 
     async def _compute(self, moment_of: Callable[[list[Any]], Moment], number: int, began: float) -> None:
         plan = self._plan()
         moment = await self._in_thread(lambda: moment_of(plan))
         self.plan_shown = plan
-        self._show(moment, number, began)
+        await self._show(moment, number, began)
 
     async def _in_thread(self, call: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.thread, call)
@@ -210,11 +261,10 @@ class GameLoop:
     async def record(self, on: bool) -> None:
         """Begin a recording, or end it and write it."""
         if on and not self.recorder.on:
-            self.recorder.begin("model")
+            self.recorder.begin("game" if self.record_game and self.beside.game is not None else "model")
             self.notice = ""
         elif not on and self.recorder.on:
-            if self.moment is not None:
-                self.recorder.cut(self.moment.frame)
+            self._cut()
             source, episodes = self.recorder.source, self.recorder.taken()
             if not episodes:
                 self.notice = "Nothing was recorded: no step was taken."

@@ -52,10 +52,11 @@ class Recorder:
         actions.append(action)
         self.frames += 1
 
-    def cut(self, last: np.ndarray) -> None:
-        """End the episode with the frame that the last action led to. At it, no key is held."""
+    def cut(self, last: np.ndarray | None) -> None:
+        """End the episode with the frame that the last action led to, if there is one. At it, no key is held."""
         if self.episodes[-1][0]:
-            self.add(last, self.world.actions.rest)
+            if last is not None:
+                self.add(last, self.world.actions.rest)
             self.episodes.append(([], []))
 
     def taken(self) -> list[Episode]:

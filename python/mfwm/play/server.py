@@ -79,7 +79,7 @@ class Server:
             with contextlib.suppress(asyncio.CancelledError):
                 await self.task
         await self.game.record(False)
-        self.game.thread.shutdown(wait=False, cancel_futures=True)
+        self.game.close()
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:

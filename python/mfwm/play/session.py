@@ -65,6 +65,14 @@ class Session:
         frames, actions = frames_of(self.world, start)
         return self.begin(frames, actions, picture_of(self.world.pictures, start), plan)
 
+    def begin_at(self, pictures: np.ndarray, actions: Sequence[Any], plan: Sequence[Any]) -> Moment:
+        """Begin at the last of these pictures, uint8 [T, H, W, 3], with the T - 1 actions between them."""
+        video = torch.from_numpy(pictures)[None].permute(0, 1, 4, 2, 3).to(self.world.device)
+        if self.world.tokenizer is not None:
+            with self._inference():
+                video = self.world.tokenizer.encode(video)
+        return self.begin(video, self._tensor(actions), pictures[-1], plan)
+
     def begin(self, frames: Tensor, actions: Tensor | None, picture: np.ndarray, plan: Sequence[Any]) -> Moment:
         """Begin at the last of these frames [1, T, ...], with the actions [1, T - 1] between them."""
         self.generator.manual_seed(self.seed)

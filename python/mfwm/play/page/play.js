@@ -48,10 +48,8 @@ function shrink(bytes, height, width, factor) {
 
 function clear(canvas) { penOf(canvas).clearRect(0, 0, canvas.width, canvas.height); }
 
-function errorText(error) {
-  if (world.unit === "nats") return `${error.toFixed(2)} nats`;
-  return error === 0 ? "no error" : `${(10 * Math.log10(4 / error)).toFixed(1)} dB`;
-}
+const pixelError = (error) => error === 0 ? "nothing" : `${(10 * Math.log10(4 / error)).toFixed(1)} dB`;
+const errorText = (error) => world.unit === "nats" ? `${error.toFixed(2)} nats` : pixelError(error);
 
 // ---- messages from the server
 
@@ -90,7 +88,8 @@ function moment(buffer) {
   byId("beside").hidden = !withGame;
   if (withGame) {
     draw(byId("game"), take(height, width), height, width);
-    byId("game-error").textContent = step ? errorText(errors[count]) : "";
+    const error = errors[count];
+    byId("game-error").textContent = Number.isNaN(error) ? "is over" : step ? `differs by ${pixelError(error)}` : "";
   }
   byId("steps").textContent = step;
   byId("compute").textContent = milliseconds.toFixed(0);
@@ -245,13 +244,15 @@ function buildActions() {
 function showState() {
   const pressed = { pause: state.paused, random: state.random, record: state.recording };
   for (const [id, on] of Object.entries(pressed)) byId(id).setAttribute("aria-pressed", String(!!on));
-  for (const id of ["pause", "step", "reset", "random", "record", "sync", "temperature"]) byId(id).disabled = !state.player;
+  for (const id of ["pause", "step", "reset", "random", "record", "sync", "source", "temperature"]) byId(id).disabled = !state.player;
   for (const button of document.querySelectorAll("#starts button, #actions button, #actions input")) button.disabled = !state.player;
   for (const button of document.querySelectorAll("#starts button")) {
     button.setAttribute("aria-pressed", String(+button.dataset.start === state.start));
   }
   const others = state.viewers === 1 ? "1 other watches" : `${state.viewers} others watch`;
   if (socket) byId("role").textContent = state.player ? (state.viewers ? `you play, ${others}` : "you play") : "you watch";
+  byId("sync").hidden = byId("which").hidden = !state.game;
+  byId("source").checked = !!state.record_game;
   byId("expects").textContent = `What the model expects ${state.random ? "under the policy's next actions" : "if you hold these keys"}`;
   const controls = byId("controls");
   controls.hidden = state.player ? !state.asking : false;
@@ -411,6 +412,7 @@ byId("reset").addEventListener("click", () => say({ kind: "reset", start: null }
 byId("random").addEventListener("click", () => say({ kind: "random", on: !state.random }));
 byId("record").addEventListener("click", () => say({ kind: "record", on: !state.recording }));
 byId("sync").addEventListener("click", () => say({ kind: "sync" }));
+byId("source").addEventListener("change", (event) => say({ kind: "source", game: event.target.checked }));
 byId("controls").addEventListener("click", () => say({ kind: state.player ? "give" : "ask" }));
 byId("temperature").addEventListener("input", (event) => {
   byId("degrees").textContent = (+event.target.value).toFixed(2);
