@@ -17,6 +17,7 @@ from mfwm.data.check import check
 from mfwm.data.collect import collect
 from mfwm.data.procgen import procgen_home
 from mfwm.data.recording import Balls
+from mfwm.play import protocol
 from mfwm.play.actions import Actions
 from mfwm.play.beside import Beside
 from mfwm.play.game_loop import GameLoop
@@ -187,6 +188,16 @@ def test_the_model_is_put_where_the_game_is(world: World) -> None:
     turn(world, scene)
 
 
+def test_a_game_that_begins_late_is_shown_while_it_is_paused(world: World) -> None:
+    async def scene(loop: GameLoop) -> None:
+        await asyncio.sleep(0)
+        assert loop.game_begun and loop._has_work()
+        await loop._turn()
+        assert loop.packed is not None and loop.packed[1] & protocol.GAME and not loop._has_work()
+
+    turn(world, scene)
+
+
 def test_the_model_meets_a_game_that_is_elsewhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a recording skipped frames, so that an episode begins between two of them."""
     monkeypatch.setattr("mfwm.play.real_game.SAME", -1.0)
@@ -238,12 +249,15 @@ def test_a_slow_start_holds_nothing_up(world: World) -> None:
 
         game.engine.begin = slow  # type: ignore[method-assign]
         beside, picture = Beside(game), np.zeros((16, 16, 3), np.uint8)
-        beside.start(choose_starts(world, np.random.default_rng(0))[0])
+        begun: list[bool] = []
+        beside.start(choose_starts(world, np.random.default_rng(0))[0], lambda: begun.append(True))
         for _ in range(5):
             beside.step(1)
-            assert await beside.seen(picture) is None
+            assert await beside.seen(picture) is None and not begun
         free.set()
         assert beside.started is not None and await beside.started
+        await asyncio.sleep(0)
+        assert begun
         seen = await beside.seen(picture)
         assert seen is not None and list(game.actions) == [1, 1, 1]
         beside.close()
@@ -262,7 +276,7 @@ def test_the_page_shows_both(run: Path, browser: Any) -> None:
         page = browser.new_page()
         page.goto(url)
         until(page, "!document.getElementById('beside').hidden")
-        until(page, "document.getElementById('game-error').textContent.includes('differs by')")
+        until(page, "document.getElementById('game-error').textContent.includes('off by')")
         page.keyboard.press("KeyP")
         until(page, "document.getElementById('pause').getAttribute('aria-pressed') === 'true'")
         page.click("#sync")

@@ -29,9 +29,11 @@ class Beside:
         # The model was put where the game is, which need not be where the start was.
         self.met = False
 
-    def start(self, start: Start) -> None:
+    def start(self, start: Start, begun: Callable[[], None]) -> None:
+        """Begin at a start; `begun` is called when the game has."""
         if self.game is not None:
             self.started = self.newest = self._queued(self.game.start, start)
+            self.started.add_done_callback(lambda _: begun())
             self.met = False
 
     def step(self, action: Any) -> None:

@@ -56,6 +56,8 @@ class GameLoop:
         self.temperature_wanted: float | None = None
         self.record_wanted: bool | None = None
         self.record_game = self.sync_wanted = False
+        # The game has begun, which may take seconds, and is not shown yet.
+        self.game_begun = False
         # Results: the start, the moment, the input and the plan that it was computed with, and as it was sent.
         self.start = self.start_wanted
         self.moment: Moment | None = None
@@ -151,7 +153,7 @@ class GameLoop:
         self.wake.set()
 
     async def _show(self, moment: Moment, number: int, began: float) -> None:
-        self.moment = moment
+        self.moment, self.game_begun = moment, False
         beside = await self.beside.seen(moment.frame)
         if self.beside.notice != self.told:
             self.told = self.beside.notice
@@ -180,7 +182,13 @@ class GameLoop:
 
     def _has_work(self) -> bool:
         asked = (self.start_wanted, self.temperature_wanted, self.record_wanted)
-        if not self.paused or self.steps_wanted or self.sync_wanted or any(value is not None for value in asked):
+        if (
+            not self.paused
+            or self.steps_wanted
+            or self.sync_wanted
+            or self.game_begun
+            or any(value is not None for value in asked)
+        ):
             return True
         return self.plan_shown != self._plan()
 
@@ -203,7 +211,7 @@ class GameLoop:
             self.start, self.start_wanted = self.start_wanted, None
             start = self.starts[self.start]
             self._cut()
-            self.beside.start(start)
+            self.beside.start(start, self._show_game)
             await self._compute(lambda plan: self.session.reset(start, plan), number, began)
             self.announce()
         elif self.sync_wanted:
@@ -214,6 +222,8 @@ class GameLoop:
             await self._step(number, began)
         elif self.plan_shown != self._plan():
             await self._compute(self.session.look, number, began)
+        elif self.game_begun and self.moment is not None:
+            await self._show(self.moment, number, began)
 
     async def _step(self, number: int, began: float) -> None:
         action = self.policy.next() if self.random else self.action
@@ -223,6 +233,10 @@ class GameLoop:
         await self._compute(lambda plan: self.session.step(action, plan), number, began)
         if self.recorder.on and self.recorder.full:
             await self.record(False)
+
+    def _show_game(self) -> None:
+        self.game_begun = True
+        self.wake.set()
 
     async def _synchronise(self, number: int, began: float) -> None:
         """Put the model where the game is: it starts again from the game's last frames."""

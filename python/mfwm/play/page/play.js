@@ -89,7 +89,7 @@ function moment(buffer) {
   if (withGame) {
     draw(byId("game"), take(height, width), height, width);
     const error = errors[count];
-    byId("game-error").textContent = Number.isNaN(error) ? "is over" : step ? `differs by ${pixelError(error)}` : "";
+    byId("game-error").textContent = Number.isNaN(error) ? " is over" : step ? `: off by ${pixelError(error)}` : "";
   }
   byId("steps").textContent = step;
   byId("compute").textContent = milliseconds.toFixed(0);
