@@ -246,6 +246,25 @@ def test_the_newest_input_wins(world: World) -> None:
     visit(world, scene, fps=5)
 
 
+def test_a_key_is_seen_half_a_frame_before_its_tick_and_the_pace_stays(world: World) -> None:
+    async def scene(server: Server, listening: test_utils.TestServer, session: aiohttp.ClientSession) -> None:
+        socket = await connected(listening, session)
+        await moments(socket, 2)
+        began, waits = time.monotonic(), []
+        for number in range(1, 7):
+            # Just after a frame, whose next one is a quarter of a second away.
+            sent = time.monotonic()
+            await socket.send_json({"kind": "act", "number": number, "action": number % 4})
+            while (await moments(socket, 1))[0][7] != number:
+                pass
+            waits.append(time.monotonic() - sent)
+            await moments(socket, 1)
+        # Twelve frames, each after a quarter of a second on average.
+        assert min(waits) < 0.2 and time.monotonic() - began > 2.5
+
+    visit(world, scene, fps=4)
+
+
 def test_pause_steps_and_reset(world: World) -> None:
     async def scene(server: Server, listening: test_utils.TestServer, session: aiohttp.ClientSession) -> None:
         socket = await connected(listening, session)

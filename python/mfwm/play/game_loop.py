@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ class GameLoop:
         self.recorder = Recorder(world)
         self.room = Room()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="mfwm-play")
-        self.wake = asyncio.Event()
+        self.wake, self.pressed = asyncio.Event(), asyncio.Event()
         # Inputs. `number` counts those that change what is computed, so that the page can time them.
         self.action: Any = world.actions.rest
         self.number = 0
@@ -106,6 +107,7 @@ class GameLoop:
             self.action, self.number = self.world.actions.checked(message["action"]), message["number"]
             # A key that is pressed takes over from the random policy.
             self.random = self.random and self.action == self.world.actions.rest
+            self.pressed.set()
         elif kind == "pause":
             self.paused, self.steps_wanted = message["on"], 0
         elif kind == "step":
@@ -174,11 +176,20 @@ class GameLoop:
                 self.wake.clear()
                 await self.wake.wait()
                 continue
-            # While it runs, wait for the tick; what is asked for while it is paused is done at once.
-            if not self.paused and (wait := tick - loop.time()) > 0:
-                await asyncio.sleep(wait)
+            # What is asked for while it is paused is done at once.
+            if not self.paused:
+                await self._until(tick)
             tick = max(tick + 1 / self.fps, loop.time())
             await self._turn()
+
+    async def _until(self, tick: float) -> None:
+        """Wait for the tick, or from half a frame before it for another key, which then takes up to half a frame less
+        to be seen. The next tick stays where it is, and so does the pace."""
+        now = asyncio.get_running_loop().time
+        await asyncio.sleep(max(0.0, tick - 0.5 / self.fps - now()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(max(tick, now())):
+                await self.pressed.wait()
 
     def _has_work(self) -> bool:
         asked = (self.start_wanted, self.temperature_wanted, self.record_wanted)
@@ -200,6 +211,7 @@ class GameLoop:
     async def _turn(self) -> None:
         """What the inputs ask for now: a reset, a step, or another look."""
         began, number = time.perf_counter(), self.number
+        self.pressed.clear()
         if self.temperature_wanted is not None:
             self.session.heat(self.temperature_wanted)
             self.temperature_wanted = None
