@@ -116,9 +116,11 @@ def test_panels_have_their_sizes_and_follow_the_keys(page: Any) -> None:
     time.sleep(0.5)
     assert pixels(page) == frame and pixels(page, "canvas.horizon[data-offset='1']") != near
     page.keyboard.up("Digit2")
-    # After eight steps every panel shows what it became.
+    # What the nearest panel shows is what comes, and after eight steps every panel shows what it became.
     for _ in range(8):
+        expected = pixels(page, "canvas.horizon[data-offset='1']")
         step(page)
+        assert pixels(page) == expected
     told = page.eval_on_selector_all(".panel .error", "(all) => all.map((p) => p.textContent)")
     assert told[0] == "exactly this" and all(words.startswith("off by ") for words in told[1:]), told
 

@@ -117,8 +117,15 @@ def test_a_temperature_draws_other_tokens(runs: dict[str, Path]) -> None:
     world = load_world(runs["tokens"])
     assert Session(world, 0).temperature == 1.0
     assert not np.array_equal(walk(world, 6)[-1].frame, walk(world, 6, seed=1)[-1].frame)
-    session = Session(world, 0)
-    session.reset(choose_starts(world, np.random.default_rng(0))[0], [0] * LONGEST)
+    session, start = Session(world, 0), choose_starts(world, np.random.default_rng(0))[0]
+
+    def drawn() -> list[bytes]:
+        session.reset(start, [0] * LONGEST)
+        return [session.step(0, [0] * LONGEST).frame.tobytes() for _ in range(4)]
+
+    # A reset draws the same again.
+    assert drawn() == drawn()
+    session.reset(start, [0] * LONGEST)
     session.heat(0.0)
     greedy = [session.step(0, [0] * LONGEST).frame for _ in range(3)]
     # What is expected are the most likely tokens, so they are what comes.
