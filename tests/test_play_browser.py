@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,14 @@ def test_another_key_leads_to_another_picture(page: Any) -> None:
     assert after("Digit1") == after("Digit1") != after("Digit2")
 
 
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait for what the page shows next: it follows the keys after the server's answer."""
+    end = time.monotonic() + 15
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_panels_have_their_sizes_and_follow_the_keys(page: Any) -> None:
     start_at(page, 0)
     shown = "(all) => all.map((c) => [c.dataset.offset, c.dataset.factor, c.width, c.height].map(Number))"
@@ -113,9 +121,10 @@ def test_panels_have_their_sizes_and_follow_the_keys(page: Any) -> None:
     # While it is paused, another key changes what is expected, and not the frame.
     frame, near = pixels(page), pixels(page, "canvas.horizon[data-offset='1']")
     page.keyboard.down("Digit2")
-    time.sleep(0.5)
-    assert pixels(page) == frame and pixels(page, "canvas.horizon[data-offset='1']") != near
+    eventually(lambda: pixels(page, "canvas.horizon[data-offset='1']") != near)
     page.keyboard.up("Digit2")
+    eventually(lambda: pixels(page, "canvas.horizon[data-offset='1']") == near)
+    assert pixels(page) == frame
     # What the nearest panel shows is what comes, and after eight steps every panel shows what it became.
     for _ in range(8):
         expected = pixels(page, "canvas.horizon[data-offset='1']")
