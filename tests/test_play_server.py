@@ -302,6 +302,26 @@ def test_a_recording_by_messages(world: World) -> None:
     visit(world, scene)
 
 
+def test_a_recording_that_cannot_be_written_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(server: Server, listening: test_utils.TestServer, session: aiohttp.ClientSession) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        socket, game = await connected(listening, session), server.game
+        await socket.send_json({"kind": "record", "on": True})
+        await moments(socket, 12)
+        with monkeypatch.context() as patched:
+            patched.setattr("mfwm.play.game_loop.write", full)
+            await socket.send_json({"kind": "record", "on": False})
+            await until(lambda: "could not be written: [Errno 28] No space left on device" in game.notice)
+        assert game.recorder.on
+        await socket.send_json({"kind": "record", "on": False})
+        await until(lambda: "frames recorded" in game.notice)
+        assert not any(problem.invalid for problem in check(game.notice.split(": ")[1].split(" and ")[0], 4))
+
+    visit(world, scene)
+
+
 def test_viewers_have_no_say_until_they_get_the_controls(world: World) -> None:
     async def scene(server: Server, listening: test_utils.TestServer, session: aiohttp.ClientSession) -> None:
         player, viewer = await connected(listening, session), await connected(listening, session)

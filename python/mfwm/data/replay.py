@@ -12,7 +12,8 @@ On disk: the Zarr replay buffer of the robot-learning field (diffusion-policy's 
     meta/episode_level   int64 [E]                 level seed if the environment has levels, else the episode index
     attributes           actions (null unless discrete), action_size, vocabulary (of tokens);
                          state_names, state_units (of the columns of data/state);
-                         env, action_names, noop, action_repeat, ticks_per_frame, package, package_version
+                         env, action_names, noop, action_repeat, ticks_per_frame, package, package_version;
+                         field (of Atari: cropped to the playing field), recorded_from (of mfwm play: model or game)
 
 The action convention, the field's own: `action[t]` is the action taken at frame t, and leads to frame t + 1. So a
 hidden state at n, which has seen frames and actions up to n, has seen every action that frame n + 1 depends on.

@@ -291,12 +291,21 @@ class GameLoop:
             self.notice = ""
         elif not on and self.recorder.on:
             self._cut()
-            source, episodes = self.recorder.source, self.recorder.taken()
-            if not episodes:
-                self.notice = "Nothing was recorded: no step was taken."
-            else:
-                frames = sum(len(frames) for frames, _ in episodes)
-                path = await self._in_thread(lambda: write(self.world, source, episodes, self.fps))
-                self.notice = f"{frames} frames recorded: {path} and {path.name}.gif"
-                print(f"play: {self.notice}")
+            await self._write()
         self.announce()
+
+    async def _write(self) -> None:
+        source, episodes = self.recorder.source, self.recorder.taken()
+        if not episodes:
+            self.notice = "Nothing was recorded: no step was taken."
+            return
+        frames = sum(len(shown) for shown, _ in episodes)
+        try:
+            path = await self._in_thread(lambda: write(self.world, source, episodes, self.fps))
+        except (OSError, ValueError) as error:
+            # The frames are kept, and ending the recording again writes them again.
+            self.recorder.resume(episodes)
+            self.notice = f"The recording could not be written: {error}"
+        else:
+            self.notice = f"{frames} frames recorded: {path} and {path.name}.gif"
+        print(f"play: {self.notice}")

@@ -64,6 +64,10 @@ class Recorder:
         episodes, self.episodes, self.on = [episode for episode in self.episodes if episode[0]], [], False
         return episodes
 
+    def resume(self, episodes: list[Episode]) -> None:
+        """Go on with a recording that was taken and could not be written."""
+        self.episodes, self.on = [*episodes, ([], [])], True
+
 
 def write(world: World, source: str, episodes: list[Episode], fps: float) -> Path:
     """Write a recording into RUN/play, as the replay buffer NUMBER and NUMBER.gif. Returns the replay buffer's path."""

@@ -258,7 +258,7 @@ function showState() {
   controls.hidden = state.player ? !state.asking : false;
   controls.textContent = state.player ? "A viewer asks for the controls: hand over" : state.asked ? "Asked for the controls" : "Ask for the controls";
   controls.disabled = !state.player && state.asked;
-  byId("notice").textContent = state.recording ? "Recording." : state.notice || "";
+  byId("notice").textContent = state.notice || (state.recording ? "Recording." : "");
   if (document.activeElement !== byId("temperature")) byId("temperature").value = state.temperature;
   byId("degrees").textContent = (+state.temperature).toFixed(2);
 }
