@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..data.atari import console, field_of
-from .real_game import Recorded
+from .engine import Recorded
 
 
 class AtariEngine:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data.balls import ACTIONS, Box, draw
 from ..data.recording import Balls
-from .real_game import Recorded
+from .engine import Recorded
 
 
 class BallsEngine:

@@ -7,7 +7,7 @@ import contextlib
 import numpy as np
 
 from ..data.doom import pressed, started
-from .real_game import Recorded
+from .engine import Recorded
 
 
 class DoomEngine:

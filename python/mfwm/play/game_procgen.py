@@ -10,8 +10,8 @@ import numpy as np
 
 from ..data.procgen import procgen_home
 from . import procgen_player
+from .engine import Recorded
 from .procgen_player import ANSWER
-from .real_game import Recorded
 
 
 class ProcgenEngine:

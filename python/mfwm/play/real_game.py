@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
 from ..data.coinrun_recorder import GAMES
 from ..data.collect import resized
 from ..data.replay import Replay
+from .engine import Engine, Recorded
 from .starts import CONTEXT, Start
 from .world import World
 
 # The mean difference of two frames, of 255, up to which they show the same: a game is drawn alike each time.
 SAME = 1.0
-
-
-class Engine(Protocol):
-    """A game that can replay an episode of its recording and go on from there. Frames are uint8 [H, W, 3]."""
-
-    def begin(self, episode: int, level: int) -> np.ndarray:
-        """The first frame of an episode, by its number in the set and its level."""
-
-    def step(self, action: int) -> tuple[np.ndarray, bool]:
-        """The next frame, and whether the episode is over."""
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """How a set was recorded, by its attributes: what an engine needs to play it again."""
-
-    env: str
-    seed: int
-    ticks: int
-    size: int
-    attributes: dict[str, Any]
 
 
 class RealGame:
