@@ -221,9 +221,9 @@ def test_killed_commands_leave_the_old_set_or_the_new_one(tmp_path: Path) -> Non
     pytest.importorskip("av")
     script = Path(__file__).with_name("killed_writer.py")
     run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "--kills", "12"], capture_output=True, text=True, timeout=600
+        [sys.executable, str(script), str(tmp_path), "--kills", "8"], capture_output=True, text=True, timeout=600
     )
-    assert run.returncode == 0 and run.stdout.startswith("12 killed"), run.stdout + run.stderr
+    assert run.returncode == 0 and run.stdout.startswith("8 killed"), run.stdout + run.stderr
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

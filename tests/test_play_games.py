@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -189,13 +190,32 @@ def test_the_model_is_put_where_the_game_is(world: World) -> None:
 
 
 def test_a_game_that_begins_late_is_shown_while_it_is_paused(world: World) -> None:
-    async def scene(loop: GameLoop) -> None:
-        await asyncio.sleep(0)
-        assert loop.game_begun and loop._has_work()
-        await loop._turn()
-        assert loop.packed is not None and loop.packed[1] & protocol.GAME and not loop._has_work()
+    game, free = real_game(world), threading.Event()
+    assert game is not None
+    begin = game.engine.begin
 
-    turn(world, scene)
+    def slow(episode: int, level: int) -> np.ndarray:
+        free.wait(20)
+        return begin(episode, level)
+
+    game.engine.begin = slow  # type: ignore[method-assign]
+
+    async def run() -> None:
+        loop = GameLoop(world, fps=1000, seed=0, game=game)
+        loop.paused = True
+        try:
+            await loop._turn()
+            assert loop.packed is not None and not loop.packed[1] & protocol.GAME and not loop._has_work()
+            free.set()
+            assert loop.beside.started is not None and await loop.beside.started
+            await asyncio.sleep(0)
+            assert loop.game_begun and loop._has_work()
+            await loop._turn()
+            assert loop.packed[1] & protocol.GAME and not loop._has_work()
+        finally:
+            loop.close()
+
+    asyncio.run(run())
 
 
 def test_the_model_meets_a_game_that_is_elsewhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,8 +257,6 @@ def test_a_game_that_fails_is_dropped(world: World) -> None:
 
 def test_a_slow_start_holds_nothing_up(world: World) -> None:
     async def run() -> None:
-        import threading
-
         game, free = real_game(world), threading.Event()
         assert game is not None
         begin = game.engine.begin
