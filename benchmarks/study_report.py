@@ -1,0 +1,236 @@
+"""python -m benchmarks.study_report: write what the study came to into docs/study.md and README.md.
+
+Every figure is computed from benchmarks/results/study/core.json, the results file of benchmarks/study/core.toml. The
+text between the `study` markers of both files is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mfwm.metrics.intervals import mean_of_defined
+from mfwm.study.plan import Plan, read_plan
+from mfwm.study.results import Results, load
+from mfwm.study.statistics import Difference, difference, holm, seeds_needed
+
+from .report import table
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- study: written by python -m benchmarks.study_report -->", "<!-- end of study -->"
+PLAN = ROOT / "benchmarks" / "study" / "core.toml"
+RESULTS = ROOT / "benchmarks" / "results" / "study" / "core.json"
+COLUMNS = {"steps": "steps", "flops": "FLOPs", "time": "time"}
+# The worlds that all core arms are trained on, and those that differ in the distance of frames.
+WORLDS, FRAME_RATES = ("balls", "noisy", "freeway"), ("balls", "skip2", "skip4")
+
+
+class Study:
+    """The plan and its results, and how its figures are printed."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan, self.results = plan, results
+
+    def worlds(self, among: tuple[str, ...]) -> list[str]:
+        return [world for world in among if world in self.results.worlds()]
+
+    def next_frame(self, world: str, arm: str, column: str = "steps") -> np.ndarray:
+        """[seeds]: PSNR of the next frame, given true frames."""
+        cells = self.results.cells
+        return np.array(
+            [next(iter(cells[world, arm, s][column]["psnr"].values())) for s in self.results.seeds(world, arm)]
+        )
+
+    def next_frame_cost(self, world: str, arm: str, column: str = "steps") -> Difference | None:
+        """The PSNR of the next frame of `arm` minus that of A0, paired by seed."""
+        pair = {name: dict(zip(self.results.seeds(world, name), self.next_frame(world, name, column), strict=True))
+                for name in (arm, "A0")}  # fmt: skip
+        seeds = sorted(set(pair[arm]) & set(pair["A0"]))
+        if not seeds:
+            return None
+        return difference(*(np.array([[pair[name][seed]] for seed in seeds]) for name in (arm, "A0")))
+
+    def versus(self, arm: str, against: str, worlds: tuple[str, ...], column: str = "steps") -> dict[str, Difference]:
+        """The difference in position error by world, where both arms have seeds in common."""
+        found = {}
+        for world in self.worlds(worlds):
+            if {arm, against} <= set(self.results.arms(world)):
+                of_world = self.results.difference(world, arm, against, column)
+                if of_world is not None:
+                    found[world] = of_world
+        return found
+
+    def arms_table(self, world: str) -> str:
+        against, results = self.plan.endpoint.against, self.results
+        found = {arm: d for arm in results.arms(world) if arm != against
+                 for d in [results.difference(world, arm, against)] if d is not None}  # fmt: skip
+        corrected = holm({arm: d.p for arm, d in found.items()})
+        rows = []
+        for arm in results.arms(world):
+            clips = results.values(world, arm, "clips")
+            errors = [
+                f"{mean_of_defined(mean_of_defined(results.values(world, arm, 'clips', column))[None])[0]:.2f}"
+                for column in COLUMNS
+            ]
+            lasting = [cell["gain_zero_step"] for cell in self.cells(world, arm)]
+            lasts = [len(c["gain"]) if z is None else z - 1
+                     for z, c in zip(lasting, self.cells(world, arm), strict=True)]  # fmt: skip
+            rows.append(
+                [
+                    f"{arm}: {self.plan.arms[arm].title}",
+                    str(len(clips)),
+                    f"{self.next_frame(world, arm).mean():.2f}",
+                    f"{np.mean(lasts):.1f}",
+                    *errors,
+                    shown(found[arm]) if arm in found else "",
+                    f"{corrected[arm]:.4f}" if arm in found else "",
+                ]
+            )
+        head = ["arm", "seeds", "next frame, dB", "gain lasts, steps"]
+        head += [f"error at equal {name}, px" for name in COLUMNS.values()]
+        return table([*head, f"minus {against} at equal steps", "p, Holm"], rows)
+
+    def cells(self, world: str, arm: str) -> list[dict]:
+        return [self.results.cells[world, arm, seed]["steps"] for seed in self.results.seeds(world, arm)]
+
+    def endpoint_table(self) -> str:
+        arm, against = self.plan.endpoint.arm, self.plan.endpoint.against
+        rows = []
+        for world in self.results.worlds():
+            for column, name in COLUMNS.items():
+                found = self.versus(arm, against, (world,), column).get(world)
+                if found is None:
+                    continue
+                seeds = self.results.seeds(world, arm, against)
+                values = [self.results.values(world, name, "clips", column, seeds) for name in (arm, against)]
+                of_seeds = mean_of_defined(values[0] - values[1])
+                rival = float(mean_of_defined(values[1]).mean())
+                needed = str(seeds_needed(of_seeds, 0.1 * rival)) if len(seeds) > 1 else ""
+                rows.append([world, name, shown(found), f"{found.p:.4f}", str(found.seeds), needed])
+        head = ["world", "equal", f"{arm} minus {against}, px", "p", "seeds", f"seeds that show a tenth of {against}"]
+        return table(head, rows)
+
+    def answers(self) -> Iterator[tuple[str, str]]:
+        """A verdict and its figures for each prediction, in their order."""
+        found = self.versus("B3", "B2", WORLDS)
+        yield verdict(found, not any(d.high < 0 for d in found.values())), differences("B3 minus B2", found)
+
+        rivals = {rival: self.versus("B4", rival, WORLDS) for rival in ("B2", "B3", "A1")}
+        wins = [d.high < 0 for of_rival in rivals.values() for d in of_rival.values()]
+        figures = "; ".join(differences(f"B4 minus {rival}", found) for rival, found in rivals.items())
+        yield verdict(wins, all(wins), in_part=any(wins)), figures
+
+        found = self.versus("B4", "A1", FRAME_RATES)
+        gains = [-d.mean for d in found.values()]
+        answer = verdict(found, gains == sorted(gains, reverse=True))
+        if found and gains[0] <= 0:
+            answer = "cannot be asked: there is no gain to shrink"
+        yield answer, differences("B4 minus A1", found)
+
+        costs = {arm: self.next_frame_cost("balls", arm) for arm in ("B8e", "B4", "B8a")}
+        known = {arm: cost for arm, cost in costs.items() if cost is not None}
+        saved = [known[arm].low > -0.1 for arm in ("B4", "B8a") if arm in known]
+        equal_costs = "B8e" in known and known["B8e"].high < 0
+        # Of one seed there is one value, and no clips to draw an interval from.
+        figures = [
+            f"{self.plan.arms[arm].title} {shown(cost) if cost.seeds > 1 else f'{cost.mean:+.2f}'}"
+            for arm, cost in known.items()
+        ]
+        yield (
+            verdict(known, equal_costs and all(saved), in_part=equal_costs),
+            f"next frame on balls, minus A0, dB: {', '.join(figures) or 'not run'}",
+        )
+
+        found = self.versus("B4", "A1", ("balls", "noisy"))
+        both = found if len(found) == 2 else {}
+        yield (
+            verdict(both, bool(both) and found["noisy"].mean < min(0.0, found["balls"].mean)),
+            differences("B4 minus A1", found),
+        )
+
+    def report(self) -> str:
+        planned, done = len(self.plan.cells()), len(self.results.cells)
+        seeds = {world: max(len(self.results.seeds(world, arm)) for arm in self.results.arms(world))
+                 for world in self.results.worlds()}  # fmt: skip
+        parts = [
+            f"{done} of {planned} cells have been run, {self.plan.steps:,} steps each in the column of equal steps: "
+            + ", ".join(
+                f"{count} seeds on {world}" if count > 1 else f"1 seed on {world}" for world, count in seeds.items()
+            )
+            + ". An interval of one seed is over its clips alone, and says nothing about another seed.",
+            "The endpoint, in pixels of a rolled-out frame; less is better:",
+            self.endpoint_table(),
+            "The predictions:",
+            table(
+                [
+                    "predicted",
+                    "came true" if done == planned else "so far",
+                    "position error at equal steps, px, where nothing else is named",
+                ],
+                [[text, *answer] for text, answer in zip(self.plan.predictions, self.answers(), strict=True)],
+            ),
+        ]
+        for world in self.results.worlds():
+            parts += [f"{self.plan.worlds[world].title}:", self.arms_table(world)]
+        return "\n\n".join(parts)
+
+    def short(self) -> str:
+        """What README.md says: the endpoint, and the best arm of each world that all arms were trained on."""
+        arm, against = self.plan.endpoint.arm, self.plan.endpoint.against
+        rows = []
+        for world in self.worlds(WORLDS):
+            arms = [name for name in self.results.arms(world) if name[0] in "AB"]
+            errors = {
+                name: mean_of_defined(mean_of_defined(self.results.values(world, name, "clips"))[None])[0]
+                for name in arms
+            }
+            best = min(errors, key=lambda name: errors[name])
+            shown_arms = dict.fromkeys(("A0", against, arm, best))
+            rows.append(
+                [
+                    self.plan.worlds[world].title,
+                    *(f"{errors[name]:.2f}" if name in errors else "" for name in ("A0", against, arm)),
+                    f"{best}: {self.plan.arms[best].title}, {errors[best]:.2f}",
+                    str(min(len(self.results.seeds(world, name)) for name in shown_arms if name in errors)),
+                ]
+            )
+        titles = [self.plan.arms[name].title for name in ("A0", against, arm)]
+        return table(["position error after 9 to 32 steps, px", *titles, "best arm", "seeds"], rows)
+
+
+def shown(found: Difference) -> str:
+    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+
+
+def differences(name: str, found: dict[str, Difference]) -> str:
+    return f"{name}: " + (", ".join(f"{world} {shown(d)}" for world, d in found.items()) or "not run")
+
+
+def verdict(figures: Collection[Any], holds: bool, *, in_part: bool = False) -> str:
+    if not figures:
+        return "not run"
+    return "yes" if holds else "in part" if in_part else "no"
+
+
+def replaced(text: str, content: str) -> str:
+    """The text with `content` between its markers."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def written() -> dict[Path, str]:
+    """The contents of the files that `main` writes."""
+    study = Study(read_plan(PLAN), load(RESULTS))
+    contents = {ROOT / "docs" / "study.md": study.report(), ROOT / "README.md": study.short()}
+    return {path: replaced(path.read_text(), content) for path, content in contents.items()}
+
+
+def main() -> None:
+    for path, text in written().items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What docs/study.md and README.md say of the study is computed from its committed cells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from mfwm.study.plan import read_plan
+from mfwm.study.results import Results, load
+
+from benchmarks.study_report import PLAN, RESULTS, Study, written
+
+plan = read_plan(PLAN)
+
+
+def column(error: float, psnr: float, rng: np.random.Generator) -> dict[str, Any]:
+    clips = error + rng.normal(0, 0.002, 6)
+    figures = {"psnr": {"1": psnr}, "gain": [1.0, 0.5, -0.5], "gain_zero_step": 3}
+    return {"at": plan.steps, "clips": clips.tolist(), **figures}
+
+
+def results_of(errors: dict[str, float], psnr: dict[str, float], shift: dict[str, float]) -> Results:
+    """Three seeds of some arms on some worlds. shift: by world, what far horizons add to the error of B4."""
+    rng = np.random.default_rng(0)
+    cells = {}
+    for cell in plan.cells():
+        if cell.seed < 3 and cell.arm in errors:
+            error = errors[cell.arm] + (shift.get(cell.world, 0.0) if cell.arm == "B4" else 0.0)
+            columns = {name: column(error, psnr.get(cell.arm, 30.0), rng) for name in ("steps", "flops", "time")}
+            cells[str(cell)] = columns
+    return Results({"cells": cells})
+
+
+ERRORS = {"A0": 6.0, "A1": 5.0, "B2": 5.0, "B3": 5.5, "B4": 4.0, "B8e": 5.0, "B8a": 5.0}
+
+
+@pytest.mark.parametrize(
+    "errors, psnr, shift, verdicts",
+    [
+        # The gain over A1 is 1 px, more under noise, and equal weights cost the next frame.
+        ({}, {"B8e": 28.0}, {"noisy": -0.5, "skip2": 0.1, "skip4": 0.2}, ["yes"] * 5),
+        # B3 beats B2, B4 loses to A1, and all arms have the same next frame.
+        ({"B3": 4.5, "B4": 5.2}, {}, {}, ["no", "no", "cannot be asked: there is no gain to shrink", "no", "no"]),
+        # B4 beats the others on the balls alone, and loses a decibel with decayed weights too.
+        (
+            {},
+            {"B8e": 28.0, "B4": 29.0},
+            {"noisy": 2.0, "freeway": 2.0, "skip2": 0.5, "skip4": 0.1},
+            ["yes", "in part", "no", "in part", "no"],
+        ),
+    ],
+)
+def test_predictions_are_answered(
+    errors: dict[str, float], psnr: dict[str, float], shift: dict[str, float], verdicts: list[str]
+) -> None:
+    study = Study(plan, results_of({**ERRORS, **errors}, psnr, shift))
+    assert [answer for answer, _ in study.answers()] == verdicts
+
+
+def test_the_figures_of_the_tables() -> None:
+    study = Study(plan, results_of(ERRORS, {"A0": 31.5}, {}))
+    report = study.report()
+    assert f"{len(study.results.cells)} of {len(plan.cells())} cells have been run" in report
+    assert "3 seeds on balls" in report and all(text in report for text in plan.predictions)
+    row = next(line for line in study.arms_table("balls").splitlines() if line.startswith("| B4:"))
+    fields = [field.strip() for field in row.split("|")[1:-1]]
+    assert fields[:7] == ["B4: cascade", "3", "30.00", "2.0", "4.00", "4.00", "4.00"]
+    assert fields[7].startswith("-1.0") and float(fields[8]) < 0.01
+    assert "| B4: cascade, 4.00 | 3 |" in study.short() and "A0: next frame | 3 | 31.50" in report
+
+
+def test_arms_without_seeds_in_common_are_said_not_to_be_run() -> None:
+    study = Study(plan, results_of({"A0": 6.0, "A1": 5.0}, {}, {}))
+    assert next(figures for _, figures in study.answers()) == "B3 minus B2: not run"
+    assert all(answer == "not run" for answer, _ in study.answers())
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the study has no committed results")
+def test_docs_and_readme_say_what_the_committed_cells_say() -> None:
+    assert load(RESULTS).cells
+    for path, text in written().items():
+        assert path.read_text() == text, f"run python -m benchmarks.study_report: {path} differs"
