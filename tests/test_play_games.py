@@ -189,7 +189,8 @@ def test_the_model_is_put_where_the_game_is(world: World) -> None:
     turn(world, scene)
 
 
-def test_a_game_that_begins_late_is_shown_while_it_is_paused(world: World) -> None:
+def late_game(world: World) -> tuple[RealGame, threading.Event]:
+    """A game that begins when the event is set."""
     game, free = real_game(world), threading.Event()
     assert game is not None
     begin = game.engine.begin
@@ -199,6 +200,11 @@ def test_a_game_that_begins_late_is_shown_while_it_is_paused(world: World) -> No
         return begin(episode, level)
 
     game.engine.begin = slow  # type: ignore[method-assign]
+    return game, free
+
+
+def test_a_game_that_begins_late_is_shown_while_it_is_paused(world: World) -> None:
+    game, free = late_game(world)
 
     async def run() -> None:
         loop = GameLoop(world, fps=1000, seed=0, game=game)
@@ -257,15 +263,7 @@ def test_a_game_that_fails_is_dropped(world: World) -> None:
 
 def test_a_slow_start_holds_nothing_up(world: World) -> None:
     async def run() -> None:
-        game, free = real_game(world), threading.Event()
-        assert game is not None
-        begin = game.engine.begin
-
-        def slow(episode: int, level: int) -> np.ndarray:
-            free.wait(20)
-            return begin(episode, level)
-
-        game.engine.begin = slow  # type: ignore[method-assign]
+        game, free = late_game(world)
         beside, picture = Beside(game), np.zeros((16, 16, 3), np.uint8)
         begun: list[bool] = []
         beside.start(choose_starts(world, np.random.default_rng(0))[0], lambda: begun.append(True))

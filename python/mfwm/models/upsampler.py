@@ -23,10 +23,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.factor = factor
         self.conv_in = nn.Conv2d(channels * (factor**2 + 1), width, 3, padding=1)
-        self.conv_out = nn.Conv2d(width, channels * factor**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        assert self.conv_out.bias is not None
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = zero_conv(width, channels * factor**2)
 
     def forward(self, small: Tensor, seen: Tensor) -> Tensor:
         """small [B, T, C, h, w] and seen [B, T, C, h * factor, w * factor] to the shape of seen."""
@@ -65,10 +62,7 @@ class Analogy(nn.Module):
             for read, bias in ((channels, False), (channels * factor**2, True))
         )
         self.conv_mid = nn.Conv2d(width, width, 3, padding=1)
-        self.conv_out = nn.Conv2d(width, (channels + 1) * factor**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        assert self.conv_out.bias is not None
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = zero_conv(width, (channels + 1) * factor**2)
 
     def forward(self, small: Tensor, seen: Tensor) -> Tensor:
         """small [B, T, C, h, w] and seen [B, T, C, h * factor, w * factor] to the shape of seen."""
@@ -80,6 +74,14 @@ class Analogy(nn.Module):
         correction, gate = F.pixel_shuffle(decoded, self.factor).tensor_split([last.shape[1]], dim=1)
         detail = last - enlarged(last_low, self.factor)
         return (enlarged(low, self.factor) + torch.sigmoid(gate) * detail + correction).view(seen.shape)
+
+
+def zero_conv(channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3 x 3 convolution whose weight and bias start at zero."""
+    conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
 
 
 def enlarged(pictures: Tensor, factor: int) -> Tensor:

@@ -48,28 +48,29 @@ class Beside:
         assert self.newest is not None
         try:
             await self.newest
-        except Exception as error:  # What an engine raises is its own affair.
+        except Exception as error:  # An engine may raise anything.
             self._drop(error)
         return None if self.game is None else GameFrame(self.game.frame, self.game.error(picture))
 
     @property
-    def ready(self) -> bool:
-        """Whether the game has begun and goes on."""
+    def has_begun(self) -> bool:
+        """Whether the game has reached the start. One that failed on the way is dropped."""
         if self.game is None or self.started is None or not self.started.done():
             return False
         if (error := self.started.exception()) is not None:
             self._drop(error)
-        return self.game is not None and not self.game.over
+            return False
+        return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether the game has begun and its episode is not over."""
+        return self.has_begun and self.game is not None and not self.game.over
 
     @property
     def in_step(self) -> bool:
-        """Whether the game was where the model began, and has begun."""
-        if self.game is None or self.started is None or not self.started.done():
-            return False
-        if (error := self.started.exception()) is not None:
-            self._drop(error)
-            return False
-        return self.met or self.started.result()
+        """Whether the game began at the frame that the model began at."""
+        return self.has_begun and self.started is not None and (self.met or self.started.result())
 
     @property
     def notice(self) -> str:
@@ -85,7 +86,7 @@ class Beside:
 
     def _queued(self, call: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
         queued = asyncio.get_running_loop().run_in_executor(self.thread, call, *arguments)
-        # An error is looked at when the frame is wanted, if it is.
+        # Retrieve the error here, or asyncio logs it where no frame is wanted later.
         queued.add_done_callback(lambda done: done.cancelled() or done.exception())
         return queued
 

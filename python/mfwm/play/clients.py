@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import ClientConnectionError, web
 
-# A browser that takes nothing for so long is let go.
+# A browser that receives nothing for so long is disconnected.
 SEND_LIMIT_S = 10.0
 
 

@@ -1,4 +1,4 @@
-"""What plays a recorded game again, and what it is told of the recording."""
+"""The protocol of a game that replays its recording, and the description of a recording that it is given."""
 
 from __future__ import annotations
 

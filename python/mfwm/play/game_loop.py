@@ -132,7 +132,7 @@ class GameLoop:
         elif kind == "give":
             self.room.give(now)
 
-    # ---- what is told
+    # ---- messages to the browsers
 
     def announce(self) -> None:
         """Tell every client the state, and wake the loop."""
@@ -176,7 +176,7 @@ class GameLoop:
                 self.wake.clear()
                 await self.wake.wait()
                 continue
-            # What is asked for while it is paused is done at once.
+            # While paused, requests are served at once, not at the next tick.
             if not self.paused:
                 await self._until(tick)
             tick = max(tick + 1 / self.fps, loop.time())

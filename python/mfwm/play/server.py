@@ -123,7 +123,7 @@ class Server:
         client = Client(ws)
         self.game.join(client)
         sending = asyncio.create_task(client.send_news(), name="play: client")
-        # A browser that takes nothing any more is let go, though it may still send.
+        # Disconnect a browser that no longer receives, even if it still sends.
         sending.add_done_callback(lambda _: abort(request))
         try:
             async for message in ws:
