@@ -202,3 +202,18 @@ def test_sizes_and_heads_that_do_not_fit_are_refused() -> None:
         pixels.heads.draw_ids(())
     with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
         build(**TOKENS, raster=1).heads.draw_ids((torch.zeros(1, 1, 8, 8, 32),), top_k=0)
+
+
+def test_outputs_that_are_none_are_refused_by_name() -> None:
+    heads = MultiFrameHeads(32, 8, HeadsConfig(Horizons.next_frame(), **TOKENS, raster=1), head_width=8)
+    video = torch.randint(0, TOKENS["vocabulary"], (1, 3, 4, 4))
+    outputs = heads.outputs(torch.randn(1, 3, 4, 4, 32), torch.randn(1, 3, 32), video)
+    (near,) = outputs
+    bad = ((), None, outputs * 2, [near[0]], [near.long()], [near[..., :5]], [near.to("meta")], [None])
+    for wrong in bad:
+        for call in (heads.draw_ids, lambda given: heads.logits(given, video)):
+            with pytest.raises((ValueError, TypeError), match="outputs"):
+                call(wrong)  # type: ignore[arg-type]
+    for frames in (None, video[0], video.float(), video[:, :, :2], video.repeat(2, 1, 1, 1), video.to("meta")):
+        with pytest.raises((ValueError, TypeError), match="video"):
+            heads.logits(outputs, frames)  # type: ignore[arg-type]

@@ -440,7 +440,26 @@ class MultiFrameHeads(Branches):
         config.raster each token of horizon 0 is given the true ones before it. video: as in loss."""
         if not self.tokens:
             raise ValueError(f'logits are of output "tokens", not of {self.config.output!r}')
-        return self._logits(self._decoded(outputs, self.layout.frames(video)))
+        self._check_outputs(outputs)
+        if not isinstance(video, Tensor):
+            raise TypeError(f"video must be a torch.Tensor, got {type(video).__name__}")
+        frames = self.layout.frames(video)
+        self.layout.check_frames(frames, outputs[0], self.channels)
+        return self._logits(self._decoded(outputs, frames))
+
+    def _check_outputs(self, outputs: Sequence[Tensor]) -> None:
+        """TypeError or ValueError unless they may be what `outputs` returned of tokens."""
+        count = len(self.config.horizons)
+        if not isinstance(outputs, tuple | list) or not 1 <= len(outputs) <= count:
+            raise ValueError(f"outputs must be 1 to {count} tensors, those of the first horizons; got {outputs!r:.80}")
+        for i, states in enumerate(outputs):
+            check.tensor(f"outputs[{i}]", states, (5,), "[B, T, H, W, D]", check.FLOATING)
+            device = next(self.parameters()).device
+            if states.shape[-1] != self.width or states.device != device:
+                raise ValueError(
+                    f"outputs[{i}] must have D = {self.width} features on {device}, got {list(states.shape)} on "
+                    f"{states.device}"
+                )
 
     def draw_ids(
         self,
@@ -453,6 +472,7 @@ class MultiFrameHeads(Branches):
         temperature 0, else samples from the top_k most likely; with config.raster, one token after another."""
         if not self.tokens:
             raise ValueError(f'draw_ids is for output "tokens", not for {self.config.output!r}')
+        self._check_outputs(outputs)
         if top_k is not None:
             check.integer("top_k", top_k, least=1)
         check_sampling(temperature, generator, outputs[0])
