@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm.models.frame_decoder import FrameDecoder
 from torch import nn
 
 from mfwm_kernels import Horizons
@@ -28,8 +29,8 @@ def build(*, ids: int = 1, trunk: dict[str, Any] | None = None, **options: Any) 
     model = WorldModel(config)
     # Heads that start at zero predict nothing that could leak.
     for head in model.heads.heads:
-        if isinstance(head, nn.Linear):
-            nn.init.normal_(head.weight, std=0.1)
+        if isinstance(head, (nn.Linear, FrameDecoder)):
+            nn.init.normal_((head if isinstance(head, nn.Linear) else head.conv_out).weight, std=0.1)
     if model.heads.upsampler is not None:
         nn.init.normal_(model.heads.upsampler.conv_out.weight, std=0.1)
     return model

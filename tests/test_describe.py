@@ -61,6 +61,14 @@ def test_an_analogy_is_counted() -> None:
     assert cost_of(replace(TINY, heads=heads)).head_flops == small.head_flops + 2 * 9 * 64 * convolutions
 
 
+def test_a_near_decoder_is_counted() -> None:
+    plain, decoded = (cost_of(replace(TINY, heads=replace(TINY.heads, near_decoder=n))) for n in (None, 8))
+    patch = 3 * 4 * 4
+    products = 32 * 2 * 8 + 9 * (patch * 8 + 8 * patch)
+    assert decoded.parameters - plain.parameters == products + 2 * 8 + 8 + patch - (32 * patch + patch)
+    assert decoded.head_flops - plain.head_flops == 2 * 4 * 4 * (products - 32 * patch)
+
+
 @pytest.mark.parametrize("size", TRUNKS)
 def test_trunks_have_the_parameters_of_their_names(size: str) -> None:
     with torch.device("meta"):

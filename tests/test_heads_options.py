@@ -244,6 +244,7 @@ def test_near_heads_that_do_not_fit_are_refused() -> None:
         (nn.Linear(32, 48), {"weighting": "gradients"}, "need two horizons beside near_head"),
         (torch.zeros(1), {}, "near_head must be an nn.Module, got Tensor"),
         (nn.Linear(32, 48), {"horizons": Horizons((1, 1), (1, 2)), "upsampler": 8}, "if an upsampler computes"),
+        (nn.Linear(32, 48), {"near_decoder": 8}, "near_head must be None with near_decoder, .* got near_decoder 8"),
     ]
     for head, options, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):

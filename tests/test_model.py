@@ -57,6 +57,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "upsampler": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8},
     "analogy": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8, "upsampling": "analogy"},
     "upsampler, tap": {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 8, "tap": 1, "residual": False},
+    "near decoder": {"near_decoder": 8},
+    "near decoder, tap": {"near_decoder": 8, "output": "latents", "kind": ("gaussian", "mse", "mse"), "tap": 1},
+    "near decoder, frames": {"near_decoder": 8, "conditioning": "frames", "residual": False},
     "latents": {"output": "latents"},
     "tokens": {**TOKENS, "consistency": (0.0, 0.1, 0.1)},
     "tokens, shared head": {**TOKENS, "shared_head": True, "blocks": (0, 1, 1)},
@@ -87,7 +90,19 @@ def other(video: Tensor) -> Tensor:
 # By value for what gradients do not see, the upsampler on detached inputs and the frame that predict adds, and for each
 # kind of input and of masked position.
 @pytest.mark.parametrize(
-    "name", ["plain", "upsampler", "upsampler, tap", "analogy", "latents", "tokens", "raster", "masked", "frames"]
+    "name",
+    [
+        "plain",
+        "upsampler",
+        "upsampler, tap",
+        "analogy",
+        "near decoder",
+        "latents",
+        "tokens",
+        "raster",
+        "masked",
+        "frames",
+    ],
 )
 def test_causality(name: str) -> None:
     options = OPTIONS[name]
@@ -576,6 +591,12 @@ def test_frames_that_heads_do_not_divide_make_no_model(
         ({"surgery": True, "conditioning": "frames"}, "surgery need horizons that reach the hidden state on their own"),
         ({"surgery": True, "horizons": Horizons.next_frame()}, "need two horizons on one hidden state, got 1"),
         ({"upsampling": "analogy"}, "upsampling 'analogy' needs an upsampler, a number of channels; got None"),
+        ({**TOKENS, "near_decoder": 8}, "near_decoder must be None for tokens, and with an upsampler"),
+        (
+            {"upsampler": 8, "horizons": Horizons((1, 1), (1, 2)), "near_decoder": 8},
+            "near_decoder must be None for tokens, and with an upsampler",
+        ),
+        ({"near_decoder": 0}, "near_decoder must be >= 1, got 0"),
         ({"upsampler": 8}, "upsampler needs pixels or latents, and a horizon 0 of the offset of horizon 1"),
     ],
 )

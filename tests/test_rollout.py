@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mfwm import HeadsConfig, WorldModel, WorldModelConfig
+from mfwm.models.frame_decoder import FrameDecoder
 from mfwm.models.maskgit import sample, sample_frame, training_mask
 from mfwm.models.rollouts import Rollout, random_actions, rollout, rollout_in_jumps, rollout_with_drift
 from mfwm.training.world_model import WorldModelLoss
@@ -31,8 +32,9 @@ def build(ids: int = 1, trunk: dict[str, Any] | None = None, **options: Any) -> 
     )
     model = WorldModel(config)
     for head in model.heads.heads:
-        if isinstance(head, nn.Linear):
-            nn.init.normal_(head.weight, std=1.0 if tokens else 0.05)
+        last: Any = head.conv_out if isinstance(head, FrameDecoder) else head
+        if isinstance(last, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(last.weight, std=1.0 if tokens else 0.05)
     return model.eval()
 
 
@@ -66,6 +68,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "continuous actions": ({"actions": 0, "action_size": 2}, {"lag_gate": True}),
     "raster": ({}, {**TOKENS, "raster": 1}),
     "upsampler": ({}, {"horizons": Horizons((1, 1, 2), (1, 2, 2)), "upsampler": 4}),
+    "near decoder": ({}, {"near_decoder": 4}),
     "tokens": ({}, TOKENS),
     "latents": ({}, {"output": "latents", "residual": False}),
 }

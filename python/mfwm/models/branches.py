@@ -12,6 +12,7 @@ from mfwm_kernels import arguments as check
 
 from .blocks import Join, LayerNorm, RMSNorm, SpaceTimeBlock, compute_dtype, initialise, pool_grid, time_mask
 from .distributions import DISTRIBUTIONS
+from .frame_decoder import FrameDecoder
 from .heads_config import HeadsConfig
 from .latents import FrameLatents
 from .layout import Layout
@@ -125,11 +126,15 @@ class Branches(nn.Module):
                 columns = ids_per_token * config.vocabulary
                 shared = config.shared_head and i > 0
                 self.heads.append(self._head(0) if shared else nn.Linear(width, columns, bias=config.bias))
+            elif i == 0 and config.near_decoder is not None:
+                self.heads.append(FrameDecoder(width, patch, channels, self.parts[0], config.near_decoder))
             else:
                 self.heads.append(nn.Linear(width, self.parts[i] * patch * patch * channels))
         for i, head in enumerate(self.heads):
-            if isinstance(head, nn.Linear) and head is not near_head:
-                self._initialise_head(i, head)
+            if isinstance(head, FrameDecoder):
+                self._initialise_last(i, head.conv_out)
+            elif isinstance(head, nn.Linear) and head is not near_head:
+                self._initialise_last(i, head)
         fused = config.norm is not None and not chained and self.first < count
         self.norm_weight = nn.Parameter(torch.ones(count, width)) if fused else None
         self.norm_bias = nn.Parameter(torch.zeros(count, width)) if fused and config.norm == "layer" else None
@@ -148,18 +153,20 @@ class Branches(nn.Module):
         if config.latent is not None:
             self.latents = FrameLatents(width, config.latent, config.horizons, config.far, channels)
 
-    def _initialise_head(self, i: int, head: nn.Linear) -> None:
-        if head.bias is not None:
-            nn.init.zeros_(head.bias)
+    def _initialise_last(self, i: int, layer: nn.Linear | nn.Conv2d) -> None:
+        """Weight and bias of the layer that computes horizon i's output."""
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
         if self.residual:
-            nn.init.zeros_(head.weight)
+            nn.init.zeros_(layer.weight)
         else:
-            nn.init.normal_(head.weight, std=self.width**-0.5)
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
         if self.parts[i] == 2:
-            means = head.out_features // 2
+            means = len(layer.weight) // 2
             start = LOG_SCALE_START[self.config.output] * (2 if self.config.kinds[i] == "gaussian" else 1)
-            nn.init.zeros_(head.weight[means:])
-            nn.init.constant_(head.bias[means:], start)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.weight[means:])
+            nn.init.constant_(layer.bias[means:], start)
 
     def outputs(
         self,
@@ -239,7 +246,7 @@ class Branches(nn.Module):
             found.append((self._near_output(given), None))
         for state, chosen, monitor in groups:
             if chosen:
-                found += self._branches(state, actions, inputs, chosen, segment_ids, monitor, condition)
+                found += self._branches(state, actions, inputs, video, chosen, segment_ids, monitor, condition)
         if self.upsampler is not None:
             upsampled = self._upsample(found[0][0], video[:, : hidden.shape[1]])
             found = [(upsampled, None)] + ([] if near_only else found)
@@ -310,6 +317,7 @@ class Branches(nn.Module):
         hidden: Tensor,
         actions: Tensor | None,
         inputs: Tensor | None,
+        video: Tensor,
         chosen: range,
         segment_ids: Tensor | None,
         grad_monitor: GradMonitor | None,
@@ -319,7 +327,7 @@ class Branches(nn.Module):
         if self.config.conditioning == "frames":
             assert inputs is not None
             states = self._chained(hidden, inputs, chosen, segment_ids)
-            return [self._read(i, state) for i, state in zip(chosen, states, strict=True)]
+            return [self._read(i, state, video) for i, state in zip(chosen, states, strict=True)]
         part = slice(chosen.start, chosen.stop)
         offsets, factors = self.config.horizons.offsets[part], self.config.horizons.factors[part]
         horizons = Horizons(offsets, factors)
@@ -335,8 +343,8 @@ class Branches(nn.Module):
         }
         actions = None if actions is None else actions.to(hidden.dtype)
         heads = [self.heads[i] for i in chosen]
-        plain = all(self.pools[i] == 1 and not self.blocks[i] for i in chosen)
-        if plain and not self.tokens and not self.config.latent_consistency:
+        linear = all(self.pools[i] == 1 and not self.blocks[i] and isinstance(self.heads[i], nn.Linear) for i in chosen)
+        if linear and not self.tokens and not self.config.latent_consistency:
             patches = multi_horizon_linear(
                 hidden,
                 actions,
@@ -349,7 +357,7 @@ class Branches(nn.Module):
         conditioned = fan_out(hidden, actions, horizons, pool=self.pools[part], **conditioning)
         mask = time_mask(segment_ids, hidden.shape[1], self.window, hidden.device)
         pairs = zip(chosen, conditioned, strict=True)
-        return [self._read(i, self._transform(i, state, inputs, mask)) for i, state in pairs]
+        return [self._read(i, self._transform(i, state, inputs, mask), video) for i, state in pairs]
 
     def _lag_weight(self, part: slice, offsets: tuple[int, ...]) -> Tensor:
         assert self.lag_weight is not None
@@ -389,10 +397,16 @@ class Branches(nn.Module):
             states[i] = self._transform(i, state, inputs, mask)
         return list(states.values())
 
-    def _read(self, i: int, state_BTHWD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _read(self, i: int, state_BTHWD: Tensor, video: Tensor) -> tuple[Tensor, Tensor | None]:
         """Horizon i's output and the state that its head reads."""
-        normed = self.last_norms[i](state_BTHWD)
-        return normed if self.tokens else self.heads[i](normed).flatten(2, 3), normed
+        normed, head = self.last_norms[i](state_BTHWD), self.heads[i]
+        if self.tokens:
+            return normed, normed
+        if not isinstance(head, FrameDecoder):
+            return head(normed).flatten(2, 3), normed
+        last, factors = video[:, : normed.shape[1]], self.config.horizons.factors[i : i + 1]
+        (seen,) = video_pyramid(last, factors, patch_sizes=(head.cell,), dtype=normed.dtype)
+        return head(normed, seen).flatten(2, 3), normed
 
     def _upsample(self, patches: Tensor, video: Tensor) -> Tensor:
         """Patches of horizon 0, from those of horizon 1 and the last frame seen."""

@@ -47,6 +47,8 @@ class HeadsConfig:
         horizon 1, the same frame at a lower size. The hidden state then learns from small targets only.
     upsampling: what the upsampler computes. "correction": from the small prediction and the last frame seen. "analogy":
         from that frame, and the change from its small version to the small prediction, as in Villegas et al.
+    near_decoder: channels of a convolutional decoder (FrameDecoder) that computes the near horizon in place of a linear
+        head, from the state and the last frame seen. For pixels and latents.
     output: "pixels" in [-1, 1], "latents", which are unbounded, or "tokens".
     vocabulary: number of ids; for tokens.
     token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the smaller
@@ -96,6 +98,7 @@ class HeadsConfig:
     eps: float = 1e-3
     upsampler: int | None = None
     upsampling: Literal["correction", "analogy"] = "correction"
+    near_decoder: int | None = None
     output: Literal["pixels", "latents", "tokens"] = "pixels"
     vocabulary: int = 0
     token_targets: Literal["pooled", "tokenised"] = "pooled"
@@ -192,7 +195,7 @@ class HeadsConfig:
         for name in ("lag_gate", "residual", "shared_head", "bias", "surgery"):
             check.flag(name, getattr(self, name))
         check.integer("vocabulary", self.vocabulary, least=0)
-        for name in ("upsampler", "tap", "latent", "raster"):
+        for name in ("upsampler", "near_decoder", "tap", "latent", "raster"):
             if getattr(self, name) is not None:
                 check.integer(name, getattr(self, name), least=1)
         for name, least in (("blocks", 0), ("patch_sizes", 1), ("mlp_ratios", 1)):
@@ -260,6 +263,11 @@ class HeadsConfig:
                     'raster needs output "tokens", a near horizon of offset 1 or more and factor 1, and no consistency '
                     f"term, which is of independent tokens; got {self.output!r}, {self.horizons}, {self.consistency}"
                 )
+        if self.near_decoder is not None and (self.output == "tokens" or self.upsampler is not None):
+            raise ValueError(
+                "near_decoder must be None for tokens, and with an upsampler, which computes the near horizon; got "
+                f"{self.near_decoder} with output {self.output!r} and upsampler {self.upsampler}"
+            )
         if self.upsampler is None and self.upsampling != "correction":
             raise ValueError(f"upsampling {self.upsampling!r} needs an upsampler, a number of channels; got None")
         if self.upsampler is not None:

@@ -16,6 +16,10 @@ def check_near_head(near_head: object, config: HeadsConfig, width: int, ids_per_
         raise TypeError(f"near_head must be an nn.Module, got {type(near_head).__name__}")
     if config.upsampler is not None:
         raise ValueError(f"near_head must be None if an upsampler computes horizon 0, got upsampler {config.upsampler}")
+    if config.near_decoder is not None:
+        raise ValueError(
+            f"near_head must be None with near_decoder, which takes its place; got near_decoder {config.near_decoder}"
+        )
     if config.raster is not None:
         raise ValueError(
             f"near_head must be None with raster, whose decoder is in its place; got raster {config.raster}"
