@@ -47,8 +47,11 @@ PRESETS: dict[str, TrainingConfig] = {
     "plain": TrainingConfig(data=""),
     "demo": DEMO,
     "tokens": TOKENS,
-    # The demo's trunk with the next frame alone, to compare with.
-    "demo-next-frame": replace(DEMO, model=replace(DEMO.model, heads=HeadsConfig(Horizons.next_frame()))),
+    # The demo's trunk and near head with the next frame alone, to compare with.
+    "demo-next-frame": replace(
+        DEMO,
+        model=replace(DEMO_MODEL, heads=HeadsConfig(Horizons.next_frame(), near_decoder=DEMO_MODEL.heads.near_decoder)),
+    ),
     **{name: TrainingConfig(data="", model=variants(name)["cascade, blocks"]) for name in TRUNKS},
     **READING_LIST,
 }

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-img { max-width: 100%; } table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right; }
+img { max-width: 100%; } img.large { width: 100%; image-rendering: pixelated; }
+table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right; }
 th { border-bottom: 1px solid #999; font-weight: 600; } td:first-child, th:first-child { text-align: left; }
 p.note { color: #57606a; }
 """
@@ -43,4 +44,5 @@ def picture(figure: Figure) -> str:
 
 
 def embedded_gif(path: Path) -> str:
-    return f'<img alt="" src="data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    """The animation, as wide as the page."""
+    return f'<img class="large" alt="" src="data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}">'

@@ -29,8 +29,8 @@ from ..training.world_model import TrainingConfig, load_model
 from .closed_loop import CONTEXT
 from .held_out import HeldOut
 from .page import STYLE, as_table, between, embedded_gif, picture, plt
-from .report_rollouts import rollout_sections
-from .tokens import TOP_K, check_tokens, decoder_of
+from .report_rollouts import Section, rollout_sections
+from .tokens import TOP_K, Decoder, check_tokens, decoder_of
 
 # How the tokens of a rollout are chosen: greedily, which can freeze, and sampled.
 SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": TOP_K}]
@@ -87,51 +87,29 @@ def write_report(
     motion = candidates["pixels" if decoder else "video"].float().diff(dim=1).abs().flatten(1).mean(1)
     order = motion.argsort(descending=True)[:3]
     clips = {name: value[order] for name, value in candidates.items()}
-    first = {name: value[:, : config.clip] for name, value in clips.items()}
 
-    horizons = config.model.heads.horizons
-    log = read_log(run / "log.jsonl")
+    sections: list[Section] = []
+    if "rollout_psnr" in metrics:
+        sections.append(rollout_pictures(run, model, clips, steps, decoder, seed))
+        write_walks(run, data=data, pixels=pixels, tokenizer=tokenizer, seed=seed)
+    names, log = config.model.heads.horizons.labels, read_log(run / "log.jsonl")
     if model.tokens:
-        sections = [("Loss", picture(loss_curves(log, horizons.labels, "cross-entropy, nats")), "")]
         if "bits_per_token" in metrics:
-            sections.insert(0, ("Prediction of tokens", token_table(metrics), TOKEN_NOTE))
+            sections.append(("Prediction of tokens", token_table(metrics), TOKEN_NOTE))
+        losses = loss_curves(log, names, "cross-entropy, nats")
     else:
-        sections = [
-            ("Prediction against persistence", table(metrics), "Held-out levels, each horizon at its own resolution."),
-            ("Loss", picture(loss_curves(log, horizons.labels, "loss", config.model.heads.kinds)), ""),
+        first = {name: value[:, : config.clip] for name, value in clips.items()}
+        note = "Held-out levels, each horizon at its own resolution."
+        sections += [
             ("One position, all horizons", picture(strip(model, first)), "Held-out level; far targets are smaller."),
+            ("Prediction against persistence", table(metrics), note),
         ]
         if "nll" in metrics:
-            sections.insert(1, ("Predicted distributions", likelihood_table(metrics), LIKELIHOOD_NOTE))
+            sections.append(("Predicted distributions", likelihood_table(metrics), LIKELIHOOD_NOTE))
         if "latent_best_psnr" in metrics:
-            sections.insert(1, ("Drawn latents", latent_table(metrics), LATENT_NOTE))
-    if "rollout_psnr" in metrics:
-        seen, actions = clips["video"][:, :CONTEXT], clips["actions"]
-        (truth,) = video_pyramid(
-            clips["pixels" if decoder else "video"][:, : CONTEXT + steps], (1,), dtype=torch.float32
-        )
-        rows = [truth]
-        for sampling in SAMPLINGS if decoder else SAMPLINGS[:1]:
-            generator = torch.Generator().manual_seed(seed)
-            rolled = rollout(model, seen, actions, steps, **sampling, generator=generator)
-            if decoder is not None:
-                rolled = decoder.pictures(torch.cat([seen, rolled], dim=1), CONTEXT)
-            rows.append(torch.cat([truth[:, :CONTEXT], rolled], dim=1))
-        write_gif(run / "rollout.gif", rows)
-        sections += [
-            (
-                "Closed-loop rollout",
-                picture(rollout_strip(rows)) + embedded_gif(run / "rollout.gif"),
-                f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth."
-                + (
-                    f" Next row: the most likely tokens; last row: tokens sampled from the {TOP_K} most likely."
-                    if decoder
-                    else ""
-                ),
-            ),
-        ]
-        write_walks(run, data=data, pixels=pixels, tokenizer=tokenizer, seed=seed)
-    sections += rollout_sections(run, metrics)
+            sections.append(("Drawn latents", latent_table(metrics), LATENT_NOTE))
+        losses = loss_curves(log, names, "loss", config.model.heads.kinds)
+    sections += [*rollout_sections(run, metrics), ("Loss", picture(losses), "")]
     body = "".join(
         f"<h2>{html.escape(title)}</h2>{content}" + (f'<p class="note">{html.escape(note)}</p>' if note else "")
         for title, content, note in sections
@@ -168,6 +146,27 @@ def write_walks(run: Path, *, seed: int, **places: Any) -> None:
 
     page = page_of(load_world(run, **places), seed=seed, steps=WALK_STEPS)
     write_atomically(run / "play.html", page.encode())
+
+
+def rollout_pictures(
+    run: Path, model: WorldModel, clips: dict[str, Tensor], steps: int, decoder: Decoder | None, seed: int
+) -> Section:
+    """The section on closed-loop rollouts of clips, and rollout.gif, which it shows."""
+    seen, actions = clips["video"][:, :CONTEXT], clips["actions"]
+    (truth,) = video_pyramid(clips["pixels" if decoder else "video"][:, : CONTEXT + steps], (1,), dtype=torch.float32)
+    rows = [truth]
+    for sampling in SAMPLINGS if decoder else SAMPLINGS[:1]:
+        generator = torch.Generator().manual_seed(seed)
+        rolled = rollout(model, seen, actions, steps, **sampling, generator=generator)
+        if decoder is not None:
+            rolled = decoder.pictures(torch.cat([seen, rolled], dim=1), CONTEXT)
+        rows.append(torch.cat([truth[:, :CONTEXT], rolled], dim=1))
+    write_gif(run / "rollout.gif", rows)
+    note = f"{CONTEXT} real frames, then the model's own, fed back with the real actions. Upper row: truth."
+    if decoder:
+        note += f" Next row: the most likely tokens; last row: tokens sampled from the {TOP_K} most likely."
+    content = embedded_gif(run / "rollout.gif") + picture(rollout_strip(rows))
+    return "Closed-loop rollout", content, note
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ DEMO_MODEL = WorldModelConfig(
         blocks=(0, 1, 1, 1),
         lag_gate=True,
         weights=(1.0, 0.5, 0.25, 0.125),
+        near_decoder=64,
         consistency=(0.0, 0.05, 0.05, 0.05),
     ),
 )
