@@ -105,6 +105,7 @@ def multi_horizon_loss(
     kind: str = "mse",
     grid: tuple[int, int] | None = None,
     horizon_weights: Sequence[float] | None = None,
+    detach: str | None = "near",
 ) -> Outputs:
     compare = {"mse": F.mse_loss, "l1": F.l1_loss}[kind]
     if grid is not None:
@@ -127,7 +128,8 @@ def multi_horizon_loss(
         apart = horizons.offsets[j] - horizons.offsets[0]
         inside = min(positions - apart, frames - horizons.offsets[j])
         near = _shrunk(images[0][:, apart : apart + inside], horizons.factors[j] // horizons.factors[0])
-        total = total + consistency_weights[j] * compare(images[j][:, :inside], near)
+        near, far = near.detach() if detach == "near" else near, images[j][:, :inside]
+        total = total + consistency_weights[j] * compare(far.detach() if detach == "far" else far, near)
     return (total,)
 
 

@@ -54,6 +54,28 @@ def clips(config: WorldModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- contenders
 
 
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name, op in OPS.items() for size in op.bench])
+def test_the_eager_formula_takes_the_call_of_every_size(name: str, size: str) -> None:
+    """On meta tensors: a formula that cannot express a call would leave the op without rivals."""
+    kwargs = OPS[name].bench[size](torch.bfloat16, torch.device("meta"))
+    found, want = (formula(**kwargs) for formula in (rivals.formula_of(name), bench_ops.ours(OPS[name], "reference")))
+    assert [tuple(x.shape) for x in found] == [tuple(x.shape) for x in want]
+
+
+@pytest.mark.parametrize("detach", ["near", "far", None])
+def test_the_eager_formula_of_the_loss_detaches_what_the_op_does(detach: str | None) -> None:
+    horizons, op = Horizons((1, 2, 4), (1, 2, 4)), OPS["multi_horizon_loss"]
+    preds = [torch.randn(2, 5, 3, 8 // f, 8 // f, requires_grad=True) for f in horizons.factors]
+    video = torch.randn(2, 7, 3, 8, 8)
+    call = {"preds": preds, "video": video, "horizons": horizons, "consistency_weights": [0, 0.5, 0.25]}
+    results = []
+    for formula in (rivals.multi_horizon_loss, bench_ops.ours(op, "reference")):
+        (total,) = formula(**call, detach=detach)
+        results.append([total.detach(), *torch.autograd.grad(total, preds)])
+    for found, want in zip(*results, strict=True):
+        torch.testing.assert_close(found, want)
+
+
 class OneState(torch.autograd.Function):
     """What modded-nanogpt's FusedSoftcappedCrossEntropy computes, by its interface: row n has targets n, n + 1, ..."""
 
