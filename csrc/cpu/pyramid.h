@@ -51,11 +51,18 @@ MFWM_INLINE void interleave_row(const C* from, C* to, int64_t count) {
   for (; x < count; ++x) to[x] = from[x];
 }
 
+// Store a block of a tile that load_split loaded, which leaves no NaN that needs special rounding.
+MFWM_INLINE void store_split(const Lanes<float>::Split& split, bfloat16* to, bool non_temporal) {
+  using L = Lanes<float>;
+  non_temporal ? L::template stream_split<false>(split, to) : L::template store_split<false>(split, to);
+}
+
 // Frames [b, t, c, y, x], stored as images or as tokens of patch x patch pixels, whose features are in (row, column,
 // channel) order.
 struct Frames {
   Array array;
   int64_t patch = 0;  // 0: images
+  static constexpr int64_t block = 2 * Lanes<float>::count;  // pixels that a split tile loads and stores together
   int64_t channels = 1, height = 1, width = 1;
 
   bool is_plain_image() const { return patch == 0 && array.stride[4] == 1; }
@@ -115,29 +122,33 @@ struct Frames {
     for (int64_t c = 0; c < channels; ++c) store(from + c * plane, b, t, c, y, x, rows, columns);
   }
   // Load a rectangle of one channel into a split tile, and prefetch the rectangle below. Every NaN becomes the quiet
-  // NaN, whose lower 16 bits are zero (see Split in lanes.h).
-  template <class C>
+  // NaN, whose lower 16 bits are zero (see Split in lanes.h). If the array loads_directly, also(r, k, split) is called
+  // with the pixels of each whole block, which begins at column k of row r.
+  template <class C, class Also>
   MFWM_INLINE void load_split(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
-                                 C shift) const {
+                              C shift, const Also& also) const {
     using L = Lanes<C>;
     const auto load_directly = [&](auto zero) __attribute__((always_inline)) {
-      if constexpr (std::is_same_v<C, float>)
+      if constexpr (std::is_same_v<C, float>) {
+        // Copies, because the compiler must assume that the stores below change what a reference refers to.
+        const int64_t columns = to.columns, next = to_next(to.rows, to.columns);
         for (int64_t r = 0; r < to.rows; ++r) {
           const auto* from = static_cast<const decltype(zero)*>(array.data) + image_offset(b, t, c, y + r, x);
           C* row = to.row(r);
           int64_t k = 0;
-          for (; k + 2 * L::count <= to.columns; k += 2 * L::count) {
-            const auto split = L::load_split(from + k);
-            L::store(split.even * scale + shift, row + k);
-            L::store(split.odd * scale + shift, row + k + L::count);
-            __builtin_prefetch(from + to_next(to.rows, to.columns) + k, 0, 2);
+          for (; k + 2 * L::count <= columns; k += 2 * L::count) {
+            auto split = L::load_split(from + k);
+            split = {split.even * scale + shift, split.odd * scale + shift};
+            L::store(split.even, row + k);
+            L::store(split.odd, row + k + L::count);
+            also(r, k, split);
+            __builtin_prefetch(from + next + k, 0, 2);
           }
-          for (; k < to.columns; ++k) row[k] = widen(from[k]) * scale + shift;
+          for (; k < columns; ++k) row[k] = widen(from[k]) * scale + shift;
         }
+      }
     };
-    if (std::is_same_v<C, float> && is_plain_image() && array.dtype == DType::uint8) return load_directly(uint8_t{});
-    if (std::is_same_v<C, float> && is_plain_image() && array.dtype == DType::bfloat16)
-      return load_directly(bfloat16{});
+    if (loads_directly<C>()) return array.dtype == DType::uint8 ? load_directly(uint8_t{}) : load_directly(bfloat16{});
     load(to.data, b, t, c, y, x, to.rows, to.columns, scale, shift);
     for (int64_t r = 0; r < to.rows; ++r) {
       C* row = to.row(r);
@@ -147,6 +158,49 @@ struct Frames {
     }
     prefetch_next(b, t, c, y, x, to.rows, to.columns);
   }
+  template <class C>
+  MFWM_INLINE void load_split(const Tile<C>& to, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x, C scale,
+                              C shift) const {
+    load_split(to, b, t, c, y, x, scale, shift, [](int64_t, int64_t, const typename Lanes<C>::Split&) {});
+  }
+  template <class C>
+  bool loads_directly() const {
+    const bool fits = array.dtype == DType::uint8 || array.dtype == DType::bfloat16;
+    return std::is_same_v<C, float> && is_plain_image() && fits;
+  }
+  // Store a tile of one channel into a plain image: as C, or from a split tile as bf16. `non_temporal`: with stores that
+  // bypass the caches; every row must then be aligned to 16 bytes.
+  template <class C>
+  MFWM_INLINE void store_tile(const Tile<C>& from, int64_t b, int64_t t, int64_t c, int64_t y, int64_t x,
+                              bool non_temporal) const {
+    using L = Lanes<C>;
+    // The rows of an image as wide as the tile are one long row.
+    const Tile<C> tile = from.is_dense() && array.stride[3] == from.columns ? from.joined() : from;
+    const int64_t offset = image_offset(b, t, c, y, x), step = 2 * L::count;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const C* row = tile.row(r);
+      int64_t k = 0;
+      if constexpr (std::is_same_v<C, float>)
+        if (tile.is_split) {
+          auto* to = static_cast<bfloat16*>(array.data) + offset + r * array.stride[3];
+          for (; k + step <= tile.columns; k += step) {
+            store_split({L::load(row + k), L::load(row + k + L::count)}, to + k, non_temporal);
+          }
+          for (; k < tile.columns; ++k) narrow(row[k], to[k]);
+          continue;
+        }
+      C* to = static_cast<C*>(array.data) + offset + r * array.stride[3];
+      for (; k + L::count <= tile.columns; k += L::count)
+        non_temporal ? L::stream(L::load(row + k), to + k) : L::store(L::load(row + k), to + k);
+      for (; k < tile.columns; ++k) to[k] = row[k];
+    }
+  }
+  // True if every row of a plain image begins at a multiple of 16 bytes.
+  bool has_aligned_rows() const {
+    const int64_t bytes = size_of(array.dtype), *s = array.stride;
+    return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 && (s[0] | s[1] | s[2] | s[3]) * bytes % 16 == 0;
+  }
+
   // How far the tile after one of this shape is from it: to its right, or below if the tile is as wide as the frame.
   MFWM_INLINE int64_t to_next(int64_t rows, int64_t columns) const {
     return columns < width ? columns : rows * array.stride[3];
