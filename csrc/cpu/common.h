@@ -171,13 +171,17 @@ constexpr int64_t padded(int64_t count) {
 // Call body(unit, scratch) for every unit. A unit must do the same work on any thread, so that results do not depend on
 // the number of threads. Scratch is allocated before the threads start, because an exception must not leave an OpenMP
 // loop.
+//
+// A thread takes a few neighbouring units at a time, so that it can prefetch the next one, but at least eight times, so
+// that a slow thread does not hold up the others.
 template <class C, class Body>
 void parallel_for(int threads, int64_t units, int64_t scratch_size, const Body& body) {
   if (units <= 0) return;
   threads = static_cast<int>(std::clamp<int64_t>(threads, 1, units));
   std::vector<Scratch<C>> scratch;
   for (int thread = 0; thread < threads; ++thread) scratch.emplace_back(scratch_size);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  const int64_t at_once = std::max<int64_t>(1, units / (8 * threads));
+#pragma omp parallel for schedule(dynamic, at_once) num_threads(threads)
   for (int64_t unit = 0; unit < units; ++unit) body(unit, scratch[omp_get_thread_num()].data());
 }
 

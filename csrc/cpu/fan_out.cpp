@@ -104,13 +104,16 @@ struct Fan : FanTiles {
     }
   };
 
+  MFWM_SIMD void load_window_sums(const Tile& tile, int64_t unit) const {
+    std::fill_n(tile.at(tile.plan.zeros), row, C(0));
+    for (int i = 0; i < horizons; ++i)
+      access.read_into(tile.at(tile.plan.window_sums + i), op.sums, (unit / groups * horizons + i) * depth, 1);
+  }
   // Load a unit's window sums, then call body(tile) for each of its tiles.
   template <class Body>
   MFWM_INLINE void visit(const Plan& plan, int64_t unit, C* scratch, const Body& body) const {
     Tile tile{*this, plan, scratch};
-    std::fill_n(tile.at(plan.zeros), row, C(0));
-    for (int i = 0; i < horizons; ++i)
-      access.read_into(tile.at(plan.window_sums + i), op.sums, (unit / groups * horizons + i) * depth, 1);
+    load_window_sums(tile, unit);
     tiles_of(unit, [&](const Place& place, const Place& after) {
       tile.place = place;
       tile.after = after;
@@ -479,13 +482,10 @@ struct Fan : FanTiles {
         visit(layout, unit, scratch, [&](const Tile& tile) {
           backward_tile(tile, gradients, gram.empty() ? nullptr : &gram[slot * pairs]);
         });
-        for (int64_t i = 0; i < horizons; ++i) {
-          if (R::is_split) interleave_row(window + i * row, window + i * row, row);
-          if (gradients.sums) std::copy_n(window + i * row, depth, window_gradients + unit * slab + i * depth);
-          const int64_t at = slot * slab + i * depth;
-          if (gradients.norm_weight) add_unit(weights + i * row, unit == first, &weight_gradients.data()[at]);
-          if (gradients.norm_bias) add_unit(biases + i * row, unit == first, &bias_gradients.data()[at]);
-        }
+        const auto first_of = [&](auto& sums, int64_t row_number) { return &sums.data()[row_number * slab]; };
+        finish_unit(window, weights, biases, unit == first, gradients.sums ? window_gradients + unit * slab : nullptr,
+                    gradients.norm_weight ? first_of(weight_gradients, slot) : nullptr,
+                    gradients.norm_bias ? first_of(bias_gradients, slot) : nullptr);
       }
       finish_streaming();
     });
@@ -497,8 +497,18 @@ struct Fan : FanTiles {
     if (layout.gram) add_parts(gram.data(), 1, slots, pairs, static_cast<double*>(gradients.gram.data));
   }
 
+  // Write a unit's gradients of the window sums, and add those of the norm's parameters to a slot's sums.
+  MFWM_SIMD void finish_unit(C* window, C* weights, C* biases, bool is_first, C* to, double* weight_sums,
+                             double* bias_sums) const {
+    for (int64_t i = 0; i < horizons; ++i) {
+      if (R::is_split) interleave_row(window + i * row, window + i * row, row);
+      if (to) std::copy_n(window + i * row, depth, to + i * depth);
+      if (weight_sums) add_unit(weights + i * row, is_first, weight_sums + i * depth);
+      if (bias_sums) add_unit(biases + i * row, is_first, bias_sums + i * depth);
+    }
+  }
   // sum (+)= a unit's gradient of a parameter of the norm, a row that is left interleaved
-  void add_unit(C* gradient, bool is_first, double* sum) const {
+  MFWM_INLINE void add_unit(C* gradient, bool is_first, double* sum) const {
     if (R::is_split) interleave_row(gradient, gradient, row);
     for (int64_t d = 0; d < depth; ++d) sum[d] = static_cast<double>(gradient[d]) + (is_first ? 0 : sum[d]);
   }

@@ -52,16 +52,18 @@ struct FanTiles {
   struct Place {
     int64_t b, n, y, x;
   };
-  // Call body(tile, next tile) for the tiles of a unit.
+  // Call body(tile, next tile) for the tiles of a unit. The tile after the last one is the first of the next unit, which
+  // the same thread processes next in most cases (parallel_for).
   template <class Body>
   MFWM_INLINE void tiles_of(int64_t unit, const Body& body) const {
-    const int64_t position = unit / groups, group = unit % groups, columns = width / wide;
-    const auto place = [&](int64_t tile) {
-      return Place{position / positions, position % positions, tile / columns * tall, tile % columns * wide};
-    };
-    const int64_t end = (group + 1) * tiles / groups;
-    for (int64_t tile = group * tiles / groups; tile < end; ++tile)
-      body(place(tile), place(std::min(tile + 1, end - 1)));
+    const int64_t first = first_tile(unit), end = first_tile(unit + 1);
+    for (int64_t tile = first; tile < end; ++tile) body(place(tile), place(std::min(tile + 1, first_tile(units) - 1)));
+  }
+  // Tiles are numbered through all positions.
+  MFWM_INLINE int64_t first_tile(int64_t unit) const { return unit / groups * tiles + unit % groups * tiles / groups; }
+  MFWM_INLINE Place place(int64_t tile) const {
+    const int64_t position = tile / tiles, columns = width / wide, within = tile % tiles;
+    return {position / positions, position % positions, within / columns * tall, within % columns * wide};
   }
 
   int64_t rows(size_t l) const { return tall / chain[l].factor; }
