@@ -39,8 +39,19 @@ def _cuda_reason() -> str:
     return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-# Why a backend is absent from this machine; an empty string means that it is present.
-ABSENT: dict[str, str] = {"reference": "", "cpu": native.absent, "triton": _triton_reason(), "cuda": _cuda_reason()}
+class _Reasons(dict[str, str]):
+    """Why a backend is absent from this machine; an empty string means that it is present.
+
+    A reason is found on first use: asking for a CUDA device starts the driver, which takes time and forbids the
+    children of a later fork to use the GPU.
+    """
+
+    def __missing__(self, backend: str) -> str:
+        self[backend] = {"triton": _triton_reason, "cuda": _cuda_reason}[backend]()
+        return self[backend]
+
+
+ABSENT = _Reasons({"reference": "", "cpu": native.absent})
 
 # Process-wide on purpose: torch.compile can guard on a plain global.
 _forced: str = os.environ.get("MFWM_BACKEND") or "auto"

@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, native
 from .arguments import names
-from .backends import ABSENT, INTERPRETED, forced, is_candidate
+from .backends import ABSENT, BACKENDS, INTERPRETED, forced, is_candidate
 from .dtypes import multiplies_bf16
 from .op import OPS
 
@@ -81,9 +81,9 @@ def main() -> None:
     for name, row in ops().items():
         listed = ", ".join(b + ("" if not r["absent"] else " (absent)") for b, r in row["backends"].items())
         print(f"{name:{width}}  {row['auto']['cpu']:12} {row['auto']['cuda']:12}  {listed}")
-    for backend, reason in ABSENT.items():
-        if reason:
-            print(f"\n{backend} is absent: {reason}")
+    for backend in BACKENDS:
+        if ABSENT[backend]:
+            print(f"\n{backend} is absent: {ABSENT[backend]}")
 
 
 if __name__ == "__main__":
