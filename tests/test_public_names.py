@@ -12,6 +12,7 @@ import mfwm
 import pytest
 
 import mfwm_kernels
+from mfwm_kernels.op import OPS
 
 PACKAGES = ("mfwm", "mfwm.data", "mfwm.evaluation", "mfwm.losses", "mfwm.metrics", "mfwm.models", "mfwm.training")
 # Modules of mfwm_kernels that are public beside its __all__.
@@ -34,10 +35,41 @@ def test_mfwm_loads_torch_on_first_use() -> None:
         _ = mfwm.Rollouts
 
 
-def test_the_kernels_do_not_load_the_compiler() -> None:
-    """torch._dynamo takes 1.4 s to import, at every start of a program that may never compile."""
-    code = "import sys, mfwm_kernels; print([name for name in sys.modules if name.startswith('torch._dynamo')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+def test_the_kernels_load_neither_the_compiler_nor_triton_nor_the_driver() -> None:
+    """Every program that imports them would pay: torch._dynamo takes 1.4 s, Triton 0.15 s, and after a question to
+    CUDA's driver no forked child can use the GPU."""
+    code = """
+import sys, torch
+torch.cuda.is_available = torch.cuda.device_count = None
+import mfwm_kernels
+print([name for name in sys.modules if name.split(".")[0] == "triton" or name.startswith("torch._dynamo")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("first", ["mfwm_kernels", "torch.utils.flop_counter"])
+def test_products_are_counted_whichever_is_imported_first(first: str) -> None:
+    code = f"""
+import inspect, sys, torch, {first}, mfwm_kernels
+from torch.utils import flop_counter
+hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("mfwm_kernels")]
+names = sorted(str(op).split(".")[-1].rstrip("')>") for op in flop_counter.flop_registry if "mfwm" in str(op))
+print(*names, len(hooks), "class FlopCounterMode" in inspect.getsource(flop_counter))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = {f"{op.name}{end}" for op in OPS.values() if op.counts_flops for end in ("", "_backward")}
+    expected -= {f"{op.name}_backward" for op in OPS.values() if op.gradients_in_forward}
+    assert (done.stdout.split(), done.stderr) == ([*sorted(expected), "0", "True"], "")
+
+
+@pytest.mark.parametrize("module", ["mfwm.commands", "mfwm.evaluation"])
+def test_a_command_loads_no_more_than_it_needs(module: str) -> None:
+    """Each of these takes as long as torch itself, or a good part of it, and `mfwm --help` uses none of them."""
+    heavy = ("triton", "matplotlib", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_mfwm_uses_public_names_of_the_kernels() -> None:

@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from mfwm_kernels import use_backend
 
@@ -26,6 +25,9 @@ class Cost(NamedTuple):
 @functools.cache
 def cost_of(config: WorldModelConfig) -> Cost:
     """Count by running the model on meta tensors: two FLOPs per product, attention with all pairs, also masked ones."""
+    # Imported here, because it imports Triton.
+    from torch.utils.flop_counter import FlopCounterMode
+
     T = config.context
     with torch.device("meta"), torch.no_grad(), use_backend("reference"):
         model = WorldModel(config)

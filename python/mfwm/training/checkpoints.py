@@ -1,5 +1,7 @@
 """Checkpoints of a run: each is complete or absent, and only the newest few are kept.
 
+torch.distributed.checkpoint takes as long to import as torch itself, so only what saves and loads imports it.
+
 A checkpoint is a directory `checkpoints/00000100`, 100 being the steps done, in the format of
 torch.distributed.checkpoint: each process writes its share, and any number of processes can read it. It is written
 under a name that begins with a dot, flushed to disk, and renamed, so a name without a dot is a complete checkpoint.
@@ -20,10 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-
-from .checkpoint_reading import Planner, Reader
 
 # Names in `checkpoints/`: complete, or being written or deleted; and names of files in a checkpoint.
 COMPLETE = re.compile(r"[0-9]{8,}")
@@ -70,6 +68,9 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Write `state`. OSError if the disk refuses it; earlier checkpoints are then unchanged."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
         unfinished = self.folder / f".{step:08d}"
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,11 @@ class Checkpoints:
         Nothing in the checkpoint is executed. ValueError if it is damaged, holds something else, or names anything that
         is not part of a checkpoint.
         """
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        from .checkpoint_reading import Planner, Reader
+
         try:
             with without_single_process_warning():
                 dcp.load(state, storage_reader=Reader(self.path(step)), planner=Planner())

@@ -1,6 +1,7 @@
 """Training in several processes that torchrun starts, by torch's DistributedDataParallel or FSDP2.
 
 Every process takes its rows of the same global batch, and gradients are averaged over the processes.
+FSDP2 takes as long to import as torch itself, so only a run imports it, not every command.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.blocks import SpaceTimeBlock
@@ -52,6 +52,8 @@ def distribute(model: nn.Module, mode: str) -> nn.Module:
     if mode == "ddp":
         return DistributedDataParallel(model)
     if mode == "fsdp":
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         for block in [module for module in model.modules() if isinstance(module, SpaceTimeBlock)]:
             fully_shard(block)
             register_fsdp_forward_method(block, "append")
@@ -63,6 +65,8 @@ def distribute(model: nn.Module, mode: str) -> nn.Module:
 @contextmanager
 def gradient_sync(module: nn.Module, shared: bool) -> Iterator[None]:
     """Sum gradients over the processes only if `shared`: in the last part of an accumulated step."""
+    from torch.distributed.fsdp import FSDPModule
+
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(shared)
     with module.no_sync() if isinstance(module, DistributedDataParallel) and not shared else nullcontext():

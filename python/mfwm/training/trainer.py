@@ -24,7 +24,6 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mfwm_kernels import arguments as check
 from mfwm_kernels import multiplies_bf16
@@ -454,6 +453,9 @@ class Run:
 
     def state(self, step: int) -> dict[str, Any]:
         """All that the steps after `step` depend on."""
+        # Imported here and in `resume`: it takes as long to import as torch itself.
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
         weights, moments = get_state_dict(self.objective, self.optimiser)
         state = {"model": weights, "optimiser": moments, "step": torch.tensor(step)}
         if self.average is not None:
@@ -465,6 +467,8 @@ class Run:
         latest = checkpoints.latest()
         if latest is None:
             return 0
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
         state = self.state(0)
         checkpoints.load(state, latest)
         set_state_dict(
