@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ import torch
 
 from . import native
 from .check import DTYPES, NAMED
+from .cubins import resource_usage, usage_of
 from .launches import Launch, Pointer, calls, recorded
 from .op import OPS, Op
 from .pipelines import races
@@ -174,36 +174,14 @@ def processes(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"))
 
 
-def binary(name: str) -> str:
-    """The path of a CUDA tool that Triton's wheel contains."""
-    spec = importlib.util.find_spec("triton")
-    assert spec is not None and spec.origin is not None
-    return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def resources(compiled: Any) -> dict[str, int]:
     """Registers per thread and bytes of local and shared memory."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        (used,) = (usage_of(line) for line in listing(cubin) if "REG:" in line)
+        (used,) = (usage_of(line) for line in resource_usage(cubin) if "REG:" in line)
     # Triton allocates shared memory at launch, so the cubin does not list it.
     return {**used, "shared_bytes": int(compiled.metadata.shared)}
-
-
-def listing(file: Path) -> list[str]:
-    command = [binary("cuobjdump"), "--dump-resource-usage", str(file)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-
-
-def usage_of(line: str) -> dict[str, int]:
-    used = {name: int(value) for name, value in re.findall(r"(REG|LOCAL|STACK|SHARED):(\d+)", line)}
-    # Spilled registers are in the stack frame; LOCAL counts only declared local memory.
-    return {
-        "registers": used["REG"],
-        "local_bytes": used["LOCAL"] + used["STACK"],
-        "shared_bytes": used["SHARED"],
-    }
 
 
 def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
@@ -211,7 +189,7 @@ def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
     if native.module is None or not native.module.has_cuda:
         return
     found = function = ""
-    for line in listing(Path(native.module.__file__ or "")):
+    for line in resource_usage(Path(native.module.__file__ or "")):
         if line.startswith("arch = "):
             found = line.removeprefix("arch = ").strip()
         elif line.strip().startswith("Function "):

@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .aot import binary, usage_of
+from .cubins import binary, usage_of
 from .native import CODES
 from .sass.listing import Instruction, constants_of, functions_of, instructions_of
 from .sass.occupancy import RESERVED_BYTES
@@ -85,7 +85,7 @@ def library() -> Library:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    empty = [f'-DMFWM_{name}=""' for name in ("CUDA_VERSION", "CUDA_ARCHITECTURES", "SIMD_LEVELS")]
+    empty = [f'-DMFWM_{name}=""' for name in ("SIGNATURES", "CUDA_VERSION", "CUDA_ARCHITECTURES", "SIMD_LEVELS")]
     macros = ["-DMFWM_WITH_CUDA", *empty]
     nvcc = ["nvcc", "-std=c++17", "-O3", f"-arch={ARCHITECTURE}", "--cudart=none", "--no-compress"]
     nvcc += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"]
@@ -162,11 +162,13 @@ def _functions_of(compiled: Path) -> dict[str, Function]:
 
 
 @contextlib.contextmanager
-def recording(record: Callable[[CudaLaunch], None], address_of: Callable[[Tensor], int]) -> Iterator[None]:
-    """Run the launchers of the cuda backend on tensors without storage, and hand their launches to `record`."""
+def recording(record: Callable[[CudaLaunch], None], placed: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Run the launchers of the cuda backend on tensors without storage, and hand their launches to `record`.
+
+    `placed` gives the mfwm_kernels.launches.Pointer of a tensor.
+    """
     from . import cuda
     from .cuda import multi_horizon_loss, video_pyramid
-    from .launches import distinct_bytes
     from .ops import multi_horizon_loss as loss_arguments
 
     built = library()
@@ -176,8 +178,9 @@ def recording(record: Callable[[CudaLaunch], None], address_of: Callable[[Tensor
         nonlocal moved
         if tensor is None:
             return None
-        moved += distinct_bytes(tensor)
-        return address_of(tensor), CODES[tensor.dtype], tensor.shape, tensor.stride()
+        pointer = placed(tensor)
+        moved += pointer.nbytes
+        return pointer.address, CODES[tensor.dtype], tensor.shape, tensor.stride()
 
     def launched(name: bytes, blocks: int, threads: int, shared_bytes: int, pointers: Any) -> None:
         nonlocal moved

@@ -179,7 +179,7 @@ def _recording(backend: str, memory: _Memory, record: Callable[[Any], None]) -> 
     if backend == "cuda":
         from . import cuda_launches
 
-        with cuda_launches.recording(record, lambda tensor: memory.placed(tensor).address):
+        with cuda_launches.recording(record, memory.placed):
             yield
         return
     from .triton import launch as launcher
