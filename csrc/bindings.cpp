@@ -268,6 +268,7 @@ PYBIND11_MODULE(_native, module) {
 #endif
   build_info["cuda"] = std::string(MFWM_CUDA_VERSION);
   build_info["cuda_architectures"] = std::string(MFWM_CUDA_ARCHITECTURES);
+  build_info["signatures"] = std::string(MFWM_SIGNATURES);
   build_info["simd"] = std::string(MFWM_SIMD_LEVELS);
   module.attr("build_info") = build_info;
 }

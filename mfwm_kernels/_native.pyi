@@ -18,6 +18,7 @@ class BuildInfo(TypedDict):
     compiler: str
     cuda: str
     cuda_architectures: str
+    signatures: str  # the SHA-256 of this file when the module was built
     simd: str
 
 build_info: BuildInfo

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, overload
 
@@ -14,11 +16,32 @@ if TYPE_CHECKING:
     from . import _native as kernels
 
 
+STUB = Path(__file__).with_name("_native.pyi")
+
+
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("mfwm_kernels._native"), ""
+        found = importlib.import_module("mfwm_kernels._native")
     except ImportError as error:
         return None, f"the compiled module mfwm_kernels._native did not import: {error}"
+    check_signatures(found, STUB)
+    return found, ""
+
+
+def check_signatures(found: ModuleType, stub: Path) -> None:
+    """ImportError if a compiled module was built with other signatures than those of its stub.
+
+    A module that an older build left behind would fail at its first call, with pybind11's list of types.
+    """
+    if not stub.exists():
+        return
+    built = getattr(found, "build_info", {}).get("signatures")
+    if built != hashlib.sha256(stub.read_bytes()).hexdigest():
+        raise ImportError(
+            f"{found.__file__} was compiled from other sources than this version of mfwm_kernels. Build it again: in a "
+            "checkout `python setup.py build_ext --inplace`, elsewhere `pip install --force-reinstall --no-deps "
+            "mfwm-kernels`. Without that file, the ops run in plain PyTorch"
+        )
 
 
 # The module, or None and why it is absent.

@@ -37,7 +37,7 @@ FLAGS = [
     *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *(f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-DMFWM_WITH_CUDA"),
-    *('-DMFWM_CUDA_VERSION=""', '-DMFWM_CUDA_ARCHITECTURES=""', '-DMFWM_SIMD_LEVELS=""'),
+    *('-DMFWM_SIGNATURES=""', '-DMFWM_CUDA_VERSION=""', '-DMFWM_CUDA_ARCHITECTURES=""', '-DMFWM_SIMD_LEVELS=""'),
 ]
 # Faults that a GPU would trap, or that no kernel should have, raise an illegal instruction, which the emulator reports.
 TRAPS = [
