@@ -17,6 +17,7 @@ import pytest
 from mfwm import cli, progress
 from mfwm.data import Replay
 from mfwm.demo import complete
+from mfwm.extras import installation
 from mfwm.progress import Progress, clock
 from mfwm.training import train
 from small_run import moving_squares, small_config
@@ -72,6 +73,42 @@ def failing(error: BaseException) -> Any:
         raise error
 
     return fail
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "advice"),
+    [
+        ("tyro", ["train", "--help"], "pip install 'mfwm-kernels[train]'"),
+        (
+            "zarr",
+            ["collect", "balls", "--frames", "9", "--out", "x"],
+            "pip install 'mfwm-kernels[data]' or pip",
+        ),
+        ("PIL", ["collect", "balls", "--frames", "9", "--out", "x"], "pip install 'mfwm-kernels[data]'"),
+        ("matplotlib", ["evaluate", "x"], "pip install 'mfwm-kernels[train]'\n"),
+    ],
+)
+def test_a_missing_package_names_the_extra_that_has_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    arguments: list[str],
+    advice: str,
+) -> None:
+    """As after `pip install mfwm-kernels` alone."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(sys.modules):
+        if name.split(".")[0] == module or (name.startswith("mfwm.") and name not in ("mfwm.cli", "mfwm.extras")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(monkeypatch, *arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("mfwm: ") and module in told and advice in told
+
+
+def test_a_missing_package_that_no_extra_has_is_just_named() -> None:
+    assert installation("no_such_package.part") == ""
 
 
 @pytest.mark.parametrize(

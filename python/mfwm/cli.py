@@ -13,6 +13,8 @@ import os
 import sys
 import warnings
 
+from .extras import installation
+
 # Values of MFWM_TRACEBACK that mean no.
 OFF = ("", "0", "false", "no", "off")
 
@@ -41,7 +43,9 @@ def main() -> None:
     except Exception as error:
         if traceback or not expected(error):
             raise
-        print(f"mfwm: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        advice = installation(missing) if missing else ""
+        print(f"mfwm: {' '.join(str(error).split()) or type(error).__name__}{advice}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
