@@ -369,6 +369,9 @@ def main() -> None:
     # Like an interrupt: exit through `finally`, which prints the results so far.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
+    started = time.perf_counter()
+    environment = info.environment()
+    print(f"mfwm_kernels {environment['mfwm_kernels']}, torch {environment['torch']}, {environment['cpu']}", flush=True)
     absent = [name for name in arguments.backend or () if ABSENT[name]]
     for name in absent:
         print(f"FAIL  {name} is absent: {ABSENT[name]}", flush=True)
@@ -383,7 +386,6 @@ def main() -> None:
             f"GEMM {roof['flops_per_s'] / 1e12:.2f} TFLOP/s"
         )
     rows: list[dict[str, Any]] = []
-    environment = info.environment()
     try:
         for row in rows_in_processes(chosen, arguments.jobs) if arguments.jobs else rows_here(chosen, measured):
             rows.append(row)
@@ -392,7 +394,13 @@ def main() -> None:
                 save(arguments.json, {"environment": environment, "roofs": measured, "rows": rows})
     finally:
         failed = [row for row in rows if not row["passed"]]
-        print(f"{len(rows) - len(failed)} passed, {len(failed)} failed, {len(chosen) - len(rows)} did not finish")
+        for name in () if arguments.backend else BACKENDS:
+            if ABSENT[name]:
+                print(f"not checked: {name}, since {ABSENT[name]}")
+        print(
+            f"{len(rows) - len(failed)} passed, {len(failed)} failed, {len(chosen) - len(rows)} did not finish, "
+            f"{time.perf_counter() - started:.0f} s"
+        )
         for row in failed:
             print(f"FAILED {row['op']} on {row['backend']}, {row['dtype']}: {row['failed']}, {row['problem']}")
         finished = {(row["op"], row["backend"], row["dtype"]) for row in rows}
