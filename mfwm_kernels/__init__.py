@@ -19,7 +19,7 @@ from .ops.multi_horizon_loss import multi_horizon_loss
 from .ops.token_ids import check_errors
 from .ops.video_pyramid import video_pyramid
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BackendError",
     "GradMonitor",
