@@ -60,7 +60,11 @@ _forced: str = os.environ.get("MFWM_BACKEND") or "auto"
 class use_backend:
     """Context manager that forces one backend for every op: `with use_backend("cpu"): ...`.
 
-    "auto" restores the automatic choice. A forced backend that cannot serve a call raises BackendError.
+    A forced backend that cannot serve a call raises BackendError; nothing falls back. A backward runs on the backend of
+    its forward. The environment variable MFWM_BACKEND, read when the package is imported, does the same for a program.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda"; "auto" restores the automatic choice.
     """
 
     def __init__(self, name: str) -> None:

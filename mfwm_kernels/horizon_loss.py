@@ -19,15 +19,17 @@ DETACH = (None, "near", "far")
 class HorizonLoss(NamedTuple):
     """The loss of K horizons.
 
-    total: scalar, sum_i horizon_weights[i] * per_horizon[i] + the weighted consistency terms; the only differentiable
-        field.
-    per_horizon: [K] mean losses. The perplexity of a token model is exp(per_horizon[0]); total sums over horizons.
-    counts: [K] int64, what each mean is over: the number of elements in multi_horizon_loss, of cells in
-        multi_horizon_linear_cross_entropy.
-    consistency, consistency_counts: the same for pairs of horizons, in the shape of the consistency weights ([K]
-        without any); 0 where there is no pair.
-    accuracy: [K] shares in 0..1, or None.
-    predictions: K int64 tensors, the most likely ids of every position, or None.
+    Fields:
+        total: scalar, sum_i horizon_weights[i] * per_horizon[i] + the weighted consistency terms; the only
+            differentiable field.
+        per_horizon: [K] mean losses. The perplexity of a token model is exp(per_horizon[0]); total sums over horizons.
+        counts: [K] int64, what each mean is over: the number of elements in multi_horizon_loss, of cells in
+            multi_horizon_linear_cross_entropy.
+        consistency: the means for pairs of horizons, in the shape of the consistency weights ([K] without any); 0
+            where there is no pair.
+        consistency_counts: what these means are over, in the same shape.
+        accuracy: [K] shares in 0..1, or None.
+        predictions: K int64 tensors, the most likely ids of every position, or None.
     """
 
     total: Tensor

@@ -15,8 +15,10 @@ from .arguments import INTEGER_IDS, LARGEST, integer, integers, shape, tensor
 class Horizons:
     """The K predictions made from one position.
 
-    offsets: frames ahead, non-decreasing integers >= 0 (0: a MaskGIT-style model predicts the masked frame n itself).
-    factors: how much smaller each target is, integers >= 1; an offset may repeat, with increasing factors.
+    Args:
+        offsets: frames ahead, non-decreasing integers >= 0 (0: a MaskGIT-style model predicts the masked frame n
+            itself).
+        factors: how much smaller each target is, integers >= 1; an offset may repeat, with increasing factors.
 
     >>> Horizons.cascade(4)
     Horizons(offsets=(1, 2, 4, 8), factors=(1, 2, 4, 8))
@@ -66,8 +68,13 @@ class Horizons:
     ) -> Tensor:
         """[B, positions] bool: where horizon i counts in a clip of `frames` frames.
 
-        segment_ids: [B, frames] int32 or int64. None: all frames are in one segment, and the result is [1, positions]
-            on `device`.
+        Args:
+            i: the horizon.
+            positions: T, of the hidden state.
+            frames: T_v, of the clip.
+            segment_ids: [B, frames] int32 or int64. None: all frames are in one segment, and the result is
+                [1, positions] on `device`.
+            device: of the result, without segment_ids.
         """
         i, positions = integer("i", i, least=0, most=len(self) - 1), integer("positions", positions, least=0)
         frames = integer("frames", frames, least=0)

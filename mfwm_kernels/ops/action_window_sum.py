@@ -38,17 +38,23 @@ def action_window_sum(
 ) -> Tensor:
     """For each horizon, the sum of the actions that its prediction needs and that the hidden state has not seen.
 
-    Equivalent to `torch.stack([sum(lag_weight[i, j] * shift(actions, j) for j in range(window_start, k)) for i, k in
-    enumerate(offsets)], dim=2)`, where `shift(actions, j)[:, n]` is `actions[:, n + j]`, or 0 past the end and in
-    another segment. The terms are added directly in fp32 (fp64 for fp64), never as a difference of running sums.
+    Equivalent to:
+
+        shifted = [F.pad(actions, (0, 0, 0, j))[:, j:] for j in range(max(offsets))]  # [:, n] is action n + j
+        terms = [[lag_weight[i, j] * shifted[j] for j in range(window_start, k)] for i, k in enumerate(offsets)]
+        torch.stack([sum(term, torch.zeros_like(actions)) for term in terms], dim=2)
+
+    Actions past the end are left out, and so are those in another segment than position n. The terms are added in fp32
+    (fp64 for fp64), directly and never as a difference of running sums, which would cancel.
 
     Args:
         actions: [B, T, D] embeddings or raw action vectors, fp32, bf16, fp16 or fp64, any strides.
         offsets: K non-decreasing integers >= 0, in frames.
         lag_weight: [K, max(1, max(offsets)), D], dtype of actions: a gate for each lag j, because a plain sum loses the
-            order of the actions. Differentiable.
+            order of the actions. Differentiable. None: gates of 1.
         segment_ids: [B, T] int32 or int64, the episode of each action.
-        window_start: the first lag of the sum: 1 if the hidden state has seen action n, 0 if it has not.
+        window_start: the first lag of the sum: 1 if the hidden state at n has seen action n, 0 if it has not. A wrong
+            one raises no error.
 
     Returns:
         [B, T, K, D], dtype of actions. Differentiable with respect to actions and lag_weight.

@@ -62,11 +62,14 @@ def fan_out(
 ) -> tuple[Tensor, ...]:
     """The K states that the K horizons predict from, in one read of `hidden`.
 
-    Equivalent, for horizon i, to `F.rms_norm(avg_pool(hidden, pool[i]) + x[:, :, i, None, None], (D,), norm_weight[i],
-    norm_eps)` (`F.layer_norm(..., norm_weight[i], norm_bias[i], norm_eps)` with norm "layer") with
-    `x = action_window_sum(actions, offsets)[:, :T] + condition`, where `avg_pool` averages pool[i] x pool[i] tokens, in
-    fp32 (fp64 for fp64) throughout and rounded once at the end. The backward reads hidden and the K gradients once, and
-    writes the gradient of hidden once.
+    Equivalent to:
+
+        x = (action_window_sum(actions, horizons.offsets)[:, :T] + condition)[:, :, :, None, None]  # [B, T, K, 1, 1, D]
+        [F.rms_norm(avg_pool(hidden, p) + x[:, :, i], (D,), norm_weight, norm_eps) for i, p in enumerate(pool)]
+
+    where `avg_pool(hidden, p)` is the mean over p x p tokens, and with norm "layer" the last line has
+    `F.layer_norm(..., (D,), norm_weight, norm_bias, norm_eps)`. Computed in fp32 (fp64 for fp64) and rounded once at
+    the end. The backward reads hidden and the K gradients once, and writes the gradient of hidden once.
 
     Args:
         hidden: [B, T, Hp, Wp, D], or [B, T, S, D] if no pool is above 1 or with `grid`; fp32, bf16, fp16 or fp64, any
@@ -81,7 +84,8 @@ def fan_out(
         norm_weight: [D] or [K, D]; None: no norm.
         norm_bias: [D] or [K, D], of norm "layer" only; None: no bias.
         norm_eps: added to the mean square ("rms") or to the variance ("layer").
-        lag_weight, segment_ids ([B, T_a]), window_start: as in action_window_sum; the first two need actions.
+        lag_weight, segment_ids, window_start: as in action_window_sum; segment_ids are [B, T_a]. The first two need
+            actions.
         grid: (Hp, Wp), if hidden is [B, T, S, D] with S = Hp * Wp tokens in row order. The outputs then have that
             layout too: [B, T, S / pool[i]^2, D].
         grad_monitor: the backward writes it, see GradMonitor.

@@ -43,10 +43,14 @@ def mtp_combine(
 ) -> Tensor:
     """Combine the hidden state of one prediction depth with the embedding of the real frame that follows.
 
-    Equivalent to `F.linear(torch.cat([F.rms_norm(hidden, (D,), hidden_norm_weight, norm_eps),
-    F.rms_norm(embedding, (D,), embedding_norm_weight, norm_eps)], -1), weight)`, with the two swapped for
-    order="embedding_first". Norms are in fp32 (fp64 for fp64). Under autocast, every floating tensor is cast as
-    F.linear does.
+    Equivalent to:
+
+        h = F.rms_norm(hidden, (D,), hidden_norm_weight, norm_eps)
+        e = F.rms_norm(embedding, (D,), embedding_norm_weight, norm_eps)
+        F.linear(torch.cat([h, e], -1), weight)
+
+    with h and e swapped for order="embedding_first". Norms are in fp32 (fp64 for fp64). Under autocast, every floating
+    tensor is cast as F.linear does.
 
     Args:
         hidden, embedding: [..., D], equal shapes; fp32, bf16, fp16 or fp64, any strides.

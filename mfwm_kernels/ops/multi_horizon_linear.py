@@ -63,9 +63,12 @@ def multi_horizon_linear(
 ) -> tuple[Tensor, ...]:
     """K linear heads, each on the hidden state conditioned on its horizon's actions.
 
-    Equivalent to `[F.linear(state, weights[i], biases[i]) for i, state in enumerate(fan_out(hidden, actions, horizons,
-    pool=(1,) * K, norm=norm, norm_weight=norm_weight, ...))]`. Under autocast, every floating tensor is cast as
-    F.linear does.
+    Equivalent to:
+
+        states = fan_out(hidden, actions, horizons, pool=(1,) * K, norm_weight=norm_weight)
+        [F.linear(state, weight, bias) for state, weight, bias in zip(states, weights, biases)]
+
+    but no state is ever stored. Under autocast, every floating tensor is cast as F.linear does.
 
     Args:
         hidden: [B, T, Hp, Wp, D] or [B, T, S, D]; fp32, bf16, fp16 or fp64, any strides.

@@ -81,12 +81,18 @@ def multi_horizon_linear_cross_entropy(
 ) -> HorizonLoss:
     """Cross-entropy of K horizons' tokens. The target of a far horizon is the mix of ids in each of its larger cells.
 
-    Equivalent, if every token counts (T_v >= T + offsets[-1], one segment), to
-    `sum(horizon_weights[i] * F.cross_entropy(F.linear(inputs[i], weight, biases).flatten(0, 3),
-    target_i.flatten(0, 3)))` with
-    `target_i = avg_pool(F.one_hot(tokens, V), f_i)[:, k_i : k_i + T]` as class probabilities. Softmaxes are in fp32
-    (fp64 for fp64). Under autocast, inputs and weight are cast as F.linear does. Horizons that are given the same
-    tensors of states, weight and bias share one matrix product and one softmax, as in modded-nanogpt's loss.
+    Equivalent, if every token counts (T_v >= T + offsets[-1], one segment), to:
+
+        ids = F.one_hot(tokens, V).float()  # [B, T_v, Hp, Wp, V]
+        targets = [avg_pool(ids, f)[:, k : k + T] for k, f in zip(offsets, factors)]  # class probabilities
+        logits = [F.linear(x, weight, biases) for x in inputs]
+        losses = [F.cross_entropy(z.flatten(0, 3), target.flatten(0, 3)) for z, target in zip(logits, targets)]
+        total = sum(w * loss for w, loss in zip(horizon_weights, losses))
+
+    where `avg_pool(ids, f)` is the mean over f x f tokens. No more than `chunk_size` rows of logits exist at a time.
+    Softmaxes are in fp32 (fp64 for fp64). Under autocast, inputs and weight are cast as F.linear does. Horizons that
+    are given the same tensors of states, weight and bias share one matrix product and one softmax, as in
+    modded-nanogpt's loss.
 
     Args:
         inputs: K tensors [B, T, Hp / f_i, Wp / f_i, D], or [B, T, S / f_i^2, D] with grid; fp32, bf16, fp16 or fp64,
@@ -134,7 +140,8 @@ def multi_horizon_linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value. An id outside [0, V) that is not
-        ignore_index raises ValueError: on the CPU at once, on a GPU in the next call or `mfwm_kernels.check_errors()`.
+            ignore_index raises ValueError, on the CPU at once, on a GPU in the next call or in
+            `mfwm_kernels.check_errors()`.
 
     Source: "Multi-Frame Prediction for World Models"; z-loss: PaLM, arXiv 2204.02311; softcap: Gemma 2, arXiv
     2408.00118; K targets on one row of logits: KellerJordan/modded-nanogpt, FusedSoftcappedCrossEntropy.

@@ -99,12 +99,18 @@ def multi_horizon_loss(
 ) -> HorizonLoss:
     """Losses of K predictions against the frames that they predict, and against each other.
 
-    Equivalent, if every position counts (T_v >= T + offsets[-1], one segment) and kind is "mse", to
-    `sum(w * F.mse_loss(pred, avg_pool(scale * video + shift, f)[:, k : k + T]) for w, pred, k, f in
-    zip(horizon_weights, preds, offsets, factors))` plus, for each pair i < j with a consistency weight c,
-    `c * F.mse_loss(preds[j][:, : T - d], avg_pool(preds[i], f_j // f_i)[:, d:])`, d = k_j - k_i. A horizon counts at
-    position n if n + k_i < T_v and, with segment_ids, both frames are in one segment. Each mean is over the positions
-    that count; if none does, loss and gradient are 0. Differences and sums are computed in fp32 (fp64 for fp64).
+    Equivalent, if every position counts (T_v >= T + offsets[-1], one segment) and kind is "mse", to:
+
+        frames = [avg_pool(scale * video + shift, f)[:, k : k + T] for k, f in zip(offsets, factors)]
+        total = sum(w * F.mse_loss(pred, frame) for w, pred, frame in zip(horizon_weights, preds, frames))
+        for i, j in pairs:  # i < j: two predictions of one frame, the nearer of which is made `lag` frames later
+            lag, ratio = offsets[j] - offsets[i], factors[j] // factors[i]
+            near = avg_pool(preds[i], ratio)[:, lag:].detach()
+            total = total + consistency_weights[i, j] * F.mse_loss(preds[j][:, : T - lag], near)
+
+    where `avg_pool(x, f)` is the mean over f x f pixels. A horizon counts at position n if n + k_i < T_v and, with
+    segment_ids, both frames are in one segment. Each mean is over the positions that count; if none does, loss and
+    gradient are 0. Differences and sums are computed in fp32 (fp64 for fp64).
 
     Args:
         preds: K tensors [B, T, C, H / f_i, W / f_i], or tokens [B, T, S_i, P_i * P_i * C] with patch_sizes, or

@@ -38,8 +38,12 @@ def video_pyramid(
 ) -> tuple[Tensor, ...]:
     """The normalised video at 1/f of its size for each factor f, in one read.
 
-    Equivalent to `[F.avg_pool2d((scale * video.float() + shift).flatten(0, 1), f).unflatten(0, (B, T)).to(dtype) for f
-    in factors]`, computed in fp32 (fp64 if video or dtype is fp64).
+    Equivalent to:
+
+        x = (scale * video.float() + shift).flatten(0, 1)
+        [F.avg_pool2d(x, f).unflatten(0, (B, T)).to(dtype) for f in factors]
+
+    Computed in fp32 (fp64 if video or dtype is fp64).
 
     Args:
         video: [B, T, C, H, W], uint8 or floating, any strides (a THWC video is `video.permute(0, 1, 4, 2, 3)`).

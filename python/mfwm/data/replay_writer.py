@@ -38,15 +38,16 @@ CHUNK_FRAMES = 64
 class ReplayWriter:
     """Writes a replay buffer, one `append` per episode.
 
-    path: a directory, or a URL that fsspec supports.
-    height, width: of frames, in pixels; with `vocabulary`, in tokens.
-    actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; if that is 0, the set
-        is video without actions.
-    vocabulary: of tokens, each of which has `ids` ids; 0 for pixels.
-    low_factors: increasing factors >= 2 of smaller frames whose ids each episode has, too; for tokens.
-    state_names, state_units: of the columns of a state that each episode has; None for a set without state.
-    overwrite: replace the replay buffer at `path`.
-    attributes: stored with the set as JSON; replay.py lists the names that readers use.
+    Args:
+        path: a directory, or a URL that fsspec supports.
+        height, width: of frames, in pixels; with `vocabulary`, in tokens.
+        actions: the number of discrete actions, or None for continuous ones of `action_size` numbers; if that is 0, the
+            set is video without actions.
+        vocabulary: of tokens, each of which has `ids` ids; 0 for pixels.
+        low_factors: increasing factors >= 2 of smaller frames whose ids each episode has, too; for tokens.
+        state_names, state_units: of the columns of a state that each episode has; None for a set without state.
+        overwrite: replace the replay buffer at `path`.
+        attributes: stored with the set as JSON; replay.py lists the names that readers use.
 
     In a `with` block, all episodes together become the set when the block ends; if it raises or is killed, what was at
     `path` stays. Without one, the first episode becomes the set at once and each `append` extends it: an episode's end

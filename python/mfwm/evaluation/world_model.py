@@ -75,17 +75,18 @@ def evaluate(
     """Evaluate a run on its held-out levels. Returns the metrics, and writes them into the run as metrics.json, with
     the measures of every clip in clips.npz. A metric that is undefined, such as a correlation with a constant, is None.
 
-    data: where the run's data set is, if it was moved. pixels, tokenizer: likewise, for a set that mfwm encode wrote,
-        the frames and the tokenizer's run that it names.
-    against: another run on the same data, whose rollouts are compared with this one's.
-    lpips: a file with the weights of LPIPS, as in mfwm.metrics.lpips; without it LPIPS is not measured.
-    reader: a file for the reader of positions, which the evaluations of one data set may share: it is read if it
-        exists, else trained on this run's training levels and written.
-    probes: whether to fit ridge probes to the hidden state, in sets that hold positions.
-    jumps: whether to roll out in jumps along every horizon of offset 2 or more, too.
-    steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
-    samples: draws of each frame that a horizon with a latent predicts, and of each rollout in jumps.
-    temperature: of the tokens, or of a near distribution, that rollouts draw; 0: the most likely ones, the means.
+    Args:
+        data: where the run's data set is, if it was moved.
+        pixels, tokenizer: likewise, for a set that mfwm encode wrote, the frames and the tokenizer's run that it names.
+        against: another run on the same data, whose rollouts are compared with this one's.
+        lpips: a file with the weights of LPIPS, as in mfwm.metrics.lpips; without it LPIPS is not measured.
+        reader: a file for the reader of positions, which the evaluations of one data set may share: it is read if it
+            exists, else trained on this run's training levels and written.
+        probes: whether to fit ridge probes to the hidden state, in sets that hold positions.
+        jumps: whether to roll out in jumps along every horizon of offset 2 or more, too.
+        steps: of rollouts; fewer if most of the held-out episodes are shorter, as in HeldOut.
+        samples: draws of each frame that a horizon with a latent predicts, and of each rollout in jumps.
+        temperature: of the tokens, or of a near distribution, that rollouts draw; 0: the most likely ones, the means.
     """
     run = Path(run)
     check_draw(clips=clips, batch=batch, seed=seed)

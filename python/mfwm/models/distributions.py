@@ -21,9 +21,11 @@ LOG_SCALE_LIMIT = 10.0
 class Distribution(NamedTuple):
     """What a horizon predicts of every element of a frame; the elements are independent.
 
-    mean: [B, T, C, h, w], in fp32.
-    log_scale: of that shape: of "gaussian" the log-variance, of "laplace" the log of the mean deviation. None for other
-        kinds, which predict the mean alone.
+    Fields:
+        kind: of the horizon's loss.
+        mean: [B, T, C, h, w], in fp32.
+        log_scale: of that shape: of "gaussian" the log-variance, of "laplace" the log of the mean deviation. None for
+            other kinds, which predict the mean alone.
     """
 
     kind: Kind

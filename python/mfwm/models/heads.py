@@ -406,10 +406,12 @@ class MultiFrameHeads(Branches):
         [B, T, H / f_i, W / f_i, vocabulary], or [..., ids_per_token, vocabulary] if there are several. With
         config.raster, those of horizon 0 follow the most likely tokens, each given those before it. With a grid, of
         tokens in one dimension where the frames given are.
-        near_only: only the near horizon, which a closed-loop rollout feeds back.
-        temperature: of horizons that predict distributions or have latents: 0 gives their means, 1 samples of them,
-            drawn with `generator`; in between, samples closer to the mean. Tokens are sampled from the logits, as
-            rollouts do.
+
+        Args:
+            near_only: only the near horizon, which a closed-loop rollout feeds back.
+            temperature: of horizons that predict distributions or have latents: 0 gives their means, 1 samples of them,
+                drawn with `generator`; in between, samples closer to the mean. Tokens are sampled from the logits, as
+                rollouts do.
         """
         check_sampling(temperature, generator, hidden)
         if temperature and not self.draws(near_only):

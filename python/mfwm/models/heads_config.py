@@ -16,70 +16,73 @@ from .distributions import DISTRIBUTIONS, Kind
 class HeadsConfig:
     """What is predicted from a position, and how.
 
-    horizons: how many frames ahead each horizon predicts, and the factor by which its target is smaller. Presets of
-        Horizons: far targets at one low resolution (low_res), the cascade, one offset at several factors
-        (multi_resolution).
-    patch_sizes: side of the output patch of each horizon, in pixels of its target. Horizon i then works on the token
-        grid pooled by patch_sizes[i] * factors[i] / patch_size. None: patch_size / factor, which means no pooling
-        (1 if the factor exceeds the patch).
-    blocks: number of transformer blocks of each horizon, on its pooled grid; None: no blocks. Without blocks the
-        actions in between only shift the input of a linear head.
-    mlp_ratios: width of the MLP in each horizon's blocks, as a multiple of the model's width; None: 4.
-    attend: what position n of those blocks attends to in time: the conditioned "states" of positions <= n, or the
-        trunk's action-conditioned "inputs" of frames <= n followed by the conditioned state of n.
-    conditioning: what a far horizon is told about the frames in between. "actions" adds the sum of the actions in
-        between to the hidden state. "frames" joins the real frames and actions in between to it one after another, as
-        in DeepSeek-V3's multi-token prediction: a training signal for the trunk, not a forecast. "none" is for video
-        without actions.
-    lag_gate: a learned gate per horizon, lag and channel on those actions, because a plain sum loses their order.
-    norm: of the conditioned states, with weights per horizon, and after the blocks: "rms" (RMSNorm), "layer" (LayerNorm
-        with a bias) or None.
-    residual: predict the change from the last frame seen, with heads that start at zero, so that the untrained model
-        copies that frame. Not for tokens.
-    kind: of the loss of pixels and latents, one for all horizons or one for each: a function of the difference, "mse",
-        "l1", "huber" or "charbonnier", or the likelihood of a distribution, "gaussian" or "laplace", whose scale the
-        head predicts beside the mean: for far frames that cannot be known. multi_horizon_loss has the formulas.
-    beta: of "gaussian": from 0, the likelihood, to 1, which weighs the mean's gradient as "mse" does.
-    motion_gain: every element of a horizon's loss is weighted by 1 + motion_gain * |change from frame n|.
-    delta: of "huber".
-    eps: of "charbonnier".
-    upsampler: channels of a convolutional upsampler that computes horizon 0, at full size, from the prediction of
-        horizon 1, the same frame at a lower size. The hidden state then learns from small targets only.
-    upsampling: what the upsampler computes. "correction": from the small prediction and the last frame seen. "analogy":
-        from that frame, and the change from its small version to the small prediction, as in Villegas et al.
-    near_decoder: channels of a convolutional decoder (FrameDecoder) that computes the near horizon in place of a linear
-        head, from the state and the last frame seen. For pixels and latents.
-    output: "pixels" in [-1, 1], "latents", which are unbounded, or "tokens".
-    vocabulary: number of ids; for tokens.
-    token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the smaller
-        frame, tokenised on its own.
-    raster: number of blocks of a causal decoder that predicts the tokens of the near frame one after another in raster
-        order, each given those before it (RasterDecoder), so that their loss is a joint likelihood. None: all tokens at
-        once, independent of each other.
-    shared_head: one matrix from states to tokens for all horizons.
-    bias: whether heads of tokens have biases; those of pixels and latents always do.
-    weights: of the horizons in the loss. None: 1, 0.5, 0.2, 0.1, 0.05, ... for the nearest offset, the next one and so
-        on, because far losses, which are larger, would otherwise dominate the near one early in training.
-    weighting: "fixed": `weights` as given. "uncertainty": times exp(-s_i), s_i learned (Uncertainty). "gradients":
-        `weights` are shares of the gradient into the shared hidden state (GradientNorms).
-    surgery: if two horizons' gradients into the shared hidden state conflict, each loses its component along the other
-        (PCGrad). Costs a second forward and backward of the heads.
-    consistency: weight of the consistency term between each far prediction and the later near one (entry 0 is
-        unused); or K rows of K, where [i][j] is for horizon j and a nearer one i.
-    detach: which side of that term gets no gradient; None: both learn.
-    contrast: weight of temporal_contrast of the shared hidden state, averaged over its tokens, from one position to the
-        next; mfwm.losses has the formulas of these three.
-    latent_consistency: weight of latent_consistency of every far horizon: the state that its head reads against the
-        shared hidden state of the frame it predicts, both divided by their RMS. Of several far horizons of one offset,
-        the first.
-    temporal_difference: weight of temporal_difference of every horizon, times the weight of the horizon. For pixels and
-        latents; of a distribution, that of the means.
-    latent: size of a Gaussian z for each far horizon (FrameLatents), for what of its frame cannot be known: inferred
-        from that frame in training, and in a prediction drawn from what the hidden state tells of it. For pixels and
-        latents; of several far horizons of one offset, for the first. None: no z.
-    kl: weight of the KL divergence from inferred to predicted z, times the weight of the horizon.
-    tap: number of trunk layers, from the input, below the hidden state that the far horizons share; the layers above
-        it serve the near horizon only. None: all horizons read the trunk's output.
+    Args:
+        horizons: how many frames ahead each horizon predicts, and the factor by which its target is smaller. Presets of
+            Horizons: far targets at one low resolution (low_res), the cascade, one offset at several factors
+            (multi_resolution).
+        patch_sizes: side of the output patch of each horizon, in pixels of its target. Horizon i then works on the
+            token grid pooled by patch_sizes[i] * factors[i] / patch_size. None: patch_size / factor, which means no
+            pooling (1 if the factor exceeds the patch).
+        blocks: number of transformer blocks of each horizon, on its pooled grid; None: no blocks. Without blocks the
+            actions in between only shift the input of a linear head.
+        mlp_ratios: width of the MLP in each horizon's blocks, as a multiple of the model's width; None: 4.
+        attend: what position n of those blocks attends to in time: the conditioned "states" of positions <= n, or the
+            trunk's action-conditioned "inputs" of frames <= n followed by the conditioned state of n.
+        conditioning: what a far horizon is told about the frames in between. "actions" adds the sum of the actions in
+            between to the hidden state. "frames" joins the real frames and actions in between to it one after another,
+            as in DeepSeek-V3's multi-token prediction: a training signal for the trunk, not a forecast. "none" is for
+            video without actions.
+        lag_gate: a learned gate per horizon, lag and channel on those actions, because a plain sum loses their order.
+        norm: of the conditioned states, with weights per horizon, and after the blocks: "rms" (RMSNorm), "layer"
+            (LayerNorm with a bias) or None.
+        residual: predict the change from the last frame seen, with heads that start at zero, so that the untrained
+            model copies that frame. Not for tokens.
+        kind: of the loss of pixels and latents, one for all horizons or one for each: a function of the difference,
+            "mse", "l1", "huber" or "charbonnier", or the likelihood of a distribution, "gaussian" or "laplace", whose
+            scale the head predicts beside the mean: for far frames that cannot be known. multi_horizon_loss has the
+            formulas.
+        beta: of "gaussian": from 0, the likelihood, to 1, which weighs the mean's gradient as "mse" does.
+        motion_gain: every element of a horizon's loss is weighted by 1 + motion_gain * |change from frame n|.
+        delta: of "huber".
+        eps: of "charbonnier".
+        upsampler: channels of a convolutional upsampler that computes horizon 0, at full size, from the prediction of
+            horizon 1, the same frame at a lower size. The hidden state then learns from small targets only.
+        upsampling: what the upsampler computes. "correction": from the small prediction and the last frame seen.
+            "analogy": from that frame, and the change from its small version to the small prediction, as in Villegas et
+            al.
+        near_decoder: channels of a convolutional decoder (FrameDecoder) that computes the near horizon in place of a
+            linear head, from the state and the last frame seen. For pixels and latents.
+        output: "pixels" in [-1, 1], "latents", which are unbounded, or "tokens".
+        vocabulary: number of ids; for tokens.
+        token_targets: of far tokens. "pooled": the mix of the ids in each larger cell. "tokenised": the ids of the
+            smaller frame, tokenised on its own.
+        raster: number of blocks of a causal decoder that predicts the tokens of the near frame one after another in
+            raster order, each given those before it (RasterDecoder), so that their loss is a joint likelihood. None:
+            all tokens at once, independent of each other.
+        shared_head: one matrix from states to tokens for all horizons.
+        bias: whether heads of tokens have biases; those of pixels and latents always do.
+        weights: of the horizons in the loss. None: 1, 0.5, 0.2, 0.1, 0.05, ... for the nearest offset, the next one and
+            so on, because far losses, which are larger, would otherwise dominate the near one early in training.
+        weighting: "fixed": `weights` as given. "uncertainty": times exp(-s_i), s_i learned (Uncertainty). "gradients":
+            `weights` are shares of the gradient into the shared hidden state (GradientNorms).
+        surgery: if two horizons' gradients into the shared hidden state conflict, each loses its component along the
+            other (PCGrad). Costs a second forward and backward of the heads.
+        consistency: weight of the consistency term between each far prediction and the later near one (entry 0 is
+            unused); or K rows of K, where [i][j] is for horizon j and a nearer one i.
+        detach: which side of that term gets no gradient; None: both learn.
+        contrast: weight of temporal_contrast of the shared hidden state, averaged over its tokens, from one position to
+            the next; mfwm.losses has the formulas of these three.
+        latent_consistency: weight of latent_consistency of every far horizon: the state that its head reads against the
+            shared hidden state of the frame it predicts, both divided by their RMS. Of several far horizons of one
+            offset, the first.
+        temporal_difference: weight of temporal_difference of every horizon, times the weight of the horizon. For pixels
+            and latents; of a distribution, that of the means.
+        latent: size of a Gaussian z for each far horizon (FrameLatents), for what of its frame cannot be known:
+            inferred from that frame in training, and in a prediction drawn from what the hidden state tells of it. For
+            pixels and latents; of several far horizons of one offset, for the first. None: no z.
+        kl: weight of the KL divergence from inferred to predicted z, times the weight of the horizon.
+        tap: number of trunk layers, from the input, below the hidden state that the far horizons share; the layers
+            above it serve the near horizon only. None: all horizons read the trunk's output.
     """
 
     horizons: Horizons = field(default_factory=lambda: Horizons.cascade(4))

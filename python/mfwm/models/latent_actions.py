@@ -23,13 +23,14 @@ from .world_model import WorldModel, WorldModelConfig
 class LatentActionsConfig:
     """Sizes of a latent action model.
 
-    frame: (channels, height, width) of pixels.
-    patch: side of a patch in pixels.
-    levels: of the finite scalar quantisation of a code; their product is the number of codes. Few codes, so that a code
-        tells what was done and not what came of it.
-    width, layers, head_width, mlp_ratio: of the encoder, and of the decoder.
-    window: frames that a layer of the encoder sees in time, the current one included; at least 2.
-    context: frames that the decoder sees.
+    Args:
+        frame: (channels, height, width) of pixels.
+        patch: side of a patch in pixels.
+        levels: of the finite scalar quantisation of a code; their product is the number of codes. Few codes, so that a
+            code tells what was done and not what came of it.
+        width, layers, head_width, mlp_ratio: of the encoder, and of the decoder.
+        window: frames that a layer of the encoder sees in time, the current one included; at least 2.
+        context: frames that the decoder sees.
     """
 
     frame: tuple[int, int, int] = (3, 64, 64)

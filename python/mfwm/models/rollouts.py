@@ -81,9 +81,11 @@ def rollout_in_jumps(
     Each jump takes one pass of the model, where a rollout takes k. actions: [B, T0 - 1 + jumps * k or more] for T0
     frames of video. The trunk reads approximations of the k frames jumped over: what the horizons up to `horizon`
     predict of them, enlarged to full size, and for the others an interpolation of the two nearest.
-    full_size: with an upsampler and `horizon` 1, of which it computes horizon 0: frames at full size, each from the
-        small prediction and the last frame of `video`, however many jumps lie between them.
-    temperature, generator: of horizons that predict distributions or have latents, as in MultiFrameHeads.predict.
+
+    Args:
+        full_size: with an upsampler and `horizon` 1, of which it computes horizon 0: frames at full size, each from the
+            small prediction and the last frame of `video`, however many jumps lie between them.
+        temperature, generator: of horizons that predict distributions or have latents, as in MultiFrameHeads.predict.
     """
     horizons = model.config.heads.horizons
     if model.tokens or model.config.heads.conditioning == "frames":

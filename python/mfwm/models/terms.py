@@ -20,9 +20,10 @@ from .heads_config import HeadsConfig
 class HeadsLoss(NamedTuple):
     """The fields of HorizonLoss, with a total that includes the terms.
 
-    terms: the mean of each term whose weight is not 0, by its name in HeadsConfig: a scalar for contrast, [K] for the
-        others, 0 for horizons that have none. "contrast_accuracy" is the share of positions whose most similar other
-        position is the next one.
+    Fields:
+        terms: the mean of each term whose weight is not 0, by its name in HeadsConfig: a scalar for contrast, [K] for
+            the others, 0 for horizons that have none. "contrast_accuracy" is the share of positions whose most similar
+            other position is the next one.
     """
 
     total: Tensor

@@ -22,12 +22,13 @@ from .heads_config import HeadsConfig
 class TokenizerConfig:
     """Sizes of a tokenizer.
 
-    frame: (channels, height, width) of pixels.
-    patch: side of a token in pixels: ids are [height / patch, width / patch].
-    levels: of finite scalar quantisation (arXiv 2309.15505), each at least 2; the vocabulary is their product.
-    width, layers, head_width, mlp_ratio: of the encoder, and of the decoder.
-    window: frames that attention in time sees, the current one included. Every layer reaches further back, so an id
-        depends on the last layers * (window - 1) + 1 frames; videos may have any length.
+    Args:
+        frame: (channels, height, width) of pixels.
+        patch: side of a token in pixels: ids are [height / patch, width / patch].
+        levels: of finite scalar quantisation (arXiv 2309.15505), each at least 2; the vocabulary is their product.
+        width, layers, head_width, mlp_ratio: of the encoder, and of the decoder.
+        window: frames that attention in time sees, the current one included. Every layer reaches further back, so an id
+            depends on the last layers * (window - 1) + 1 frames; videos may have any length.
     """
 
     frame: tuple[int, int, int] = (3, 64, 64)

@@ -27,23 +27,24 @@ from .terms import HeadsLoss
 class WorldModelConfig:
     """Sizes of a world model.
 
-    frame: (channels, height, width) of pixels or latents; of tokens (ids per token, rows, columns).
-    patch: side of a token in pixels; 1 for frames of tokens.
-    width, layers, head_width, mlp_ratio: of the transformer; width / head_width attention heads.
-    context: positions of the hidden state, and the number of frames that a rollout sees.
-    actions: number of discrete actions; 0 if there are none.
-    action_size: length of a continuous action vector; 0 if actions are discrete.
-    positions: how the trunk encodes the time of a frame: an embedding "learned" for each position of the context, or
-        queries and keys rotated by it ("rope").
-    window: frames that attention in time reaches, the current one included; None: all. With a window, a rollout costs
-        one position per frame however long it gets, also past the context, and so it needs "rope".
-    masked: MaskGIT: position n sees frame n with most tokens masked, and the action before it. Horizon 0, of offset 0,
-        predicts the masked tokens; the article's offsets are 0, 1, 3, 7.
-    noise_condition: the model is told how strong the noise on the frames is that it sees, a standard deviation per
-        clip. Training with context_noise needs it.
-    recompute: activation checkpointing: store only the input of each trunk layer, and run the layer again in the
-        backward.
-    heads: what is predicted, and how.
+    Args:
+        frame: (channels, height, width) of pixels or latents; of tokens (ids per token, rows, columns).
+        patch: side of a token in pixels; 1 for frames of tokens.
+        width, layers, head_width, mlp_ratio: of the transformer; width / head_width attention heads.
+        context: positions of the hidden state, and the number of frames that a rollout sees.
+        actions: number of discrete actions; 0 if there are none.
+        action_size: length of a continuous action vector; 0 if actions are discrete.
+        positions: how the trunk encodes the time of a frame: an embedding "learned" for each position of the context,
+            or queries and keys rotated by it ("rope").
+        window: frames that attention in time reaches, the current one included; None: all. With a window, a rollout
+            costs one position per frame however long it gets, also past the context, and so it needs "rope".
+        masked: MaskGIT: position n sees frame n with most tokens masked, and the action before it. Horizon 0, of offset
+            0, predicts the masked tokens; the article's offsets are 0, 1, 3, 7.
+        noise_condition: the model is told how strong the noise on the frames is that it sees, a standard deviation per
+            clip. Training with context_noise needs it.
+        recompute: activation checkpointing: store only the input of each trunk layer, and run the layer again in the
+            backward.
+        heads: what is predicted, and how.
     """
 
     frame: tuple[int, int, int] = (3, 64, 64)
@@ -278,13 +279,19 @@ class WorldModel(nn.Module):
     ) -> HeadsLoss:
         """The loss over the first `context` positions of a clip.
 
-        video [B, V, C, height, width] or ids [B, V, rows, columns(, ids_per_token)], actions [B, V] or [B, V, A],
-        segment_ids [B, V]; low_tokens, grad_monitor, shares and latent_noise as in MultiFrameHeads. Frames past the
-        context are targets only: with V = context + the longest offset every position has all its targets.
-        token_mask [B, V, rows, columns]: tokens that a masked model does not see; sampled as in Genie if not given.
-        seen: what the model sees in place of `video`, of the same shape: frames with noise, or predicted ones. noise
-            [B]: the standard deviation of the noise on them, for a model with noise_condition.
-        far_gradient: False: the far horizons' losses train their heads only, not the hidden state that they share.
+        Frames past the context are targets only: with V = context + the longest offset every position has all its
+        targets.
+
+        Args:
+            video: [B, V, C, height, width], or ids [B, V, rows, columns(, ids_per_token)].
+            actions: [B, V], or [B, V, A] of continuous ones; None for a model without actions.
+            segment_ids: [B, V], the episode of each frame.
+            token_mask: [B, V, rows, columns], the tokens that a masked model does not see; sampled as in Genie if not
+                given.
+            seen: what the model sees in place of `video`, of the same shape: frames with noise, or predicted ones.
+            noise: [B], the standard deviation of the noise on them, for a model with noise_condition.
+            far_gradient: False: the far horizons' losses train their heads only, not the hidden state that they share.
+            low_tokens, grad_monitor, shares, latent_noise: as in MultiFrameHeads.
         """
         if self.config.masked and token_mask is None:
             token_mask = training_mask(video.shape[0], video.shape[1], self.grid, video.device)

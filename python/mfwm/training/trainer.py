@@ -51,7 +51,8 @@ class TrainerConfig:
         batch: clips per step, over all processes.
         accumulate: number of parts into which a process splits its clips of a step, run one after another.
         clip: frames per clip; those past the model's context are targets only, so that the last positions have targets.
-        lr: peak learning rate of AdamW, after `warmup` steps.
+        lr: peak learning rate of AdamW.
+        warmup: steps in which the learning rate rises to its peak.
         schedule: after the warm-up, "cosine" falls to a tenth of the peak; "wsd" stays at the peak and falls linearly
             to a tenth over the last `decay` of the steps; "constant" stays at the peak, for use with `ema`.
         decay: share of the steps in which "wsd" falls.
@@ -265,8 +266,11 @@ class Trainer:
         SIGTERM and SIGINT (Ctrl-C) save a checkpoint after the current step and raise SystemExit. A second Ctrl-C ends
         a run of one process at once.
 
-        held_out: clips to validate on, on the trainer's device.
-        stop_after: stop after this step and write a checkpoint, as if the run were killed right after it.
+        Args:
+            objective: the module to train.
+            sampler: where clips come from, as `sampler()` returns.
+            held_out: clips to validate on, on the trainer's device.
+            stop_after: stop after this step and write a checkpoint, as if the run were killed right after it.
         """
         config = self.config
         if stop_after is not None:
