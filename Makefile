@@ -1,4 +1,5 @@
-# make setup | demo | quick | test | bench: everything lives in .venv, runs/ and data/. make prebuild: see docs/gpu.md.
+# make setup | demo | quick | test | bench: everything lives in .venv, runs/ and data/. make docs: the site, in build/docs.
+# make prebuild: see docs/gpu.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest $(if $(CI),--durations=25)
 SHARED := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTEST) -n $(WORKERS) --dist worksteal -p no:benchmark
 COSTLY := interpreter or compile or emulator or aot or process or slow
 
-.PHONY: setup demo lint quick test bench prebuild study-packages clean
+.PHONY: setup demo lint quick test bench docs prebuild study-packages clean
 
 setup: $(STAMP)
 
@@ -44,6 +45,20 @@ test: lint
 bench: setup
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.report
+
+# The site has an environment of its own, without the compiled module, which takes minutes to build: torch's CPU build
+# and the packages of the extra `docs`.
+DOCS := .venv-docs
+DOCS_PACKAGES := $(shell sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+
+docs: $(DOCS)/.up-to-date
+	$(DOCS)/bin/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	$(DOCS)/bin/python docs/_sphinx/check_links.py build/docs
+
+$(DOCS)/.up-to-date: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt $(TORCH) numpy $(DOCS_PACKAGES)
+	touch $@
 
 # The kernels' objects, for benchmarks/gpu_all.sh: they hold no Python, and on the GPU machine only the bindings are left
 # to compile. The list of sums tells there whether the sources are still the same.

@@ -81,8 +81,8 @@ MARKERS = {
     "compile": r"::.*(compile|opcheck|tracers|tensor_that_cannot_be_read|without_a_hidden_gradient)",
     "emulator": r"test_cuda_emulated|test_cuda_strips",
     "aot": r"test_aot|test_triton_launcher",
-    "process": r"test_(benchmarks|engines|evaluation|examples|gpu_all|jumps|parallel|play|reading_list|run_data)"
-    r"|test_(run_safety|token_path|tools|training)|tokens_train|killed|ctrl_c|mistake_is_one_line"
+    "process": r"test_(benchmarks|docs_notebook|docs_site|engines|evaluation|examples|gpu_all|jumps|parallel|play)"
+    r"|test_(reading_list|run_data|run_safety|token_path|tools|training)|tokens_train|killed|ctrl_c|mistake_is_one_line"
     r"|moved_set_is_an_option|threads_that_wait|procgen|encode_keeps",
     "alone": r"test_gpu\.py|test_gpu_all|ctrl_c|a_signal_saves|test_memory",
 }
