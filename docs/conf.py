@@ -37,7 +37,6 @@ autodoc_mock_imports = ["fsspec", "imageio", "matplotlib", "numcodecs", "PIL", "
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
-maximum_signature_line_length = 90
 add_module_names = False
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_param = napoleon_use_rtype = False

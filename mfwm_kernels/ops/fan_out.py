@@ -64,7 +64,7 @@ def fan_out(
 
     Equivalent to:
 
-        x = (action_window_sum(actions, horizons.offsets)[:, :T] + condition)[:, :, :, None, None]  # [B, T, K, 1, 1, D]
+        x = (action_window_sum(actions, horizons.offsets)[:, :T] + condition)[:, :, :, None, None]
         [F.rms_norm(avg_pool(hidden, p) + x[:, :, i], (D,), norm_weight, norm_eps) for i, p in enumerate(pool)]
 
     where `avg_pool(hidden, p)` is the mean over p x p tokens, and with norm "layer" the last line has
