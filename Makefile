@@ -57,7 +57,7 @@ docs: $(DOCS)/.up-to-date
 
 $(DOCS)/.up-to-date: pyproject.toml constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt $(TORCH) numpy $(DOCS_PACKAGES)
+	$(DOCS)/bin/python -m pip install --quiet --no-compile -c constraints.txt $(TORCH) numpy $(DOCS_PACKAGES)
 	touch $@
 
 # The kernels' objects, for benchmarks/gpu_all.sh: they hold no Python, and on the GPU machine only the bindings are left

@@ -37,6 +37,8 @@ autodoc_mock_imports = ["fsspec", "imageio", "matplotlib", "numcodecs", "PIL", "
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
+# Otherwise each forward would have the text of nn.Module.
+autodoc_inherit_docstrings = False
 add_module_names = False
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_param = napoleon_use_rtype = False

@@ -49,7 +49,7 @@ class Horizons:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A name per horizon for logs and plots: its offset, with its factor where several horizons share an offset.
+        """The offset of each horizon as its name in logs and plots, with the factor where several share an offset.
 
         >>> Horizons.multi_resolution().labels
         ('1@1/1', '1@1/2', '1@1/4', '2', '4')

@@ -1,8 +1,7 @@
 """The ops as modules that own their parameters: norm weights, lag gates and heads.
 
 Arguments are those of the functions. Norm weights and lag gates start at 1, norm biases at 0, heads as in nn.Linear.
-Horizon weights and
-consistency weights are buffers, which keep their dtype when a module is cast.
+Horizon weights and consistency weights are buffers, which keep their dtype when a module is cast.
 """
 
 from __future__ import annotations

@@ -138,11 +138,15 @@ def test_commands_of_a_page_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -
                 assert (ROOT / program).is_file(), f"{program} is not a command"
 
 
+def prose(page: Path) -> str:
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^( *)```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
-    text = re.sub(r"^( *)```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     slugs: set[str] = set()
-    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+    for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
         words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower())
         slugs.add(words.strip().replace(" ", "-"))
     return slugs
@@ -150,8 +154,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
 def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
-    text = re.sub(r"^( *)```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)", text):
+    for target in re.findall(r"\]\(([^)\s]+)", prose(page)):
         if re.match(r"\w+:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -159,3 +162,9 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
         assert file.exists(), f"{target}: no such file"
         if anchor:
             assert anchor in anchors(file), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
+def test_no_sum_becomes_a_list(page: Path) -> None:
+    """Where "frame n + 1" is broken before its plus, Markdown begins a list."""
+    assert not re.findall(r"^ *\+ .*", prose(page), re.MULTILINE)

@@ -29,7 +29,7 @@ def temporal_contrast(
 ) -> HorizonLoss:
     """NT-Xent in time: the state `offset` positions later is told from all other positions of the clip and the batch.
 
-    Equivalent, in one segment, to
+    Equivalent, in one segment, to:
 
         z = F.normalize(states, dim=-1).flatten(0, 1)
         logits = (z @ z.T / temperature).fill_diagonal_(-inf).unflatten(0, (B, T))
@@ -97,7 +97,7 @@ def latent_consistency(
 ) -> HorizonLoss:
     """The states that predict frame n + k_i against the hidden state that has seen it.
 
-    Equivalent, in one segment, to the sum over i of horizon_weights[i] times
+    Equivalent, in one segment, to the sum over i of horizon_weights[i] times:
 
         target = avg_pool(hidden.detach(), factors[i])
         F.mse_loss(states[i][:, : T - offsets[i]], target[:, offsets[i] :])
@@ -153,7 +153,7 @@ def temporal_difference(
 ) -> HorizonLoss:
     """The change from each prediction to the next one against the change of the true frames.
 
-    Equivalent, in one segment, to the sum over i of horizon_weights[i] times
+    Equivalent, in one segment, to the sum over i of horizon_weights[i] times:
 
         errors = preds[i][:, : V - offsets[i]] - avg_pool(video, factors[i])[:, offsets[i] : offsets[i] + T]
         (errors[:, 1:] - errors[:, :-1]).square().mean()
@@ -171,7 +171,7 @@ def temporal_difference(
 
     Raises:
         ValueError, TypeError: naming the argument, the rule and the value; where multi_horizon_loss raises them, their
-        T and T_v are those of the changes, less by one.
+            T and T_v are those of the changes, less by one.
 
     Source: the squared difference of successive errors, a plain form of motion consistency. arXiv 2501.07563 compares
     how features of successive frames correlate; motion_gain of multi_horizon_loss weighs by change, as arXiv 2601.20504

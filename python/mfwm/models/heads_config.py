@@ -161,7 +161,7 @@ class HeadsConfig:
 
     @property
     def sharing(self) -> int:
-        """The number of horizons that branch from the shared hidden state: the last ones."""
+        """The number of horizons that branch from the shared hidden state. They are the last ones."""
         return len(self.horizons) - (self.upsampler is not None) - (self.tap is not None)
 
     @property
