@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mfwm import HeadsConfig, WorldModelConfig
+from mfwm.commands import command_of
+from mfwm.training import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 SPHINX = ROOT / "docs" / "_sphinx"
@@ -73,3 +76,22 @@ def test_docstrings_become_restructured_text(monkeypatch: pytest.MonkeyPatch) ->
     lines = ["Of `a * b` and |d|:", "", "    a * `b`", "", "Args:", "    x: |x| * 2"]
     expected = ["Of ``a * b`` and \\|d\\|::", "", "    a * `b`", "", "Args:", "    x: \\|x\\| \\* 2"]
     assert as_restructured_text(lines) == expected
+
+
+@needs_sphinx
+def test_every_option_of_the_tables_is_one_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SPHINX))
+    from options import rows  # type: ignore[import-not-found]
+
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        command_of("plain", ["train", "--help"], None)
+    usage = capsys.readouterr().out
+    tables = ((TrainingConfig, "--"), (WorldModelConfig, "--model."), (HeadsConfig, "--model.heads."))
+    names = {name: default for config, prefix in tables for name, default, _ in rows(config, prefix)}
+    assert names["--model.heads.horizons.offsets"] == "`(1, 2, 4, 8)`" and names["--data"] == "required"
+    # A dataclass has no option of its own, and no default.
+    missing = [name for name, default in names.items() if default and f"{name} " not in f"{usage} ".replace(",", " ")]
+    assert not missing and len(names) > 70

@@ -3,7 +3,7 @@
     ```{options} mfwm.training.TrainingConfig --model.heads.
     ```
 
-The second argument, if given, stands before the names of the options on the command line.
+The second argument stands before the names of the options on the command line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
+import textwrap
 from typing import Any
 
 from docutils import nodes
@@ -28,49 +30,57 @@ def described(config: type[Any]) -> dict[str, str]:
     for kind in reversed(config.__mro__):
         names: list[str] = []
         section = inspect.cleandoc(kind.__dict__.get("__doc__") or "").partition("Args:\n")[2]
-        for line in inspect.cleandoc(section).splitlines():
+        indented = itertools.takewhile(lambda line: line.startswith("    "), section.splitlines())
+        for line in textwrap.dedent("\n".join(indented)).splitlines():
             if entry := ENTRY.match(line):
                 names = entry[1].split(", ")
                 found |= dict.fromkeys(names, entry[2])
-            elif not line.startswith(" "):
-                names = []
-            for name in names if line.startswith(" ") else ():
-                found[name] += " " + line.strip()
+            else:
+                for name in names:
+                    found[name] += " " + line.strip()
     return found
 
 
-def default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default).replace("'", '"')
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default value of a field, or MISSING."""
     if field.default_factory is not dataclasses.MISSING:
-        return repr(field.default_factory())
-    return ""
+        return field.default_factory()
+    return field.default
 
 
-def rows(config: type[Any], prefix: str) -> list[tuple[str, str, str]]:
-    """Name, default and description of each field that is a value; a field that is a config has a table of its own."""
+def rows(config: type[Any], prefix: str, values: Any = None) -> list[tuple[str, str, str]]:
+    """Name, default and description of each field, and of the fields of a field that is a dataclass.
+
+    The configs of the model and of the heads have tables of their own. values: an instance with the defaults, where
+    they are not those of the class.
+    """
     texts = described(config)
     missing = [field.name for field in dataclasses.fields(config) if field.name not in texts]
     if missing:
         raise ValueError(f"the docstring of {config.__name__} must describe {', '.join(missing)}")
     found = []
     for field in dataclasses.fields(config):
-        if field.default_factory is not dataclasses.MISSING and field.name in ("model", "heads"):
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        value = default_of(field) if values is None else getattr(values, field.name)
+        if dataclasses.is_dataclass(value):
+            if field.name not in ("model", "heads"):
+                found.append((name, "", texts[field.name]))
+                found += rows(type(value), f"{name}.", value)
             continue
-        name = f"{prefix}{field.name.replace('_', '-')}" if prefix else field.name
-        found.append((name, default(field), texts[field.name]))
+        shown = "required" if value is dataclasses.MISSING else f"`{value!r}`".replace("'", '"')
+        found.append((name, shown, texts[field.name]))
     return found
 
 
 class Options(SphinxDirective):
-    required_arguments, optional_arguments = 1, 1
+    required_arguments = 2
 
     def run(self) -> list[nodes.Node]:
         module, _, name = self.arguments[0].rpartition(".")
         config = getattr(importlib.import_module(module), name)
         lines = ["| option | default | what |", "| --- | --- | --- |"]
-        for option, value, text in rows(config, (self.arguments[1:] or [""])[0]):
-            cells = (f"`{option}`", f"`{value}`" if value else "required", text)
+        for option, value, text in rows(config, self.arguments[1]):
+            cells = (f"`{option}`", value, text)
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         node = nodes.container(classes=["options"])
         self.state.nested_parse(StringList(lines, source=self.arguments[0]), self.content_offset, node)
