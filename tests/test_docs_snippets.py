@@ -23,7 +23,7 @@ ROOT_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" 
 PAGES = [*ROOT_PAGES, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 # Programs of other packages, whose options are not checked.
-FOREIGN = {"tensorboard", "jupyter"}
+FOREIGN = {"auditwheel", "build", "jupyter", "tensorboard"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -87,7 +87,7 @@ def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         return
     module = arguments[0] == "-m"
     name, rest = (arguments[1], arguments[2:]) if module else (arguments[0], arguments[1:])
-    if name == "setup.py":
+    if name == "setup.py" or (module and name in FOREIGN):
         return
     path = ROOT / (name.replace(".", "/") if module else name)
     path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
@@ -111,7 +111,7 @@ def check_make(arguments: list[str]) -> None:
 def check_pip(arguments: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in arguments:
-        if match := re.fullmatch(r"\.\[(.*)\]", word):
+        if match := re.fullmatch(r"(?:\.|mfwm-kernels)\[(.*)\]", word):
             assert set(match[1].split(",")) <= set(extras), word
 
 
