@@ -139,6 +139,7 @@ def written_out() -> Iterator[None]:
         *,
         horizon_weights: Sequence[float],
         consistency_weights: Any,
+        detach: str | None,
         patch_sizes: Any,
         residual: bool,
         kind: str,
@@ -151,7 +152,7 @@ def written_out() -> Iterator[None]:
         assert kind == "mse" and not residual and not beta and not motion_gain
         assert all(value is None for value in rest.values())
         weights = consistency_weights or [0.0] * len(preds)
-        options: dict[str, Any] = {"patch_sizes": patch_sizes, "horizon_weights": horizon_weights}
+        options: dict[str, Any] = {"patch_sizes": patch_sizes, "horizon_weights": horizon_weights, "detach": detach}
         (total,) = rivals.multi_horizon_loss(list(preds), video, horizons, weights, **options)
         return HorizonLoss(total, *(torch.empty(0),) * 4)
 
