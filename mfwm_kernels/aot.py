@@ -13,73 +13,29 @@ CUDA C++ kernels, from the compiled module if it was built with nvcc. The exit s
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
-import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from . import native
+from . import aot_report, native
+from .aot_compile import Variant, compile_for, key_of, processes, resources, use
 from .check import DTYPES, NAMED
-from .cubins import resource_usage, usage_of
-from .launches import Launch, Pointer, calls, recorded
+from .cubins import name_of, resource_usage, usage_of
+from .launches import Pointer, calls, recorded
 from .op import OPS, Op
 from .pipelines import races
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # The most shared memory of a block in bytes, from the CUDA programming guide.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-
-
-class Variant(NamedTuple):
-    """A launch with its own specialisation. `call` is the first call that causes it; `kernel` is (module, name)."""
-
-    op: str
-    call: str
-    kernel: tuple[str, str]
-    given: tuple[Any, ...]
-    constants: dict[str, Any]
-
-
-class Driver:
-    """Replaces Triton's driver, and so sets the architecture to compile for without a GPU."""
-
-    def __init__(self, architecture: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        # Kernels cache their compiled code per device, so each architecture needs its own number.
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def use(architecture: str) -> None:
-    """Record launches and compile for this architecture from here on."""
-    from triton.runtime import driver
-
-    from .triton import launch
-
-    active = Driver(architecture)
-    driver.set_active(active)
-    launch.recorded_architecture = active.target.arch
 
 
 def variants(
@@ -98,15 +54,6 @@ def variants(
                 key = config_of(launch.given, launch.constants) if fewer else key_of(launch)
                 found.setdefault((name, key), variant)
     return list(found.values())
-
-
-def key_of(launch: Launch) -> str:
-    """Dtypes, alignments, integers that are 1 or multiples of 16, constants and options, as Triton keys them."""
-    from triton.runtime import driver
-
-    *_, binder = launch.kernel.device_caches[driver.active.get_current_device()]
-    _, specialization, options = binder(*launch.given, **launch.constants)
-    return f"{specialization} {options}"
 
 
 def compiled_row(architecture: str, variant: Variant) -> dict[str, Any]:
@@ -131,16 +78,6 @@ def judged(row: dict[str, Any], raced: Sequence[str]) -> dict[str, Any]:
     if row["shared_bytes"] > SHARED_BYTES[row["arch"]]:
         problems.append(f"needs {row['shared_bytes']} bytes of shared memory, a block has {SHARED_BYTES[row['arch']]}")
     return {**row, "problem": "; ".join(problems)}
-
-
-def compile_for(architecture: str, variant: Variant) -> Any:
-    """The compiled kernel, specialised as a launch with these arguments would be."""
-    use(architecture)
-    module, name = variant.kernel
-    kernel = getattr(importlib.import_module(module), name)
-    compiled = kernel.run(*variant.given, grid=(1,), warmup=True, **variant.constants)
-    assert compiled.metadata.target.arch == int(architecture.removeprefix("sm_"))
-    return compiled
 
 
 def compiled_rows(found: Sequence[tuple[str, Variant]], jobs: int) -> Iterator[dict[str, Any]]:
@@ -169,21 +106,6 @@ def compiled_alone(architecture: str, variant: Variant) -> dict[str, Any]:
             return {**row_of(architecture, variant), "problem": "the compiler ended its process"}
 
 
-def processes(jobs: int) -> ProcessPoolExecutor:
-    """A pool of forked processes, which inherit the kernels as they are in this process."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"))
-
-
-def resources(compiled: Any) -> dict[str, int]:
-    """Registers per thread and bytes of local and shared memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        (used,) = (usage_of(line) for line in resource_usage(cubin) if "REG:" in line)
-    # Triton allocates shared memory at launch, so the cubin does not list it.
-    return {**used, "shared_bytes": int(compiled.metadata.shared)}
-
-
 def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
     """The CUDA C++ kernels in the compiled module. Their shared memory excludes what a launch may add."""
     if native.module is None or not native.module.has_cuda:
@@ -198,12 +120,6 @@ def cuda_rows(architecture: str) -> Iterator[dict[str, Any]]:
             source, kernel, arguments = name_of(function)
             row = {"kernel": kernel, "op": source, "arch": architecture, "call": "", "config": arguments}
             yield judged({**row, **usage_of(line)}, [])
-
-
-def name_of(mangled: str) -> tuple[str, str, str]:
-    """(file without .cu, kernel, template arguments as the compiler writes them) of a function in a .cu file."""
-    match = re.search(r"GLOBAL__N__\w{8}_\d+_(\w+?)_cu_\w{8}_?\w*?\d+([a-z]\w*?)(?:I(\w+?)EEv|E)", mangled)
-    return match.groups("") if match else ("", mangled, "")  # type: ignore[return-value]
 
 
 def config_of(given: tuple[Any, ...], constants: dict[str, Any]) -> str:
@@ -225,9 +141,6 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def reported(ops: Sequence[Op], arguments: argparse.Namespace) -> int:
-    # Imported here, because it uses this module.
-    from . import aot_report
-
     dtypes = [name for name, dtype in aot_report.DTYPES.items() if str(dtype).removeprefix("torch.") in arguments.dtype]
     return aot_report.main(
         ops, arguments.backend, arguments.size or (), dtypes, arguments.jobs, arguments.report, arguments.compare or ""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cuda_launches
-from .aot import processes, use
+from .aot_compile import processes, use
 from .launch_costs import ARCHITECTURE, Work, identified, measures_of
 from .launches import META, PRODUCTS, Call, Phase, calls, phases
 from .op import Op

@@ -30,3 +30,9 @@ def usage_of(line: str) -> dict[str, int]:
         "local_bytes": used["LOCAL"] + used["STACK"],
         "shared_bytes": used["SHARED"],
     }
+
+
+def name_of(mangled: str) -> tuple[str, str, str]:
+    """(file without .cu, kernel, template arguments as the compiler writes them) of a function in a .cu file."""
+    match = re.search(r"GLOBAL__N__\w{8}_\d+_(\w+?)_cu_\w{8}_?\w*?\d+([a-z]\w*?)(?:I(\w+?)EEv|E)", mangled)
+    return match.groups("") if match else ("", mangled, "")  # type: ignore[return-value]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import cuda_launches
-from .aot import Variant, compile_for, key_of, name_of, resources
-from .cubins import binary
+from .aot_compile import Variant, compile_for, key_of, resources
+from .cubins import binary, name_of
 from .cuda_launches import ARCHITECTURE, CudaLaunch
 from .launches import Launch
 from .sass.interpreter import LANES, Program

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mfwm_kernels.aot import Variant, compile_for, compiled_row
+from mfwm_kernels.aot import compiled_row
+from mfwm_kernels.aot_compile import Variant, compile_for
 from mfwm_kernels.launches import Pointer
 from mfwm_kernels.pipelines import races
 

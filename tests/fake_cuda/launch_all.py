@@ -17,7 +17,7 @@ from typing import Any
 import triton.backends.nvidia.driver as nvidia
 from triton.runtime import driver
 
-from mfwm_kernels.aot import Driver
+from mfwm_kernels.aot_compile import Driver
 from mfwm_kernels.launches import Launch, Pointer, calls, recorded
 from mfwm_kernels.op import OPS
 
