@@ -12,7 +12,7 @@ from .world_model import WorldModelConfig
 
 Size = Literal["1m", "4m", "15m", "60m", "250m", "1b"]
 
-# 4.3 million parameters, with one block per far horizon on a grid of half the resolution. Far losses are larger,
+# 4.4 million parameters, with one block per far horizon on a grid of half the resolution. Far losses are larger,
 # because more has changed, and with equal weights they dominate the next frame's early in training. Attention reaches
 # half the context back, so a rollout can continue without end at one position per frame.
 DEMO_MODEL = WorldModelConfig(
