@@ -42,6 +42,7 @@ def main() -> None:
         losses = torchrun_ddp.train(STEPS, torch.device("cpu"), prepare)
         if dist.get_rank() == 0:
             torch.save({"gradients": whole, "losses": losses}, folder / f"{name}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

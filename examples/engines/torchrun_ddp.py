@@ -57,6 +57,7 @@ def main(prepare: Callable[[nn.Module], nn.Module]) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(steps, device, prepare)
+    dist.barrier()  # No process closes its connections while another one still uses them.
     dist.destroy_process_group()
 
 
