@@ -258,12 +258,12 @@ FAULTS = [
     Fault(
         "attention reaches another episode", "model", "python/mfwm/models/blocks.py",
         "return same & causal_mask(", "return causal_mask(",
-        "tests/test_model.py -k segments_do_not_mix",
+        "tests/test_causality.py -k segments_do_not_mix",
     ),
     Fault(
         "a real frame in between is one too late", "model", "python/mfwm/models/branches.py",
         "device=x_BVHWD.device) + lag)", "device=x_BVHWD.device) + lag + 1)",
-        "tests/test_model.py -k 'causality or frames_chain'",
+        "tests/test_causality.py tests/test_model.py -k 'causality or frames_chain'",
     ),
     Fault(
         "the placebo's far horizons reach the trunk", "model", "python/mfwm/models/world_model.py",

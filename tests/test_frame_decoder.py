@@ -61,6 +61,15 @@ def test_an_untrained_model_copies_the_last_frame(kind: str) -> None:
     torch.testing.assert_close(model.predict(**clips)[0], last)
 
 
+@pytest.mark.parametrize(("batch", "frames"), [(0, 6), (2, 0)], ids=["no clips", "no positions"])
+def test_an_empty_batch_has_loss_0(batch: int, frames: int) -> None:
+    heads = build(near_decoder=8).heads
+    hidden, actions = torch.randn(batch, frames, 4, 4, 32), torch.randn(batch, 6, 32)
+    video = torch.randint(0, 256, (batch, 6, 3, 16, 16), dtype=torch.uint8)
+    assert heads(hidden, actions, video).total == 0
+    assert heads.predict(hidden, actions, video)[0].shape == (batch, frames, 3, 16, 16)
+
+
 def test_it_learns_to_move_what_the_last_frame_shows() -> None:
     """Frames of noise that shift by one pixel: no state of one token has what its next patch will show."""
     torch.manual_seed(0)

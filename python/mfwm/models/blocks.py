@@ -70,8 +70,9 @@ class SpaceAttention(Attention):
     """Attention over the tokens of a frame."""
 
     def forward(self, x_BTSD: Tensor) -> Tensor:
-        B, T, S, _ = x_BTSD.shape
-        shape = (B * T, S, -1, self.head_width)
+        B, T, S, D = x_BTSD.shape
+        # Heads are counted, because -1 is ambiguous for an empty batch.
+        shape = (B * T, S, D // self.head_width, self.head_width)
         q, k, v = (layer(x_BTSD).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
         return self.join(attend(q, k, v, None, causal=False), x_BTSD)
 
@@ -153,8 +154,8 @@ class TimeAttention(Attention):
 
     def _split(self, layer: nn.Module, x_BTSD: Tensor, first: int) -> Tensor:
         """[B, S * heads, T, head_width]: tokens and heads share a dimension, so that one mask per clip broadcasts."""
-        B, T = x_BTSD.shape[:2]
-        parts = layer(x_BTSD).view(B, T, -1, self.head_width).transpose(1, 2)
+        B, T, S, D = x_BTSD.shape
+        parts = layer(x_BTSD).view(B, T, S * (D // self.head_width), self.head_width).transpose(1, 2)
         return rotate(parts, first) if self.rotary and layer is not self.value else parts
 
     def _keys_values(self, x_BTSD: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -43,10 +43,12 @@ class FrameDecoder(nn.Module):
         seen: [B, T, H * W * (P / cell)^2, cell * cell * C], the cells of the last frame seen, in row order.
         """
         (B, T, H, W), r, c = states.shape[:4], self.split, self.cell
-        rows = (B * T, H * r, W * r, -1)
-        modulation = self.modulation(states).view(B * T, H, W, r, r, -1).transpose(2, 3).reshape(rows)
+        # Sizes are written out, because -1 is ambiguous for an empty batch.
+        hidden_channels, features = self.conv_in.out_channels, self.conv_in.in_channels
+        modulation = self.modulation(states).view(B * T, H, W, r, r, 2 * hidden_channels)
+        modulation = modulation.transpose(2, 3).reshape(B * T, H * r, W * r, 2 * hidden_channels)
         scale, shift = modulation.permute(0, 3, 1, 2).chunk(2, dim=1)
-        x = self.conv_in(seen.reshape(rows).permute(0, 3, 1, 2))
+        x = self.conv_in(seen.reshape(B * T, H * r, W * r, features).permute(0, 3, 1, 2))
         x = self.conv_out(F.gelu(torch.addcmul(shift, x, 1 + scale))).permute(0, 2, 3, 1)
-        cells = x.reshape(B * T, H, r, W, r, self.parts, c, -1)
-        return cells.permute(0, 1, 3, 5, 2, 6, 4, 7).reshape(B, T, H, W, -1)
+        cells = x.reshape(B * T, H, r, W, r, self.parts, c, features // c)
+        return cells.permute(0, 1, 3, 5, 2, 6, 4, 7).reshape(B, T, H, W, self.parts * r * r * features)

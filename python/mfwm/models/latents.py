@@ -64,7 +64,7 @@ class FrameLatents(nn.Module):
         for i, frames, posterior in zip(self.far, pyramid, self.posteriors, strict=True):
             index = (torch.arange(positions, device=video.device) + self.horizons.offsets[i]).clamp_max(last)
             small = F.adaptive_avg_pool2d(frames[:, index].flatten(0, 1), THUMBNAIL)
-            thumbnails = small.view(*state.shape[:2], -1)
+            thumbnails = small.flatten(1).unflatten(0, state.shape[:2])
             thumbnails = torch.where(valid_BTK[..., i, None], thumbnails, 0).to(state.dtype)
             parts.append(posterior(torch.cat([state, thumbnails], dim=-1)).float())
         counts = valid_BTK[..., list(self.far), None]

@@ -37,7 +37,7 @@ class RasterDecoder(nn.Module):
 
     def forward(self, state_BTHWD: Tensor, ids: Tensor) -> Tensor:
         """Outputs [B, T, H, W, D] for the true ids [B, T, H, W(, ids_per_token)] of the frames predicted."""
-        ids_NSF = ids.reshape(-1, state_BTHWD.shape[2] * state_BTHWD.shape[3], self.ids_per_token)
+        ids_NSF = ids.reshape(state_BTHWD.shape[:2].numel(), state_BTHWD.shape[2:4].numel(), self.ids_per_token)
         states = state_BTHWD.flatten(2, 3).flatten(0, 1)
         before = F.pad(self._embedded(ids_NSF[:, :-1]), (0, 0, 1, 0))
         before = before + F.pad(self.start[None, None], (0, 0, 0, before.shape[1] - 1))
