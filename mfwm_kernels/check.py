@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -102,7 +103,9 @@ def run(op: Op, kwargs: dict[str, Any], backend: str) -> tuple[list[Tensor], lis
         name: converted(value, lambda t: t.detach().requires_grad_()) if name in op.differentiable else value
         for name, value in kwargs.items()
     }
-    with use_backend(backend):
+    with use_backend(backend), warnings.catch_warnings():
+        # Some samples have horizons that never count, on purpose.
+        warnings.filterwarnings("ignore", message="horizon .* never counts")
         result = op.public(**kwargs)
     outputs = tensors_of(result)
     leaves = different([t for name in op.differentiable for t in tensors_of(kwargs.get(name)) if t.requires_grad])
