@@ -104,6 +104,7 @@ struct Fan : FanTiles {
     }
   };
 
+  // A function of its own, like finish_unit, because the lambda that visits a unit is compiled for the baseline only.
   MFWM_SIMD void load_window_sums(const Tile& tile, int64_t unit) const {
     std::fill_n(tile.at(tile.plan.zeros), row, C(0));
     for (int i = 0; i < horizons; ++i)
@@ -482,10 +483,9 @@ struct Fan : FanTiles {
         visit(layout, unit, scratch, [&](const Tile& tile) {
           backward_tile(tile, gradients, gram.empty() ? nullptr : &gram[slot * pairs]);
         });
-        const auto first_of = [&](auto& sums, int64_t row_number) { return &sums.data()[row_number * slab]; };
         finish_unit(window, weights, biases, unit == first, gradients.sums ? window_gradients + unit * slab : nullptr,
-                    gradients.norm_weight ? first_of(weight_gradients, slot) : nullptr,
-                    gradients.norm_bias ? first_of(bias_gradients, slot) : nullptr);
+                    gradients.norm_weight ? weight_gradients.data() + slot * slab : nullptr,
+                    gradients.norm_bias ? bias_gradients.data() + slot * slab : nullptr);
       }
       finish_streaming();
     });

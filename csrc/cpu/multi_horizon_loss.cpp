@@ -51,8 +51,7 @@ struct Loss {
   std::vector<Pair> pairs;
   std::vector<double> coefficient;  // per term: one per horizon, then one per pair
   std::vector<int64_t> counts;      // elements per term
-  // Write gradients with non-temporal stores if they are larger than the caches: an ordinary store would first read the
-  // cache line that it overwrites.
+  // Whether to write gradients with non-temporal stores.
   bool streams = false;
 
   Loss(const MultiHorizonLoss& op_, int threads_) : op(op_), threads(threads_) {
@@ -71,7 +70,7 @@ struct Loss {
       if (to.array)
         bytes += layout.batch * layout.positions * layout.channels * to.height * to.width * size_of(to.array.dtype);
     }
-    streams = bytes > int64_t(16) << 20;
+    streams = exceed_caches(bytes);
     count_elements();
   }
 

@@ -51,6 +51,10 @@ MFWM_INLINE void interleave_row(const C* from, C* to, int64_t count) {
   for (; x < count; ++x) to[x] = from[x];
 }
 
+// Whether outputs of so many bytes exceed the caches, so that non-temporal stores pay: an ordinary store first reads the
+// cache line that it overwrites.
+inline bool exceed_caches(int64_t bytes) { return bytes > int64_t(16) << 20; }
+
 // Store a block of a tile that load_split loaded, which leaves no NaN that needs special rounding.
 MFWM_INLINE void store_split(const Lanes<float>::Split& split, bfloat16* to, bool non_temporal) {
   using L = Lanes<float>;
@@ -183,9 +187,8 @@ struct Frames {
       if constexpr (std::is_same_v<C, float>)
         if (tile.is_split) {
           auto* to = static_cast<bfloat16*>(array.data) + offset + r * array.stride[3];
-          for (; k + step <= tile.columns; k += step) {
+          for (; k + step <= tile.columns; k += step)
             store_split({L::load(row + k), L::load(row + k + L::count)}, to + k, non_temporal);
-          }
           for (; k < tile.columns; ++k) narrow(row[k], to[k]);
           continue;
         }

@@ -15,8 +15,7 @@ struct Pyramid {
   std::vector<Frames> outputs;
   // Plain images of C or bf16 are stored from whole tiles, which are split (pyramid.h) if they are bf16.
   bool stores_tiles = op.patch_sizes.empty(), is_split = stores_tiles;
-  // Per output: whether to store it with non-temporal stores. An ordinary store first reads the cache line that it
-  // overwrites, which does not pay where the outputs are larger than the caches.
+  // Per output: whether to store it with non-temporal stores.
   std::vector<bool> non_temporal;
   // The output that is a copy of the split frame, stored while the frame is loaded: stores then hide behind the
   // conversion of pixels. -1: none.
@@ -45,7 +44,7 @@ struct Pyramid {
     }
     is_split = is_split && stores_tiles;
     for (const Frames& output : outputs)
-      non_temporal.push_back(stores_tiles && bytes > int64_t(16) << 20 && output.has_aligned_rows());
+      non_temporal.push_back(stores_tiles && exceed_caches(bytes) && output.has_aligned_rows());
     if (is_split && video.template loads_directly<C>() && tiling.columns % Frames::block == 0 &&
         tiling.width % Frames::block == 0)
       for (size_t i = 0; i < outputs.size() && copied < 0; ++i)
