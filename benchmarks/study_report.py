@@ -159,7 +159,8 @@ class Study:
             + ", ".join(
                 f"{count} seeds on {world}" if count > 1 else f"1 seed on {world}" for world, count in seeds.items()
             )
-            + ". An interval of one seed is over its clips alone, and says nothing about another seed.",
+            + ". An interval of one seed is over its clips alone, and says nothing about another seed. The columns of "
+            "an arm are means over its own seeds; differences are paired, over the seeds that both arms have.",
             "The endpoint, in pixels of a rolled-out frame; less is better:",
             self.endpoint_table(),
             "The predictions:",
@@ -177,26 +178,24 @@ class Study:
         return "\n\n".join(parts)
 
     def short(self) -> str:
-        """What README.md says: the endpoint, and the best arm of each world that all arms were trained on."""
+        """What README.md says: the endpoint and the best arm of each world, over the seeds that all arms shown have."""
         arm, against = self.plan.endpoint.arm, self.plan.endpoint.against
-        rows = []
+        compared, rows = ("A0", against, arm), []
         for world in self.worlds(WORLDS):
-            arms = [name for name in self.results.arms(world) if name[0] in "AB"]
+            if not set(compared) <= set(self.results.arms(world)):
+                continue
+            seeds = self.results.seeds(world, *compared)
             errors = {
-                name: mean_of_defined(mean_of_defined(self.results.values(world, name, "clips"))[None])[0]
-                for name in arms
+                name: mean_of_defined(mean_of_defined(self.results.values(world, name, "clips", seeds=seeds))[None])[0]
+                for name in self.results.arms(world)
+                if seeds and set(seeds) <= set(self.results.seeds(world, name))
             }
-            best = min(errors, key=lambda name: errors[name])
-            shown_arms = dict.fromkeys(("A0", against, arm, best))
-            rows.append(
-                [
-                    self.plan.worlds[world].title,
-                    *(f"{errors[name]:.2f}" if name in errors else "" for name in ("A0", against, arm)),
-                    f"{best}: {self.plan.arms[best].title}, {errors[best]:.2f}",
-                    str(min(len(self.results.seeds(world, name)) for name in shown_arms if name in errors)),
-                ]
-            )
-        titles = [self.plan.arms[name].title for name in ("A0", against, arm)]
+            if errors:
+                best = min(errors, key=lambda name: errors[name])
+                shown_errors = [f"{errors[name]:.2f}" for name in compared]
+                shown_best = f"{best}: {self.plan.arms[best].title}, {errors[best]:.2f}"
+                rows.append([self.plan.worlds[world].title, *shown_errors, shown_best, str(len(seeds))])
+        titles = [self.plan.arms[name].title for name in compared]
         return table(["position error after 9 to 32 steps, px", *titles, "best arm", "seeds"], rows)
 
 

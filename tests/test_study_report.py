@@ -70,6 +70,19 @@ def test_the_figures_of_the_tables() -> None:
     assert "| B4: cascade, 4.00 | 3 |" in study.short() and "A0: next frame | 3 | 31.50" in report
 
 
+def test_the_readme_compares_arms_over_the_same_seeds() -> None:
+    """The next frame of seed 2 is far worse, and no other arm has that seed."""
+    results = results_of({"A0": 6.0, "A1": 5.0, "B3": 1.0, "B4": 4.0}, {}, {})
+    for (world, arm, seed), columns in list(results.cells.items()):
+        if seed == 2 and arm == "A0":
+            columns["steps"]["clips"] = [60.0] * 6
+        elif seed == 2 or (seed == 1 and arm == "B3" and world == "balls"):
+            del results.cells[world, arm, seed]
+    balls, noisy, _ = [line.split("|")[2:-1] for line in Study(plan, results).short().splitlines()[2:]]
+    assert [field.strip() for field in balls] == ["6.00", "5.00", "4.00", "B4: cascade, 4.00", "2"]
+    assert noisy[3].strip() == "B3: skip 1, 2, 4, 8, full size, 1.00"
+
+
 def test_arms_without_seeds_in_common_are_said_not_to_be_run() -> None:
     study = Study(plan, results_of({"A0": 6.0, "A1": 5.0}, {}, {}))
     assert next(figures for _, figures in study.answers()) == "B3 minus B2: not run"
