@@ -51,7 +51,8 @@ def measure_seconds(plan: Plan, configs: dict[str, TrainingConfig], plan_path: P
     the first of those, and scaled by what it takes now.
     """
     path = seconds_path(plan_path)
-    known = parsed(path.read_bytes(), str(path))["seconds"] if path.is_file() else {}
+    before = parsed(path.read_bytes(), str(path)) if path.is_file() else {}
+    known = before.get("seconds", {})
     first = next((arm for arm in known if arm in configs), None)
     configs = {arm: config for arm, config in configs.items() if arm not in known or arm == first}
     torch.set_num_threads(plan.threads)
@@ -77,6 +78,9 @@ def measure_seconds(plan: Plan, configs: dict[str, TrainingConfig], plan_path: P
     scale = 1.0 if first is None else known[first] / seconds[first]
     seconds = {**{arm: scale * value for arm, value in seconds.items()}, **known}
     device = torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {plan.threads} threads"
+    if first is not None:
+        # The seconds are those of the device that the first ones were measured on.
+        device = before.get("device", device)
     found = {"seconds": seconds, "device": device, "torch": torch.__version__}
     write_atomically(path, json.dumps(found, indent=2).encode())
     return seconds
