@@ -1,11 +1,12 @@
-"""python -m benchmarks.study_report: write what the study came to into docs/study.md and README.md.
+"""python -m benchmarks.study_report: write what the studies came to into docs/study.md and README.md.
 
-Every figure is computed from benchmarks/results/study/core.json, the results file of benchmarks/study/core.toml. The
-text between the `study` markers of both files is replaced.
+Every figure is computed from benchmarks/results/study/NAME.json, the results file of benchmarks/study/NAME.toml, for
+the core and for the study of sizes. The text between the markers of that name is replaced.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,20 @@ from mfwm.study.statistics import Difference, difference, holm, seeds_needed
 from .report import table
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- study: written by python -m benchmarks.study_report -->", "<!-- end of study -->"
-PLAN = ROOT / "benchmarks" / "study" / "core.toml"
-RESULTS = ROOT / "benchmarks" / "results" / "study" / "core.json"
 COLUMNS = {"steps": "steps", "flops": "FLOPs", "time": "time"}
 # The worlds that all core arms are trained on, and those that differ in the distance of frames.
 WORLDS, FRAME_RATES = ("balls", "noisy", "freeway"), ("balls", "skip2", "skip4")
 
 
-class Study:
-    """The plan and its results, and how its figures are printed."""
+class Study(ABC):
+    """A plan and its results, and how its figures are printed."""
 
     def __init__(self, plan: Plan, results: Results) -> None:
         self.plan, self.results = plan, results
+
+    @abstractmethod
+    def answers(self) -> Iterator[tuple[str, str]]:
+        """A verdict and its figures for each prediction, in their order."""
 
     def worlds(self, among: tuple[str, ...]) -> list[str]:
         return [world for world in among if world in self.results.worlds()]
@@ -92,6 +94,15 @@ class Study:
         head += [f"error at equal {name}, px" for name in COLUMNS.values()]
         return table([*head, f"minus {against} at equal steps", "p, Holm"], rows)
 
+    def error_of_common(self, world: str, *arms: str) -> dict[str, float]:
+        """The position error of each arm at equal steps, over the seeds that all of them have; empty without any."""
+        seeds = self.results.seeds(world, *arms)
+        return {
+            arm: float(mean_of_defined(mean_of_defined(self.results.values(world, arm, "clips", seeds=seeds))[None])[0])
+            for arm in arms
+            if seeds
+        }
+
     def cells(self, world: str, arm: str) -> list[dict]:
         return [self.results.cells[world, arm, seed]["steps"] for seed in self.results.seeds(world, arm)]
 
@@ -112,8 +123,38 @@ class Study:
         head = ["world", "equal", f"{arm} minus {against}, px", "p", "seeds", f"seeds that show a tenth of {against}"]
         return table(head, rows)
 
+    def report(self) -> str:
+        planned, done = len(self.plan.cells()), len(self.results.cells)
+        seeds = {world: max(len(self.results.seeds(world, arm)) for arm in self.results.arms(world))
+                 for world in self.results.worlds()}  # fmt: skip
+        parts = [
+            f"{done} of {planned} cells have been run, {self.plan.steps:,} steps each in the column of equal steps: "
+            + ", ".join(
+                f"{count} seeds on {world}" if count > 1 else f"1 seed on {world}" for world, count in seeds.items()
+            )
+            + ". An interval of one seed is over its clips alone, and says nothing about another seed. The columns of "
+            "an arm are means over its own seeds; differences are paired, over the seeds that both arms have.",
+            "The endpoint, in pixels of a rolled-out frame; less is better:",
+            self.endpoint_table(),
+            "The predictions:",
+            table(
+                [
+                    "predicted",
+                    "came true" if done == planned else "so far",
+                    "position error at equal steps, px, where nothing else is named",
+                ],
+                [[text, *answer] for text, answer in zip(self.plan.predictions, self.answers(), strict=True)],
+            ),
+        ]
+        for world in self.results.worlds():
+            parts += [f"{self.plan.worlds[world].title}:", self.arms_table(world)]
+        return "\n\n".join(parts)
+
+
+class Core(Study):
+    """Does it help?"""
+
     def answers(self) -> Iterator[tuple[str, str]]:
-        """A verdict and its figures for each prediction, in their order."""
         found = self.versus("B3", "B2", WORLDS)
         yield verdict(found, not any(d.high < 0 for d in found.values())), differences("B3 minus B2", found)
 
@@ -150,33 +191,6 @@ class Study:
             differences("B4 minus A1", found),
         )
 
-    def report(self) -> str:
-        planned, done = len(self.plan.cells()), len(self.results.cells)
-        seeds = {world: max(len(self.results.seeds(world, arm)) for arm in self.results.arms(world))
-                 for world in self.results.worlds()}  # fmt: skip
-        parts = [
-            f"{done} of {planned} cells have been run, {self.plan.steps:,} steps each in the column of equal steps: "
-            + ", ".join(
-                f"{count} seeds on {world}" if count > 1 else f"1 seed on {world}" for world, count in seeds.items()
-            )
-            + ". An interval of one seed is over its clips alone, and says nothing about another seed. The columns of "
-            "an arm are means over its own seeds; differences are paired, over the seeds that both arms have.",
-            "The endpoint, in pixels of a rolled-out frame; less is better:",
-            self.endpoint_table(),
-            "The predictions:",
-            table(
-                [
-                    "predicted",
-                    "came true" if done == planned else "so far",
-                    "position error at equal steps, px, where nothing else is named",
-                ],
-                [[text, *answer] for text, answer in zip(self.plan.predictions, self.answers(), strict=True)],
-            ),
-        ]
-        for world in self.results.worlds():
-            parts += [f"{self.plan.worlds[world].title}:", self.arms_table(world)]
-        return "\n\n".join(parts)
-
     def short(self) -> str:
         """What README.md says: the endpoint and the best arm of each world, over the seeds that all arms shown have."""
         arm, against = self.plan.endpoint.arm, self.plan.endpoint.against
@@ -185,11 +199,8 @@ class Study:
             if not set(compared) <= set(self.results.arms(world)):
                 continue
             seeds = self.results.seeds(world, *compared)
-            errors = {
-                name: mean_of_defined(mean_of_defined(self.results.values(world, name, "clips", seeds=seeds))[None])[0]
-                for name in self.results.arms(world)
-                if seeds and set(seeds) <= set(self.results.seeds(world, name))
-            }
+            complete = [arm for arm in self.results.arms(world) if set(seeds) <= set(self.results.seeds(world, arm))]
+            errors = self.error_of_common(world, *complete)
             if errors:
                 best = min(errors, key=lambda name: errors[name])
                 shown_errors = [f"{errors[name]:.2f}" for name in compared]
@@ -197,6 +208,35 @@ class Study:
                 rows.append([self.plan.worlds[world].title, *shown_errors, shown_best, str(len(seeds))])
         titles = [self.plan.arms[name].title for name in compared]
         return table(["position error after 9 to 32 steps, px", *titles, "best arm", "seeds"], rows)
+
+
+class Sizes(Study):
+    """How small may a far frame be?"""
+
+    def answers(self) -> Iterator[tuple[str, str]]:
+        found = self.versus("C1", "B4", ("freeway",))
+        error = self.error_of_common("freeway", "C1", "B4")
+        yield verdict(found, bool(error) and error["C1"] <= 0.5 * error["B4"]), self.figures(found, "C1", "B4", error)
+
+        found = self.versus("C2", "C1", ("freeway",))
+        error = self.error_of_common("freeway", "C2", "C1")
+        yield verdict(found, any(d.low > 0 for d in found.values())), self.figures(found, "C2", "C1", error)
+
+        found = self.versus("C3", "B3", ("freeway",))
+        error = self.error_of_common("freeway", "C3", "B3", "A0")
+        holds = bool(error) and error["A0"] - error["C3"] >= 0.5 * (error["A0"] - error["B3"]) > 0
+        yield verdict(found, holds), self.figures(found, "C3", "B3", error)
+
+        rivals = {arm: self.versus(arm, "A0", ("balls",), "flops") for arm in self.plan.arms if arm != "A0"}
+        of_balls = {arm: found["balls"] for arm, found in rivals.items() if found}
+        yield (
+            verdict(of_balls, not any(d.high < 0 for d in of_balls.values())),
+            "at equal FLOPs, balls: " + ", ".join(f"{arm} minus A0 {shown(d)}" for arm, d in of_balls.items()),
+        )
+
+    def figures(self, found: dict[str, Difference], arm: str, against: str, errors: dict[str, float]) -> str:
+        means = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
+        return differences(f"{arm} minus {against}", found) + (f"; means {means}" if means else "")
 
 
 def shown(found: Difference) -> str:
@@ -213,17 +253,27 @@ def verdict(figures: Collection[Any], holds: bool, *, in_part: bool = False) -> 
     return "yes" if holds else "in part" if in_part else "no"
 
 
-def replaced(text: str, content: str) -> str:
-    """The text with `content` between its markers."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+def replaced(text: str, name: str, content: str) -> str:
+    """The text with `content` between the markers of that name."""
+    begin, end = f"<!-- {name}: written by python -m benchmarks.study_report -->", f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def read(name: str) -> tuple[Plan, Results]:
+    """A committed plan and its results."""
+    results = load(ROOT / "benchmarks" / "results" / "study" / f"{name}.json")
+    return read_plan(ROOT / "benchmarks" / "study" / f"{name}.toml"), results
 
 
 def written() -> dict[Path, str]:
     """The contents of the files that `main` writes."""
-    study = Study(read_plan(PLAN), load(RESULTS))
-    contents = {ROOT / "docs" / "study.md": study.report(), ROOT / "README.md": study.short()}
-    return {path: replaced(path.read_text(), content) for path, content in contents.items()}
+    core, sizes = Core(*read("core")), Sizes(*read("sizes"))
+    page, readme = ROOT / "docs" / "study.md", ROOT / "README.md"
+    return {
+        page: replaced(replaced(page.read_text(), "study", core.report()), "sizes", sizes.report()),
+        readme: replaced(readme.read_text(), "study", core.short()),
+    }
 
 
 def main() -> None:

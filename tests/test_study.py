@@ -103,6 +103,18 @@ def test_the_further_plan_is_the_core_with_a_term_for_each_arm() -> None:
         assert further.training_config(arm) == replace(cascade, model=replace(cascade.model, heads=heads))
 
 
+def test_the_plan_of_sizes_takes_cells_of_the_core() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks" / "study"
+    core, sizes = read_plan(folder / "core.toml"), read_plan(folder / "sizes.toml")
+    assert sizes.worlds == {name: core.worlds[name] for name in ("balls", "freeway")}
+    seconds = [read_seconds(plan, folder / name) for plan, name in ((core, "core.toml"), (sizes, "sizes.toml"))]
+    for cell in sizes.cells():
+        if cell.arm in core.arms:
+            assert cell in core.cells() and sizes.training_config(cell.arm) == core.training_config(cell.arm)
+            assert seconds[0] and seconds[1] and seconds[0][cell.arm] == seconds[1][cell.arm]
+    assert {"A0", "B3", "B4"} < set(sizes.arms) and sizes.steps == core.steps
+
+
 def test_the_other_columns_give_an_arm_what_the_named_one_costs(plan_path: Path) -> None:
     plan = read_plan(plan_path)
     costs = {"flops": {"noise": 2.0, "cascade": 3.0}, "time": {"noise": 4.0, "cascade": 3.0}}
@@ -125,13 +137,14 @@ def test_arms_that_were_timed_keep_their_seconds(plan_path: Path, tmp_path: Path
     plan, path = read_plan(plan_path), seconds_path(plan_path)
     moving_squares(tmp_path / "data")
     small = small_config(tmp_path / "data")
-    path.write_text(json.dumps({"seconds": {"noise": 1000.0}}))
+    path.write_text(json.dumps({"seconds": {"noise": 1000.0}, "device": "another CPU"}))
     with pytest.raises(ValueError, match="time the plan again"):
         read_seconds(plan, plan_path)
     configs = {"noise": small, "cascade": replace(small, rollout_loss=4)}
     measure_seconds(plan, configs, plan_path, tmp_path / "scratch")
     seconds = read_seconds(plan, plan_path)
     assert seconds is not None and seconds["noise"] == 1000.0
+    assert json.loads(path.read_text())["device"] == "another CPU"
     # Four passes in place of one, in units of the arm that was timed before.
     assert 1500 < seconds["cascade"] < 8000
 

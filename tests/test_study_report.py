@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mfwm.study.plan import read_plan
-from mfwm.study.results import Results, load
+from mfwm.study.plan import Plan
+from mfwm.study.results import Results
 
-from benchmarks.study_report import PLAN, RESULTS, Study, written
+from benchmarks.study_report import Core, Sizes, read, written
 
-plan = read_plan(PLAN)
+plan, _ = read("core")
 
 
 def column(error: float, psnr: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def column(error: float, psnr: float, rng: np.random.Generator) -> dict[str, Any
     return {"at": plan.steps, "clips": clips.tolist(), **figures}
 
 
-def results_of(errors: dict[str, float], psnr: dict[str, float], shift: dict[str, float]) -> Results:
+def results_of(errors: dict[str, float], psnr: dict[str, float], shift: dict[str, float], plan: Plan = plan) -> Results:
     """Three seeds of some arms on some worlds. shift: by world, what far horizons add to the error of B4."""
     rng = np.random.default_rng(0)
     cells = {}
@@ -54,12 +54,12 @@ ERRORS = {"A0": 6.0, "A1": 5.0, "B2": 5.0, "B3": 5.5, "B4": 4.0, "B8e": 5.0, "B8
 def test_predictions_are_answered(
     errors: dict[str, float], psnr: dict[str, float], shift: dict[str, float], verdicts: list[str]
 ) -> None:
-    study = Study(plan, results_of({**ERRORS, **errors}, psnr, shift))
+    study = Core(plan, results_of({**ERRORS, **errors}, psnr, shift))
     assert [answer for answer, _ in study.answers()] == verdicts
 
 
 def test_the_figures_of_the_tables() -> None:
-    study = Study(plan, results_of(ERRORS, {"A0": 31.5}, {}))
+    study = Core(plan, results_of(ERRORS, {"A0": 31.5}, {}))
     report = study.report()
     assert f"{len(study.results.cells)} of {len(plan.cells())} cells have been run" in report
     assert "3 seeds on balls" in report and all(text in report for text in plan.predictions)
@@ -78,19 +78,32 @@ def test_the_readme_compares_arms_over_the_same_seeds() -> None:
             columns["steps"]["clips"] = [60.0] * 6
         elif seed == 2 or (seed == 1 and arm == "B3" and world == "balls"):
             del results.cells[world, arm, seed]
-    balls, noisy, _ = [line.split("|")[2:-1] for line in Study(plan, results).short().splitlines()[2:]]
+    balls, noisy, _ = [line.split("|")[2:-1] for line in Core(plan, results).short().splitlines()[2:]]
     assert [field.strip() for field in balls] == ["6.00", "5.00", "4.00", "B4: cascade, 4.00", "2"]
     assert noisy[3].strip() == "B3: skip 1, 2, 4, 8, full size, 1.00"
 
 
 def test_arms_without_seeds_in_common_are_said_not_to_be_run() -> None:
-    study = Study(plan, results_of({"A0": 6.0, "A1": 5.0}, {}, {}))
+    study = Core(plan, results_of({"A0": 6.0, "A1": 5.0}, {}, {}))
     assert next(figures for _, figures in study.answers()) == "B3 minus B2: not run"
     assert all(answer == "not run" for answer, _ in study.answers())
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="the study has no committed results")
+@pytest.mark.parametrize(
+    "errors, verdicts",
+    [
+        ({"A0": 6.0, "B3": 2.0, "B4": 6.0, "C1": 2.5, "C2": 5.0, "C3": 3.0}, ["yes", "yes", "yes", "no"]),
+        ({"A0": 6.0, "B3": 6.5, "B4": 6.2, "C1": 6.4, "C2": 6.3, "C3": 6.1}, ["no", "no", "no", "yes"]),
+        ({"A0": 6.0, "B4": 6.2}, ["not run", "not run", "not run", "yes"]),
+    ],
+)
+def test_predictions_of_sizes_are_answered(errors: dict[str, float], verdicts: list[str]) -> None:
+    sizes, _ = read("sizes")
+    study = Sizes(sizes, results_of(errors, {}, {}, sizes))
+    assert [answer for answer, _ in study.answers()] == verdicts
+
+
 def test_docs_and_readme_say_what_the_committed_cells_say() -> None:
-    assert load(RESULTS).cells
+    assert read("core")[1].cells
     for path, text in written().items():
         assert path.read_text() == text, f"run python -m benchmarks.study_report: {path} differs"
