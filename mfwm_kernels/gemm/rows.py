@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# The most bytes of temporaries that a chunk may need on a CPU.
-CHUNK_BYTES = 64 * 2**20
+# The most bytes of temporaries that a chunk may need on a CPU, for each thread, so that they stay in its L2 between a
+# product and a pass: multi_horizon_linear in fp32 takes 16% less time than with chunks of 16 MiB on 2 threads of a CPU
+# with an L2 of 1 MiB for each core. Half of it is as fast, a quarter of it is 4% slower.
+CHUNK_BYTES = 2**20
 # A chunk on a GPU may need this share of its memory. mfwm_kernels.aot reports launches on an H200, without a GPU.
 GPU_SHARE, H200_BYTES = 64, 139 * 2**30
 
@@ -21,7 +23,9 @@ def chunk_bytes(like: Tensor) -> int:
     every = like.numel() * like.element_size()
     if like.device.type == "cuda":
         return min(every, torch.cuda.get_device_properties(like.device).total_memory // GPU_SHARE)
-    return min(every, H200_BYTES // GPU_SHARE) if like.device.type == "meta" else min(every // 2, CHUNK_BYTES)
+    if like.device.type == "meta":
+        return min(every, H200_BYTES // GPU_SHARE)
+    return min(every // 2, CHUNK_BYTES * torch.get_num_threads())
 
 
 def chunks(like: Tensor, temporary: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
