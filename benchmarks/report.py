@@ -1,9 +1,9 @@
 """python -m benchmarks.report: write the tables and pictures of every results file.
 
 Writes benchmarks/README.md and, per device, docs/roofline-<device>.svg and docs/scaling-<device>.svg; and replaces the
-text between the `results` markers of README.md by five rows of the newest results and the multi-frame tax. Every figure
-comes from benchmarks/results/*.json. A device's figures under glibc's default allocator (`python -m benchmarks
---default-allocator`, saved in <device>-default-allocator.json) get a column next to the others.
+text between the `results` markers of README.md by five rows of the newest results of each kind of device and the
+multi-frame tax. Every figure comes from benchmarks/results/*.json. A device's figures under glibc's default allocator
+(`python -m benchmarks --default-allocator`, saved in <device>-default-allocator.json) get a column next to the others.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from .measure import ALLOCATOR, DEFAULT_ALLOCATOR
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
-# The ops that README.md shows, each at its first measured size: in bf16 on a GPU, and in fp32 on a CPU, because every
-# CPU multiplies fp32 in hardware.
+# The ops that README.md shows, each at its first measured size: in bf16 where the device multiplies it, else in fp32.
 SHOWN = (
     "multi_horizon_loss",
     "video_pyramid",
@@ -104,8 +103,13 @@ def best(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, An
             )
 
 
+def multiplies_bf16(results: dict[str, Any]) -> bool:
+    environment = results["environment"]
+    return bool(environment["driver"]) or environment["cpu_multiplies_bf16"]
+
+
 def short_table(results: dict[str, Any]) -> str:
-    dtype = "bf16" if results["environment"]["driver"] else "fp32"
+    dtype = "bf16" if multiplies_bf16(results) else "fp32"
     rows = {}
     for mine, rival in best(results):
         if mine["dtype"] == dtype:
@@ -285,11 +289,19 @@ def page(all_results: dict[str, dict[str, Any]]) -> str:
 
 
 def short(all_results: dict[str, dict[str, Any]]) -> str:
-    measured = [results for _, results in devices(all_results) if results["train"]]
-    newest = max(measured, key=lambda results: (bool(results["environment"]["driver"]), results["environment"]["date"]))
-    first = newest["train"][0]["size"]
-    tax = [row for row in newest["train"] if row["size"] == first]
-    return "\n\n".join([title(newest) + ":", short_table(newest), train_table(tax)])
+    """What README.md shows: the newest results of each kind of device, GPUs first, then CPUs that multiply bf16."""
+    newest: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for _, results in devices(all_results):
+        environment = results["environment"]
+        kind = bool(environment["driver"]), multiplies_bf16(results)
+        if results["train"] and (kind not in newest or environment["date"] > newest[kind]["environment"]["date"]):
+            newest[kind] = results
+    parts = []
+    for _, results in sorted(newest.items(), reverse=True):
+        first = results["train"][0]["size"]
+        tax = [row for row in results["train"] if row["size"] == first]
+        parts += [title(results) + ":", short_table(results), train_table(tax)]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
