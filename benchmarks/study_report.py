@@ -64,6 +64,16 @@ class Study(ABC):
                     found[world] = of_world
         return found
 
+    def price_table(self) -> str:
+        """What every arm costs the next frame on every world that A0 was trained on."""
+        worlds = [world for world in self.results.worlds() if "A0" in self.results.arms(world)]
+        rows = []
+        for arm, described in self.plan.arms.items():
+            costs = [self.next_frame_cost(world, arm, "flops") for world in worlds]
+            if arm != "A0" and any(costs):
+                rows.append([f"{arm}: {described.title}", *map(price, costs)])
+        return table(["arm", *worlds], rows)
+
     def arms_table(self, world: str) -> str:
         against, results = self.plan.endpoint.against, self.results
         found = {arm: d for arm in results.arms(world) if arm != against
@@ -146,6 +156,11 @@ class Study(ABC):
                 [[text, *answer] for text, answer in zip(self.plan.predictions, self.answers(), strict=True)],
             ),
         ]
+        parts += [
+            "The price at the near end: the PSNR of the next frame, given true frames, minus that of A0 at equal "
+            "FLOPs, in dB, paired by seed. An interval needs two seeds.",
+            self.price_table(),
+        ]
         for world in self.results.worlds():
             parts += [f"{self.plan.worlds[world].title}:", self.arms_table(world)]
         return "\n\n".join(parts)
@@ -174,11 +189,7 @@ class Core(Study):
         known = {arm: cost for arm, cost in costs.items() if cost is not None}
         saved = [known[arm].low > -0.1 for arm in ("B4", "B8a") if arm in known]
         equal_costs = "B8e" in known and known["B8e"].high < 0
-        # Of one seed there is one value, and no clips to draw an interval from.
-        figures = [
-            f"{self.plan.arms[arm].title} {shown(cost) if cost.seeds > 1 else f'{cost.mean:+.2f}'}"
-            for arm, cost in known.items()
-        ]
+        figures = [f"{self.plan.arms[arm].title} {price(cost)}" for arm, cost in known.items()]
         yield (
             verdict(known, equal_costs and all(saved), in_part=equal_costs),
             f"next frame on balls, minus A0, dB: {', '.join(figures) or 'not run'}",
@@ -241,6 +252,11 @@ class Sizes(Study):
 
 def shown(found: Difference) -> str:
     return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+
+
+def price(cost: Difference | None) -> str:
+    """A difference in PSNR of the next frame; of one seed there is one value, and no clips to draw an interval from."""
+    return "" if cost is None else shown(cost) if cost.seeds > 1 else f"{cost.mean:+.2f}"
 
 
 def differences(name: str, found: dict[str, Difference]) -> str:

@@ -70,6 +70,20 @@ def test_the_figures_of_the_tables() -> None:
     assert "| B4: cascade, 4.00 | 3 |" in study.short() and "A0: next frame | 3 | 31.50" in report
 
 
+def test_the_price_is_paired_by_seed() -> None:
+    """Seed 1 of A1 is missing, and A0 is better by 10 dB there."""
+    results = results_of({"A0": 6.0, "A1": 5.0, "B4": 4.0}, {"A0": 31.5, "B4": 31.0}, {})
+    for (world, arm, seed), columns in list(results.cells.items()):
+        if seed == 1 and arm != "A1":
+            columns["flops"]["psnr"] = {"1": columns["flops"]["psnr"]["1"] + 10}
+        elif seed != 0 and arm == "A1":
+            del results.cells[world, arm, seed]
+    rows = {line.split("|")[1].strip(): line for line in Core(plan, results).price_table().splitlines()[2:]}
+    assert list(rows) == ["A1: next frame, context noise", "B4: cascade"]
+    assert "| -1.50 |" in rows["A1: next frame, context noise"]
+    assert "| -0.50 (-0.50 to -0.50) |" in rows["B4: cascade"]
+
+
 def test_the_readme_compares_arms_over_the_same_seeds() -> None:
     """The next frame of seed 2 is far worse, and no other arm has that seed."""
     results = results_of({"A0": 6.0, "A1": 5.0, "B3": 1.0, "B4": 4.0}, {}, {})
