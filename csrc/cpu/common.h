@@ -19,8 +19,11 @@
 #include "lanes.h"
 
 // Compiles a function for the baseline, AVX2 and AVX-512; the loader picks the copy that suits the machine. This needs
-// ifunc (glibc) and a compiler that knows the level names. -DMFWM_BASELINE compiles the baseline only.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+// ifunc (glibc) and a compiler that knows the level names. -DMFWM_BASELINE compiles the baseline only, and
+// -DMFWM_SIMD_TARGET="arch=..." that level only.
+#if defined(MFWM_SIMD_TARGET)
+#define MFWM_SIMD __attribute__((target(MFWM_SIMD_TARGET)))
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
     !defined(MFWM_BASELINE)
 #define MFWM_SIMD __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
