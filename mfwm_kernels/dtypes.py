@@ -6,6 +6,7 @@ Under autocast, ops built around a matrix product cast as F.linear does; the oth
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ def cast(tensor: Any, device: torch.device) -> Any:
     if not autocasts(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device.type))
+
+
+def cast_all(tensors: Sequence[Any], device: torch.device) -> Sequence[Any]:
+    """`cast` of each. Asking torch about autocast takes a microsecond, so this asks once."""
+    return [cast(tensor, device) for tensor in tensors] if autocasts(device) else tensors
 
 
 def follow(tensor: Any, leader: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..autograd import call
-from ..dtypes import cast
+from ..dtypes import cast_all
 from ..op import Backend, Cost, Op, register
 from .fan_out import rms_norm
 
@@ -74,12 +74,15 @@ def mtp_combine(
     check.tensor("weight", weight, 2, "[N, 2 * D]")
     check.tensor("hidden_norm_weight", hidden_norm_weight, 1, "[D]")
     check.tensor("embedding_norm_weight", embedding_norm_weight, 1, "[D]")
+    hidden, embedding, weight, hidden_norm_weight, embedding_norm_weight = cast_all(
+        (hidden, embedding, weight, hidden_norm_weight, embedding_norm_weight), device
+    )
     args = Arguments(
-        cast(hidden, device),
-        cast(embedding, device),
-        cast(weight, device),
-        cast(hidden_norm_weight, device),
-        cast(embedding_norm_weight, device),
+        hidden,
+        embedding,
+        weight,
+        hidden_norm_weight,
+        embedding_norm_weight,
         check.number("norm_eps", norm_eps, least=0),
         check.choice("order", order, ORDERS),
     )

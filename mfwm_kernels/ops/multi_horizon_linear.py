@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..autograd import call
-from ..dtypes import cast
+from ..dtypes import cast, cast_all
 from ..grad_monitor import GradMonitor
 from ..horizons import Horizons
 from ..op import Backend, Cost, Op, register
@@ -100,7 +100,7 @@ def multi_horizon_linear(
         window_start, grad_monitor,
     )  # fmt: skip
     count, width = len(horizons), hidden.shape[-1]
-    weights = [cast(weight, device) for weight in check.tensors("weights", weights, count, 2, "[N, D]")]
+    weights = list(cast_all(check.tensors("weights", weights, count, 2, "[N, D]"), device))
     for i, weight in enumerate(weights):
         check.shape(f"weights[{i}]", weight, (weight.shape[0], width), "[N, D]")
         check.non_zero_sizes(f"weights[{i}]", weight, may_be_zero=())
@@ -111,7 +111,7 @@ def multi_horizon_linear(
         raise TypeError(f"biases must be a list or tuple of tensors, got {type(biases).__name__}")
     if len(biases) != count:
         raise ValueError(f"biases must have one entry per horizon, {count}; got {len(biases)}")
-    biases = [cast(bias, device) for bias in biases]
+    biases = cast_all(biases, device)
     for i, bias in enumerate(biases):
         if bias is not None:
             check.tensor(f"biases[{i}]", bias, 1, "[N]")

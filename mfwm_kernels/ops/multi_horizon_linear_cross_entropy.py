@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import arguments as check
 from ..autograd import call
-from ..dtypes import cast
+from ..dtypes import autocasts, cast
 from ..horizon_loss import (
     DETACH,
     HorizonLoss,
@@ -245,6 +245,8 @@ def multi_horizon_linear_cross_entropy(
 
 def cast_once(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Each tensor as autocast needs it, copied once where the same tensor is given several times."""
+    if not autocasts(device):
+        return list(tensors)
     results: list[Tensor] = []
     for i, tensor in enumerate(tensors):
         first = first_with(i, tensors)
