@@ -57,6 +57,17 @@ MultiHorizonLinear heads_of(const py::handle& hidden, const py::handle& sums, co
   return {array_of(hidden), array_of(sums), array_of(inverse_rms), array_of(means), first, tokens, norm_eps, threads};
 }
 
+MultiHorizonLinearSmall small_heads_of(const py::object& hidden, const py::object& actions,
+                                       const py::object& lag_weight,
+                                       const py::object& segment_ids, const py::object& condition,
+                                       const py::object& norm_weight, const py::object& norm_bias, bool layer,
+                                       double norm_eps, const Sizes& offsets, int64_t window_start,
+                                       const py::list& weights, const py::list& biases) {
+  return {array_of(hidden),      array_of(actions),   array_of(lag_weight), array_of(segment_ids), array_of(condition),
+          array_of(norm_weight), array_of(norm_bias), layer,                norm_eps,              offsets,
+          window_start,          arrays_of(weights),  arrays_of(biases)};
+}
+
 // `numbers` is a dict, because the compiler cannot tell four doubles in a row apart: a swap would go unnoticed.
 MultiHorizonLoss loss_of(const py::list& preds, const py::list& gradients, const py::handle& video,
                          const py::handle& segment_ids, const py::handle& position_weights,
@@ -174,6 +185,34 @@ PYBIND11_MODULE(_native, module) {
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_monitor(op, to);
              });
+  module.def("multi_horizon_linear_small_forward",
+             [](py::object hidden, py::object actions, py::object lag_weight, py::object segment_ids,
+                py::object condition, py::object norm_weight, py::object norm_bias, bool layer, double norm_eps,
+                const Sizes& offsets, int64_t window_start, const py::list& weights, const py::list& biases,
+                const py::list& outputs) {
+               const auto op = small_heads_of(hidden, actions, lag_weight, segment_ids, condition, norm_weight,
+                                              norm_bias, layer, norm_eps, offsets, window_start, weights, biases);
+               const auto to = arrays_of(outputs);
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_small_forward(op, to);
+             });
+  module.def("multi_horizon_linear_small_backward",
+             [](py::object hidden, py::object actions, py::object lag_weight, py::object segment_ids,
+                py::object condition, py::object norm_weight, py::object norm_bias, bool layer, double norm_eps,
+                const Sizes& offsets, int64_t window_start, const py::list& weights, const py::list& biases,
+                const py::list& upstream, py::object hidden_gradient, py::object actions_gradient,
+                py::object lag_weight_gradient, py::object condition_gradient, py::object norm_weight_gradient,
+                py::object norm_bias_gradient, const py::list& weight_gradients, const py::list& bias_gradients) {
+               const auto op = small_heads_of(hidden, actions, lag_weight, segment_ids, condition, norm_weight,
+                                              norm_bias, layer, norm_eps, offsets, window_start, weights, biases);
+               const auto from = arrays_of(upstream);
+               const MultiHorizonLinearSmallGradients to{
+                   array_of(hidden_gradient),    array_of(actions_gradient),     array_of(lag_weight_gradient),
+                   array_of(condition_gradient), array_of(norm_weight_gradient), array_of(norm_bias_gradient),
+                   arrays_of(weight_gradients),  arrays_of(bias_gradients)};
+               py::gil_scoped_release release;
+               cpu::multi_horizon_linear_small_backward(op, from, to);
+             });
   module.def("multi_horizon_linear_cross_entropy",
              [](py::object logits, py::object biases, py::object bias_rows, py::object ids, py::object starts,
                 py::object scales, py::object losses, py::object hits, py::object predictions, int64_t entries,
@@ -184,6 +223,22 @@ PYBIND11_MODULE(_native, module) {
                    array_of(predictions), entries, label_smoothing, z_loss, softcap, gradients, threads};
                py::gil_scoped_release release;
                cpu::multi_horizon_linear_cross_entropy(op);
+             });
+  module.def("multi_horizon_linear_cross_entropy_small",
+             [](const py::list& inputs, const py::list& weights, const py::list& biases, py::object tokens,
+                py::object horizon_weights, py::object segment_ids, py::object token_mask, py::object position_weights,
+                const Sizes& offsets, const Sizes& factors, int64_t ignore_index, double label_smoothing, double z_loss,
+                double softcap, bool gradients, const py::list& outputs, const py::list& input_gradients,
+                const py::list& weight_gradients, const py::list& bias_gradients) {
+               const MultiHorizonLinearCrossEntropySmall op{
+                   arrays_of(inputs), arrays_of(weights), arrays_of(biases), array_of(tokens),
+                   array_of(horizon_weights), array_of(segment_ids), array_of(token_mask), array_of(position_weights),
+                   offsets, factors, ignore_index, label_smoothing, z_loss, softcap, gradients,
+                   array_of(outputs[0]), array_of(outputs[1]), array_of(outputs[2]), array_of(outputs[3]),
+                   array_of(outputs[4]), array_of(outputs[5]),
+                   arrays_of(input_gradients), arrays_of(weight_gradients), arrays_of(bias_gradients)};
+               py::gil_scoped_release release;
+               return cpu::multi_horizon_linear_cross_entropy_small(op);
              });
   module.def("multi_horizon_linear_consistency",
              [](py::object near, py::object far, py::object near_bias, py::object far_bias, py::object known,
@@ -211,6 +266,20 @@ PYBIND11_MODULE(_native, module) {
     const auto to = arrays_of(gradients);
     py::gil_scoped_release release;
     cpu::mtp_combine_gradient(op, to);
+  });
+  module.def("mtp_combine_small_forward", [](const py::list& states, const py::list& norm_weights, py::object weight,
+                                             py::object out, double eps) {
+    const MtpCombineSmall op{arrays_of(states), arrays_of(norm_weights), array_of(weight), array_of(out), eps};
+    py::gil_scoped_release release;
+    cpu::mtp_combine_small_forward(op);
+  });
+  module.def("mtp_combine_small_backward", [](const py::list& states, const py::list& norm_weights, py::object weight,
+                                              py::object upstream, double eps, const py::list& state_gradients,
+                                              const py::list& norm_gradients, py::object weight_gradient) {
+    const MtpCombineSmall op{arrays_of(states), arrays_of(norm_weights), array_of(weight), array_of(upstream), eps};
+    const MtpCombineGradients to{arrays_of(state_gradients), arrays_of(norm_gradients), array_of(weight_gradient)};
+    py::gil_scoped_release release;
+    cpu::mtp_combine_small_backward(op, to);
   });
   module.def("video_pyramid", [](py::object video, const Sizes& factors, const Sizes& patch_sizes, double scale,
                                  double shift, const py::list& outputs, int threads) {

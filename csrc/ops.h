@@ -107,12 +107,46 @@ struct MultiHorizonLinearMonitored {
   Array gram;                   // [K, K], float64; accumulates dot products of the horizons' gradients at hidden
 };
 
+// A call of multi_horizon_linear so small that one kernel computes it whole, window sums and matrix products included.
+struct MultiHorizonLinearSmall {
+  Array hidden;                            // [B, T, ..., D]
+  Array actions, lag_weight, segment_ids;  // of ActionWindowSum, each may be none
+  Array condition;                         // [B, T, K, D] or none
+  Array norm_weight, norm_bias;            // [D] or [K, D], each may be none
+  bool layer;                              // LayerNorm, else RMSNorm
+  double norm_eps;
+  std::vector<int64_t> offsets;
+  int64_t window_start;
+  std::vector<Array> weights;  // K of [N_i, D]
+  std::vector<Array> biases;   // K of [N_i], or none at all
+};
+
+// The gradients of the fields above, each may be none.
+struct MultiHorizonLinearSmallGradients {
+  Array hidden, actions, lag_weight, condition, norm_weight, norm_bias;
+  std::vector<Array> weights, biases;
+};
+
 // joined = (states[0] / rms(states[0]), states[1] / rms(states[1]))
 struct MtpCombine {
   std::vector<Array> states;  // 2 of [R, D]
   Array joined;               // [R, 2 D]: mtp_combine_norm writes it; mtp_combine_gradient reads its gradient from it
   double eps;
   int threads;
+};
+
+// A call of mtp_combine so small that one kernel computes it whole, matrix product included.
+struct MtpCombineSmall {
+  std::vector<Array> states;        // 2 of [..., D]
+  std::vector<Array> norm_weights;  // 2 of [D]
+  Array weight;                     // [N, 2 D]
+  Array out;                        // [..., N]: the forward writes it; the backward reads its gradient from it
+  double eps;
+};
+
+struct MtpCombineGradients {
+  std::vector<Array> states, norm_weights;  // 2 each, each may be none
+  Array weight;                             // may be none
 };
 
 // A chunk of rows, of any horizons, of multi_horizon_linear_cross_entropy. torch computes the matrix products. A row has
@@ -149,6 +183,26 @@ struct MultiHorizonLinearConsistency {
   double softcap, scale;
   bool near_gradients, far_gradients;
   int threads;
+};
+
+// A call of multi_horizon_linear_cross_entropy so small that one kernel computes it whole, matrix products included. It
+// has no consistency pairs, and no horizons that share logits. "Precision" as above.
+struct MultiHorizonLinearCrossEntropySmall {
+  std::vector<Array> inputs;   // K of [B, T, h, w, D]
+  std::vector<Array> weights;  // 1 or K of [F * V, D]
+  std::vector<Array> biases;   // 0, 1 or K of [F * V]
+  Array tokens;                // [B, T_v, Hp, Wp] or [B, T_v, Hp, Wp, F], int32 or int64
+  Array horizon_weights;       // [K] float32 or float64
+  Array segment_ids;           // [B, T_v] or none
+  Array token_mask;            // [B, T_v, Hp, Wp] uint8 or none
+  Array position_weights;      // [B, T, K] float32 or float64, or none
+  std::vector<int64_t> offsets, factors;
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap;  // softcap 0: none
+  bool gradients;                           // whether any of those below is needed
+  // Written, contiguous. Precision, but counts are int64; the two of consistency get zeros.
+  Array total, per_horizon, counts, consistency, consistency_counts, accuracy;  // [], then [K]; accuracy may be none
+  std::vector<Array> input_gradients, weight_gradients, bias_gradients;         // of the fields above, each may be none
 };
 
 // outputs[i] = avg_pool(scale * video + shift, factors[i])
@@ -203,12 +257,19 @@ void multi_horizon_linear_forward(const MultiHorizonLinear&, const MultiHorizonL
 void multi_horizon_linear_scale(const MultiHorizonLinear&, const MultiHorizonLinearScaled&);
 void multi_horizon_linear_combine(const MultiHorizonLinear&, const MultiHorizonLinearCombined&);
 void multi_horizon_linear_monitor(const MultiHorizonLinear&, const MultiHorizonLinearMonitored&);
+void multi_horizon_linear_small_forward(const MultiHorizonLinearSmall&, const std::vector<Array>& outputs);
+void multi_horizon_linear_small_backward(const MultiHorizonLinearSmall&, const std::vector<Array>& upstream,
+                                         const MultiHorizonLinearSmallGradients&);
 void multi_horizon_linear_cross_entropy(const MultiHorizonLinearCrossEntropy&);
 void multi_horizon_linear_consistency(const MultiHorizonLinearConsistency&);
+// Returns false, and writes nothing, if an id is out of range.
+bool multi_horizon_linear_cross_entropy_small(const MultiHorizonLinearCrossEntropySmall&);
 // sum += term, both [N, D]; `sum` is float32 and contiguous.
 void multi_horizon_linear_add(const Array& sum, const Array& term, int threads);
 void mtp_combine_norm(const MtpCombine&);
 void mtp_combine_gradient(const MtpCombine&, const std::vector<Array>& gradients);  // 2 of [R, D], each may be none
+void mtp_combine_small_forward(const MtpCombineSmall&);
+void mtp_combine_small_backward(const MtpCombineSmall&, const MtpCombineGradients&);
 void video_pyramid(const VideoPyramid&);
 void multi_horizon_loss(const MultiHorizonLoss&, int threads);
 }  // namespace cpu

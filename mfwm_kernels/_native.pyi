@@ -141,6 +141,48 @@ def multi_horizon_linear_monitor(
     gram: Array,
     /,
 ) -> None: ...
+def multi_horizon_linear_small_forward(
+    hidden: Array,
+    actions: Array | None,
+    lag_weight: Array | None,
+    segment_ids: Array | None,
+    condition: Array | None,
+    norm_weight: Array | None,
+    norm_bias: Array | None,
+    layer: bool,
+    norm_eps: float,
+    offsets: Sequence[int],
+    window_start: int,
+    weights: list[Array],
+    biases: list[Array],
+    outputs: list[Array],
+    /,
+) -> None: ...
+def multi_horizon_linear_small_backward(
+    hidden: Array,
+    actions: Array | None,
+    lag_weight: Array | None,
+    segment_ids: Array | None,
+    condition: Array | None,
+    norm_weight: Array | None,
+    norm_bias: Array | None,
+    layer: bool,
+    norm_eps: float,
+    offsets: Sequence[int],
+    window_start: int,
+    weights: list[Array],
+    biases: list[Array],
+    upstream: list[Array | None],
+    hidden_gradient: Array | None,
+    actions_gradient: Array | None,
+    lag_weight_gradient: Array | None,
+    condition_gradient: Array | None,
+    norm_weight_gradient: Array | None,
+    norm_bias_gradient: Array | None,
+    weight_gradients: list[Array | None],
+    bias_gradients: list[Array | None],
+    /,
+) -> None: ...
 def multi_horizon_linear_cross_entropy(
     logits: Array,
     biases: Array | None,
@@ -159,6 +201,28 @@ def multi_horizon_linear_cross_entropy(
     threads: int,
     /,
 ) -> None: ...
+def multi_horizon_linear_cross_entropy_small(
+    inputs: list[Array],
+    weights: list[Array],
+    biases: list[Array],
+    tokens: Array,
+    horizon_weights: Array,
+    segment_ids: Array | None,
+    token_mask: Array | None,
+    position_weights: Array | None,
+    offsets: Sequence[int],
+    factors: Sequence[int],
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    gradients: bool,
+    outputs: list[Array | None],
+    input_gradients: list[Array | None],
+    weight_gradients: list[Array | None],
+    bias_gradients: list[Array | None],
+    /,
+) -> bool: ...
 def multi_horizon_linear_consistency(
     near: Array,
     far: Array,
@@ -182,6 +246,20 @@ def mtp_combine_gradient(
     eps: float,
     threads: int,
     gradients: list[Array | None],
+    /,
+) -> None: ...
+def mtp_combine_small_forward(
+    states: list[Array], norm_weights: list[Array], weight: Array, out: Array, eps: float, /
+) -> None: ...
+def mtp_combine_small_backward(
+    states: list[Array],
+    norm_weights: list[Array],
+    weight: Array,
+    upstream: Array,
+    eps: float,
+    state_gradients: list[Array | None],
+    norm_gradients: list[Array | None],
+    weight_gradient: Array | None,
     /,
 ) -> None: ...
 def video_pyramid(

@@ -22,6 +22,7 @@ from torch import Tensor
 from mfwm_kernels import dtypes, info
 from mfwm_kernels.backends import ABSENT, served_devices
 from mfwm_kernels.check import converted, different, tensors_of
+from mfwm_kernels.cpu import small
 from mfwm_kernels.op import OPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,6 +95,7 @@ begun = pytest.StashKey[float]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = torch.cuda.is_available()
+    items[:] = [item for item in items if not is_repeated(item)]
     for item in items:
         for marker, pattern in MARKERS.items():
             if re.search(pattern, item.nodeid) and not (here and marker == "interpreter"):
@@ -166,6 +168,25 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The dtype in which the cpu backend multiplies bf16 states. Both choices are tested on any machine."""
     monkeypatch.setattr(dtypes, "_MULTIPLIES_BF16", request.param == "bf16")
     return dtypes.product_dtype(torch.bfloat16)
+
+
+@pytest.fixture
+def no_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small calls, as those of most tests are, run on the CPU what large calls run."""
+    monkeypatch.setattr(small, "MULTIPLICATIONS", -1)
+
+
+@pytest.fixture(params=["small", "large"])
+def size(request: pytest.FixtureRequest) -> None:
+    """Tests of the cpu backend run twice, the second time with no small calls."""
+    if request.param == "large":
+        request.getfixturevalue("no_small_calls")
+
+
+def is_repeated(item: pytest.Item) -> bool:
+    """Whether the fixture `size` repeats a test that runs no kernel of the cpu backend."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("size") == "large" and params.get("backend", "cpu") != "cpu"
 
 
 @pytest.fixture

@@ -36,8 +36,13 @@ FAULTS = [
     ),
     Fault(
         "a norm without eps", "kernel", "csrc/cpu/mtp_combine.cpp",
-        " + static_cast<C>(op.eps)", "",
+        " + static_cast<C>(eps)", "",
         values_of("mtp_combine-cpu-float32"),
+    ),
+    Fault(
+        "a small call's condition is not added", "kernel", "csrc/cpu/multi_horizon_linear_small.cpp",
+        "sums[k] += condition[k];", "sums[k] += 0 * condition[k];",
+        values_of("multi_horizon_linear-cpu-float32"),
     ),
     Fault(
         "a pair counts where its near side does not", "kernel", "csrc/cpu/multi_horizon_loss.cpp",
@@ -115,6 +120,17 @@ FAULTS = [
         "smoothed labels have no gradient", "gradient", "csrc/cpu/multi_horizon_linear_cross_entropy.cpp",
         "e[k] = e[k] * factor - shift;", "e[k] = e[k] * factor;",
         values_of("multi_horizon_linear_cross_entropy-cpu-float32"),
+    ),
+    Fault(
+        "a small call's position weight does not reach the gradient", "gradient",
+        "csrc/cpu/multi_horizon_linear_cross_entropy_small.cpp",
+        "i * op.horizon_weights.stride[0]) * weight /", "i * op.horizon_weights.stride[0]) /",
+        "tests/ops/test_small_calls.py -k columns_of_ids",
+    ),
+    Fault(
+        "the norm of a small call has no gradient of its own", "gradient", "csrc/cpu/mtp_combine.cpp",
+        "g[d] = (g[d] - x[d] * along) * scales[h];", "g[d] = g[d] * scales[h];",
+        "tests/ops/test_small_calls.py -k 'threshold and mtp_combine'",
     ),
     Fault(
         "a position weight does not reach the gradient", "gradient",

@@ -150,8 +150,23 @@ def test_values_and_gradients(op: Any, backend: str, dtype: torch.dtype, poisone
         assert versions == [t._version for t in given], where
 
 
-@pytest.mark.parametrize("name", ["multi_horizon_linear", "mtp_combine", "multi_horizon_linear_cross_entropy"])
-def test_bf16_states_multiplied_either_way(name: str, products: torch.dtype, poisoned_empty: None) -> None:
+# The ops whose small calls one kernel of the cpu backend computes.
+WITH_PRODUCTS = ("multi_horizon_linear", "mtp_combine", "multi_horizon_linear_cross_entropy")
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "dtype"), [p for p in cases() if p.values[0].name in WITH_PRODUCTS and p.values[1] == "cpu"]
+)
+def test_values_and_gradients_of_large_calls(
+    op: Any, backend: str, dtype: torch.dtype, poisoned_empty: None, no_small_calls: None
+) -> None:
+    test_values_and_gradients(op, backend, dtype, None)
+
+
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
+def test_bf16_states_multiplied_either_way(
+    name: str, products: torch.dtype, poisoned_empty: None, no_small_calls: None
+) -> None:
     if ABSENT["cpu"]:
         pytest.fail("the module mfwm_kernels._native is part of a test installation")
     test_values_and_gradients(OPS[name], "cpu", torch.bfloat16, None)
@@ -172,6 +187,12 @@ def test_only_the_needed_gradients(op: Any, backend: str) -> None:
                 leaf.requires_grad_(place == chosen)
             (gradient,) = gradients(op, alone, op.public(**alone), upstream)
             assert relative_error(gradient, together[chosen]) <= 1e-6
+
+
+@pytest.mark.skipif(bool(ABSENT["cpu"]), reason="needs the compiled module")
+@pytest.mark.parametrize("name", WITH_PRODUCTS)
+def test_only_the_needed_gradients_of_large_cpu_calls(name: str, no_small_calls: None) -> None:
+    test_only_the_needed_gradients(OPS[name], "cpu")
 
 
 @pytest.mark.parametrize(("op", "backend"), per_backend())

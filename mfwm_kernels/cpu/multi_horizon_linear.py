@@ -1,8 +1,10 @@
-"""multi_horizon_linear on the CPU, called by autograd.call: torch's matrix products, and passes over chunks of rows."""
+"""multi_horizon_linear on the CPU, called by autograd.call: torch's matrix products and passes over chunks of rows, or,
+for a small call, one kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +29,16 @@ from ..op import Gradients, Want
 from ..ops.multi_horizon_linear import Arguments, statistics_of
 from .action_window_sum import gradients_of_sums as gradients_of_window
 from .action_window_sum import window_sums
+from .small import is_small
 
 
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
     hidden, columns = args.hidden, columns_of(args)
+    if is_small_call(args):
+        outputs = [hidden.new_empty((*hidden.shape[:-1], n)) for n in columns]
+        kernels.multi_horizon_linear_small_forward(*parameters_of(args), list(map(raw, outputs)))
+        # The backward of a small call reads no statistics.
+        return [*outputs, statistics_of(args).zero_()], {}
     _, tokens = shape_of(hidden)
     computed, dtype = precision(hidden.dtype), product_dtype(hidden.dtype)
     outputs = [torch.empty(*hidden.shape[:-1], n, dtype=hidden.dtype, device=hidden.device) for n in columns]
@@ -58,7 +66,40 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
 
 
 def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
-    return shared_backward(args, want, upstream, outputs, PASSES)
+    if not is_small_call(args):
+        return shared_backward(args, want, upstream, outputs, PASSES)
+    gradients: Gradients = {name: gradient_like(getattr(args, name), wanted) for name, wanted in want.items()}
+    kernels.multi_horizon_linear_small_backward(
+        *parameters_of(args), list(map(raw, upstream)),
+        raw(gradients["hidden"]), raw(gradients["actions"]), raw(gradients["lag_weight"]), raw(gradients["condition"]),
+        raw(gradients["norm_weight"]), raw(gradients["norm_bias"]),
+        list(map(raw, gradients["weights"])), list(map(raw, gradients["biases"])),
+    )  # fmt: skip
+    return gradients
+
+
+def is_small_call(args: Arguments) -> bool:
+    depth = args.hidden.shape[-1]
+    return args.norms is None and is_small(args.hidden.numel() // depth, sum(columns_of(args)), depth)
+
+
+def parameters_of(
+    args: Arguments,
+) -> tuple[
+    Array, Array | None, Array | None, Array | None, Array | None, Array | None, Array | None,
+    bool, float, list[int], int, list[Array], list[Array],
+]:  # fmt: skip
+    """The leading arguments of the kernels of small calls."""
+    return (raw(args.hidden), raw(args.actions), raw(args.lag_weight), raw(args.segment_ids), raw(args.condition),
+            raw(args.norm_weight), raw(args.norm_bias), args.norm == "layer", args.norm_eps, args.offsets,
+            args.window_start, list(map(raw, args.weights)), list(map(raw, args.biases)))  # fmt: skip
+
+
+def gradient_like(field: Any, wanted: Any) -> Any:
+    """An empty tensor like a field of the arguments, or a list of them; None where it is not wanted."""
+    if type(field) is list:
+        return [torch.empty_like(tensor) if wants else None for tensor, wants in zip(field, wanted, strict=True)]
+    return torch.empty_like(field) if wanted else None
 
 
 def leading(args: Arguments, rows: Rows) -> tuple[Array, Array, Array | None, Array | None, int, int, float, int]:

@@ -1,6 +1,6 @@
 """multi_horizon_linear_cross_entropy on the CPU, called by autograd.call.
 
-Torch computes the matrix products, and one kernel passes over each chunk of logits.
+Torch computes the matrix products, and one kernel passes over each chunk of logits. One kernel computes a small call.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from ..autograd import scale_in_place
-from ..dtypes import product_dtype
+from ..dtypes import precision, product_dtype, stored_dtype
 from ..gemm.multi_horizon_linear_cross_entropy import Passes
 from ..gemm.multi_horizon_linear_cross_entropy import forward as shared_forward
 from ..gemm.token_targets import ListedTargets, Pair, listed_pairs, listed_targets, means
+from ..horizon_loss import gradients_of_weights
 from ..native import kernels, raw
 from ..op import Gradients, Want
 from ..ops.multi_horizon_linear_cross_entropy import Arguments
+from ..ops.token_ids import checked_ids
+from .small import is_small
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -23,7 +26,47 @@ scale = scale_in_place
 
 
 def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
-    return shared_forward(args, want, PASSES)
+    return small_forward(args, want) if is_small_call(args) else shared_forward(args, want, PASSES)
+
+
+def is_small_call(args: Arguments) -> bool:
+    """Whether one kernel computes the call: few multiplications, and none of the options that it does not have."""
+    columns, depth = args.weight[0].shape
+    rows = sum(states.numel() for states in args.inputs) // depth
+    has_options = args.pairs or args.chunk_size or args.return_predictions
+    shares = args.leaders != list(range(len(args.inputs)))
+    return not has_options and not shares and is_small(rows, columns, depth)
+
+
+def small_forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
+    first, count = args.inputs[0], len(args.inputs)
+    computed = precision(first.dtype)
+    counts, consistency_counts = (first.new_empty(count, dtype=torch.int64) for _ in range(2))
+    total = first.new_empty((), dtype=computed)
+    per_horizon, consistency = (first.new_empty(count, dtype=computed) for _ in range(2))
+    accuracy = first.new_empty(count, dtype=computed) if args.return_accuracy else None
+    gradients: Gradients = {
+        name: [
+            torch.empty_like(tensor, dtype=stored_dtype(tensor)) if wants else None
+            for tensor, wants in zip(getattr(args, name), want[name], strict=True)
+        ]
+        for name in ("inputs", "weight", "biases")
+    }
+    learns = any(gradient is not None for each in gradients.values() for gradient in each)
+    outputs = [total, per_horizon, counts, consistency, consistency_counts]
+    mask = None if args.token_mask is None else args.token_mask.view(torch.uint8)
+    are_ids_in_range = kernels.multi_horizon_linear_cross_entropy_small(
+        list(map(raw, args.inputs)), list(map(raw, args.weight)), list(map(raw, args.biases)), raw(args.tokens),
+        raw(args.horizon_weights), raw(args.segment_ids), raw(mask), raw(args.position_weights), args.offsets,
+        args.factors, args.ignore_index, args.label_smoothing, args.z_loss, args.softcap, learns,
+        [*map(raw, outputs), raw(accuracy)], list(map(raw, gradients["inputs"])), list(map(raw, gradients["weight"])),
+        list(map(raw, gradients["biases"])),
+    )  # fmt: skip
+    if not are_ids_in_range:
+        # This raises the error that names the id.
+        checked_ids(args.tokens, args.weight[0].shape[0] // args.ids_per_token, args.ignore_index)
+    gradients |= gradients_of_weights(args, want, per_horizon, consistency)
+    return [*outputs, *([] if accuracy is None else [accuracy])], gradients
 
 
 def add(total: Tensor, product: Tensor) -> None:

@@ -153,6 +153,7 @@ def _bench(batch: int, rows: int, width: int) -> Any:
 
 
 KERNELS = ("mtp_combine_norm", "mtp_combine_gradient")
+SMALL = ("mtp_combine_small_forward", "mtp_combine_small_backward")
 
 OP = register(
     Op(
@@ -174,7 +175,7 @@ OP = register(
             "wide": _bench(16, 1024, 2048),
         },
         backends={
-            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "cpu": Backend((*KERNELS, *SMALL), dtypes=check.FLOATING),
             "triton": Backend((*KERNELS, "mtp_combine_finish")),
         },
     )

@@ -233,6 +233,8 @@ KERNELS = (
     "action_window_sum_backward",
 )
 
+SMALL = ("multi_horizon_linear_small_forward", "multi_horizon_linear_small_backward")
+
 AROUND = (
     "multi_horizon_linear_prepare",
     "multi_horizon_linear_project",
@@ -259,7 +261,7 @@ OP = register(
             "latents": _bench(16, 32, 16, 1024, (64, 16, 16, 16)),
         },
         backends={
-            "cpu": Backend(KERNELS, dtypes=check.FLOATING),
+            "cpu": Backend((*KERNELS, *SMALL), dtypes=check.FLOATING),
             "triton": Backend(
                 (
                     *KERNELS,

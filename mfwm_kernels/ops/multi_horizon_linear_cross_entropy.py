@@ -641,7 +641,10 @@ OP = register(
             "text-shared": _bench(16, 1024, 1, 50304, 768, horizons=TARGETS, shares=True, softcap=15.0),
         },
         backends={
-            "cpu": Backend((*KERNELS, "multi_horizon_linear_add"), dtypes=check.FLOATING),
+            "cpu": Backend(
+                (*KERNELS, "multi_horizon_linear_add", "multi_horizon_linear_cross_entropy_small"),
+                dtypes=check.FLOATING,
+            ),
             "triton": Backend(
                 (
                     "multi_horizon_linear_targets",

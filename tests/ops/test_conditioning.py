@@ -14,6 +14,8 @@ from torch import Tensor
 from mfwm_kernels import Horizons, fan_out, multi_horizon_linear, use_backend
 from mfwm_kernels.check import relative_error
 
+pytestmark = pytest.mark.usefixtures("size")
+
 BACKENDS = kernels_of("fan_out")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 ROUNDED = [(b, dtype) for b in BACKENDS for dtype in ([FLOAT32] if interpreted(b) else [FLOAT32, BFLOAT16])]

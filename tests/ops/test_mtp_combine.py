@@ -9,6 +9,8 @@ from conftest import backends_of
 
 from mfwm_kernels import mtp_combine, use_backend
 
+pytestmark = pytest.mark.usefixtures("size")
+
 
 @pytest.mark.parametrize("backend", backends_of("mtp_combine"))
 def test_megatron_layout(backend: str) -> None:

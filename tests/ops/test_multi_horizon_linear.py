@@ -15,6 +15,8 @@ from mfwm_kernels import GradMonitor, Horizons, autograd, multi_horizon_linear, 
 from mfwm_kernels.check import relative_error
 from mfwm_kernels.gemm import rows
 
+pytestmark = pytest.mark.usefixtures("size")
+
 KERNELS = kernels_of("multi_horizon_linear")
 HORIZONS = Horizons((1, 2, 4), (1, 1, 1))
 

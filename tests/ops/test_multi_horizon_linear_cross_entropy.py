@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mfwm_kernels import Horizons, multi_horizon_linear_cross_entropy, use_backend
 from mfwm_kernels.check import relative_error
 
+pytestmark = pytest.mark.usefixtures("size")
+
 
 def tolerance(backend: str) -> float:
     return 1e-5 if backend == "triton" else 1e-12
@@ -461,7 +463,7 @@ def test_horizons_share_chunks(backend: str, shared: bool, monkeypatch: pytest.M
 @pytest.mark.parametrize("vocabulary", [4, 200])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_default_chunk_follows_from_its_bytes(
-    backend: str, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+    backend: str, vocabulary: int, no_small_calls: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row needs V + D = 4 + 6 or 200 + 6 numbers of the budget, so V may be below D or far above it."""
     kwargs = call_of(backend, vocabulary=vocabulary)

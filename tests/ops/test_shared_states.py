@@ -179,7 +179,7 @@ class Counts:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_one_product_for_all_that_share(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_product_for_all_that_share(backend: str, no_small_calls: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three horizons on one tensor: a product forward and two backward per chunk, of the rows of one horizon. Apart
     they have three times as many products and rows."""
     kwargs = call_of(backend, Horizons((1, 2, 3), (1, 1, 1)), batch=1)
