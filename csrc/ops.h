@@ -42,8 +42,8 @@ struct ActionWindowSumGradients {
 struct FanOut {
   Array hidden;       // [B, T, Hp, Wp, D]
   Array sums;         // [B, T, K, D], contiguous, in the compute precision: float64 if hidden is, else float32
-  Array norm_weight;  // [K, D], or none: no norm
-  Array norm_bias;    // [K, D] or none; only with `layer`
+  Array norm_weight;  // [D] or [K, D], or none: no norm
+  Array norm_bias;    // [D] or [K, D], or none; only with `layer`
   bool layer;         // LayerNorm, else RMSNorm
   std::vector<int64_t> pool;
   double norm_eps;
@@ -54,8 +54,8 @@ struct FanOut {
 struct FanOutGradients {
   Array hidden;               // [B, T, Hp, Wp, D] or none
   Array sums;                 // [B, T, K, D] or none, contiguous, of the dtype of FanOut.sums
-  Array norm_weight;          // [K, D] or none, float64
-  Array norm_bias;            // [K, D] or none, float64; only with `layer`
+  Array norm_weight;          // of FanOut.norm_weight's shape, or none
+  Array norm_bias;            // of FanOut.norm_bias's shape, or none; only with `layer`
   Array gram;                 // [K, K] or none, float64: dot products of the horizons' gradients at hidden
   std::vector<double> scale;  // per horizon: multiplies its gradient at hidden only
 };

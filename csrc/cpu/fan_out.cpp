@@ -40,10 +40,10 @@ struct Fan : FanTiles {
     if (R::is_split) split_row(ones.data(), ones.data(), row);
   }
   std::vector<C> parameters(const Array& array, C none) const {
-    const bool one = !array || array.stride[0] == 0;
-    std::vector<C> all(one ? row : horizons * row, none);
-    for (int64_t i = 0; array && i < (one ? 1 : horizons); ++i)
-      access.read_into(&all[i * row], array, i * array.stride[0], array.stride[1]);
+    const int64_t count = array.rank == 2 ? horizons : 1;
+    std::vector<C> all(count * row, none);
+    for (int64_t i = 0; array && i < count; ++i)
+      access.read_into(&all[i * row], array, count > 1 ? i * array.stride[0] : 0, array.stride[array.rank - 1]);
     return all;
   }
   const C* row_of(const std::vector<C>& all, int i) const {
@@ -490,10 +490,8 @@ struct Fan : FanTiles {
       finish_streaming();
     });
     if (separate) add_parts(window_gradients, units / groups, groups, slab, static_cast<C*>(gradients.sums.data));
-    if (gradients.norm_weight)
-      add_parts(weight_gradients.data(), 1, slots, slab, static_cast<double*>(gradients.norm_weight.data));
-    if (gradients.norm_bias)
-      add_parts(bias_gradients.data(), 1, slots, slab, static_cast<double*>(gradients.norm_bias.data));
+    write_parameter(weight_gradients.data(), slots, gradients.norm_weight);
+    write_parameter(bias_gradients.data(), slots, gradients.norm_bias);
     if (layout.gram) add_parts(gram.data(), 1, slots, pairs, static_cast<double*>(gradients.gram.data));
   }
 
@@ -511,6 +509,16 @@ struct Fan : FanTiles {
   MFWM_INLINE void add_unit(C* gradient, bool is_first, double* sum) const {
     if (R::is_split) interleave_row(gradient, gradient, row);
     for (int64_t d = 0; d < depth; ++d) sum[d] = static_cast<double>(gradient[d]) + (is_first ? 0 : sum[d]);
+  }
+
+  // Write the sum of the parts [slots, K, D] to a gradient [K, D], or their sum over horizons too to one [D].
+  void write_parameter(const double* parts, int64_t slots, const Array& to) const {
+    if (!to) return;
+    const int64_t count = to.rank == 2 ? horizons : 1;
+    std::vector<double> total(count * depth);
+    add_parts(parts, 1, slots * horizons / count, count * depth, total.data());
+    for (int64_t i = 0; i < count; ++i)
+      store_row(&total[i * depth], to.data, to.dtype, count > 1 ? i * to.stride[0] : 0, to.stride[to.rank - 1], depth);
   }
 
   // to[k] = the sum of `each` parts, parts[k * each] and following; every part and to[k] are rows of `size`.

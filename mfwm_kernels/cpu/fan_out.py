@@ -30,16 +30,15 @@ def forward(args: Arguments, want: Want) -> tuple[list[Tensor], Gradients]:
 
 
 def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Gradients:
-    hidden = on_grid(args.hidden)
-    count, depth = len(args.pool), hidden.shape[-1]
-    computed = precision(hidden.dtype)
-    sums = conditioning_sums(args, window_sums, computed)
-    hidden_gradient = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if want["hidden"] else None
-    sums_gradient = torch.empty_like(sums) if wants_sums(want) else None
-    norm_gradients = {
-        name: torch.empty(count, depth, dtype=torch.float64, device=hidden.device) if want[name] else None
-        for name in ("norm_weight", "norm_bias")
+    hidden, count = on_grid(args.hidden), len(args.pool)
+    sums = conditioning_sums(args, window_sums, precision(hidden.dtype))
+    contiguous = torch.contiguous_format
+    gradients: Gradients = {
+        name: torch.empty_like(getattr(args, name), memory_format=contiguous) if want[name] else None
+        for name in ("hidden", "norm_weight", "norm_bias")
     }
+    hidden_gradient = None if gradients["hidden"] is None else on_grid(gradients["hidden"])
+    sums_gradient = torch.empty_like(sums) if wants_sums(want) else None
     monitored = want["hidden"] and args.norms is not None
     gram = torch.empty(count, count, dtype=torch.float64, device=hidden.device) if monitored else None
     kernels.fan_out_backward(
@@ -48,8 +47,8 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
         torch.get_num_threads(),
         raw(hidden_gradient),
         raw(sums_gradient),
-        raw(norm_gradients["norm_weight"]),
-        raw(norm_gradients["norm_bias"]),
+        raw(gradients["norm_weight"]),
+        raw(gradients["norm_bias"]),
         raw(gram),
         [] if args.scale is None else args.scale.tolist(),
     )
@@ -57,13 +56,6 @@ def backward(args: Arguments, want: Want, upstream: Sequence[Tensor | None], out
         assert args.norms is not None and args.cosines is not None
         write_gram(gram, args.norms, args.cosines)
 
-    gradients: Gradients = {}
-    if hidden_gradient is not None:
-        gradients["hidden"] = hidden_gradient.view(args.hidden.shape)
-    for name, gradient in norm_gradients.items():
-        if gradient is not None:
-            total = gradient.sum(0) if getattr(args, name).dim() == 1 else gradient
-            gradients[name] = total.to(hidden.dtype)
     if sums_gradient is not None:
         gradients |= gradients_of_sums(args, want, sums_gradient, gradients_of_window)
     return gradients
@@ -78,8 +70,5 @@ def leading(
     args: Arguments, hidden: Tensor, sums: Tensor
 ) -> tuple[Array, Array, Array | None, Array | None, bool, list[int], float]:
     """The leading arguments of both kernels."""
-    weight, bias = (
-        None if parameter is None else parameter.expand(len(args.pool), -1)
-        for parameter in (args.norm_weight, args.norm_bias)
-    )
-    return raw(hidden), raw(sums), raw(weight), raw(bias), args.norm == "layer", args.pool, args.norm_eps
+    weight, bias = raw(args.norm_weight), raw(args.norm_bias)
+    return raw(hidden), raw(sums), weight, bias, args.norm == "layer", args.pool, args.norm_eps
