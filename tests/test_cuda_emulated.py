@@ -19,7 +19,7 @@ from mfwm_kernels import Horizons, multi_horizon_loss
 from mfwm_kernels.backends import BackendError, use_backend
 from mfwm_kernels.check import TOLERANCE, doubled, relative_error, tensors_of
 from mfwm_kernels.op import OPS
-from mfwm_kernels.ops.multi_horizon_loss import KIND_OF_MEANS, KINDS
+from mfwm_kernels.ops.loss_kinds import KIND_OF_MEANS, KINDS
 from mfwm_kernels.ops.video_pyramid import output_shape
 
 if shutil.which("g++") is None:

@@ -20,7 +20,7 @@ from small_model import HORIZONS, build, clip
 from torch import Tensor, nn
 
 from mfwm_kernels import HorizonLoss, Horizons, multi_horizon_linear_cross_entropy, multi_horizon_loss, video_pyramid
-from mfwm_kernels.ops import multi_horizon_loss as loss_op
+from mfwm_kernels.ops import loss_kinds
 
 MIXED: tuple[Kind, ...] = ("mse", "gaussian", "laplace")
 TOKENS: dict[str, Any] = {"output": "tokens", "vocabulary": 7}
@@ -28,8 +28,8 @@ TWO = Horizons((1, 2), (1, 2))
 
 
 def test_kinds_are_those_of_the_op() -> None:
-    assert get_args(Kind) == loss_op.KINDS and set(DISTRIBUTIONS) == set(loss_op.KIND_OF_MEANS)
-    assert LOG_SCALE_LIMIT == loss_op.LOG_SCALE_LIMIT
+    assert get_args(Kind) == loss_kinds.KINDS and set(DISTRIBUTIONS) == set(loss_kinds.KIND_OF_MEANS)
+    assert LOG_SCALE_LIMIT == loss_kinds.LOG_SCALE_LIMIT
 
 
 @pytest.mark.parametrize("kind", [*get_args(Kind), MIXED], ids=str)

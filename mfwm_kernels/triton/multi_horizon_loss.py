@@ -30,7 +30,8 @@ from torch import Tensor
 from ..dtypes import stored_dtype
 from ..horizon_loss import gradients_of_weights, index_of
 from ..op import Gradients, Want
-from ..ops.multi_horizon_loss import KIND_OF_MEANS, KINDS, Arguments
+from ..ops.loss_kinds import KIND_OF_MEANS, KINDS
+from ..ops.multi_horizon_loss import Arguments
 from .frame_tiles import (
     Run,
     Tiles,

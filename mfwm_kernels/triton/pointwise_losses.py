@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ops.multi_horizon_loss import LOG_SCALE_LIMIT
+from ..ops.loss_kinds import LOG_SCALE_LIMIT
 
 LIMIT = tl.constexpr(LOG_SCALE_LIMIT)
 
