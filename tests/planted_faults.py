@@ -104,9 +104,14 @@ class Place:
             self.compile()
 
     def compile(self) -> None:
-        """The copy's module. What differs from the copy compiled before is compiled again."""
-        import cmake
-        import ninja
+        """Compile the copy's module. What differs from the copy compiled before is compiled again."""
+        self.configure()
+        self.run("cmake", "--build", self.build)
+        for module in self.build.glob("_native*.so"):
+            shutil.copy2(module, self.tree / "mfwm_kernels")
+
+    def configure(self) -> None:
+        """Bring `sources` up to date with the copy, and run CMake on them."""
         import pybind11
 
         # CMake hashes the stub.
@@ -119,18 +124,21 @@ class Place:
             if not known.exists() or known.read_text() != text:
                 known.parent.mkdir(parents=True, exist_ok=True)
                 known.write_text(text)
-        environment = {**os.environ, "PATH": os.pathsep.join([cmake.CMAKE_BIN_DIR, ninja.BIN_DIR, os.environ["PATH"]])}
-        configure = [
+        self.run(
             *("cmake", "-S", self.sources, "-B", self.build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
             *("-DMFWM_CUDA=OFF", f"-DMFWM_SIMD={self.simd}", f"-DPython_EXECUTABLE={sys.executable}"),
             *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={self.build}"),
-        ]
-        for command in (configure, ["cmake", "--build", self.build]):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"the module does not build: {(done.stderr or done.stdout).strip()[-2000:]}")
-        for module in self.build.glob("_native*.so"):
-            shutil.copy2(module, self.tree / "mfwm_kernels")
+        )
+
+    def run(self, *command: str | Path) -> None:
+        """Run CMake; RuntimeError with the end of what it prints if it fails."""
+        import cmake
+        import ninja
+
+        environment = {**os.environ, "PATH": os.pathsep.join([cmake.CMAKE_BIN_DIR, ninja.BIN_DIR, os.environ["PATH"]])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the module does not build: {(done.stderr or done.stdout).strip()[-2000:]}")
 
     def python(self, arguments: Sequence[str]) -> tuple[int, str]:
         """Exit status and output of a Python that imports the copy's packages; TimeoutError if it takes too long."""

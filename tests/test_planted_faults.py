@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, Fault
-from planted_faults import ROOT, check_texts, judge
+from planted_faults import ROOT, Place, check_texts, judge
 
 RULE = """
 def window(n, size):
@@ -77,3 +77,17 @@ def test_the_tests_of_every_fault_exist() -> None:
         words = set(expression.strip("'").split()) - {"and", "or", "not"}
         text = "".join((ROOT / path).read_text() for path in paths.split())
         assert any(word in text for word in words), f"{planted.name}: {planted.tests}"
+
+
+def test_cmake_finds_all_that_it_reads_in_a_copy(tmp_path: Path) -> None:
+    """Or no fault in csrc/cpu would be judged."""
+    place = Place(tmp_path, ROOT)
+    place.fresh(compiled=False)
+    place.configure()
+
+
+def test_a_level_must_be_known(tmp_path: Path) -> None:
+    place = Place(tmp_path, ROOT, "avx2")
+    place.fresh(compiled=False)
+    with pytest.raises(RuntimeError, match="MFWM_SIMD must be baseline, v3 or v4, got avx2"):
+        place.configure()
