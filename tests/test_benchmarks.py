@@ -18,7 +18,7 @@ from mfwm.commands import command_of
 from mfwm.models.world_model import WorldModel, WorldModelConfig
 
 import benchmarks.__main__ as program
-from benchmarks import bench_ops, bench_train, measure, reading_list, rivals
+from benchmarks import bench_ops, bench_train, measure, reading_list, report, rivals
 from mfwm_kernels import Horizons
 from mfwm_kernels.op import OPS
 
@@ -296,3 +296,24 @@ def test_a_row_has_means_of_both_ends_and_no_nan() -> None:
     log[60]["kl"] = [0.0, float("nan")]
     with pytest.raises(ValueError, match="kl must be finite in every step, got nan in step 60"):
         reading_list.measures(log)
+
+
+def test_the_readme_shows_the_newest_results_of_each_kind_of_device() -> None:
+    def results(name: str, date: str, *, driver: str | None = None, bf16: bool = False) -> dict[str, Any]:
+        committed = next(iter(report.devices(report.load())))[1]
+        new = {"device": name, "date": date, "driver": driver, "cpu_multiplies_bf16": bf16}
+        return {**committed, "environment": {**committed["environment"], **new}}
+
+    shown = report.short(
+        {
+            "old": results("old CPU", "2026-01-01", bf16=True),
+            "new": results("new CPU", "2026-01-02", bf16=True),
+            "avx2": results("CPU without bf16", "2025-01-01"),
+            "gpu": results("GPU", "2025-01-01", driver="580"),
+            "untrained": {**results("untrained CPU", "2026-02-01"), "train": []},
+        }
+    )
+    heads = [line.split(",")[0] for line in shown.splitlines() if line.endswith(":") and "torch" in line]
+    assert [head.split(" (")[0] for head in heads] == ["GPU", "new CPU", "CPU without bf16"]
+    dtypes = [line.split("|")[2].split(",")[1].strip() for line in shown.splitlines() if "`fan_out`" in line]
+    assert dtypes == ["bf16", "bf16", "fp32"]

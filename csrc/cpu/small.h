@@ -1,5 +1,5 @@
 // What the kernels of small calls share: rows of any tensor, and the matrix products, a row at a time. Such a kernel
-// computes a call whole, on one thread: below some size torch's products and passes take longer to call than to run.
+// computes a whole call on one thread, because for little work the calls of torch around it cost more than the work.
 //
 // Rows of C are padded with zeros to whole cache lines, so that the loops below have no remainder.
 #pragma once
